@@ -1,0 +1,173 @@
+"""Attention: dense, and as a plan says."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svg_attention.backends import select_backend
+from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.rows import take_rows
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the keys that a plan names.
+
+    `out[i] = sum_j w_ij v_j` over the keys `j` that the tile of query `i` reads, where `w_ij` is
+    the softmax over them of `query_i . key_j * scale`; with a summary, centroids take part for the
+    others. Computed with fp32 accumulation. A query that reads nothing gives 0.
+
+    Args:
+        query: `[B, H, Sq, D]`, fp16, bf16 or fp32.
+        key: `[B, H_kv, Sk, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, Sk, D]`.
+        plan: which keys each query tile reads.
+        scale: factor of the logits, `D ** -0.5` when None.
+        backend: "auto" takes the best that can run, and for a full plan torch's own dense kernel;
+            a name takes that backend or fails.
+        return_lse: also return the natural logarithm of each row's softmax denominator.
+
+    Returns:
+        Tensor shaped and typed as `query`, tokens in the given order; with `return_lse` also fp32
+        `[B, H, Sq]`, minus infinity for a query that reads nothing.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit each other or the plan.
+        UnsupportedError: if no allowed backend can run this call; it lists each one's reason.
+    """
+    check_tensors(query, key, value)
+    check_plan(query, key, plan)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    chosen = select_backend(backend, query, key, value, plan)
+    if plan.is_full and backend == "auto" and not return_lse:
+        if plan.key_order is not None:
+            order = match_heads(plan.key_order, key.shape[1])
+            key, value = take_rows(key, order), take_rows(value, order)
+        return dense_attention(query, key, value, key_lengths=plan.key_lengths, scale=scale)
+    out, lse = chosen.run(query, key, value, plan, scale=scale, return_lse=return_lse)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise RuntimeError(f"backend {chosen.name!r} returned no log-sum-exp")
+    return out, lse
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend to every key.
+
+    Args:
+        query: `[B, H, Sq, D]`, fp16, bf16 or fp32.
+        key: `[B, H_kv, Sk, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, Sk, D]`.
+        key_lengths: integers `[B]`, only that many first keys of each batch item are read; None
+            for all. A tensor on the CPU whose numbers agree costs nothing; otherwise a mask is
+            passed, which rules out the fastest kernels.
+        scale: factor of the logits, `D ** -0.5` when None.
+        backend: "auto" or "sdpa", torch's `scaled_dot_product_attention`.
+
+    Returns:
+        Tensor shaped and typed as `query`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit, or the backend is unknown.
+    """
+    check_tensors(query, key, value)
+    if backend not in ("auto", "sdpa"):
+        raise ValueError(f"unknown dense backend {backend!r}; choose one of auto, sdpa")
+    mask = None
+    if key_lengths is not None:
+        if key_lengths.device.type == "cpu" and len(set(key_lengths.tolist())) == 1:
+            valid = int(key_lengths[0])
+            key, value = key[:, :, :valid], value[:, :, :valid]
+        else:
+            place = torch.arange(key.shape[2], device=key.device)
+            mask = (place < key_lengths.to(key.device)[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless the three tensors fit each other."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D], got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, "
+                f"query is {query.dtype} on {query.device}; convert it first"
+            )
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
+        raise ValueError(
+            "key and value must share batch, heads and length, and the batch of query; got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"query has head_dim {query.shape[3]} but key has {key.shape[3]}")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads"
+        )
+
+
+def check_plan(query: Tensor, key: Tensor, plan: SparsePlan) -> None:
+    """Raise ValueError unless the plan was made for tensors of these shapes."""
+    expected = (plan.batch, plan.heads, plan.query_length, plan.key_length)
+    found = (*query.shape[:3], key.shape[2])
+    if expected != found:
+        raise ValueError(
+            f"the plan is for [batch, heads, queries, keys] = {list(expected)}, got {list(found)}"
+        )
+    if plan.device != query.device:
+        raise ValueError(f"the plan is on {plan.device}, query on {query.device}; move one")

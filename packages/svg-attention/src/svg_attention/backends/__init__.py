@@ -1,0 +1,70 @@
+"""Backends compute a plan; they meet the methods only in the plan.
+
+A backend is an object with `name`, `unsupported(...)` and `run(...)`. `BACKENDS` lists them from
+the fastest to the one that runs everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from svg_attention.backends.reference import ReferenceBackend
+from svg_attention.errors import UnsupportedError
+from svg_attention.plan import SparsePlan
+
+
+class Backend(Protocol):
+    """Compute attention as a plan says."""
+
+    @property
+    def name(self) -> str:
+        """Name by which a caller asks for this backend."""
+        ...
+
+    def unsupported(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+    ) -> str | None:
+        """Return one sentence saying why this call cannot run here, or None if it can."""
+        ...
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: SparsePlan,
+        *,
+        scale: float,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output, `[B, H, Sq, D]`, and the log-sum-exp, fp32 `[B, H, Sq]`, or None."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+
+
+def select_backend(
+    name: str, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+) -> Backend:
+    """Return the backend called `name`, or for "auto" the first that can run the call.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        UnsupportedError: if the call cannot run; it lists the reason of every backend.
+    """
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise ValueError(f"unknown backend {name!r}; choose one of {known}")
+    reasons: dict[str, str] = {}
+    for candidate in BACKENDS.values():
+        reason = candidate.unsupported(query, key, value, plan)
+        if reason is not None:
+            reasons[candidate.name] = reason
+        elif name in ("auto", candidate.name):
+            return candidate
+        else:
+            reasons[candidate.name] = f"can run, but {name!r} was asked for"
+    raise UnsupportedError(reasons)

@@ -1,0 +1,185 @@
+"""The oracle: plain torch, any device, any head size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.rows import put_rows, take_rows
+
+# Logits that one group of tiles may hold: small enough to stay in a CPU's last-level cache, large
+# enough to fill a GPU. A single tile may hold more.
+GROUP_LOGITS = {"cpu": 2**20, "cuda": 2**28}
+
+
+class ReferenceBackend:
+    """Gather what each tile reads and multiply, for groups of tiles with lists of like length.
+
+    The softmax is computed in fp32 over all that a tile reads. Memory is bounded by the group, not
+    by the sequence. Reading the lengths of the lists is this backend's one host synchronisation.
+    """
+
+    name = "reference"
+
+    def unsupported(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+    ) -> str | None:
+        """Return None: every call can run."""
+        return None
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: SparsePlan,
+        *,
+        scale: float,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention as `plan` says; see `Backend.run`."""
+        batch, heads, length, width = query.shape
+        tiles, rows = plan.tiles, plan.tile_rows
+        tiled = plan_ordered_tiles(query, plan)
+        if plan.key_order is not None:
+            order = match_heads(plan.key_order, key.shape[1])
+            key, value = take_rows(key, order), take_rows(value, order)
+        keys, values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
+        shape = (batch * heads * tiles, rows)
+        out = query.new_empty((*shape, value.shape[-1]))
+        lse = torch.empty(shape, dtype=torch.float32, device=query.device) if return_lse else None
+        starts, lengths = plan.run_starts.flatten(0, 2), plan.run_lengths.flatten(0, 2)
+        first_rows = first_key_rows(plan, key)
+        for items, longest, ragged in groups_of_like_length(lengths, rows):
+            rows_read, bias = read_lists(starts[items], lengths[items], longest, ragged=ragged)
+            index = (rows_read + first_rows[items, None]).view(-1)
+            gathered = keys.index_select(0, index).view(len(items), longest, -1).float()
+            read_values = values.index_select(0, index).view(len(items), longest, -1).float()
+            if plan.summary is not None:
+                gathered, read_values, bias = append_summary(
+                    plan, items, gathered, read_values, bias
+                )
+            group_out, group_lse = attend(
+                tiled[items].float() * scale, gathered, read_values, bias, return_lse=return_lse
+            )
+            out[items] = group_out.to(out.dtype)
+            if lse is not None and group_lse is not None:
+                lse[items] = group_lse
+        out = token_ordered(out.view(batch, heads, tiles * rows, -1)[:, :, :length], plan)
+        if lse is not None:
+            lse = token_ordered(lse.view(batch, heads, tiles * rows)[:, :, :length], plan)
+        return out, lse
+
+
+def plan_ordered_tiles(query: Tensor, plan: SparsePlan) -> Tensor:
+    """Return the query tiles in plan order, `[B*H*T, tile_rows, D]`; missing rows are zero."""
+    if plan.query_order is not None:
+        query = take_rows(query, plan.query_order)
+    missing = plan.tiles * plan.tile_rows - query.shape[2]
+    if missing:
+        query = torch.nn.functional.pad(query, (0, 0, 0, missing))
+    return query.reshape(-1, plan.tile_rows, query.shape[-1])
+
+
+def token_ordered(x: Tensor, plan: SparsePlan) -> Tensor:
+    """Move rows `[B, H, Sq, ...]` from plan order back to token order."""
+    return x.contiguous() if plan.query_order is None else put_rows(x, plan.query_order)
+
+
+def first_key_rows(plan: SparsePlan, key: Tensor) -> Tensor:
+    """Return where the keys of each tile's head begin among all key rows: int64 `[B*H*T]`."""
+    batch, key_heads, length, _ = key.shape
+    base = torch.arange(batch * key_heads, device=key.device).view(batch, key_heads) * length
+    return match_heads(base, plan.heads)[..., None].expand(-1, -1, plan.tiles).reshape(-1)
+
+
+def groups_of_like_length(lengths: Tensor, rows: int) -> Iterator[tuple[Tensor, int, bool]]:
+    """Split tiles into groups of like list length, longest first, so that little is padding.
+
+    Args:
+        lengths: int32 `[N, R]`, run lengths of each tile.
+        rows: query rows of a tile.
+
+    Yields:
+        `(items, longest, ragged)`: tile numbers, the longest list among them (at least 1), and
+        whether some list of the group is shorter.
+    """
+    totals = lengths.sum(dim=-1)
+    totals, items = totals.sort(descending=True, stable=True)
+    sizes = totals.tolist()
+    limit = GROUP_LOGITS["cpu" if lengths.device.type == "cpu" else "cuda"]
+    begin = 0
+    while begin < len(sizes):
+        longest = max(sizes[begin], 1)
+        end = min(begin + max(limit // (longest * rows), 1), len(sizes))
+        yield items[begin:end], longest, sizes[end - 1] < longest
+        begin = end
+
+
+def read_lists(
+    starts: Tensor, lengths: Tensor, longest: int, *, ragged: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Write out the key positions of each tile.
+
+    Args:
+        starts: int32 `[G, R]`.
+        lengths: int32 `[G, R]`.
+        longest: entries of the result.
+        ragged: whether some list is shorter than `longest`.
+
+    Returns:
+        Positions, int64 `[G, longest]` (0 past the end of a list), and what to add to the logits,
+        fp32 `[G, longest]`: 0, or minus infinity past the end; None when nothing is past it.
+    """
+    ends = lengths.cumsum(dim=-1)
+    place = torch.arange(longest, device=starts.device).expand(len(starts), -1).contiguous()
+    run = torch.searchsorted(ends, place, right=True).clamp_(max=starts.shape[-1] - 1)
+    positions = place + (starts - ends + lengths).gather(-1, run)
+    if not ragged:
+        return positions, None
+    inside = place < ends[:, -1:]
+    bias = torch.zeros(positions.shape, device=starts.device).masked_fill_(~inside, -torch.inf)
+    return positions.masked_fill_(~inside, 0), bias
+
+
+def append_summary(
+    plan: SparsePlan, items: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append the centroids, as further keys with their own weight, to what the tiles read."""
+    summary = plan.summary
+    if summary is None:
+        raise ValueError("the plan has no summary")
+    head = items // plan.tiles
+    centroids = match_heads(summary.keys, plan.heads).flatten(0, 1)[head].float()
+    means = match_heads(summary.values, plan.heads).flatten(0, 1)[head].float()
+    if bias is None:
+        bias = torch.zeros(keys.shape[:2], device=keys.device)
+    weights = summary.log_weights.flatten(0, 2)[items]
+    return (
+        torch.cat([keys, centroids], dim=1),
+        torch.cat([values, means], dim=1),
+        torch.cat([bias, weights], dim=1),
+    )
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute softmax attention of `[G, M, D]` queries over `[G, L, D]` keys in fp32.
+
+    A row whose logits are all minus infinity gives 0 and a log-sum-exp of minus infinity.
+    """
+    if bias is None:
+        logits = torch.bmm(query, key.transpose(1, 2))
+    else:
+        logits = torch.baddbmm(bias[:, None], query, key.transpose(1, 2))
+    largest = logits.amax(dim=-1, keepdim=True)
+    largest.masked_fill_(largest == -torch.inf, 0.0)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.bmm(weights, value) / total.clamp_min(torch.finfo(torch.float32).tiny)
+    lse = (total.log() + largest).squeeze(-1) if return_lse else None
+    return out, lse

@@ -1,0 +1,95 @@
+"""Which steps and layers stay dense, and how dense the sparse ones are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Decide which attention calls of a generation stay dense.
+
+    The first `floor(dense_steps * num_steps)` steps and the first `floor(dense_layers *
+    num_layers)` layers are dense. A call whose step is unknown is dense too, because early steps
+    are the ones that sparsity hurts.
+
+    Args:
+        dense_steps: fraction of the denoising steps, from the first, in [0, 1].
+        dense_layers: fraction of the layers, from the first, in [0, 1].
+        density: optional `(fraction of steps done, density)` breakpoints with rising fractions;
+            between two of them the density is interpolated, outside it is held. It overrides the
+            method's own density.
+
+    Raises:
+        ValueError: if a fraction or a density is out of range, or breakpoints do not rise.
+    """
+
+    dense_steps: float = 0.2
+    dense_layers: float = 0.03
+    density: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dense_steps", "dense_layers"):
+            fraction = getattr(self, name)
+            if not 0.0 <= fraction <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {fraction}")
+        if self.density is None:
+            return
+        points = tuple((float(done), float(value)) for done, value in self.density)
+        if not points:
+            raise ValueError("density needs at least one breakpoint, or None")
+        if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
+            raise ValueError(f"the fractions of density breakpoints must rise, got {points}")
+        for done, value in points:
+            if not (0.0 <= done <= 1.0 and 0.0 < value <= 1.0):
+                raise ValueError(
+                    "a density breakpoint is (fraction in [0, 1], density in (0, 1]), "
+                    f"got {(done, value)}"
+                )
+        object.__setattr__(self, "density", points)
+
+    def is_dense(
+        self, *, step: int | None, num_steps: int | None, layer: int, num_layers: int
+    ) -> bool:
+        """Return whether the call at this step and layer stays dense."""
+        if layer < math.floor(self.dense_layers * num_layers):
+            return True
+        if step is None:
+            return True
+        if num_steps is None:
+            return self.dense_steps > 0.0
+        return step < math.floor(self.dense_steps * num_steps)
+
+    def density_at(self, *, step: int | None, num_steps: int | None) -> float | None:
+        """Return the density asked of this step, or None when the method keeps its own."""
+        if self.density is None:
+            return None
+        done = 0.0 if step is None or not num_steps else step / num_steps
+        before = self.density[0]
+        for after in self.density:
+            if done <= after[0]:
+                span = after[0] - before[0]
+                blend = (done - before[0]) / span if span > 0.0 else 1.0
+                return before[1] + blend * (after[1] - before[1])
+            before = after
+        return before[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        points = None if self.density is None else [list(point) for point in self.density]
+        return {
+            "dense_steps": self.dense_steps,
+            "dense_layers": self.dense_layers,
+            "density": points,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Schedule:
+        """Build a schedule from what `to_dict` returned."""
+        points = fields.get("density")
+        pairs = None if points is None else tuple((done, value) for done, value in points)
+        return cls(**{**fields, "density": pairs})
