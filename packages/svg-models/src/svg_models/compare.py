@@ -1,0 +1,275 @@
+"""Generate the same clip dense and sparse, and show how they differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svg_models.errors import SettingError
+from svg_models.generate import Clip, Settings, check_numbers, sample
+from svg_models.pipelines import LoadedPipeline, Progress, load_pipeline, quiet
+from svg_models.specs import MethodSpec
+from svg_models.video import (
+    Similarity,
+    atomic_path,
+    side_by_side,
+    similarity,
+    writable_folder,
+    write_video,
+)
+
+DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
+DEFAULT_DENSITY = 0.25
+PAGE, DATA, TOGETHER = "index.html", "compare.json", "side-by-side.mp4"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """One sparse clip beside the dense one.
+
+    Attributes:
+        clip: the clip.
+        similarity: PSNR and SSIM per frame against the dense clip.
+        speedup: dense seconds over this clip's seconds, denoising loop only.
+    """
+
+    clip: Clip
+    similarity: Similarity
+    speedup: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """One prompt and seed, dense and by one or more sparse methods.
+
+    Attributes:
+        dense: the reference clip.
+        candidates: the sparse clips in the order that was asked for.
+        machine: what it ran on.
+    """
+
+    dense: Clip
+    candidates: tuple[Candidate, ...]
+    machine: dict[str, Any]
+
+    @property
+    def clips(self) -> list[Clip]:
+        """The dense clip, then the others."""
+        return [self.dense, *(c.clip for c in self.candidates)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures as plain values for JSON."""
+        dense = _clip_dict(self.dense) | {"speedup": 1.0, "similarity": None}
+        sparse = [
+            _clip_dict(c.clip)
+            | {"speedup": round(c.speedup, 4), "similarity": c.similarity.to_dict()}
+            for c in self.candidates
+        ]
+        return {
+            "format": "svg-compare/1",
+            "model": self.dense.model,
+            "tokens": self.dense.tokens,
+            "settings": asdict(self.dense.settings),
+            "machine": self.machine,
+            "reference": "dense",
+            "metrics": {
+                "psnr": "torchmetrics, 8-bit frames scaled to 0..1, data_range 1, per frame; "
+                "the mean leaves identical frames out",
+                "ssim": "torchmetrics, Gaussian window 11 x 11, sigma 1.5, data_range 1, per frame",
+            },
+            "runs": [dense, *sparse],
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the clips, one clip of all side by side, the numbers and the page.
+
+        Args:
+            folder: created if missing; `index.html`, `compare.json`, `side-by-side.mp4` and one
+                mp4 per method appear in it, each only when complete.
+
+        Returns:
+            The page.
+
+        Raises:
+            SettingError: if the folder cannot be written.
+        """
+        from svg_models.report import comparison_page
+
+        place = writable_folder(folder)
+        for clip in self.clips:
+            clip.save(place / f"{clip.method.slug}.mp4")
+        everything = side_by_side([c.frames for c in self.clips], [clip_label(c) for c in self.clips])
+        write_video(everything, place / TOGETHER, fps=self.dense.settings.fps)
+        with atomic_path(place / DATA) as path:
+            path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        with atomic_path(place / PAGE) as path:
+            path.write_text(comparison_page(self), encoding="utf-8")
+        return place / PAGE
+
+
+def clip_label(clip: Clip) -> str:
+    """Name a clip by its method and the density that was measured."""
+    if clip.method.name == "dense":
+        return "Dense"
+    return f"{clip.method.label}, {clip.stats.mean_density:.0%}"
+
+
+def _clip_dict(clip: Clip) -> dict[str, Any]:
+    is_dense = clip.method.name == "dense"
+    return {
+        "name": clip.method.slug,
+        "label": clip.method.label,
+        "file": f"{clip.method.slug}.mp4",
+        "config": clip.config,
+        "seconds": round(clip.seconds, 4),
+        "decode_seconds": round(clip.decode_seconds, 4),
+        "mean_density": 1.0 if is_dense else float(clip.stats.mean_density),
+        "calls": clip.stats.to_dict(),
+    }
+
+
+def parse_methods(
+    names: Sequence[str] | None, *, density: float | None = None
+) -> tuple[MethodSpec, ...]:
+    """Read the methods to compare, one budget for all that name none.
+
+    Args:
+        names: such as `"svg2"` or `"svg1@0.3"`; `None` or empty takes `DEFAULT_METHODS`.
+        density: the budget; `None` takes `DEFAULT_DENSITY`, so that the table is fair.
+
+    Raises:
+        SettingError: if one is unknown, is dense, or stands there twice.
+    """
+    budget = DEFAULT_DENSITY if density is None else density
+    specs = tuple(MethodSpec.parse(name, density=budget) for name in names or DEFAULT_METHODS)
+    if any(spec.name == "dense" for spec in specs):
+        raise SettingError("dense is always part of a comparison; name the others")
+    slugs = [spec.slug for spec in specs]
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise SettingError(f"each method is compared once, got {', '.join(twice)} more than once")
+    return specs
+
+
+def compare(
+    prompt: str | None = None,
+    *,
+    methods: Sequence[str | MethodSpec] | None = None,
+    density: float | None = None,
+    model: str | os.PathLike[str] | LoadedPipeline | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    progress: Progress = quiet,
+    **settings: Any,
+) -> Comparison:
+    """Generate one clip dense and by each method, from the same noise.
+
+    A short run before the first clip loads kernels and fills caches, so that no clip pays for
+    them in the times that are compared.
+
+    Args:
+        prompt: what the clip shows; `None` takes the model's own example.
+        methods: such as `"svg2"` or `"svg1@0.3"`; `None` takes `DEFAULT_METHODS`.
+        density: share of query-key pairs computed on sparse calls by methods that name none.
+        model: what `load_pipeline` takes, or a pipeline it returned.
+        device: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+        backend: kernel of the sparse attention, see `svg doctor`.
+        progress: called as `progress(stage, done, total)`; the stage starts with the method.
+        **settings: fields of `Settings`; what is missing or `None` comes from the model.
+
+    Returns:
+        The clips with their similarity to the dense one.
+
+    Raises:
+        SettingError, ModelUnavailableError, MachineError, UnsupportedError: as `generate`.
+    """
+    ready = [m for m in methods or () if isinstance(m, MethodSpec)]
+    named = [m for m in methods or () if not isinstance(m, MethodSpec)]
+    specs = tuple(ready) if ready and not named else parse_methods(named, density=density)
+    check_numbers(**{k: v for k, v in settings.items() if isinstance(v, int | float)})
+    loaded = (
+        model
+        if isinstance(model, LoadedPipeline)
+        else load_pipeline(model, device=device, dtype=dtype, progress=progress)
+    )
+    wanted = Settings.resolve(loaded.defaults, prompt=prompt, **settings)
+    plan = (MethodSpec(name="dense"), *specs)
+    _warm_up(loaded, wanted, plan, backend, progress)
+    clips = []
+    for index, spec in enumerate(plan, start=1):
+        step = _named(progress, f"{index} of {len(plan)}  {spec.label}")
+        clips.append(sample(loaded, wanted, spec, backend=backend, profile=True, progress=step))
+    dense = clips[0]
+    candidates = []
+    for clip in clips[1:]:
+        progress("measuring", 0, 0)
+        ratio = dense.seconds / clip.seconds if clip.seconds > 0 else 1.0
+        close = similarity(clip.frames, dense.frames)
+        candidates.append(Candidate(clip=clip, similarity=close, speedup=ratio))
+    return Comparison(
+        dense=dense, candidates=tuple(candidates), machine=machine_facts(loaded, backend)
+    )
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    def report(stage: str, done: float, total: float) -> None:
+        progress(f"{name}: {stage}", done, total)
+
+    return report
+
+
+def _warm_up(
+    loaded: LoadedPipeline,
+    settings: Settings,
+    plan: Sequence[MethodSpec],
+    backend: str,
+    progress: Progress,
+) -> None:
+    import dataclasses
+
+    progress("warming up", 0, 0)
+    brief = dataclasses.replace(settings, steps=1)
+    # Kernels that are compiled at first use belong to the methods; a CPU has none.
+    for spec in plan if loaded.device.startswith("cuda") else plan[:1]:
+        brief = dataclasses.replace(settings, steps=1 if spec.name == "dense" else 2)
+        sample(loaded, brief, spec, backend=backend)
+
+
+def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
+    """Describe what a comparison ran on."""
+    import diffusers
+    import svg_attention
+
+    import svg_models
+
+    on_gpu = loaded.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(loaded.device) if on_gpu else _processor(),
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "backend": backend,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "svg-attention": svg_attention.__version__,
+        "svg-models": svg_models.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

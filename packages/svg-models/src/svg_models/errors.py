@@ -1,0 +1,23 @@
+"""What `svg_models` says when it cannot do what was asked: one sentence each, drawn once."""
+
+from __future__ import annotations
+
+
+class SvgModelsError(Exception):
+    """Base of the errors that are meant to be read by the person who asked.
+
+    The message is one sentence: what was expected, what came, what to do. The command line
+    prints it and ends with exit code 2.
+    """
+
+
+class SettingError(SvgModelsError, ValueError):
+    """A size, count, density, method or path that cannot be used."""
+
+
+class ModelUnavailableError(SvgModelsError, OSError):
+    """A model that could not be found, reached or read."""
+
+
+class MachineError(SvgModelsError, RuntimeError):
+    """A model that this machine is too small for."""

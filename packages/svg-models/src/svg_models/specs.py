@@ -1,0 +1,124 @@
+"""Name attention methods on a command line: `svg2`, `svg2-error@0.25`, `svg1`, `dense`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from svg_attention import SVG1, SVG2, Dense, RandomBlocks
+
+from svg_models.errors import SettingError
+
+METHODS: dict[str, str] = {
+    "dense": "Dense attention",
+    "svg1": "SVG1",
+    "svg2": "SVG2",
+    "svg2-comp": "SVG2 + compensation",
+    "svg2-error": "SVG2 + compensation + error routing",
+    "random": "Random blocks",
+}
+ABOUT: dict[str, str] = {
+    "dense": "every query reads every key: the baseline",
+    "svg1": "each head reads a spatial or a temporal band",
+    "svg2": "keys are clustered, each query tile reads the clusters with the most mass",
+    "svg2-comp": "svg2, and the clusters left out count through their centroids",
+    "svg2-error": "svg2-comp, and exact work goes where the centroids err most",
+    "random": "as many random blocks: what any method has to beat",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One attention method as a person names it.
+
+    Args:
+        name: a key of `METHODS`.
+        density: share of query-key pairs to compute on sparse calls, in (0, 1]; `None` leaves
+            it to the method (`top_p` for SVG2, its own default for the others).
+        top_p: attention mass that SVG2 keeps per query tile, in (0, 1]; not with a density.
+
+    Raises:
+        SettingError: if the name is unknown, a number is out of range, or both are given.
+    """
+
+    name: str
+    density: float | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise SettingError(
+                f"method must be one of {', '.join(METHODS)} (with @DENSITY if you like, as in "
+                f"svg2@0.25), got '{self.name}'"
+            )
+        for label, value in (("density", self.density), ("top-p", self.top_p)):
+            if value is not None and not 0.0 < value <= 1.0:
+                raise SettingError(f"{label} must be above 0 and at most 1, got {value:g}")
+        if self.top_p is not None and not self.name.startswith("svg2"):
+            raise SettingError(f"top-p belongs to the svg2 methods, got method '{self.name}'")
+        if self.top_p is not None and self.density is not None:
+            raise SettingError("density and top-p both set how much is computed; give one of them")
+        if self.name == "dense" and self.density not in (None, 1.0):
+            raise SettingError(f"dense computes everything, its density cannot be {self.density:g}")
+
+    @classmethod
+    def parse(
+        cls, text: str, *, density: float | None = None, top_p: float | None = None
+    ) -> MethodSpec:
+        """Read `name` or `name@density`.
+
+        Args:
+            text: what was typed.
+            density: used when the text names none and the method takes one.
+            top_p: passed on.
+
+        Raises:
+            SettingError: as the class, or if what follows `@` is no number.
+        """
+        name, at, number = text.strip().lower().partition("@")
+        if at:
+            try:
+                density = float(number)
+            except ValueError:
+                raise SettingError(
+                    f"expected a density after '@', as in svg2@0.25, got '{text}'"
+                ) from None
+        elif name == "dense":
+            density = None
+        return cls(name=name, density=density, top_p=top_p)
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return METHODS[self.name]
+
+    @property
+    def slug(self) -> str:
+        """Name for files: letters, digits and dashes."""
+        extra = "" if self.density is None else f"-{round(self.density * 100):02d}"
+        return self.name + (extra if self.name != "dense" else "")
+
+    def build(self, base: SVG2 | Any) -> Any:
+        """Return the `svg_attention` method.
+
+        Args:
+            base: the recipe's method; its cluster counts and other settings are kept for the
+                svg2 family, which this name then modifies.
+        """
+        if self.name == "dense":
+            return Dense()
+        if self.name == "svg1":
+            return SVG1() if self.density is None else SVG1(density=self.density)
+        if self.name == "random":
+            return RandomBlocks() if self.density is None else RandomBlocks(density=self.density)
+        method = base if isinstance(base, SVG2) else SVG2()
+        changes: dict[str, Any] = {
+            "compensate": self.name != "svg2",
+            "route": "error" if self.name == "svg2-error" else "mass",
+        }
+        if self.density is not None:
+            changes["density"] = self.density
+        if self.top_p is not None:
+            changes |= {"top_p": self.top_p, "density": None}
+        return dataclasses.replace(method, **changes)
