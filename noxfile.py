@@ -1,0 +1,122 @@
+"""Every check of the repository as a session; `make test` runs the default ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PACKAGES = ("flash-kmeans", "svg-kernels", "svg-attention", "svg-models")
+CONSTRAINTS = os.environ.get("CONSTRAINTS", "tools/constraints.txt")
+
+# Packages are installed without compiling their files to bytecode, which takes longer than the
+# download; what is imported is then compiled once, unless the machine forbids writing it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install requirements at the versions that the tests are run with."""
+    session.install("--no-compile", "--constraint", CONSTRAINTS, *requirements)
+
+
+def group(name: str) -> tuple[str, ...]:
+    """Return a dependency group of the root's pyproject.toml."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def checkout(*names: str, extra: str = "") -> list[str]:
+    """Return pip's arguments that install packages, and what they need, from this checkout."""
+    needed: list[str] = []
+
+    def add(name: str) -> None:
+        if name in needed:
+            return
+        project = nox.project.load_toml(ROOT / "packages" / name / "pyproject.toml")["project"]
+        for requirement in project["dependencies"]:
+            for other in PACKAGES:
+                if requirement.startswith(other):
+                    add(other)
+        needed.append(name)
+
+    for name in names:
+        add(name)
+    suffix = f"[{extra}]" if extra else ""
+    return [
+        argument
+        for name in needed
+        for argument in ("--editable", f"packages/{name}{suffix if name in names else ''}")
+    ]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the four packages with mypy."""
+    install(session, *group("types"), *checkout(*PACKAGES))
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests with nothing installed but what it declares."""
+    install(session, *group("test"), *checkout(package, extra="test"))
+    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+
+
+@nox.session
+def repository(session: nox.Session) -> None:
+    """Run the tests that belong to no single package."""
+    install(session, *group("test"), *group("repository"), *checkout("svg-attention"))
+    session.run("pytest", "tests", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every sdist and wheel; install and import each wheel alone in a fresh environment."""
+    install(session, *group("build"), "torch", "numpy")
+    session.run("python", "tools/check_wheels.py", *(session.posargs or PACKAGES))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    session.install(*group("docs"))
+    session.run(
+        "mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"}
+    )
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Generate one clip dense and sparse with the embedded model, and compare them."""
+    install(session, *checkout(*PACKAGES))
+    session.run("svg", "compare", "--output", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device, of all packages together."""
+    install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
+    session.run("pytest", "-m", "gpu", "packages", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure with pytest-benchmark; pass a file to measure only that."""
+    install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
+    session.run("pytest", "--benchmark-enable", *(session.posargs or ("benchmarks",)))

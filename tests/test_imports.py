@@ -1,0 +1,69 @@
+"""Importing a package touches no GPU and needs nothing optional."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# What a package may not call while it is imported, and what it may not need.
+PROBE = """
+import importlib.abc, sys
+import torch
+
+NAMES = ["init", "is_available", "device_count", "current_device", "get_device_name",
+         "get_device_properties", "get_device_capability", "synchronize", "mem_get_info"]
+
+def forbid(name):
+    def called(*args, **kwargs):
+        raise RuntimeError(f"torch.cuda.{name} was called")
+    setattr(torch.cuda, name, called)
+
+for name in [*NAMES, "_lazy_init"]:
+    forbid(name)
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+exec(sys.argv[2])
+assert not torch.cuda.is_initialized()
+"""
+OPTIONAL = ("triton", "tvm_ffi", "sklearn", "flashinfer", "flash_attn", "diffusers")
+
+
+def probe(source: str, absent: tuple[str, ...] = OPTIONAL) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROBE, ",".join(absent), source]
+    return subprocess.run(command, text=True, capture_output=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [
+        ("flash_kmeans", OPTIONAL),
+        ("svg_kernels", OPTIONAL),
+        ("svg_attention", (*OPTIONAL, "svg_kernels")),
+    ],
+)
+def test_import_makes_no_gpu_call_and_needs_nothing_optional(package, absent):
+    done = probe(f"import {package}", absent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import torch; torch.cuda.is_available()", "is_available was called"),
+        ("import torch; torch.zeros(1, device='cuda')", "was called|not compiled with CUDA"),
+        ("import triton", "No module named 'triton'"),
+    ],
+)
+def test_the_probe_catches_an_offender(source, message):
+    import re
+
+    done = probe(source)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr)
