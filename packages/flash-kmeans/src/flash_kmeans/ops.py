@@ -1,0 +1,116 @@
+"""Operators registered with torch, so that `torch.compile` and CUDA graphs see whole calls.
+
+Each operator dispatches on a tier's name. The fakes describe outputs without touching data.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import checks, reference, seeding
+
+_LIBRARY = torch.library.Library("flash_kmeans", "DEF")
+_LIBRARY.define("assign(Tensor x, Tensor centroids, str metric, str tier, bool tf32) -> Tensor")
+_LIBRARY.define(
+    "update(Tensor x, Tensor labels, Tensor previous, Tensor? weight, str metric, str tier)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lloyd(Tensor x, Tensor centroids, Tensor? weight, str metric, str empty, int rounds,"
+    " str tier, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _tier(name: str) -> ModuleType:
+    if name == "reference":
+        return reference
+    from ._kernels import launch
+
+    return launch
+
+
+def _assign(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) -> Tensor:
+    if tier == "reference":
+        return reference.assign(x, centroids, metric)  # type: ignore[arg-type]
+    return _tier(tier).assign(x, centroids, metric, tf32=tf32)  # type: ignore[no-any-return]
+
+
+def point_weights(x: Tensor, metric: str, weight: Tensor | None) -> Tensor | None:
+    """Fold what the metric needs into weights: "cosine" sums points scaled to unit length."""
+    if metric != "cosine":
+        return weight
+    scale = reference.inverse_norms(x)
+    return scale if weight is None else scale * weight
+
+
+def _update(
+    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, tier: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _tier(tier).update(x, labels, previous, metric, point_weights(x, metric, weight))  # type: ignore[no-any-return]
+
+
+def _lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    metric: str,
+    empty: str,
+    rounds: int,
+    tier: str,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if x.device.type == "cpu":
+        checks.finite(x)
+    run = _tier(tier)
+    scaled = point_weights(x, metric, weight)
+    current = centroids.contiguous()
+    for _ in range(rounds):
+        labels = _assign(x, current, metric, tier, tf32)
+        if empty == "farthest":
+            labels = seeding.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
+        current, sizes, order = run.update(x, labels, current, metric, scaled)
+    cost = run.inertia(x, current, labels, metric, weight)
+    # An operator's result may not be one of its inputs.
+    return labels, current.clone() if current is centroids else current, sizes, order, cost
+
+
+def _assign_fake(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int32)
+
+
+def _update_fake(
+    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, tier: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = x.new_empty(previous.shape[:2], dtype=torch.int32)
+    return x.new_empty(previous.shape), sizes, x.new_empty(x.shape[:2], dtype=torch.int32)
+
+
+def _lloyd_fake(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    metric: str,
+    empty: str,
+    rounds: int,
+    tier: str,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    labels = _assign_fake(x, centroids, metric, tier, tf32)
+    means, sizes, order = _update_fake(x, labels, centroids, weight, metric, tier)
+    return labels, means, sizes, order, x.new_empty(x.shape[0], dtype=reference.compute_dtype(x))
+
+
+for _name, _run, _fake in (
+    ("assign", _assign, _assign_fake),
+    ("update", _update, _update_fake),
+    ("lloyd", _lloyd, _lloyd_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flash_kmeans::{_name}", _fake, lib=_LIBRARY)
+
+assign = torch.ops.flash_kmeans.assign.default
+update = torch.ops.flash_kmeans.update.default
+lloyd = torch.ops.flash_kmeans.lloyd.default

@@ -1,0 +1,253 @@
+"""The reference tier through the public functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kmeans_oracles import blobs, means, regret, rounding
+
+import flash_kmeans as fk
+
+METRICS = ("euclidean", "cosine", "dot")
+DIMS = (1, 2, 16, 17, 31, 64, 96, 100, 128, 257, 511, 513, 2048)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_labels_maximise_the_score_for_every_width(dim: int, metric: str) -> None:
+    x = blobs(2, 63, dim, 7, dtype=torch.bfloat16)
+    centroids = blobs(2, 9, dim, 7, seed=1, dtype=torch.bfloat16)
+    labels = fk.assign(x, centroids, metric=metric, backend="reference")
+    assert labels.dtype == torch.int32
+    assert (regret(x, centroids, labels, metric) <= rounding(x, centroids, metric)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_result_fields_describe_one_state(dtype: torch.dtype) -> None:
+    x = blobs(3, 200, 12, 5, dtype=dtype)
+    result = fk.kmeans(x, 11, max_iter=4, backend="reference")
+    assert result.n_iter == 4
+    assert result.centroids.dtype == dtype
+    counts = torch.stack([torch.bincount(row, minlength=11) for row in result.labels])
+    assert torch.equal(result.sizes, counts.int())
+    by_label = result.labels.sort(dim=1, stable=True)
+    assert torch.equal(result.order, by_label.indices.int())
+    expected = means(x, result.labels, result.centroids)
+    torch.testing.assert_close(result.centroids, expected.to(dtype))
+    cost = -2 * regret_free_score(x, result)
+    torch.testing.assert_close(result.inertia.double(), cost, rtol=1e-5, atol=0)
+
+
+def regret_free_score(x: torch.Tensor, result: fk.KMeansResult) -> torch.Tensor:
+    own = result.centroids.double().gather(
+        1, result.labels.long().unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    )
+    return -(x.double() - own).square().sum((1, 2)) / 2
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_inertia_never_rises(metric: str) -> None:
+    x = blobs(2, 400, 6, 9)
+    init = x[:, :9].clone()
+    costs = torch.stack(
+        [fk.kmeans(x, 9, init=init, metric=metric, max_iter=i).inertia for i in range(1, 9)]
+    )
+    assert (costs[1:] <= costs[:-1] * (1 + 1e-6)).all()
+    assert (costs[-1] < costs[0]).all()
+
+
+def test_a_common_offset_does_not_disturb_labels() -> None:
+    source = torch.Generator().manual_seed(0)
+    x = (torch.randn(1, 8192, 128, generator=source) * 0.3 + 8).bfloat16()
+    result = fk.kmeans(x, 64, max_iter=3, generator=source, backend="reference")
+    labels = fk.assign(x, result.centroids, backend="reference")
+    wrong = (regret(x, result.centroids, labels) > 0).double().mean()
+    assert wrong <= 0.005
+
+
+def test_half_precision_points_whose_squared_norm_overflows() -> None:
+    x = (blobs(1, 300, 64, 4) * 40 + 200).half()
+    assert torch.isinf((x * x).sum(-1)).all()
+    result = fk.kmeans(x, 4, max_iter=5, init="k-means++", backend="reference")
+    assert (regret(x, result.centroids, fk.assign(x, result.centroids)) == 0).float().mean() > 0.99
+    assert torch.isfinite(result.inertia).all()
+
+
+def test_one_cluster_is_the_mean_and_as_many_clusters_as_points_cost_nothing() -> None:
+    x = blobs(2, 33, 5, 3)
+    single = fk.kmeans(x, 1, max_iter=1)
+    torch.testing.assert_close(single.centroids[:, 0], x.mean(1))
+    every = fk.kmeans(x, 33, max_iter=2)
+    assert torch.equal(every.sizes, torch.ones_like(every.sizes))
+    assert (every.inertia == 0).all()
+    lone = fk.kmeans(x[:, :1], 1, max_iter=3)
+    assert torch.equal(lone.centroids, x[:, :1])
+
+
+def test_empty_clusters_keep_their_centroid() -> None:
+    x = blobs(2, 50, 4, 2)
+    init = torch.cat([x[:, :3], torch.full((2, 2, 4), 1e4)], dim=1)
+    result = fk.kmeans(x, 5, init=init, max_iter=3)
+    assert torch.equal(result.sizes[:, 3:], torch.zeros(2, 2, dtype=torch.int32))
+    assert torch.equal(result.centroids[:, 3:], init[:, 3:])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty_clusters_move_to_the_farthest_points(metric: str) -> None:
+    x = blobs(2, 60, 4, 6)
+    far = -1e3 if metric == "dot" else 1e3
+    init = torch.cat([x[:, :2], far * x[:, :2].mean(1, keepdim=True).expand(-1, 4, -1)], dim=1)
+    kept = fk.kmeans(x, 6, init=init, max_iter=6, metric=metric)
+    moved = fk.kmeans(x, 6, init=init, max_iter=6, metric=metric, empty="farthest")
+    if metric == "euclidean":
+        assert (kept.sizes == 0).any()
+        assert (moved.sizes > 0).all()
+        assert (moved.inertia < kept.inertia).all()
+    expected = means(x, moved.labels, moved.centroids)
+    if metric != "cosine":
+        torch.testing.assert_close(moved.centroids.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ten_clusters_holding_nearly_all_points() -> None:
+    source = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 10, (2, 5000), generator=source)
+    labels[:, :50] = torch.randint(10, 100, (2, 50), generator=source)
+    x = torch.randn(2, 5000, 8, generator=source)
+    previous = torch.randn(2, 100, 8, generator=source)
+    out = fk.update(x, labels, 100, previous=previous)
+    torch.testing.assert_close(
+        out.centroids.double(), means(x, labels, previous), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "dot"])
+def test_integer_weights_equal_repeated_points(metric: str) -> None:
+    x = blobs(1, 40, 3, 4)
+    weight = torch.arange(40) % 3
+    repeated = x.repeat_interleave(weight, dim=1)
+    init = x[:, 1:5].clone()
+    one = fk.kmeans(x, 4, init=init, sample_weight=weight, max_iter=5, metric=metric)
+    two = fk.kmeans(repeated, 4, init=init, max_iter=5, metric=metric)
+    torch.testing.assert_close(one.centroids, two.centroids)
+    torch.testing.assert_close(one.inertia, two.inertia)
+
+
+def test_a_batch_equals_its_parts_and_a_view_equals_its_copy() -> None:
+    x = blobs(3, 100, 16, 5)
+    init = x[:, :7].clone()
+    whole = fk.kmeans(x, 7, init=init, max_iter=3)
+    for b in range(3):
+        part = fk.kmeans(x[b], 7, init=init[b], max_iter=3)
+        assert part.labels.shape == (100,)
+        assert torch.equal(part.labels, whole.labels[b])
+        torch.testing.assert_close(part.centroids, whole.centroids[b])
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    again = fk.kmeans(strided, 7, init=init, max_iter=3)
+    assert torch.equal(again.labels, whole.labels)
+
+
+def test_many_small_batches() -> None:
+    x = torch.randn(70_000, 3, 2, generator=torch.Generator().manual_seed(0))
+    result = fk.kmeans(x, 2, init=x[:, :2], max_iter=1)
+    assert (regret(x, x[:, :2], result.labels) <= rounding(x, x[:, :2])).all()
+    torch.testing.assert_close(
+        (result.centroids * result.sizes.unsqueeze(-1)).sum(1), x.sum(1), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_two_runs_are_bit_equal_and_a_generator_decides_the_start() -> None:
+    x = blobs(2, 500, 8, 6)
+    runs = [
+        fk.kmeans(x, 6, init=init, generator=torch.Generator().manual_seed(seed), max_iter=3)
+        for init in ("random", "k-means++")
+        for seed in (1, 1, 2)
+    ]
+    for same, again, other in (runs[:3], runs[3:]):
+        assert torch.equal(same.centroids, again.centroids)
+        assert not torch.equal(same.centroids, other.centroids)
+
+
+def test_the_global_seed_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    fk.kmeans(blobs(1, 50, 2, 2), 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tol_stops_early_once_nothing_moves() -> None:
+    x = blobs(2, 300, 4, 3)
+    result = fk.kmeans(x, 3, init="k-means++", tol=1e-12, max_iter=100)
+    assert 1 < result.n_iter < 100
+    settled = fk.kmeans(x, 3, init=result.centroids, max_iter=1)
+    torch.testing.assert_close(settled.centroids, result.centroids)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tol", [0.0, 1e-4])
+def test_points_must_be_finite(bad: float, tol: float) -> None:
+    x = blobs(1, 20, 3, 2)
+    x[0, 3, 1] = bad
+    with pytest.raises(ValueError, match="finite"):
+        fk.kmeans(x, 2, tol=tol)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"n_clusters": 21}, ValueError, "between 1 and the number of points"),
+        ({"n_clusters": 0}, ValueError, "between 1"),
+        ({"n_clusters": 2.0}, TypeError, "must be an int"),
+        ({"x": torch.zeros(20)}, ValueError, "must be"),
+        ({"x": torch.zeros(0, 3)}, ValueError, "empty"),
+        ({"x": torch.zeros(20, 3, dtype=torch.int64)}, TypeError, "convert it"),
+        ({"x": [[1.0]]}, TypeError, "torch.Tensor"),
+        ({"metric": "l1"}, ValueError, "euclidean, cosine, dot"),
+        ({"empty": "drop"}, ValueError, "keep, farthest"),
+        ({"backend": "cuda"}, ValueError, "auto, reference, triton"),
+        ({"init": "pca"}, ValueError, "init must be"),
+        ({"init": torch.zeros(1, 4, 3)}, ValueError, "init must be"),
+        ({"max_iter": 0}, ValueError, "max_iter"),
+        ({"tol": -1.0}, ValueError, "tol"),
+        ({"sample_weight": torch.ones(19)}, ValueError, "sample_weight"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], error: type, words: str) -> None:
+    arguments: dict[str, object] = {"x": torch.randn(20, 3), "n_clusters": 2, **change}
+    with pytest.raises(error, match=words):
+        fk.kmeans(arguments.pop("x"), arguments.pop("n_clusters"), **arguments)  # type: ignore[arg-type]
+
+
+def test_an_impossible_backend_says_why() -> None:
+    with pytest.raises(fk.UnsupportedError, match="float64|triton") as raised:
+        fk.assign(torch.zeros(4, 2).double(), torch.zeros(2, 2).double(), backend="triton")
+    assert set(raised.value.reasons) == {"triton"}
+
+
+def test_compiled_without_graph_breaks() -> None:
+    x = blobs(2, 100, 8, 4)
+    init = x[:, :5].clone()
+
+    def run(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = fk.kmeans(points * 2, 5, init=init * 2, max_iter=2)
+        return result.labels, result.centroids / 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for ours, theirs in zip(compiled(x), run(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_operators_pass_torchs_own_checks() -> None:
+    x = blobs(2, 30, 4, 3)
+    init = x[:, :3].clone()
+    for args, op in (
+        ((x, init, "euclidean", "reference", False), torch.ops.flash_kmeans.assign.default),
+        (
+            (x, torch.zeros(2, 30, dtype=torch.int32), init, None, "dot", "reference"),
+            torch.ops.flash_kmeans.update.default,
+        ),
+        (
+            (x, init, None, "cosine", "keep", 2, "reference", False),
+            torch.ops.flash_kmeans.lloyd.default,
+        ),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
