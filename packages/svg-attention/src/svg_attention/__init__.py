@@ -4,7 +4,8 @@ from svg_attention.attention import dense_attention, sparse_attention
 from svg_attention.errors import UnsupportedError
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
-from svg_attention.methods import Dense, Method
+from svg_attention.methods import SVG1, SVG2, Dense, Method, RandomBlocks, method_from_dict
+from svg_attention.metrics import density, mass_coverage, recall
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.schedule import Schedule
 from svg_attention.session import Call, CallRecord, Session
@@ -13,6 +14,9 @@ __all__ = [
     "Call",
     "CallRecord",
     "Dense",
+    "RandomBlocks",
+    "SVG1",
+    "SVG2",
     "KeySummary",
     "LayerMemory",
     "Method",
@@ -22,6 +26,10 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "dense_attention",
+    "density",
+    "mass_coverage",
+    "method_from_dict",
+    "recall",
     "sparse_attention",
 ]
 

@@ -1,6 +1,32 @@
 """Methods decide which keys each query reads; they meet the backends only in the plan."""
 
-from svg_attention.methods.base import Method
-from svg_attention.methods.dense import Dense
+from __future__ import annotations
 
-__all__ = ["Dense", "Method"]
+from collections.abc import Mapping
+from typing import Any
+
+from svg_attention.methods.base import Method, MethodConfig
+from svg_attention.methods.dense import Dense
+from svg_attention.methods.random_blocks import RandomBlocks
+from svg_attention.methods.svg1 import SVG1
+from svg_attention.methods.svg2 import SVG2
+
+METHODS: dict[str, type[MethodConfig]] = {
+    method.__name__: method for method in (Dense, SVG1, SVG2, RandomBlocks)
+}
+
+
+def method_from_dict(values: Mapping[str, Any]) -> Method:
+    """Build the method that `to_dict` described.
+
+    Raises:
+        ValueError: if no method has that name.
+    """
+    name = values.get("name")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    method: Any = METHODS[name].from_dict(values)
+    return method
+
+
+__all__ = ["METHODS", "SVG1", "SVG2", "Dense", "Method", "RandomBlocks", "method_from_dict"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
 from svg_attention.plan import TILE_ROWS, SparsePlan, count_tiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @runtime_checkable
@@ -48,6 +53,28 @@ class Method(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Return the name and the fields as plain JSON values."""
         ...
+
+
+class MethodConfig:
+    """Give a method's dataclass its JSON round trip."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name and the fields as plain JSON values."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # type: ignore[arg-type]
+        return {"name": type(self).__name__, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a method from what `to_dict` returned.
+
+        Raises:
+            ValueError: if `values` names another method.
+        """
+        settings = dict(values)
+        name = settings.pop("name", cls.__name__)
+        if name != cls.__name__:
+            raise ValueError(f"these are the settings of {name!r}, not of {cls.__name__!r}")
+        return cls(**settings)
 
 
 def check_call(
@@ -127,3 +154,9 @@ def text_tiles(layout: TokenLayout, text: Tensor, tile_rows: int = TILE_ROWS) ->
     first = torch.arange(count_tiles(layout.tokens, tile_rows), device=text.device) * tile_rows
     end = (layout.video_tokens + text)[:, None]
     return (first + tile_rows > layout.video_tokens) & (first < end) & (text[:, None] > 0)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a fraction above 0 and at most 1."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}")

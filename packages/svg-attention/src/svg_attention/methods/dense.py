@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
-from svg_attention.methods.base import check_call, token_order, valid_tokens
+from svg_attention.methods.base import MethodConfig, check_call, token_order, valid_tokens
 from svg_attention.plan import SparsePlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class Dense(MethodConfig):
     """Compute every pair: the baseline, and what warm-up steps run."""
 
     def plan(
@@ -46,7 +45,3 @@ class Dense:
             key_lengths=lengths,
             device=query.device,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name as plain JSON values."""
-        return {"name": "Dense"}

@@ -1,0 +1,112 @@
+"""Clustering the queries or keys of a call, warm-started from the step before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_kmeans import kmeans
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clusters:
+    """Clusters of the video rows of each head; `K` of them, similar ones next to each other.
+
+    Attributes:
+        labels: int32 `[B, H, N]`.
+        centroids: `[B, H, K, D]`, mean row of each cluster; an empty one keeps its last.
+        sizes: int32 `[B, H, K]`.
+        order: int32 `[B, H, N]`, rows sorted by cluster.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    sizes: Tensor
+    order: Tensor
+
+
+def cluster_rows(
+    x: Tensor,
+    n_clusters: int,
+    *,
+    remembered: Tensor | None,
+    first_iterations: int,
+    step_iterations: int,
+    generator: torch.Generator | None,
+) -> Clusters:
+    """Cluster the rows of each head.
+
+    Without remembered centroids it starts from random rows (the same row numbers for every head
+    and batch item, so that a result does not depend on what else is in the batch) and runs
+    `first_iterations`; with them it runs `step_iterations`. The centroids are put in an order in
+    which similar ones are neighbours before the last iterations, so that rows sorted by label are
+    in that order too.
+
+    Args:
+        x: `[B, H, N, D]`.
+        n_clusters: clusters per head, at most `N`.
+        remembered: `[B, H, K, D]` from an earlier step; ignored if it does not fit `x`.
+        first_iterations: rounds of a first call.
+        step_iterations: rounds of a later call.
+        generator: source of the random start.
+    """
+    batch, heads, rows, width = x.shape
+    shape = (batch, heads, n_clusters, width)
+    flat = x.reshape(batch * heads, rows, width)
+    if fits(remembered, shape, x) and remembered is not None:
+        start = remembered
+        iterations = step_iterations
+    else:
+        chosen = torch.rand(rows, generator=generator, device=x.device).argsort()[:n_clusters]
+        start = x.index_select(2, chosen)
+        iterations = min(step_iterations, first_iterations)
+        if first_iterations > iterations:
+            result = kmeans(
+                flat,
+                n_clusters,
+                init=start.reshape(-1, n_clusters, width),
+                max_iter=first_iterations - iterations,
+            )
+            start = result.centroids.view(shape)
+    start = torch.gather(start, 2, neighbour_order(start)[..., None].expand(shape))
+    result = kmeans(
+        flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=iterations
+    )
+    return Clusters(
+        labels=result.labels.view(batch, heads, rows),
+        centroids=result.centroids.view(shape),
+        sizes=result.sizes.view(batch, heads, n_clusters),
+        order=result.order.view(batch, heads, rows),
+    )
+
+
+def fits(remembered: Tensor | None, shape: tuple[int, ...], like: Tensor) -> bool:
+    """Return whether remembered centroids can start a clustering of rows like `like`."""
+    return (
+        remembered is not None
+        and tuple(remembered.shape) == shape
+        and remembered.dtype == like.dtype
+        and remembered.device == like.device
+    )
+
+
+def neighbour_order(centroids: Tensor, *, rounds: int = 8) -> Tensor:
+    """Order centroids along their principal direction, so that similar ones are neighbours.
+
+    Args:
+        centroids: `[B, H, K, D]`.
+        rounds: power iterations that find the direction.
+
+    Returns:
+        int64 `[B, H, K]`, a permutation for each head.
+    """
+    centred = centroids.float()
+    centred = centred - centred.mean(dim=2, keepdim=True)
+    covariance = centred.transpose(-1, -2) @ centred
+    direction = covariance.diagonal(dim1=-2, dim2=-1)[..., None]
+    for _ in range(rounds):
+        direction = covariance @ direction
+        direction = direction / direction.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    return (centred @ direction).squeeze(-1).argsort(dim=-1, stable=True)

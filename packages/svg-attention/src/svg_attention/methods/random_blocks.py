@@ -1,0 +1,82 @@
+"""The baseline of quality tables: blocks of keys chosen at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svg_attention.layout import TokenLayout
+from svg_attention.memory import LayerMemory
+from svg_attention.methods.base import (
+    MethodConfig,
+    check_call,
+    check_fraction,
+    text_tiles,
+    token_order,
+    valid_text,
+    valid_tokens,
+)
+from svg_attention.methods.dense import Dense
+from svg_attention.methods.selection import keep_budget, key_budget
+from svg_attention.plan import TILE_ROWS, SparsePlan, count_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBlocks(MethodConfig):
+    """Read blocks of 128 neighbouring keys drawn at random for each query tile.
+
+    Any method worth its name beats it at equal density.
+
+    Args:
+        density: fraction of the valid query-key pairs to compute.
+    """
+
+    density: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_fraction("density", self.density)
+
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: TokenLayout,
+        memory: LayerMemory,
+        text_lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        scale: float | None = None,
+    ) -> SparsePlan:
+        """Draw the plan; see `Method.plan`."""
+        check_call(query, key, value, layout, text_lengths)
+        if self.density >= 1.0:
+            return Dense().plan(
+                query, key, value, layout=layout, memory=memory, text_lengths=text_lengths
+            )
+        batch, heads, tokens, _ = query.shape
+        text = valid_text(layout, text_lengths, batch, query)
+        tiles, blocks = count_tiles(tokens), count_tiles(layout.video_tokens)
+        first = torch.arange(blocks, device=query.device) * TILE_ROWS
+        sizes = (layout.video_tokens - first).clamp(max=TILE_ROWS).expand(batch, heads, blocks)
+        # One draw for the whole batch: an item's plan does not depend on its company.
+        priority = torch.rand((heads, tiles, blocks), generator=generator, device=query.device)
+        # Whole blocks cannot meet a budget: a random remainder makes them meet it on average.
+        spare = torch.rand((heads, tiles), generator=generator, device=query.device) * TILE_ROWS
+        budget = key_budget(layout, text, self.density)[:, None, None] + spare
+        mask = keep_budget(priority.expand(batch, heads, tiles, blocks), sizes, budget)
+        starts = torch.arange(tiles, device=query.device) * TILE_ROWS
+        return SparsePlan.from_cluster_mask(
+            mask & (starts < layout.video_tokens)[:, None],
+            sizes,
+            query_length=tokens,
+            key_length=tokens,
+            query_order=token_order(layout, None, query),
+            key_order=token_order(layout, None, key),
+            tail=text,
+            full_tiles=text_tiles(layout, text)[:, None],
+            query_lengths=valid_tokens(layout, text_lengths, batch, query),
+            key_lengths=valid_tokens(layout, text_lengths, batch, query),
+        )

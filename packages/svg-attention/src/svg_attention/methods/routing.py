@@ -1,0 +1,106 @@
+"""Ranking key clusters by the error their centroid would make, rather than by their mass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits held at once while probing every key with the mean query of each tile.
+PROBE_LOGITS = 2**24
+
+
+def centroid_error(
+    means: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    centroids: Tensor,
+    value_means: Tensor,
+    sizes: Tensor,
+    scale: float,
+) -> Tensor:
+    """Estimate the squared error of replacing each key cluster by its centroid, per key.
+
+    `e_tc = 1 / n_c * sum_(j in c) | exp(q_t . k_c) v_c - exp(q_t . k_j) v_j |^2`, where `k_c` and
+    `v_c` are the mean key and value of the cluster and `q_t` is the mean query of the tile, with
+    `scale` in the exponents. Each tile's exponentials are relative to its own largest, so values
+    compare within a tile only.
+
+    Every key is probed with every tile's mean query in chunks of tiles; the sums over a cluster
+    are differences of an fp64 running sum, so they do not depend on the order of threads.
+
+    Args:
+        means: fp32 `[B, H, T, D]`.
+        keys: `[B, H, N, D]`, sorted by cluster.
+        values: `[B, H, N, D_v]`, sorted by cluster.
+        centroids: `[B, H, C, D]`.
+        value_means: `[B, H, C, D_v]`.
+        sizes: integers `[B, H, C]`.
+        scale: factor of the logits.
+
+    Returns:
+        fp32 `[B, H, T, C]`, 0 for an empty cluster.
+
+    Source: SVG-EAR, arXiv:2603.08982 (value-aware relaxed error), here per query tile.
+    """
+    ends = sizes.long().cumsum(dim=-1)
+    rows = torch.arange(keys.shape[2], device=keys.device).expand(*ends.shape[:2], -1).contiguous()
+    owner = torch.searchsorted(ends, rows, right=True).clamp_(max=ends.shape[-1] - 1)
+    values, value_means = values.float(), value_means.float()
+    own_mean = value_means.gather(2, owner[..., None].expand(-1, -1, -1, values.shape[-1]))
+    agreement = (values * own_mean).sum(dim=-1)[:, :, None]
+    energy = values.square().sum(dim=-1)[:, :, None]
+    mean_energy = value_means.square().sum(dim=-1)[:, :, None]
+    keys_t = keys.float().transpose(-1, -2)
+    centroids_t = centroids.float().transpose(-1, -2)
+    count = sizes.float()[:, :, None]
+    per_tile = keys.shape[0] * keys.shape[1] * keys.shape[2]
+    errors = []
+    for part in means.split(max(PROBE_LOGITS // max(per_tile, 1), 1), dim=2):
+        logits = torch.matmul(part, keys_t) * scale
+        largest = logits.amax(dim=-1, keepdim=True)
+        weights = (logits - largest).exp_()
+        # By convexity a mean key's logit cannot exceed the largest of its cluster.
+        centre = (torch.matmul(part, centroids_t) * scale - largest).clamp_(max=0).exp_()
+        cross = _cluster_sums(weights * agreement, ends)
+        square = _cluster_sums(weights.square_() * energy, ends)
+        total = count * centre.square() * mean_energy - 2.0 * centre * cross + square
+        errors.append(total.clamp_(min=0) / count.clamp(min=1))
+    return torch.cat(errors, dim=2)
+
+
+def spread_error(
+    means: Tensor,
+    centroids: Tensor,
+    value_means: Tensor,
+    key_variance: Tensor,
+    value_variance: Tensor,
+    scale: float,
+) -> Tensor:
+    """Estimate what `centroid_error` probes from second moments alone, to second order.
+
+    With logits of variance `s_tc = scale^2 sum_d q_td^2 Var_c(k_d)` around the centroid's,
+    `e_tc = exp(2 q_t . k_c) (s_tc |v_c|^2 + (1 + s_tc) Var_c(v))`. Costs no pass over the keys.
+
+    Args:
+        means: fp32 `[B, H, T, D]`.
+        centroids: `[B, H, C, D]`.
+        value_means: `[B, H, C, D_v]`.
+        key_variance: fp32 `[B, H, C, D]`, variance of each key channel within the cluster.
+        value_variance: fp32 `[B, H, C]`, summed over channels.
+        scale: factor of the logits.
+
+    Returns:
+        fp32 `[B, H, T, C]`, relative to each tile's largest.
+    """
+    logits = torch.matmul(means, centroids.float().transpose(-1, -2)) * scale
+    spread = torch.matmul(means.square(), key_variance.transpose(-1, -2)) * scale**2
+    energy = value_means.float().square().sum(dim=-1)[:, :, None]
+    relative = spread * energy + (1.0 + spread) * value_variance[:, :, None]
+    return (2.0 * (logits - logits.amax(dim=-1, keepdim=True))).exp_() * relative
+
+
+def _cluster_sums(x: Tensor, ends: Tensor) -> Tensor:
+    """Sum `[B, H, T, N]` over the rows of each cluster, given one past its last row `[B, H, C]`."""
+    running = torch.nn.functional.pad(x.double().cumsum(dim=-1), (1, 0))
+    edges = torch.nn.functional.pad(ends, (1, 0))[:, :, None].expand(-1, -1, x.shape[2], -1)
+    return running.gather(-1, edges).diff(dim=-1).float()

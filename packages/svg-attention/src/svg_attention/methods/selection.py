@@ -1,0 +1,126 @@
+"""Choosing which key clusters a query tile reads.
+
+Everything here is vectorised over batch, heads and tiles, has static shapes and never waits for
+the device. `C` is the number of key clusters, `T` that of query tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_attention.layout import TokenLayout
+from svg_attention.methods.base import text_tiles
+from svg_attention.plan import TILE_ROWS, count_tiles
+
+
+def tile_means(query: Tensor, length: int, tile_rows: int = TILE_ROWS) -> Tensor:
+    """Average the first `length` rows tile by tile: `[B, H, S, D]` -> fp32 `[B, H, T, D]`.
+
+    `T` counts the tiles that hold one of those rows; the last may be partial.
+    """
+    tiles = count_tiles(length, tile_rows)
+    rows = query[:, :, :length].float()
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, tiles * tile_rows - length))
+    sums = rows.unflatten(2, (tiles, tile_rows)).sum(dim=3)
+    first = torch.arange(tiles, device=query.device) * tile_rows
+    return sums / (length - first).clamp(max=tile_rows)[:, None]
+
+
+def estimated_logits(means: Tensor, centroids: Tensor, scale: float) -> Tensor:
+    """Return `means . centroids * scale`, fp32 `[B, H, T, C]`."""
+    return torch.matmul(means, centroids.float().transpose(-1, -2)) * scale
+
+
+def estimated_mass(logits: Tensor, sizes: Tensor) -> Tensor:
+    """Estimate the share of a tile's attention that goes to each cluster.
+
+    `p_j = n_j exp(s_j) / sum_i n_i exp(s_i)`, in fp32; 0 for an empty cluster.
+
+    Args:
+        logits: fp32 `[B, H, T, C]`, the logit of the tile's mean query with each centroid.
+        sizes: integers `[B, H, C]`.
+    """
+    return torch.softmax(logits + sizes.float().log()[:, :, None], dim=-1)
+
+
+def keep_top_p(mass: Tensor, sizes: Tensor, *, top_p: float, min_keep: float = 0.0) -> Tensor:
+    """Keep, for each tile, the fewest leading clusters whose mass reaches `top_p`.
+
+    Clusters are ranked by mass, equal ones by number; the one that crosses `top_p` is kept, and so
+    are the first `int(min_keep * C)` ranks. Empty clusters are never kept.
+
+    Args:
+        mass: fp32 `[B, H, T, C]`, sums to 1 over `C`.
+        sizes: integers `[B, H, C]`.
+        top_p: share of the mass to reach; 1 keeps every cluster.
+        min_keep: fraction of the clusters that is kept whatever their mass.
+
+    Returns:
+        bool `[B, H, T, C]`.
+    """
+    filled = (sizes > 0)[:, :, None].expand_as(mass)
+    if top_p >= 1.0:
+        return filled
+    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+    kept = ranked.cumsum(dim=-1) - ranked < top_p
+    kept[..., : int(min_keep * mass.shape[-1])] = True
+    kept[..., :1] = True
+    return torch.zeros_like(kept).scatter_(-1, order, kept) & filled
+
+
+def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
+    """Keep, for each tile, clusters of falling priority until their keys fill a budget.
+
+    Clusters are taken in order while the next one fits; then, twice, the ones after it that still
+    fit are taken the same way. The keys kept never exceed the budget, except that the first
+    cluster is always kept, so that no query is left without keys.
+
+    Args:
+        priority: fp32 `[B, H, T, C]`; equal ones rank by number.
+        sizes: integers `[B, H, C]`; empty clusters are never kept.
+        budget: keys, broadcastable with `[B, H, T]`.
+
+    Returns:
+        bool `[B, H, T, C]`.
+    """
+    filled = (sizes > 0)[:, :, None]
+    order = (
+        priority.masked_fill(~filled, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    )
+    keys = sizes.float()[:, :, None].expand_as(priority).gather(-1, order)
+    left = budget.to(keys.dtype).expand(priority.shape[:3])[..., None]
+    kept = torch.zeros_like(keys, dtype=torch.bool)
+    for _ in range(3):
+        fits = ~kept & (keys <= left)
+        taken = fits & ((keys * fits).cumsum(dim=-1) <= left)
+        if _ == 0:
+            # The first pass takes a prefix: nothing after the first cluster that does not fit.
+            taken = keys.cumsum(dim=-1) <= left
+            taken[..., :1] = True
+        kept = kept | taken
+        left = (left - (keys * taken).sum(dim=-1, keepdim=True)).clamp_(min=0)
+    return torch.zeros_like(kept).scatter_(-1, order, kept) & filled
+
+
+def key_budget(layout: TokenLayout, text: Tensor, density: float) -> Tensor:
+    """Return how many video keys a video tile may read for a plan of this density.
+
+    Text rows read everything, and so does a tile that holds one; every row reads the text. What is
+    left of `density * tokens ** 2` pairs is shared equally by the other video rows.
+
+    Args:
+        layout: where the tokens are.
+        text: integers `[B]`, valid text tokens.
+        density: fraction of all valid pairs.
+
+    Returns:
+        fp64 `[B]`, between 0 and the video tokens.
+    """
+    video = layout.video_tokens
+    tokens = (video + text).double()
+    full = text_tiles(layout, text)[:, : count_tiles(video)]
+    shared = torch.where(full[:, -1], video % TILE_ROWS, 0)
+    free = (video - shared).clamp(min=1)
+    pairs = density * tokens**2 - (text + shared) * tokens
+    return (pairs / free - text).clamp(min=0.0, max=float(video))

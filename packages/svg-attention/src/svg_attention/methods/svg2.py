@@ -1,0 +1,235 @@
+"""SVG2: cluster queries and keys, read the key clusters that hold the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flash_kmeans import update
+from svg_attention.layout import TokenLayout
+from svg_attention.memory import LayerMemory
+from svg_attention.methods.base import (
+    MethodConfig,
+    check_call,
+    check_fraction,
+    text_tiles,
+    token_order,
+    valid_text,
+    valid_tokens,
+)
+from svg_attention.methods.clustering import Clusters, cluster_rows
+from svg_attention.methods.dense import Dense
+from svg_attention.methods.routing import centroid_error
+from svg_attention.methods.selection import (
+    estimated_logits,
+    estimated_mass,
+    keep_budget,
+    keep_top_p,
+    key_budget,
+    tile_means,
+)
+from svg_attention.plan import KeySummary, SparsePlan, count_tiles, match_heads
+from svg_attention.rows import take_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG2(MethodConfig):
+    """Cluster video queries and keys per head; let each query tile read whole key clusters.
+
+    Queries and keys are sorted by cluster. A tile of 128 sorted queries estimates the mass of each
+    key cluster from its own mean query and reads the clusters that reach `top_p` of it, or as many
+    as a density allows. Text is exact: every query reads it and it reads everything.
+
+    Args:
+        q_clusters: query clusters per head.
+        k_clusters: key clusters per head.
+        top_p: share of the estimated mass that each tile reads.
+        min_keep: fraction of the key clusters that each tile reads at least.
+        density: fraction of the valid query-key pairs to compute, text included; replaces `top_p`
+            and `min_keep`. The realised density is at or just below it.
+        compensate: let unread clusters take part through their mean key and value.
+        route: "mass" reads the clusters with most mass; "error" those that their centroid would
+            replace worst, as many keys as "mass" would have read. Needs `compensate`.
+        first_iterations: k-means rounds of the first planned call of a layer.
+        step_iterations: k-means rounds of later calls, from the centroids of the one before.
+
+    Source: Sparse VideoGen2, arXiv:2505.18875; compensation and routing SVG-EAR, arXiv:2603.08982.
+    """
+
+    q_clusters: int = 300
+    k_clusters: int = 1000
+    top_p: float = 0.9
+    min_keep: float = 0.10
+    density: float | None = None
+    compensate: bool = False
+    route: Literal["mass", "error"] = "mass"
+    first_iterations: int = 50
+    step_iterations: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fraction("top_p", self.top_p)
+        if not 0.0 <= self.min_keep <= 1.0:
+            raise ValueError(f"min_keep must lie in [0, 1], got {self.min_keep}")
+        if self.density is not None:
+            check_fraction("density", self.density)
+        if self.route not in ("mass", "error"):
+            raise ValueError(f"route must be 'mass' or 'error', got {self.route!r}")
+        if self.route == "error" and not self.compensate:
+            raise ValueError(
+                "route='error' ranks clusters by the error of compensation; set compensate=True"
+            )
+
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: TokenLayout,
+        memory: LayerMemory,
+        text_lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        scale: float | None = None,
+    ) -> SparsePlan:
+        """Cluster, choose and build the plan; see `Method.plan`.
+
+        Raises:
+            ValueError: if there are more clusters than video tokens.
+        """
+        check_call(query, key, value, layout, text_lengths)
+        if (self.top_p if self.density is None else self.density) >= 1.0:
+            return Dense().plan(
+                query, key, value, layout=layout, memory=memory, text_lengths=text_lengths
+            )
+        most = max(self.q_clusters, self.k_clusters)
+        if most > layout.video_tokens:
+            raise ValueError(
+                f"{most} clusters cannot be made of {layout.video_tokens} video tokens; "
+                f"ask for at most {layout.video_tokens} (a good number is a hundredth of them)"
+            )
+        batch, heads, tokens, width = query.shape
+        scale = width**-0.5 if scale is None else scale
+        video = slice(layout.video_start, layout.video_start + layout.video_tokens)
+        queries, keys, values = query[:, :, video], key[:, :, video], value[:, :, video]
+        query_clusters, key_clusters = self._cluster(queries, keys, memory, generator)
+        text = valid_text(layout, text_lengths, batch, query)
+        means = tile_means(take_rows(queries, query_clusters.order), layout.video_tokens)
+        budget = key_budget(layout, text, self.density)[:, None, None] if self.density else None
+        mask, summary = self._choose(means, keys, values, key_clusters, budget, scale)
+        # Tiles past the video read nothing but text, unless they hold text rows themselves.
+        spare = count_tiles(tokens) - mask.shape[2]
+        mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
+        full = text_tiles(layout, text)[:, None]
+        lengths = valid_tokens(layout, text_lengths, batch, query)
+        return SparsePlan.from_cluster_mask(
+            mask,
+            match_heads(key_clusters.sizes, heads),
+            query_length=tokens,
+            key_length=tokens,
+            query_order=token_order(layout, query_clusters.order, query),
+            key_order=token_order(layout, key_clusters.order, key),
+            tail=text,
+            full_tiles=full,
+            query_lengths=lengths,
+            key_lengths=lengths,
+            summary=None if summary is None else weigh_summary(summary, mask | full[..., None]),
+        )
+
+    def _cluster(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        memory: LayerMemory,
+        generator: torch.Generator | None,
+    ) -> tuple[Clusters, Clusters]:
+        """Cluster the video rows of both sides and remember the centroids."""
+        query_clusters = cluster_rows(
+            queries,
+            self.q_clusters,
+            remembered=memory.query_centroids,
+            first_iterations=self.first_iterations,
+            step_iterations=self.step_iterations,
+            generator=generator,
+        )
+        key_clusters = cluster_rows(
+            keys,
+            self.k_clusters,
+            remembered=memory.key_centroids,
+            first_iterations=self.first_iterations,
+            step_iterations=self.step_iterations,
+            generator=generator,
+        )
+        memory.query_centroids = query_clusters.centroids
+        memory.key_centroids = key_clusters.centroids
+        return query_clusters, key_clusters
+
+    def _choose(
+        self,
+        means: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        clusters: Clusters,
+        budget: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, KeySummary | None]:
+        """Return the clusters each tile reads and, if asked for, what stands in for the rest.
+
+        The weights of the summary are the logarithms of all cluster sizes, `[B, H, 1, C]`.
+        """
+        heads = means.shape[1]
+        sizes = match_heads(clusters.sizes, heads)
+        centroids = match_heads(clusters.centroids, heads)
+        logits = estimated_logits(means, centroids, scale)
+        mass = estimated_mass(logits, sizes)
+        if budget is None:
+            mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
+        else:
+            mask = keep_budget(mass, sizes, budget)
+        if not self.compensate:
+            return mask, None
+        value_means = mean_values(values, clusters)
+        summary = KeySummary(
+            keys=clusters.centroids,
+            values=value_means,
+            log_weights=sizes.float().log()[:, :, None],
+        )
+        if self.route == "error":
+            if budget is None:
+                budget = (mask * sizes[:, :, None]).sum(dim=-1)
+            order = clusters.order
+            errors = centroid_error(
+                means,
+                match_heads(take_rows(keys, order), heads),
+                match_heads(take_rows(values, order), heads),
+                centroids,
+                match_heads(value_means, heads),
+                sizes,
+                scale,
+            )
+            mask = keep_budget(errors, sizes, budget)
+        return mask, summary
+
+
+def mean_values(values: Tensor, clusters: Clusters) -> Tensor:
+    """Return the mean value of each key cluster, `[B, H, C, D_v]`; 0 for an empty one."""
+    batch, heads, rows, width = values.shape
+    count = clusters.sizes.shape[-1]
+    means = update(
+        values.reshape(batch * heads, rows, width),
+        clusters.labels.reshape(batch * heads, rows),
+        count,
+        previous=values.new_zeros(batch * heads, count, width),
+    ).centroids
+    return means.view(batch, heads, count, width)
+
+
+def weigh_summary(summary: KeySummary, mask: Tensor) -> KeySummary:
+    """Give each tile the weights of the clusters it does not read, minus infinity elsewhere."""
+    weights = summary.log_weights.expand(mask.shape).masked_fill(mask, -torch.inf)
+    return KeySummary(keys=summary.keys, values=summary.values, log_weights=weights)
