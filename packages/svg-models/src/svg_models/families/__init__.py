@@ -1,0 +1,86 @@
+"""The model families that `sparsify` knows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from svg_models.context import unwrap
+from svg_models.families.base import Family
+from svg_models.families.wan import WAN
+
+__all__ = ["Family", "family_of", "known_families", "register", "transformers_of"]
+
+_SLOTS = ("transformer", "transformer_2")
+_families: list[Family] = [WAN]
+
+
+def known_families() -> tuple[Family, ...]:
+    """Return all families, the packaged ones first."""
+    return tuple(_families)
+
+
+def register(family: Family) -> None:
+    """Make a family known to this process.
+
+    Args:
+        family: its `name` and its transformer classes must be new.
+
+    Raises:
+        ValueError: if another family has the name or one of the transformer classes.
+    """
+    for known in _families:
+        shared = set(known.transformers) & set(family.transformers)
+        if known.name == family.name or shared:
+            raise ValueError(
+                f"family {family.name!r} ({', '.join(family.transformers)}) is already known as "
+                f"{known.name!r} ({', '.join(known.transformers)})"
+            )
+    _families.append(family)
+
+
+def transformers_of(pipe: object) -> dict[str, nn.Module]:
+    """Return the denoising transformers of a pipeline by component name.
+
+    Args:
+        pipe: a diffusers pipeline, or one transformer.
+
+    Returns:
+        `{"transformer": ...}` and, where the pipeline has two, `"transformer_2"`; compiled modules
+        are unwrapped.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(pipe, nn.Module):
+        return {"transformer": unwrap(pipe)}
+    found = {name: getattr(pipe, name, None) for name in _SLOTS}
+    modules = {name: unwrap(m) for name, m in found.items() if isinstance(m, nn.Module)}
+    if not modules:
+        raise TypeError(
+            f"expected a diffusers video pipeline or its transformer, got {type(pipe).__name__}, "
+            "which has no attribute 'transformer'"
+        )
+    return modules
+
+
+def family_of(transformer: nn.Module) -> Family:
+    """Return the family of a transformer.
+
+    Args:
+        transformer: a diffusers transformer.
+
+    Returns:
+        The family that covers its class.
+
+    Raises:
+        ValueError: if no family does; the message lists the known ones and how to add one.
+    """
+    for family in _families:
+        if family.covers(transformer):
+            return family
+    known = "; ".join(f"{f.name}: {', '.join(f.transformers)} ({f.title})" for f in _families)
+    raise ValueError(
+        f"no model family covers {type(transformer).__name__}; known families are {known}. "
+        "Describe yours in a Family and pass it to svg_models.families.register: "
+        "see 'Adding a model' in the documentation"
+    )

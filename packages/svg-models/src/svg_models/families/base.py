@@ -1,0 +1,241 @@
+"""What a model family declares, and the steps its attention processor shares with all others."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from svg_attention import UnsupportedError
+from torch import Tensor, nn
+
+from svg_models import operator
+from svg_models.recipes import Published
+
+__all__ = [
+    "DenseKernel",
+    "Family",
+    "SparseProcessor",
+    "dense_attention",
+    "project_out",
+    "project_qkv",
+    "rotate_pairs",
+    "split_heads",
+]
+
+
+class DenseKernel(Protocol):
+    """Dense attention exactly as the model's own processor computes it."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, backend: Any, text_lengths: Tensor | None
+    ) -> Tensor:
+        """Attend `[B, S, H, D]` to itself with the dispatcher's `backend`."""
+        ...
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None, text_lengths: Tensor | None
+) -> Tensor:
+    """Compute dense attention by diffusers' dispatcher, the kernel the stock processor would use.
+
+    Args:
+        query: `[B, S, H, D]`.
+        key: as `query`.
+        value: as `query`.
+        backend: what the user set with `set_attention_backend`, or None for the active one.
+        text_lengths: must be None: a family with text in its self-attention declares its own kernel.
+
+    Returns:
+        `[B, S, H, D]`.
+
+    Raises:
+        ValueError: if `text_lengths` is given.
+    """
+    if text_lengths is not None:
+        raise ValueError("this kernel masks no text; declare Family.dense for a model with text")
+    out: Tensor = dispatch_attention_fn(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, backend=backend
+    )
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything that one kind of transformer has of its own.
+
+    Attributes:
+        name: short name, for example `"wan"`.
+        title: the models it covers, for people.
+        transformers: class names of the transformers; subclasses count too.
+        attentions: regular expression that the module path of each video self-attention matches.
+        stock_processors: class names of the processors that `processor` reproduces; any other is
+            refused, because replacing it would lose what it does.
+        processor: the attention processor that takes their place.
+        grid: latent frames, rows and columns of tokens, from the transformer and the arguments of
+            its forward pass by name.
+        task: names the recipe row of a model, for example `"t2v"` or `"i2v"`.
+        recipes: published settings, see `svg_models.recipes`.
+        text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
+        dense: the kernel of dense steps.
+    """
+
+    name: str
+    title: str
+    transformers: tuple[str, ...]
+    attentions: str
+    stock_processors: tuple[str, ...]
+    processor: type[SparseProcessor]
+    grid: Callable[[nn.Module, Mapping[str, Any]], tuple[int, int, int]]
+    task: Callable[[nn.Module], str]
+    recipes: tuple[Published, ...]
+    text_position: Literal["first", "last"] | None = None
+    dense: DenseKernel = dense_attention
+
+    def covers(self, transformer: nn.Module) -> bool:
+        """Tell whether `transformer` is of this family."""
+        return any(cls.__name__ in self.transformers for cls in type(transformer).__mro__)
+
+    def find_attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return path and module of each video self-attention, in the order they run.
+
+        Raises:
+            ValueError: if there is none, or one has a processor that is not reproduced.
+        """
+        pattern = re.compile(self.attentions)
+        found = [(path, m) for path, m in transformer.named_modules() if pattern.fullmatch(path)]
+        if not found:
+            raise ValueError(
+                f"{type(transformer).__name__} has no module matching {self.attentions!r}, "
+                f"so family {self.name!r} cannot make it sparse"
+            )
+        for path, module in found:
+            processor = type(module.processor).__name__
+            if processor not in self.stock_processors:
+                raise ValueError(
+                    f"expected {' or '.join(self.stock_processors)} at {path}, got {processor}; "
+                    "call sparsify before installing other attention processors"
+                )
+        return found
+
+
+class SparseProcessor:
+    """Base of the attention processors that ask a sparse run what to compute.
+
+    It stands in front of the processor it replaced: settings that diffusers keeps on processors
+    (attention backend, parallel configuration) are read from and written to that one, so they
+    survive `restore`. A deep copy of the model gets a copy of the replaced processor, so that it is
+    a plain dense model.
+
+    Args:
+        original: the processor it replaces.
+        handle: names the run and the attention, from `svg_models.operator.make_handle`.
+    """
+
+    def __init__(self, original: Any, handle: Tensor) -> None:
+        self.original = original
+        self.handle = handle
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
+        parallel = getattr(self.original, "_parallel_config", None)
+        if parallel is None:
+            return operator.attention(query, key, value, self.handle, text_lengths)
+        return _attend_over_ranks(query, key, value, self.handle, text_lengths, parallel)
+
+
+def _attend_over_ranks(
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None, config: Any
+) -> Tensor:
+    refuse_ring(config)
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    def local_heads(_: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any) -> Tensor:
+        return operator.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle, text_lengths)
+
+    out: Tensor = _templated_context_parallel_attention(
+        query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config
+    )
+    return out
+
+
+def refuse_ring(config: Any) -> None:
+    """Raise UnsupportedError if `config` (a diffusers `ParallelConfig` or None) asks for ring attention."""
+    context = getattr(config, "context_parallel_config", None)
+    if context is not None and (context.ring_degree or 1) > 1:
+        raise UnsupportedError(
+            {
+                "ring": "a sparse plan needs the keys of the whole sequence and ring attention shows "
+                "one part at a time; use ContextParallelConfig(ulysses_degree=...)"
+            }
+        )
+
+
+def project_qkv(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project tokens to query, key and value, each `[B, S, H * D]`, by one or three layers.
+
+    Only calls modules and reads no weights, so LoRA, quantised layers and offloading keep working.
+    """
+    if getattr(attn, "fused_projections", False):
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return query, key, value
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """View `[B, S, H * D]` as `[B, S, H, D]`."""
+    return states.unflatten(2, (heads, -1))
+
+
+def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channels of `[B, S, H, D]` by their position's angle.
+
+    `y[2i] = x[2i] cos - x[2i+1] sin`, `y[2i+1] = x[2i] sin + x[2i+1] cos`, multiplied in the wider
+    of both dtypes and rounded once, in the order of operations of diffusers, so that the bits agree.
+
+    Args:
+        states: `[B, S, H, D]`.
+        cos: `[1, S, 1, D]`, each angle's value twice.
+        sin: as `cos`.
+
+    Returns:
+        Tensor shaped and typed as `states`.
+    """
+    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(states)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+def project_out(attn: Any, states: Tensor) -> Tensor:
+    """Join the heads of `[B, S, H, D]` and apply the output projection."""
+    states = attn.to_out[0](states.flatten(2, 3))
+    out: Tensor = attn.to_out[1](states)
+    return out

@@ -1,0 +1,106 @@
+"""Wan 2.1 and 2.2: text only in the cross-attention, one norm over all heads, rotated channel pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from svg_attention import Schedule
+from torch import Tensor, nn
+
+from svg_models.families.base import (
+    Family,
+    SparseProcessor,
+    project_out,
+    project_qkv,
+    rotate_pairs,
+    split_heads,
+)
+from svg_models.recipes import Published
+
+__all__ = ["WAN", "SparseWanProcessor"]
+
+
+class SparseWanProcessor(SparseProcessor):
+    """Self-attention of a Wan block; anything else goes to the processor that was there before."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute the attention of one block, `[B, S, C]` in and out."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            out: Tensor = self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+            )
+            return out
+        query, key, value = project_qkv(attn, hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+        return project_out(attn, self.attend(query, key, value).type_as(query))
+
+
+def grid(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the token grid: latent frames, rows and columns divided by the patch size."""
+    frames, rows, columns = arguments["hidden_states"].shape[2:]
+    patch = transformer.config.patch_size
+    return frames // patch[0], rows // patch[1], columns // patch[2]
+
+
+def task(transformer: nn.Module) -> str:
+    """Name what the checkpoint was trained for: image-to-video ones take the image's latents too."""
+    config = transformer.config
+    takes_image = config.image_dim is not None or config.in_channels > config.out_channels
+    return "i2v" if takes_image else "t2v"
+
+
+_SOURCE = "Sparse VideoGen 2, scripts/wan/wan_{}_inference.sh"
+
+WAN = Family(
+    name="wan",
+    title="Wan 2.1 and Wan 2.2",
+    transformers=("WanTransformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    stock_processors=("WanAttnProcessor",),
+    processor=SparseWanProcessor,
+    grid=grid,
+    task=task,
+    recipes=(
+        Published(
+            title="Wan 2.1 14B text-to-video, 720p, 81 frames, 50 steps",
+            task="t2v",
+            tokens=75_600,
+            schedule=Schedule(dense_steps=0.2, dense_layers=0.03),
+            q_clusters=300,
+            k_clusters=1000,
+            svg1_density=0.3,
+            source=_SOURCE.format("t2v_720p"),
+        ),
+        Published(
+            title="Wan 2.1 14B image-to-video, 720p, 81 frames, 40 steps",
+            task="i2v",
+            tokens=75_600,
+            schedule=Schedule(dense_steps=0.35, dense_layers=0.03),
+            q_clusters=300,
+            k_clusters=1000,
+            svg1_density=0.3,
+            source=_SOURCE.format("i2v_720p"),
+        ),
+        Published(
+            title="Wan 2.1 14B image-to-video, 480p, 81 frames, 40 steps",
+            task="i2v",
+            tokens=32_760,
+            schedule=Schedule(dense_steps=0.2, dense_layers=0.03),
+            q_clusters=200,
+            k_clusters=1000,
+            svg1_density=0.3,
+            source=_SOURCE.format("i2v_480p"),
+        ),
+    ),
+)

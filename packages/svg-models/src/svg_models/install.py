@@ -1,0 +1,186 @@
+"""Putting a sparse run's processors and hooks into a transformer, and taking them out again."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from svg_models import operator
+from svg_models.context import ContextProbe, ForwardContext, Moment, place_probe
+from svg_models.families import Family
+from svg_models.families.base import SparseProcessor, refuse_ring
+
+__all__ = ["Installation", "Slot"]
+
+
+class Host(Protocol):
+    """What an installation needs of the run that it belongs to."""
+
+    number: int
+
+    def tick(self, transformer: str, announced: Any, timestep: Any) -> Moment:
+        """Read the run's clock at the start of a forward pass."""
+        ...
+
+    def finish(self) -> None:
+        """Note the end of a generation."""
+        ...
+
+    def begin_forward(self, transformer: str, context: ForwardContext) -> None:
+        """Take note of the forward pass that starts."""
+        ...
+
+    def tell(self, message: str) -> None:
+        """Warn the user once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One self-attention that a run has taken over.
+
+    Attributes:
+        transformer: component name in the pipeline.
+        family: the transformer's family.
+        path: module path in the transformer.
+        layer: position among the transformer's video self-attentions.
+        num_layers: how many there are.
+        module: the attention module, held weakly.
+        processor: the processor put there.
+    """
+
+    transformer: str
+    family: Family
+    path: str
+    layer: int
+    num_layers: int
+    module: weakref.ref[nn.Module]
+    processor: SparseProcessor
+
+    @property
+    def in_place(self) -> bool:
+        """Tell whether the module still uses our processor (True once the module is gone)."""
+        module = self.module()
+        return module is None or module.processor is self.processor
+
+
+class _RootHook:
+    """Forward pre-hook of a transformer; mute in a deep copy, which belongs to no run.
+
+    It keeps its run alive for as long as the transformer lives.
+    """
+
+    def __init__(
+        self,
+        run: Host,
+        name: str,
+        read: Callable[[nn.Module, Host, tuple[Any, ...], Mapping[str, Any]], None],
+    ) -> None:
+        self._run: Host | None = run
+        self._name = name
+        self._read = read
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._read(module, self._run, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+        mute = object.__new__(_RootHook)
+        mute._run, mute._name = None, self._name
+        return mute
+
+
+class Installation:
+    """A run's hold on one transformer.
+
+    Args:
+        run: the run; its `number` goes into the handles.
+        name: component name of the transformer in the pipeline.
+        transformer: the transformer.
+        family: its family.
+        first_slot: position of this transformer's first attention among the slots of the run.
+
+    Raises:
+        ValueError: if the transformer is sparse already or has processors nobody knows.
+        UnsupportedError: if the transformer runs ring attention over several devices.
+    """
+
+    def __init__(
+        self, run: Host, name: str, transformer: nn.Module, family: Family, first_slot: int
+    ) -> None:
+        self.name, self.family = name, family
+        _refuse_second(transformer)
+        refuse_ring(getattr(transformer, "_parallel_config", None))
+        attentions = family.find_attentions(transformer)
+        self.slots = tuple(
+            Slot(
+                transformer=name,
+                family=family,
+                path=path,
+                layer=layer,
+                num_layers=len(attentions),
+                module=weakref.ref(module),
+                processor=family.processor(
+                    module.processor, operator.make_handle(run.number, first_slot + layer)
+                ),
+            )
+            for layer, (path, module) in enumerate(attentions)
+        )
+        self._parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._probe = ContextProbe(run.finish)
+        self._remove_probe = place_probe(transformer, self._probe, f"svg_models.{run.number}")
+        self._hook = transformer.register_forward_pre_hook(
+            _RootHook(run, name, self._before_forward), with_kwargs=True
+        )
+        for slot, (_, module) in zip(self.slots, attentions, strict=True):
+            module.set_processor(slot.processor)
+
+    def _before_forward(
+        self, module: nn.Module, run: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        lost = [slot.path for slot in self.slots if not slot.in_place]
+        if lost:
+            run.tell(
+                f"{len(lost)} of {len(self.slots)} attention processors of {self.name} were replaced "
+                f"after sparsify, first at {lost[0]}: these layers run without sparsity; "
+                "call restore(), make the change, then sparsify again"
+            )
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        moment = run.tick(self.name, self._probe.announced, arguments.get("timestep"))
+        context = ForwardContext(moment=moment, grid=self.family.grid(module, arguments))
+        run.begin_forward(self.name, context)
+
+    def remove(self) -> list[str]:
+        """Undo everything.
+
+        Returns:
+            Paths of attentions whose processor somebody else replaced; these are left alone.
+        """
+        left_alone = []
+        for slot in self.slots:
+            module = slot.module()
+            if module is None:
+                continue
+            if slot.in_place:
+                module.set_processor(slot.processor.original)
+            else:
+                left_alone.append(slot.path)
+        self._hook.remove()
+        self._remove_probe()
+        return left_alone
+
+
+def _refuse_second(transformer: nn.Module) -> None:
+    for path, module in transformer.named_modules():
+        if isinstance(getattr(module, "processor", None), SparseProcessor):
+            raise ValueError(
+                f"{type(transformer).__name__} is sparse already (at {path}); call restore() on the "
+                "SparseRun that sparsify returned before calling sparsify again"
+            )

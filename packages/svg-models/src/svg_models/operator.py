@@ -1,0 +1,116 @@
+"""The one operator through which every sparse self-attention goes.
+
+`torch.compile` must see one opaque node that is the same for every layer and every step: whatever
+changes between calls (the layer, the step, the guidance branch) may not be a Python value in traced
+code, or each layer would compile its own graph. So a call carries only a CPU tensor `[run, slot]`,
+and the run that owns these numbers is looked up when the operator executes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "make_handle", "register"]
+
+
+class Attends(Protocol):
+    """What the operator needs of a run."""
+
+    def attend(
+        self, slot: int, query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None
+    ) -> Tensor:
+        """Compute attention of the layer behind `slot`; `[B, S, H, D]` in and out."""
+        ...
+
+
+_runs: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(run: Attends) -> int:
+    """Give `run` a number that handles can carry; the table keeps no run alive.
+
+    Args:
+        run: whatever answers `attend`.
+
+    Returns:
+        A number that no other run of this process has had.
+    """
+    number = next(_numbers)
+    _runs[number] = run
+    return number
+
+
+def make_handle(run: int, slot: int) -> Tensor:
+    """Make the tensor that tells a call which run and which attention it belongs to.
+
+    Args:
+        run: the number that `register` gave.
+        slot: position of the attention in that run.
+
+    Returns:
+        int64 `[2]` on the CPU, so that reading it never waits for an accelerator.
+    """
+    return torch.tensor([run, slot], dtype=torch.int64, device="cpu")
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None = None
+) -> Tensor:
+    """Compute self-attention as the run behind `handle` decides: dense or sparse.
+
+    Args:
+        query: `[B, S, H, D]`, the layout of diffusers' own dispatcher.
+        key: as `query`.
+        value: as `query`.
+        handle: from `make_handle`.
+        text_lengths: int `[B]`, valid text tokens of each sample, or None where there is no text.
+
+    Returns:
+        `[B, S, H, D]`, contiguous, typed as `query`. There is no backward.
+
+    Raises:
+        RuntimeError: if the run was restored or is gone.
+    """
+    out: Tensor = torch.ops.svg_models.self_attention(query, key, value, handle, text_lengths)
+    return out
+
+
+def _execute(
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None
+) -> Tensor:
+    number, slot = handle.tolist()
+    run = _runs.get(number)
+    if run is None:
+        raise RuntimeError(
+            "this attention belongs to a sparse run that has ended; "
+            "put back the processors the model had, or call sparsify(pipe) again"
+        )
+    return run.attend(slot, query, key, value, text_lengths).contiguous()
+
+
+def _describe(
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _tags() -> tuple[torch.Tag, ...]:
+    # A CUDA graph would replay the step it was captured in; older torch has no way to say so.
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    return () if tag is None else (tag,)
+
+
+_library = torch.library.Library("svg_models", "DEF")
+_library.define(
+    "self_attention(Tensor query, Tensor key, Tensor value, Tensor handle, Tensor? text_lengths)"
+    " -> Tensor",
+    tags=_tags(),
+)
+_library.impl("self_attention", _execute, "CompositeExplicitAutograd")
+torch.library.register_fake("svg_models::self_attention", _describe, lib=_library)

@@ -1,0 +1,170 @@
+"""Which method and schedule a model gets when the user names none.
+
+Published settings exist for a few checkpoints and sizes. Each family lists them as data
+(`Published`); the rules here turn the nearest one into a `Recipe` for the clip at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import svg_attention
+from svg_attention import Dense, Method, Schedule
+from torch import nn
+
+__all__ = ["Published", "Recipe", "choose", "cluster_counts", "recipe_for"]
+
+TOKENS_PER_QUERY_CLUSTER = 64
+TOKENS_PER_KEY_CLUSTER = 32
+FEW_STEPS = 8
+SMALLEST_SEQUENCE = 1024
+SMALLEST_SHARE = 1.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Settings that somebody published for one checkpoint at one size.
+
+    Attributes:
+        title: checkpoint, size and steps, for people.
+        task: see `Family.task`.
+        tokens: video tokens of that size.
+        schedule: dense warm-up steps and layers.
+        q_clusters: query clusters of SVG2 per head.
+        k_clusters: key clusters of SVG2 per head.
+        svg1_density: share of the keys that SVG1 keeps.
+        source: where it was published.
+        top_p: share of the estimated attention mass that SVG2 keeps.
+        min_keep: share of the key clusters that SVG2 keeps at least.
+    """
+
+    title: str
+    task: str
+    tokens: int
+    schedule: Schedule
+    q_clusters: int
+    k_clusters: int
+    svg1_density: float
+    source: str
+    top_p: float = 0.9
+    min_keep: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to run, where it comes from, and what was changed.
+
+    Attributes:
+        method: the sparse method, or `Dense()` where sparsity cannot pay.
+        schedule: which steps and layers stay dense.
+        source: where the settings were published.
+        note: why they differ from the published ones; empty if they don't.
+    """
+
+    method: Method
+    schedule: Schedule
+    source: str
+    note: str = ""
+
+
+def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, int]:
+    """Shrink published cluster counts to a short sequence.
+
+    A cluster should be large enough to be one run of keys that a kernel reads at once and to
+    spread the cost of its centroid: at least 64 queries or 32 keys on average. The published
+    counts, made for 32,760 tokens and more, stay as they are.
+
+    Args:
+        tokens: video tokens.
+        q_clusters: published query clusters.
+        k_clusters: published key clusters.
+
+    Returns:
+        `min(q_clusters, tokens // 64)` and `min(k_clusters, tokens // 32)`, each at least 1.
+    """
+    return (
+        max(1, min(q_clusters, tokens // TOKENS_PER_QUERY_CLUSTER)),
+        max(1, min(k_clusters, tokens // TOKENS_PER_KEY_CLUSTER)),
+    )
+
+
+def recipe_for(pipe: object, tokens: int, *, num_steps: int | None = None) -> Recipe:
+    """Choose method and schedule for a pipeline and a clip.
+
+    Args:
+        pipe: a diffusers pipeline of a known family, or its transformer.
+        tokens: video tokens of the clip: frames times rows times columns after patching.
+        num_steps: denoising steps, if known.
+
+    Returns:
+        SVG2 with the nearest published settings, its cluster counts fitted to `tokens`; `Dense()`
+        with a note for clips too short and runs too few-stepped to gain.
+
+    Raises:
+        ValueError: if the family is unknown or `tokens` is not positive.
+    """
+    from svg_models.families import family_of, transformers_of
+
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    transformer = next(iter(transformers_of(pipe).values()))
+    family = family_of(transformer)
+    width = _width(transformer)
+    return choose(family.recipes, family.task(transformer), tokens, width=width, num_steps=num_steps)
+
+
+def choose(
+    rows: tuple[Published, ...], task: str, tokens: int, *, width: int, num_steps: int | None
+) -> Recipe:
+    """Turn published rows into a recipe; see `recipe_for`.
+
+    Args:
+        rows: published settings of the family.
+        task: rows of this task are preferred.
+        tokens: video tokens of the clip.
+        width: channels of the transformer, 0 if unknown.
+        num_steps: denoising steps, if known.
+
+    Returns:
+        The recipe.
+    """
+    same_task = [row for row in rows if row.task == task] or list(rows)
+    row = min(same_task, key=lambda r: abs(math.log(r.tokens / tokens)))
+    dense = _why_dense(tokens, width, num_steps)
+    if dense:
+        return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
+    q_clusters, k_clusters = cluster_counts(tokens, row.q_clusters, row.k_clusters)
+    method = svg_attention.SVG2(
+        q_clusters=q_clusters, k_clusters=k_clusters, top_p=row.top_p, min_keep=row.min_keep
+    )
+    note = ""
+    if (row.task, row.tokens) != (task, tokens):
+        note = (
+            f"nearest published settings, those of {row.title} ({row.tokens:,} tokens), for "
+            f"{tokens:,} tokens with {q_clusters} query and {k_clusters} key clusters"
+        )
+    return Recipe(method=method, schedule=row.schedule, source=row.source, note=note)
+
+
+def _why_dense(tokens: int, width: int, num_steps: int | None) -> str:
+    if num_steps is not None and num_steps <= FEW_STEPS:
+        return (
+            f"{num_steps} denoising steps are too few to make sparse: each step of a few-step model "
+            f"decides too much (more than {FEW_STEPS} needed); pass a method to run it anyway"
+        )
+    # Per token and layer, attention costs 4 * tokens * width operations and the linear layers about
+    # 28 * width^2: below 1.75 * width tokens attention is under a fifth of the work.
+    needed = max(SMALLEST_SEQUENCE, math.ceil(SMALLEST_SHARE * width))
+    if tokens < needed:
+        return (
+            f"a clip of {tokens:,} tokens is too short to gain from sparse attention in this model "
+            f"({needed:,} or more needed); pass a method to run it anyway"
+        )
+    return ""
+
+
+def _width(transformer: nn.Module) -> int:
+    config = getattr(transformer, "config", None)
+    heads = getattr(config, "num_attention_heads", 0)
+    return int(heads * getattr(config, "attention_head_dim", 0))
