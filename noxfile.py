@@ -22,8 +22,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install requirements at the versions that the tests are run with."""
+    """Install requirements beside the torch of the session `torch`, at the versions tested."""
+    site_packages(session).joinpath("torch.pth").write_text(
+        str(site_packages(session, "torch")), encoding="utf-8"
+    )
     session.install("--no-compile", "--constraint", CONSTRAINTS, *requirements)
+
+
+def site_packages(session: nox.Session, other: str | None = None) -> Path:
+    """Return where a session's environment, or that of another session, keeps its packages."""
+    location = Path(session.virtualenv.location)
+    return next((location.parent / other if other else location).glob("lib/python*/site-packages"))
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -63,14 +72,20 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@nox.session(default=False)
+def torch(session: nox.Session) -> None:
+    """Install torch once; the other environments look into this one, which holds nothing else."""
+    session.install("--no-compile", "--constraint", CONSTRAINTS, "torch", "numpy")
+
+
+@nox.session(requires=["torch"])
 def types(session: nox.Session) -> None:
     """Check the types of the four packages with mypy."""
     install(session, *group("types"), *checkout(*PACKAGES))
     session.run("mypy")
 
 
-@nox.session
+@nox.session(requires=["torch"])
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests with nothing installed but what it declares."""
@@ -78,17 +93,19 @@ def tests(session: nox.Session, package: str) -> None:
     session.run("pytest", f"packages/{package}/tests", *session.posargs)
 
 
-@nox.session
+@nox.session(requires=["torch"])
 def repository(session: nox.Session) -> None:
     """Run the tests that belong to no single package."""
-    install(session, *group("test"), *group("repository"), *checkout("svg-attention"))
+    install(
+        session, *group("test"), *group("repository"), *checkout("svg-attention", "svg-kernels")
+    )
     session.run("pytest", "tests", *session.posargs)
 
 
-@nox.session
+@nox.session(requires=["torch"])
 def build(session: nox.Session) -> None:
     """Build every sdist and wheel; install and import each wheel alone in a fresh environment."""
-    install(session, *group("build"), "torch", "numpy")
+    install(session, *group("build"))
     session.run("python", "tools/check_wheels.py", *(session.posargs or PACKAGES))
 
 
@@ -101,21 +118,21 @@ def docs(session: nox.Session) -> None:
     )
 
 
-@nox.session(default=False)
+@nox.session(default=False, requires=["torch"])
 def demo(session: nox.Session) -> None:
     """Generate one clip dense and sparse with the embedded model, and compare them."""
     install(session, *checkout(*PACKAGES))
     session.run("svg", "compare", "--output", "demo", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, requires=["torch"])
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device, of all packages together."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
     session.run("pytest", "-m", "gpu", "packages", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(default=False, requires=["torch"])
 def bench(session: nox.Session) -> None:
     """Measure with pytest-benchmark; pass a file to measure only that."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))

@@ -1,13 +1,15 @@
 """Build sdist and wheel of each package; install and import each wheel alone.
 
 Alone means: in a fresh environment that sees torch, what the wheel declares, and nothing else.
-The environment that runs this script needs `build`, `torch` and `numpy`.
+The environment that runs this script needs `build` and sees torch; the fresh ones look for torch
+in the same place, where nothing else may be but what torch itself needs.
 """
 
 from __future__ import annotations
 
 import email
 import email.message
+import importlib.util
 import os
 import subprocess
 import sys
@@ -97,13 +99,21 @@ def needed_wheels(package: str, wheels: dict[str, Path]) -> list[Path]:
     return needed
 
 
+def home_of(module: str) -> Path:
+    """Return the site-packages folder that a module is imported from."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise WheelError(f"{module} must be installed to check wheels beside it")
+    return Path(spec.origin).parent.parent
+
+
 def import_alone(package: str, wheels: dict[str, Path], folder: Path) -> None:
     """Install a wheel in a fresh environment beside torch, and import it there."""
     environment = folder / package
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     paths = {"base": str(environment), "platbase": str(environment)}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
-    (site / "torch_of_the_parent.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    (site / "torch.pth").write_text(str(home_of("torch")), encoding="utf-8")
     python = environment / "bin" / "python"
     needed = needed_wheels(package, wheels)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
