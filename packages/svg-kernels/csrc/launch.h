@@ -1,0 +1,106 @@
+// What the launchers take: plain structs of raw pointers, shared by the kernels and exports.cc.
+#pragma once
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+namespace svg {
+
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A matrix of rows seen as [outer, inner] rows; strides are in elements and may be 0.
+struct Rows {
+  const void* data;
+  int64_t outer_stride;
+  int64_t inner_stride;
+  int dtype;
+};
+
+struct NormArgs {
+  Rows x;
+  void* y;  // contiguous
+  int y_dtype;
+  Rows weight, bias, scale, shift;  // data may be null
+  int64_t outer, inner;
+  int width;
+  float eps;
+  bool center;  // LayerNorm, else RMSNorm
+};
+
+struct GateArgs {
+  Rows residual, x, gate;
+  void* y;  // contiguous
+  int y_dtype;
+  int64_t outer, inner;
+  int width;
+};
+
+// cos and sin of pair i of table row t: data[b * batch_stride + t * row_stride + i * pair_stride].
+struct Tables {
+  const float* cos;  // null: do not rotate
+  const float* sin;
+  int64_t batch_stride, row_stride;
+  int pair_stride;
+  int64_t start, length;
+};
+
+struct RopeArgs {
+  const void* x;
+  void* y;  // equal to x: in place
+  int64_t xb, xh, xs;
+  int64_t yb, yh, ys;
+  int dtype;
+  int64_t batch, tokens;
+  int heads, dim;
+  bool half;
+  Tables tables;
+};
+
+struct QkTensor {
+  const void* x;
+  const void* weight;
+  void* y;
+  int64_t xb, xs;
+  int64_t yb, yh, ys;
+  int heads, weight_dtype;
+  bool across;  // the mean is over all heads
+};
+
+struct QkArgs {
+  QkTensor tensor[2];
+  int dtype;
+  int64_t batch, tokens;
+  int dim;
+  float eps;
+  bool half;
+  Tables tables;
+};
+
+constexpr int kMaxPermuted = 4;
+
+// Strides are in bytes, those of `order` in elements.
+struct PermuteTensor {
+  const void* x;
+  void* y;
+  const int32_t* order;
+  int64_t xb, xh, xs;
+  int64_t ob, oh;
+  int64_t x_rows, y_rows, row_bytes;
+};
+
+struct PermuteArgs {
+  PermuteTensor tensor[kMaxPermuted];
+  int count;
+  int64_t batch;
+  int heads;
+  bool inverse;
+};
+
+cudaError_t norm(const NormArgs& args, cudaStream_t stream);
+cudaError_t gate_residual(const GateArgs& args, cudaStream_t stream);
+cudaError_t rope(const RopeArgs& args, cudaStream_t stream);
+cudaError_t qk_norm_rope(const QkArgs& args, cudaStream_t stream);
+cudaError_t permute_rows(const PermuteArgs& args, cudaStream_t stream);
+cudaError_t probe();  // is there machine code for the current device, and does the driver take it?
+
+}  // namespace svg

@@ -1,0 +1,167 @@
+// RMSNorm of q and k (per head or across heads), RoPE and [B, S, H*D] -> [B, H, S, D] in one pass.
+#include "rotate.cuh"
+
+namespace svg {
+namespace {
+
+constexpr int kVecs = 4;
+constexpr int kMaxThreads = 512;  // more would spill registers
+
+// A block per token of one of the two tensors. Lanes of a head are a power of two that divides 32,
+// so a thread sees the same channel of a head in all its vectors: one set of angles serves them.
+template <bool HALF>
+__global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a, int lanes) {
+  __shared__ float shared[32];
+  const int which = blockIdx.x & 1;
+  const int64_t place = blockIdx.x >> 1;
+  const int64_t batch = place / a.tokens;
+  const int64_t token = place - batch * a.tokens;
+  const QkTensor& t = a.tensor[which];
+  const int width = t.heads * a.dim;
+  const int channel = (threadIdx.x & (lanes - 1)) * kVec;
+
+  Raw raw[kVecs];
+  const int64_t base = batch * t.xb + token * t.xs;
+#pragma unroll
+  for (int j = 0; j < kVecs; ++j) {
+    const int column = (threadIdx.x + j * blockDim.x) * kVec;
+    if (column < width) raw[j] = load_raw(t.x, base + column, a.dtype);
+  }
+  const int64_t row = token - a.tables.start;
+  const bool turn = a.tables.cos != nullptr && row >= 0 && row < a.tables.length;
+  Angles<HALF> angles;
+  if (turn) angles = load_angles<HALF>(a.tables, batch, row, channel, a.dim);
+
+  float x[kVecs][kVec], square[kVecs];
+#pragma unroll
+  for (int j = 0; j < kVecs; ++j) {
+    square[j] = 0.f;
+    if ((threadIdx.x + j * blockDim.x) * kVec < width) {
+      unpack(raw[j], a.dtype, x[j]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) x[j][k] = 0.f;
+    }
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) square[j] += x[j][k] * x[j][k];
+  }
+  if (t.across) {
+    float total = 0.f;
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) total += square[j];
+    total = lane_sum(total, 32);
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = total;
+    __syncthreads();
+    total = 0.f;
+    for (int w = 0; w < blockDim.x >> 5; ++w) total += shared[w];
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) square[j] = total / width;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) square[j] = lane_sum(square[j], lanes) / a.dim;
+  }
+
+#pragma unroll
+  for (int j = 0; j < kVecs; ++j) {
+    const int column = (threadIdx.x + j * blockDim.x) * kVec;
+    const float rstd = rsqrtf(square[j] + a.eps);
+    if (column < width) {
+      float w[kVec];
+      load_cached(t.weight, t.across ? column : channel, t.weight_dtype, w);
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) x[j][k] *= rstd * w[k];
+    }
+    rotate<HALF>(x[j], angles, turn, lanes, threadIdx.x & 31);
+    if (column < width) {
+      const int head = column / a.dim;
+      store_vec(t.y, batch * t.yb + head * t.yh + token * t.ys + channel, a.dtype, x[j]);
+    }
+  }
+}
+
+// A warp per token and head (the mean is taken again for each head): any even head_dim, any
+// alignment, any width.
+__global__ void __launch_bounds__(256) qk_any(const QkArgs a, int which, int64_t total) {
+  const QkTensor& t = a.tensor[which];
+  const int lane = threadIdx.x & 31, pairs = a.dim / 2;
+  const int width = t.heads * a.dim;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * 8;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * 8 + (threadIdx.x >> 5); i < total;
+       i += stride) {
+    const int head = static_cast<int>(i % t.heads);
+    const int64_t token = i / t.heads % a.tokens;
+    const int64_t batch = i / t.heads / a.tokens;
+    const int64_t base = batch * t.xb + token * t.xs;
+    const int skip = head * a.dim;
+    const int from = t.across ? 0 : skip, count = t.across ? width : a.dim;
+    float square = 0.f;
+    for (int c = lane; c < count; c += 32) {
+      const float v = load_one(t.x, base + from + c, a.dtype);
+      square += v * v;
+    }
+    const float rstd = rsqrtf(lane_sum(square, 32) / count + a.eps);
+    const int64_t row = token - a.tables.start;
+    const bool turn = a.tables.cos != nullptr && row >= 0 && row < a.tables.length;
+    const int64_t y = batch * t.yb + head * t.yh + token * t.ys;
+    for (int pair = lane; pair < pairs; pair += 32) {
+      const int first = a.half ? pair : 2 * pair;
+      const int second = a.half ? pair + pairs : 2 * pair + 1;
+      const int w = t.across ? skip : 0;
+      const float u = load_one(t.x, base + skip + first, a.dtype) * rstd *
+                      load_one(t.weight, w + first, t.weight_dtype);
+      const float v = load_one(t.x, base + skip + second, a.dtype) * rstd *
+                      load_one(t.weight, w + second, t.weight_dtype);
+      float c = 1.f, s = 0.f;
+      if (turn) {
+        const int64_t at = batch * a.tables.batch_stride + row * a.tables.row_stride +
+                           static_cast<int64_t>(pair) * a.tables.pair_stride;
+        c = a.tables.cos[at];
+        s = a.tables.sin[at];
+      }
+      store_one(t.y, y + first, a.dtype, turn ? u * c - v * s : u);
+      store_one(t.y, y + second, a.dtype, turn ? v * c + u * s : v);
+    }
+  }
+}
+
+bool vector_tensor(const QkTensor& t) {
+  const int64_t strides[] = {t.xb, t.xs, t.yb, t.yh, t.ys};
+  for (int64_t s : strides) {
+    if (s % kVec != 0) return false;
+  }
+  return aligned(t.x) && aligned(t.y) && aligned(t.weight);
+}
+
+}  // namespace
+
+cudaError_t qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
+  const int64_t places = a.batch * a.tokens;
+  if (places == 0 || a.dim == 0) return cudaSuccess;
+  const int lanes = a.dim / kVec;
+  const int heads = a.tensor[0].heads > a.tensor[1].heads ? a.tensor[0].heads : a.tensor[1].heads;
+  const int vectors = heads * lanes;
+  const bool vector = a.dim % kVec == 0 && power_of_two(lanes) && lanes <= 32 &&
+                      (!a.half || lanes >= 2) && vectors <= kVecs * kMaxThreads &&
+                      2 * places <= kMaxGrid && vector_tensor(a.tensor[0]) &&
+                      vector_tensor(a.tensor[1]);
+  if (vector) {
+    const int threads = static_cast<int>(ceil_div(vectors, kVecs * 32)) * 32;
+    const unsigned blocks = static_cast<unsigned>(2 * places);
+    if (a.half) {
+      qk_vec<true><<<blocks, threads, 0, stream>>>(a, lanes);
+    } else {
+      qk_vec<false><<<blocks, threads, 0, stream>>>(a, lanes);
+    }
+    return cudaGetLastError();
+  }
+  for (int which = 0; which < 2; ++which) {
+    const int64_t total = places * a.tensor[which].heads;
+    if (total == 0) continue;
+    const int64_t wanted = ceil_div(total, 8);
+    const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
+    qk_any<<<grid, 256, 0, stream>>>(a, which, total);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace svg

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import svg_kernels
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BACKENDS = [
+    pytest.param("reference", id="reference"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="cuda"),
+    pytest.param("triton", marks=pytest.mark.gpu, id="triton"),
+]
+PAIRINGS = ["interleaved", "half"]
+
+
+def normal(shape, dtype, device, generator):
+    return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+
+def angles(length, dim, device, generator):
+    return torch.rand(length, dim // 2, device=device, generator=generator) * 6.28
+
+
+def spread(table, pairing):
+    """One value per pair -> one per channel, as diffusers hands tables over."""
+    if pairing == "half":
+        return torch.cat((table, table), dim=-1)
+    return table.repeat_interleave(2, dim=-1)
+
+
+def rotated(x, theta, pairing, dtype):
+    """Complex multiplication: another route to the same numbers."""
+    dim = x.shape[-1]
+    x = x.to(dtype)
+    if pairing == "half":
+        pairs = torch.stack((x[..., : dim // 2], x[..., dim // 2 :]), dim=-1)
+    else:
+        pairs = x.unflatten(-1, (-1, 2))
+    turn = torch.polar(torch.ones_like(theta, dtype=dtype), theta.to(dtype))
+    out = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    return out.transpose(-1, -2).flatten(-2) if pairing == "half" else out.flatten(-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 37, 64), (1, 5, 63, 128), (2, 1, 9, 70)])
+def test_rope_is_as_exact_as_torch(
+    backend, dtype, pairing, shape, device, generator, assert_accurate
+):
+    x = normal(shape, dtype, device, generator)
+    theta = angles(shape[2], shape[3], device, generator)
+    actual = svg_kernels.rope(x, theta.cos(), theta.sin(), pairing=pairing, backend=backend)
+    plain = rotated(x, theta, pairing, torch.float32).to(dtype)
+    cos, sin = theta.cos(), theta.sin()
+    exact = rotated(x, torch.atan2(sin.double(), cos.double()), pairing, torch.float64)
+    exact *= spread((cos.double().square() + sin.double().square()).sqrt(), pairing)
+    assert_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_all_forms_of_the_table_agree(backend, pairing, device, generator):
+    x = normal((2, 3, 11, 32), torch.float32, device, generator)
+    theta = angles(11, 32, device, generator)
+    cos, sin = theta.cos(), theta.sin()
+    expected = svg_kernels.rope(x, cos, sin, pairing=pairing, backend=backend)
+    wide = spread(cos, pairing), spread(sin, pairing)
+    forms = [
+        wide,
+        (wide[0][None, :, None], wide[1][None, :, None]),
+        (cos[None], sin[None]),
+        (cos.expand(2, -1, -1), sin.expand(2, -1, -1)),
+        (torch.complex(cos, sin), None),
+        (cos.double(), sin.double()),
+    ]
+    for form in forms:
+        actual = svg_kernels.rope(x, *form, pairing=pairing, backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("start", [0, 5, 9])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_text_before_and_after_is_left_alone(backend, pairing, start, inplace, device, generator):
+    x = normal((2, 4, 20, 64), torch.bfloat16, device, generator)
+    x[:, :, 0, 0] = float("nan")  # untouched means copied, not multiplied by 1
+    x[:, :, 0, 1] = float("inf")
+    before = x.clone()
+    theta = angles(11, 64, device, generator)
+    cos, sin = theta.cos(), theta.sin()
+    y = svg_kernels.rope(
+        x, cos, sin, pairing=pairing, start=start, inplace=inplace, backend=backend
+    )
+    assert (y is x) == inplace
+    if not inplace:
+        torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    kept = [*range(start), *range(start + 11, 20)]
+    torch.testing.assert_close(y[:, :, kept], before[:, :, kept], rtol=0, atol=0, equal_nan=True)
+    part = before[:, :, start : start + 11].contiguous()
+    expected = svg_kernels.rope(part, cos, sin, pairing=pairing, backend=backend)
+    torch.testing.assert_close(
+        y[:, :, start : start + 11], expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_views_are_rotated_where_they_are(backend, inplace, device, generator):
+    theta = angles(9, 16, device, generator)
+    tables = theta.cos(), theta.sin()
+    views = [
+        lambda base: base[..., :48].unflatten(-1, (3, 16)).transpose(1, 2),
+        lambda base: base[..., 1:49].unflatten(-1, (3, 16)).transpose(1, 2),
+        lambda base: base[..., ::4].unflatten(-1, (3, 16)).transpose(1, 2),
+    ]
+    for view in views:
+        base = normal((2, 9, 192), torch.float32, device, generator)
+        outside = base.clone()
+        x = view(base)
+        expected = svg_kernels.rope(x.clone(), *tables, backend="reference")
+        y = svg_kernels.rope(x, *tables, inplace=inplace, backend=backend)
+        torch.testing.assert_close(y, expected)
+        if inplace:
+            view(outside).copy_(y)
+            torch.testing.assert_close(base, outside, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_per_batch_element(backend, device, generator):
+    x = normal((2, 3, 9, 32), torch.float32, device, generator)
+    theta = torch.stack([angles(9, 32, device, generator) for _ in range(2)])
+    y = svg_kernels.rope(x, theta.cos(), theta.sin(), backend=backend)
+    for b in range(2):
+        one = svg_kernels.rope(x[b : b + 1], theta[b].cos(), theta[b].sin(), backend=backend)
+        torch.testing.assert_close(y[b : b + 1], one, rtol=0, atol=0)
+
+
+def exact_qk(x, weight, heads, theta, pairing, start, eps):
+    x, weight = x.double(), weight.double()
+    dim = x.shape[-1] // heads
+    if weight.numel() == dim:
+        x = x.unflatten(-1, (heads, dim))
+    y = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+    y = y.reshape(*y.shape[:2], heads, dim).transpose(1, 2).contiguous()
+    stop = start + theta.shape[0]
+    y[:, :, start:stop] = rotated(y[:, :, start:stop], theta, pairing, torch.float64)
+    return y
+
+
+def plain_qk(x, weight, heads, theta, pairing, start, eps):
+    dim = x.shape[-1] // heads
+    if weight.numel() == dim:
+        x = x.unflatten(-1, (heads, dim))
+    y = F.rms_norm(x, (x.shape[-1],), weight, eps)
+    y = y.reshape(*y.shape[:2], heads, dim).transpose(1, 2).contiguous()
+    stop = start + theta.shape[0]
+    turned = rotated(y[:, :, start:stop], theta, pairing, torch.float32)
+    y[:, :, start:stop] = turned.to(y.dtype)
+    return y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(12, 12, 128), (4, 2, 64), (3, 3, 6)])
+def test_qk_norm_rope_is_as_exact_as_torch(
+    backend, dtype, pairing, across, heads, key_heads, dim, device, generator, assert_accurate
+):
+    query = normal((2, 23, heads * dim), dtype, device, generator)
+    key = normal((2, 23, key_heads * dim), dtype, device, generator) + 3
+    weights = [
+        normal((n * dim if across else dim,), torch.float32, device, generator)
+        for n in (heads, key_heads)
+    ]
+    theta = angles(17, dim, device, generator)
+    q, k = svg_kernels.qk_norm_rope(
+        query, key, *weights, theta.cos(), theta.sin(),
+        heads=heads, eps=1e-5, pairing=pairing, start=2, backend=backend,
+    )  # fmt: skip
+    cases = ((query, weights[0], heads, q), (key, weights[1], key_heads, k))
+    for x, weight, n, actual in cases:
+        assert actual.is_contiguous()
+        assert actual.dtype == dtype
+        common = (n, theta, pairing, 2, 1e-5)
+        assert_accurate(
+            actual, plain_qk(x, weight.to(dtype), *common), exact_qk(x, weight, *common)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_qk_norm_without_tables_only_lays_out(backend, device, generator):
+    x = normal((2, 9, 4 * 32), torch.float32, device, generator)
+    weight = normal((32,), torch.float32, device, generator)
+    q, k = svg_kernels.qk_norm_rope(x, x, weight, weight, heads=4, backend=backend)
+    expected = F.rms_norm(x.unflatten(-1, (4, 32)), (32,), weight, 1e-6).transpose(1, 2)
+    torch.testing.assert_close(q, expected)
+    torch.testing.assert_close(k, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_qk_writes_into_slices_and_reads_fused_projections(backend, device, generator):
+    fused = normal((2, 9, 3 * 128), torch.bfloat16, device, generator)
+    query, key, _ = fused.chunk(3, dim=-1)
+    weight = normal((32,), torch.bfloat16, device, generator)
+    theta = angles(9, 32, device, generator)
+    outs = [torch.full((2, 4, 14, 32), 7.0, device=device).bfloat16() for _ in range(2)]
+    slices = (outs[0][:, :, 3:12], outs[1][:, :, 3:12])
+    common = (weight, weight, theta.cos(), theta.sin())
+    got = svg_kernels.qk_norm_rope(query, key, *common, heads=4, out=slices, backend=backend)
+    assert got[0] is slices[0]
+    expected = svg_kernels.qk_norm_rope(
+        query.contiguous(), key.contiguous(), *common, heads=4, backend=backend
+    )
+    for part, whole, want in zip(slices, outs, expected, strict=True):
+        torch.testing.assert_close(part, want, rtol=0, atol=0)
+        assert (whole[:, :, :3] == 7).all()
+        assert (whole[:, :, 12:] == 7).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tensors_and_tables(backend, device):
+    none = torch.empty(0, 4, device=device)
+    x = torch.ones(2, 3, 5, 8, device=device)
+    torch.testing.assert_close(svg_kernels.rope(x, none, none, backend=backend), x)
+    empty = torch.empty(2, 3, 0, 8, device=device)
+    assert svg_kernels.rope(empty, none, none, backend=backend).shape == empty.shape
+    rows = torch.empty(2, 0, 24, device=device)
+    weight = torch.ones(8, device=device)
+    q, _ = svg_kernels.qk_norm_rope(
+        rows, rows, weight, weight, none, none, heads=3, backend=backend
+    )
+    assert q.shape == (2, 3, 0, 8)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, table = torch.ones(1, 2, 6, 8), torch.ones(5, 4)
+    with pytest.raises(ValueError, match="the tables cover tokens 2 to 6, but x has 6"):
+        svg_kernels.rope(x, table, table, start=2)
+    with pytest.raises(ValueError, match=r"cos must be \[length, 8\] or \[length, 4\]"):
+        svg_kernels.rope(x, torch.ones(5, 3), torch.ones(5, 3))
+    with pytest.raises(ValueError, match="only when cos is complex"):
+        svg_kernels.rope(x, table)
+    with pytest.raises(ValueError, match="pairing must be"):
+        svg_kernels.rope(x, table, table, pairing="split")
+    rows, weight = torch.ones(1, 6, 24), torch.ones(8)
+    with pytest.raises(ValueError, match="heads must divide 24, got 5"):
+        svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=5)
+    with pytest.raises(ValueError, match=r"query_weight must be \[8\]"):
+        svg_kernels.qk_norm_rope(rows, rows, torch.ones(5), weight, heads=3)
+    with pytest.raises(ValueError, match="both be per head or both across"):
+        svg_kernels.qk_norm_rope(rows, rows, torch.ones(24), weight, heads=3)
+    with pytest.raises(ValueError, match=r"out must be \[1, 3, 6, 8\]"):
+        svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=3, out=(x, x))
