@@ -1,16 +1,19 @@
 // Attention over runs of key rows, for Hopper (sm_90a).
 //
-// A tile is 128 consecutive rows of the reordered queries. Its operand is a list of runs (first row, rows) of the
-// reordered keys; everything a tile does not read is left out of its softmax. One thread block computes one tile:
+// A tile is 128 consecutive rows of the reordered queries. Its operand is a list of runs (first
+// row, rows) of the reordered keys; everything a tile does not read is left out of its softmax. One
+// thread block computes one tile:
 //
-//   producer warp    turns runs into full 128-row stages of K and V. A stage is sixteen granules of eight rows, a
-//                    granule comes from one run, and neighbouring granules are fetched by one copy of 8 to 128 rows.
-//   two warpgroups   each own 64 query rows: S = Q K^T, online softmax, O += P V. The product of stage j+1 runs on the
-//                    tensor cores while the exponentials of stage j run elsewhere.
+//   producer warp   turns runs into full 128-row stages of K and V. A stage is sixteen granules of
+//                   eight rows, a granule comes from one run, and neighbouring granules are
+//                   fetched by one copy of 8 to 128 rows.
+//   two warpgroups  each own 64 query rows: S = Q K^T, online softmax, O += P V. The product of
+//                   stage j+1 runs on the tensor cores while the exponentials of stage j run
+//                   elsewhere.
 //
-// Rows a granule reads beyond its run are masked, so any run length is exact; runs whose lengths are multiples of
-// eight need no mask and waste nothing. Q rows are gathered and O rows scattered through the query order, so that
-// queries are never permuted in memory.
+// Rows a granule reads beyond its run are masked, so any run length is exact; runs whose lengths
+// are multiples of eight need no mask and waste nothing. Q rows are gathered and O rows scattered
+// through the query order, so that queries are never permuted in memory.
 
 #include "hopper.cuh"
 #include "launch.h"
@@ -24,10 +27,10 @@ namespace {
 using namespace hopper;
 using namespace runs;
 
-constexpr int kTileRows = 128;    // query rows of a tile
-constexpr int kBoxes = 5;         // copies of 8, 16, 32, 64 and 128 rows
+constexpr int kTileRows = 128;  // query rows of a tile
+constexpr int kBoxes = 5;       // copies of 8, 16, 32, 64 and 128 rows
 constexpr int kStages = 3;
-constexpr int kConsumers = 256;   // threads of the two computing warpgroups
+constexpr int kConsumers = 256;  // threads of the two computing warpgroups
 constexpr int kThreads = kConsumers + 128;
 constexpr uint64_t kAllValid = 0x8888888888888888ull;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -35,18 +38,18 @@ constexpr float kLog2E = 1.4426950408889634f;
 // Each is followed by one for the second warpgroup.
 enum NamedBarrier { kQueryReady = 1, kOutputReady = 3 };
 
-struct Params {
-  CUtensorMap key[kBoxes];  // boxes of 1, 2, 4, 8 and 16 groups of eight rows
-  CUtensorMap value[kBoxes];
-  CUtensorMap summary_key;  // boxes of one group
-  CUtensorMap summary_value;
-  AttentionArgs args;
+struct Params : AttentionArgs {
+  CUtensorMap key_maps[kBoxes];  // boxes of 1, 2, 4, 8 and 16 groups of eight rows
+  CUtensorMap value_maps[kBoxes];
+  CUtensorMap summary_key_map;  // boxes of one group
+  CUtensorMap summary_value_map;
   int tiles;
 };
 
 template <int kHeadDim>
 struct Shared {
-  static constexpr int kGroupBytes = kGranule * kHeadDim * 2;  // eight rows: one KB for each 64 columns
+  // Eight rows: one KB for each 64 columns.
+  static constexpr int kGroupBytes = kGranule * kHeadDim * 2;
   static constexpr int kStageBytes = kGranules * kGroupBytes;
 
   alignas(1024) unsigned char query[kStageBytes];
@@ -73,9 +76,9 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Fills one stage of the ring with keys, then one with values.
 template <int kHeadDim>
-__device__ __forceinline__ void fill(Shared<kHeadDim>& shared, const Ring& ring, const CUtensorMap* key_map,
-                                     const CUtensorMap* value_map, int row, int count, bool copies, int sequence,
-                                     int lane) {
+__device__ __forceinline__ void fill(Shared<kHeadDim>& shared, const Ring& ring,
+                                     const CUtensorMap* key_map, const CUtensorMap* value_map,
+                                     int row, int count, bool copies, int sequence, int lane) {
   const uint64_t nibble = lane < kGranules ? static_cast<uint64_t>(count) << (4 * lane) : 0;
   const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(nibble));
   const uint32_t high = __reduce_or_sync(~0u, static_cast<uint32_t>(nibble >> 32));
@@ -86,32 +89,40 @@ __device__ __forceinline__ void fill(Shared<kHeadDim>& shared, const Ring& ring,
     barrier_expect(&shared.key_full[ring.stage], Shared<kHeadDim>::kStageBytes);
   }
   __syncwarp();
-  if (copies) copy_rows(shared.key[ring.stage] + offset, key_map, &shared.key_full[ring.stage], row, sequence);
+  if (copies)
+    copy_rows(shared.key[ring.stage] + offset, key_map, &shared.key_full[ring.stage], row,
+              sequence);
   barrier_wait(&shared.value_empty[ring.stage], ring.phase ^ 1);
   if (lane == 0) barrier_expect(&shared.value_full[ring.stage], Shared<kHeadDim>::kStageBytes);
   __syncwarp();
-  if (copies) copy_rows(shared.value[ring.stage] + offset, value_map, &shared.value_full[ring.stage], row, sequence);
+  if (copies)
+    copy_rows(shared.value[ring.stage] + offset, value_map, &shared.value_full[ring.stage], row,
+              sequence);
 }
 
 template <int kHeadDim>
-__device__ void produce(const Params& params, Shared<kHeadDim>& shared, int sequence, int64_t tile, int lane) {
-  RunReader reader(params.args.run_starts + tile * params.args.runs, params.args.run_lengths + tile * params.args.runs, params.args.runs, lane);
+__device__ void produce(const Params& params, Shared<kHeadDim>& shared, int sequence, int64_t tile,
+                        int lane) {
+  RunReader reader(params.run_starts + tile * params.runs, params.run_lengths + tile * params.runs,
+                   params.runs, lane);
   Ring ring;
   int row, count;
-  while (reader.next(params.args.key_length, &row, &count)) {
-    const int size = copy_size(row, params.args.key_length, lane);
-    fill(shared, ring, &params.key[max(size, 0)], &params.value[max(size, 0)], row, count, size >= 0, sequence, lane);
+  while (reader.next(params.key_length, &row, &count)) {
+    const int size = copy_size(row, params.key_length, lane);
+    fill(shared, ring, &params.key_maps[max(size, 0)], &params.value_maps[max(size, 0)], row, count,
+         size >= 0, sequence, lane);
     ring.advance();
   }
-  for (int first = 0; first < params.args.summaries; first += kStageRows) {
+  for (int first = 0; first < params.summaries; first += kStageRows) {
     row = first + lane * kGranule;
-    count = max(0, min(kGranule, params.args.summaries - row));
-    fill(shared, ring, &params.summary_key, &params.summary_value, row, count, lane < kGranules, sequence, lane);
+    count = max(0, min(kGranule, params.summaries - row));
+    fill(shared, ring, &params.summary_key_map, &params.summary_value_map, row, count,
+         lane < kGranules, sequence, lane);
     ring.advance();
   }
 }
 
-// ---- consumers --------------------------------------------------------------------------------------------
+// ---- consumers ----
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -149,13 +160,15 @@ struct Softmax {
   float sum[2] = {0.f, 0.f};  // of this thread's columns only, until finish()
   float scale_log2;
 
-  // Replaces scores by probabilities relative to the new maximum; returns what older results must be multiplied by.
+  // Replaces scores by probabilities relative to the new maximum; returns what older results must
+  // be multiplied by.
   __device__ __forceinline__ void step(float (&scores)[64], float (&correction)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float highest = maximum[r];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+      for (int i = 0; i < 16; ++i)
+        highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
       highest = quad_max(highest);
       const float offset = highest == -INFINITY ? 0.f : highest * scale_log2;
       correction[r] = exp2_fast(maximum[r] * scale_log2 - offset);
@@ -181,21 +194,23 @@ class Consumer {
   static constexpr int kGroupBytes = Shared<kHeadDim>::kGroupBytes;
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row
 
-  __device__ Consumer(const Params& params, Shared<kHeadDim>& shared, int batch, int head, int64_t tile)
+  __device__ Consumer(const Params& params, Shared<kHeadDim>& shared, int batch, int head,
+                      int64_t tile)
       : params_(params), shared_(shared), batch_(batch), head_(head), tile_(tile) {
     thread_ = threadIdx.x % 128;
     group_ = uniform(threadIdx.x / 128) - 1;
     lane_ = threadIdx.x % 32;
     first_row_ = static_cast<int>(tile % params.tiles) * kTileRows + group_ * 64;
-    order_ = params.args.query_order
-                 ? params.args.query_order + (static_cast<int64_t>(batch) * params.args.heads + head) * params.args.query_length
+    order_ = params.query_order
+                 ? params.query_order +
+                       (static_cast<int64_t>(batch) * params.heads + head) * params.query_length
                  : nullptr;
-    softmax_.scale_log2 = params.args.scale * kLog2E;
+    softmax_.scale_log2 = params.scale * kLog2E;
   }
 
   __device__ void run(int summary_stages) {
     load_query();
-    run_stages_ = count_stages(params_.args.run_lengths + tile_ * params_.args.runs, params_.args.runs, lane_);
+    run_stages_ = count_stages(params_.run_lengths + tile_ * params_.runs, params_.runs, lane_);
     const int stages = uniform(run_stages_) + summary_stages;
     if (stages == 0) {
 #pragma unroll
@@ -263,22 +278,23 @@ class Consumer {
 
   // Where the 16 bytes `chunk` of this warpgroup's row `local` lie in the swizzled query tile.
   __device__ __forceinline__ unsigned char* element(int local, int chunk) const {
-    return shared_.query + (group_ * 8 + local / 8) * kGroupBytes + chunk / 8 * 1024 + local % 8 * 128 +
-           ((chunk % 8) ^ (local % 8)) * 16;
+    return shared_.query + (group_ * 8 + local / 8) * kGroupBytes + chunk / 8 * 1024 +
+           local % 8 * 128 + ((chunk % 8) ^ (local % 8)) * 16;
   }
 
   // Gathers this warpgroup's 64 rows into shared memory.
   __device__ void load_query() {
-    const T* base = static_cast<const T*>(params_.args.query) + batch_ * params_.args.query_strides[0] +
-                    head_ * params_.args.query_strides[1];
+    const T* base = static_cast<const T*>(params_.query) + batch_ * params_.query_strides[0] +
+                    head_ * params_.query_strides[1];
 #pragma unroll
     for (int pass = 0; pass < 64 * kChunks / 128; ++pass) {
       const int piece = pass * 128 + thread_;
       const int local = piece / kChunks, chunk = piece % kChunks;
       const int row = first_row_ + local;
       uint4 data = make_uint4(0, 0, 0, 0);
-      if (row < params_.args.query_length)
-        data = __ldg(reinterpret_cast<const uint4*>(base + token(row) * params_.args.query_strides[2]) + chunk);
+      if (row < params_.query_length)
+        data = __ldg(reinterpret_cast<const uint4*>(base + token(row) * params_.query_strides[2]) +
+                     chunk);
       *reinterpret_cast<uint4*>(element(local, chunk)) = data;
     }
     shared_to_async_fence();
@@ -289,33 +305,37 @@ class Consumer {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const int offset = k / 4 * 1024 + k % 4 * 32;
-      ProductShared<T, kStageRows>::run(scores, operand(shared_.query + group_ * 8 * kGroupBytes + offset, kGroupBytes, 0),
-                                        operand(shared_.key[stage] + offset, kGroupBytes, 0), k > 0);
+      ProductShared<T, kStageRows>::run(
+          scores, operand(shared_.query + group_ * 8 * kGroupBytes + offset, kGroupBytes, 0),
+          operand(shared_.key[stage] + offset, kGroupBytes, 0), k > 0);
     }
   }
 
-  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage, bool accumulate) {
+  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage,
+                                                  bool accumulate) {
 #pragma unroll
     for (int k = 0; k < kStageRows / 16; ++k)
-      ProductRegister<T, kHeadDim>::run(output_, probabilities + 4 * k,
-                                        operand(shared_.value[stage] + 2 * k * kGroupBytes, kGroupBytes, 1024),
-                                        k > 0 || accumulate);
+      ProductRegister<T, kHeadDim>::run(
+          output_, probabilities + 4 * k,
+          operand(shared_.value[stage] + 2 * k * kGroupBytes, kGroupBytes, 1024),
+          k > 0 || accumulate);
   }
 
-  // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were not read.
+  // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were
+  // not read.
   __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
     const uint64_t valid = shared_.valid[stage];
     const int column = 2 * (lane_ % 4);
     if (j >= run_stages_) {
       const int first = (j - run_stages_) * kStageRows + column;
-      const float* weights = params_.args.summary_weights + tile_ * params_.args.summaries;
-      const float inverse_scale = 1.f / params_.args.scale;
+      const float* weights = params_.summary_weights + tile_ * params_.summaries;
+      const float inverse_scale = 1.f / params_.scale;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = first + 8 * i + e;
-          const float weight = c < params_.args.summaries ? weights[c] * inverse_scale : -INFINITY;
+          const float weight = c < params_.summaries ? weights[c] * inverse_scale : -INFINITY;
           scores[4 * i + e] += weight;
           scores[4 * i + 2 + e] += weight;
         }
@@ -335,8 +355,10 @@ class Consumer {
     if (lane_ == 0) barrier_arrive(barrier);
   }
 
-  // The accumulator layout of S is the register layout of P's operand, two column groups of eight at a time.
-  __device__ __forceinline__ void to_operand(const float (&scores)[64], uint32_t (&probabilities)[32]) {
+  // The accumulator layout of S is the register layout of P's operand, two column groups of eight
+  // at a time.
+  __device__ __forceinline__ void to_operand(const float (&scores)[64],
+                                             uint32_t (&probabilities)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
@@ -349,24 +371,28 @@ class Consumer {
       const float sum = quad_sum(softmax_.sum[r]);
       const float inverse = sum > 0.f ? 1.f / sum : 0.f;
       const int local = row + 8 * r;
-      if (params_.args.log_sum_exp && lane_ % 4 == 0 && first_row_ + local < params_.args.query_length)
-        params_.args.log_sum_exp[(static_cast<int64_t>(batch_) * params_.args.heads + head_) * params_.args.query_length +
+      if (params_.log_sum_exp && lane_ % 4 == 0 && first_row_ + local < params_.query_length)
+        params_.log_sum_exp[(static_cast<int64_t>(batch_) * params_.heads + head_) *
+                                params_.query_length +
                             token(first_row_ + local)] =
-            sum > 0.f ? softmax_.maximum[r] * params_.args.scale + logf(sum) : -INFINITY;
+            sum > 0.f ? softmax_.maximum[r] * params_.scale + logf(sum) : -INFINITY;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i)
         *reinterpret_cast<uint32_t*>(element(local, i) + lane_ % 4 * 4) =
             pack<T>(output_[4 * i + 2 * r] * inverse, output_[4 * i + 2 * r + 1] * inverse);
     }
     named_sync(kOutputReady + group_, 128);
-    T* base = static_cast<T*>(params_.args.output) + batch_ * params_.args.output_strides[0] + head_ * params_.args.output_strides[1];
+    T* base = static_cast<T*>(params_.output) + batch_ * params_.output_strides[0] +
+              head_ * params_.output_strides[1];
 #pragma unroll
     for (int pass = 0; pass < 64 * kChunks / 128; ++pass) {
       const int piece = pass * 128 + thread_;
       const int local = piece / kChunks, chunk = piece % kChunks;
-      if (first_row_ + local < params_.args.query_length)
-        __stcs(reinterpret_cast<uint4*>(base + token(first_row_ + local) * params_.args.output_strides[2]) + chunk,
-               *reinterpret_cast<const uint4*>(element(local, chunk)));
+      if (first_row_ + local < params_.query_length)
+        __stcs(
+            reinterpret_cast<uint4*>(base + token(first_row_ + local) * params_.output_strides[2]) +
+                chunk,
+            *reinterpret_cast<const uint4*>(element(local, chunk)));
     }
   }
 
@@ -380,15 +406,18 @@ class Consumer {
   float output_[kHeadDim / 2];
 };
 
-// ---- kernel -----------------------------------------------------------------------------------------------
+// ---- kernel ----
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_tile(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, 1)
+    block_sparse_attention_tile(const __grid_constant__ Params params) {
   extern __shared__ unsigned char raw[];
-  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
-  const int64_t tile = params.args.tile_order ? params.args.tile_order[blockIdx.x] : blockIdx.x;
+  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>((reinterpret_cast<uintptr_t>(raw) + 1023) &
+                                                      ~uintptr_t{1023});
+  const int64_t tile = params.tile_order ? params.tile_order[blockIdx.x] : blockIdx.x;
   const int64_t sequence = tile / params.tiles;
-  const int batch = static_cast<int>(sequence / params.args.heads), head = static_cast<int>(sequence % params.args.heads);
+  const int batch = static_cast<int>(sequence / params.heads);
+  const int head = static_cast<int>(sequence % params.heads);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (warp == 0) {
@@ -402,46 +431,45 @@ __global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_tile(const
       barrier_init_fence();
     }
   } else if (warp == 1 && lane < kBoxes) {
-    prefetch_map(&params.key[lane]);
-    prefetch_map(&params.value[lane]);
+    prefetch_map(&params.key_maps[lane]);
+    prefetch_map(&params.value_maps[lane]);
   }
   __syncthreads();
 
   if (uniform(threadIdx.x / 128) == 0) {
     registers_decrease<40>();
-    const int key_heads = params.args.key_heads;
-    if (warp == 0) produce(params, shared, batch * key_heads + head / (params.args.heads / params.args.key_heads), tile, lane);
+    const int key_head = head / (params.heads / params.key_heads);
+    if (warp == 0) produce(params, shared, batch * params.key_heads + key_head, tile, lane);
   } else {
     registers_increase<232>();
     Consumer<T, kHeadDim>(params, shared, batch, head, tile)
-        .run((params.args.summaries + kStageRows - 1) / kStageRows);
+        .run((params.summaries + kStageRows - 1) / kStageRows);
   }
 }
 
+// Fills in the maps of the bulk copies.
 cudaError_t describe(Params& params) {
-  const AttentionArgs& args = params.args;
-  const bool bfloat16 = args.dtype == kBFloat16;
-  const int64_t sequences = args.batch * args.key_heads;
-  const auto encode = [&](CUtensorMap* map, const void* base, int64_t rows, int64_t row_stride,
+  const int64_t sequences = params.batch * params.key_heads;
+  const auto encode = [&](CUtensorMap& map, const void* base, int64_t rows, int64_t row_stride,
                           int64_t sequence_stride, int groups) {
-    return encode_rows(map, bfloat16, base, args.head_dim, rows, row_stride, sequences,
-                       sequence_stride, groups);
+    return encode_rows(&map, params.dtype == kBFloat16, base, params.head_dim, rows, row_stride,
+                       sequences, sequence_stride, groups);
   };
-  for (int box = 0; box < kBoxes; ++box) {
-    if (const auto error = encode(&params.key[box], args.key, args.key_length,
-                                  args.key_row_stride, args.key_sequence_stride, 1 << box))
-      return error;
-    if (const auto error = encode(&params.value[box], args.value, args.key_length,
-                                  args.value_row_stride, args.value_sequence_stride, 1 << box))
-      return error;
+  cudaError_t error = cudaSuccess;
+  for (int box = 0; box < kBoxes && error == cudaSuccess; ++box) {
+    error = encode(params.key_maps[box], params.key, params.key_length, params.key_strides[1],
+                   params.key_strides[0], 1 << box);
+    if (error != cudaSuccess) break;
+    error = encode(params.value_maps[box], params.value, params.key_length, params.value_strides[1],
+                   params.value_strides[0], 1 << box);
   }
-  if (args.summaries == 0) return cudaSuccess;
-  const int64_t stride = args.summaries * args.head_dim;
-  if (const auto error = encode(&params.summary_key, args.summary_key, args.summaries,
-                                args.head_dim, stride, 1))
-    return error;
-  return encode(&params.summary_value, args.summary_value, args.summaries, args.head_dim, stride,
-                1);
+  if (error != cudaSuccess || params.summaries == 0) return error;
+  const int64_t stride = int64_t{params.summaries} * params.head_dim;
+  error = encode(params.summary_key_map, params.summary_key, params.summaries, params.head_dim,
+                 stride, 1);
+  if (error != cudaSuccess) return error;
+  return encode(params.summary_value_map, params.summary_value, params.summaries, params.head_dim,
+                stride, 1);
 }
 
 template <typename T, int kHeadDim>
@@ -449,20 +477,19 @@ cudaError_t launch(const Params& params, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared<kHeadDim>) + 1024;
   static_assert(bytes <= 227 * 1024, "a block's shared memory");
   const auto kernel = block_sparse_attention_tile<T, kHeadDim>;
-  const int64_t blocks = params.args.batch * params.args.heads * params.tiles;
+  const int64_t blocks = params.batch * params.heads * params.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (const auto error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return error;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t launch(const Params& params, cudaStream_t stream) {
-  return params.args.head_dim == 128 ? launch<T, 128>(params, stream)
-                                     : launch<T, 64>(params, stream);
+  return params.head_dim == 128 ? launch<T, 128>(params, stream) : launch<T, 64>(params, stream);
 }
 
 }  // namespace
@@ -470,9 +497,10 @@ cudaError_t launch(const Params& params, cudaStream_t stream) {
 cudaError_t block_sparse_attention(const AttentionArgs& args, cudaStream_t stream) {
   if (args.head_dim != 64 && args.head_dim != 128) return cudaErrorInvalidValue;
   Params params{};
-  params.args = args;
+  static_cast<AttentionArgs&>(params) = args;
   params.tiles = static_cast<int>((args.query_length + kTileRows - 1) / kTileRows);
-  if (const auto error = describe(params)) return error;
+  const cudaError_t error = describe(params);
+  if (error != cudaSuccess) return error;
   return args.dtype == kBFloat16 ? launch<__nv_bfloat16>(params, stream)
                                  : launch<__half>(params, stream);
 }

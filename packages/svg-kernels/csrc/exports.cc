@@ -150,6 +150,39 @@ void permute_rows(int64_t described, int count, int64_t batch, int heads, bool i
   launch(svg::permute_rows, args, device, stream);
 }
 
+// `described` holds 31 integers in the order of svg::AttentionArgs, up to its scale.
+void block_sparse_attention(int64_t described, double scale, int device, int64_t stream) {
+  if (svg::block_sparse_attention == nullptr) {
+    TVM_FFI_THROW(RuntimeError) << "the library was not built for sm_90a";
+  }
+  const int64_t* d = ptr<const int64_t>(described);
+  const auto number = [&](int i) { return static_cast<int>(d[i]); };
+  svg::AttentionArgs args{};
+  args.query = ptr<const void>(d[0]);
+  args.key = ptr<const void>(d[1]);
+  args.value = ptr<const void>(d[2]);
+  args.output = ptr<void>(d[3]);
+  args.log_sum_exp = ptr<float>(d[4]);
+  args.query_order = ptr<const int32_t>(d[5]);
+  args.run_starts = ptr<const int32_t>(d[6]);
+  args.run_lengths = ptr<const int32_t>(d[7]);
+  args.tile_order = ptr<const int32_t>(d[8]);
+  args.summary_key = ptr<const void>(d[9]);
+  args.summary_value = ptr<const void>(d[10]);
+  args.summary_weights = ptr<const float>(d[11]);
+  for (int i = 0; i < 3; ++i) args.query_strides[i] = d[12 + i];
+  for (int i = 0; i < 3; ++i) args.output_strides[i] = d[15 + i];
+  for (int i = 0; i < 2; ++i) args.key_strides[i] = d[18 + i];
+  for (int i = 0; i < 2; ++i) args.value_strides[i] = d[20 + i];
+  args.batch = d[22];
+  args.heads = number(23), args.key_heads = number(24);
+  args.query_length = number(25), args.key_length = number(26);
+  args.runs = number(27), args.summaries = number(28);
+  args.head_dim = number(29), args.dtype = number(30);
+  args.scale = static_cast<float>(scale);
+  launch(svg::block_sparse_attention, args, device, stream);
+}
+
 // Throws what the driver says when the library cannot run on `device`.
 void probe(int device) {
   OnDevice guard(device);
@@ -165,4 +198,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gate_residual, gate_residual);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope, rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_rope, qk_norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(permute_rows, permute_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(block_sparse_attention, block_sparse_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe, probe);

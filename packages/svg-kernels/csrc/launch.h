@@ -96,11 +96,37 @@ struct PermuteArgs {
   bool inverse;
 };
 
+// Attention over runs of key rows; see block_sparse_attention_sm90a.cu. Strides are in elements.
+struct AttentionArgs {
+  const void* query;              // [B, H, Sq, D], 16-bit
+  const void* key;                // [B, Hk, Sk, D]
+  const void* value;
+  void* output;                   // [B, H, Sq, D]
+  float* log_sum_exp;             // [B, H, Sq] or null
+  const int32_t* query_order;     // [B, H, Sq] or null
+  const int32_t* run_starts;      // [B, H, T, R]
+  const int32_t* run_lengths;     // [B, H, T, R]
+  const int32_t* tile_order;      // [B * H * T] or null: which tile each block computes
+  const void* summary_key;        // [B, Hk, C, D] or null
+  const void* summary_value;      // [B, Hk, C, D]
+  const float* summary_weights;   // [B, H, T, C], natural logarithms
+  int64_t query_strides[3];       // batch, head, token
+  int64_t output_strides[3];
+  int64_t key_strides[2];         // sequence, token: B * Hk sequences, evenly spaced
+  int64_t value_strides[2];
+  int64_t batch;
+  int heads, key_heads, query_length, key_length, runs, summaries, head_dim, dtype;
+  float scale;
+};
+
 cudaError_t norm(const NormArgs& args, cudaStream_t stream);
 cudaError_t gate_residual(const GateArgs& args, cudaStream_t stream);
 cudaError_t rope(const RopeArgs& args, cudaStream_t stream);
 cudaError_t qk_norm_rope(const QkArgs& args, cudaStream_t stream);
 cudaError_t permute_rows(const PermuteArgs& args, cudaStream_t stream);
+// Absent (null) where the library was not built for sm_90a.
+__attribute__((weak)) cudaError_t block_sparse_attention(const AttentionArgs& args,
+                                                         cudaStream_t stream);
 cudaError_t probe();  // is there machine code for the current device, and does the driver take it?
 
 }  // namespace svg

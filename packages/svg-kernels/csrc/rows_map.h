@@ -35,20 +35,19 @@ inline cudaError_t encode_rows(CUtensorMap* map, bool bfloat16, const void* base
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(row_stride) * 2;
-  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(head_dim / 64),
-                               static_cast<cuuint64_t>((rows + 7) / 8),
-                               static_cast<cuuint64_t>(sequences)};
+  const cuuint64_t sizes[5] = {
+      64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(head_dim / 64),
+      static_cast<cuuint64_t>((rows + 7) / 8), static_cast<cuuint64_t>(sequences)};
   const cuuint64_t strides[4] = {row_bytes, 128, 8 * row_bytes,
                                  static_cast<cuuint64_t>(sequence_stride) * 2};
   const cuuint32_t box[5] = {64, 8, static_cast<cuuint32_t>(head_dim / 64),
                              static_cast<cuuint32_t>(groups), 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encode(
-      map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+             const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -17,7 +17,8 @@ __device__ int count_stages(const int* lengths, int runs, int lane) {
   return (granules + kGranules - 1) / kGranules;
 }
 
-// A warp's window on the run list: lane r holds run r of the current 32, and where it ends counted in granules.
+// A warp's window on the run list: lane r holds run r of the current 32, and where it ends counted
+// in granules.
 class RunReader {
  public:
   __device__ RunReader(const int* starts, const int* lengths, int runs, int lane)
@@ -25,8 +26,8 @@ class RunReader {
     load(0);
   }
 
-  // Lane g < 16 learns the first row and the valid rows of granule g of the next stage; past the end both the row
-  // (beyond every key, so that the copy engine fills zeros) and the count say so.
+  // Lane g < 16 learns the first row and the valid rows of granule g of the next stage; past the
+  // end both the row (beyond every key, so that the copy engine fills zeros) and the count say so.
   // Returns false when the list is exhausted.
   __device__ bool next(int past_the_end, int* row, int* count) {
     int wanted = taken_ + lane_;
@@ -79,13 +80,16 @@ class RunReader {
   int start_ = 0, length_ = 0, end_ = 0;
 };
 
-// Log2 of the granules that this lane's copy moves, or -1 when another lane's copy covers its granule. A segment of n
-// consecutive granules is cut into the powers of two of n, the largest first. Only a copy of a single granule may reach
-// beyond the last key: the copy engine checks the bounds of the first group of a box only.
+// Log2 of the granules that this lane's copy moves, or -1 when another lane's copy covers its
+// granule. A segment of n consecutive granules is cut into the powers of two of n, the largest
+// first. Only a copy of a single granule may reach beyond the last key: the copy engine checks the
+// bounds of the first group of a box only.
 __device__ __forceinline__ int copy_size(int row, int key_length, int lane) {
   const int below = __shfl_up_sync(~0u, row, 1);
-  const bool joined = lane > 0 && lane < kGranules && row == below + kGranule && row + kGranule <= key_length;
-  const uint32_t breaks = ~__ballot_sync(~0u, joined);  // lanes that begin a segment; lanes beyond 16 always do
+  const bool joined =
+      lane > 0 && lane < kGranules && row == below + kGranule && row + kGranule <= key_length;
+  const uint32_t breaks =
+      ~__ballot_sync(~0u, joined);  // lanes that begin a segment; lanes beyond 16 always do
   if (lane >= kGranules) return -1;
   const int begin = 31 - __clz(breaks & (2u << lane) - 1);
   const int end = __ffs(breaks & ~((2u << lane) - 1)) - 1;

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import svg_kernels
+from svg_kernels import _backends, _library
+
+CPU = torch.device("cpu")
+
+
+def test_auto_on_the_cpu_is_the_reference():
+    tiers = {tier.name: tier for tier in svg_kernels.status("cpu").tiers}
+    assert list(tiers) == ["cuda", "triton", "reference"]
+    assert svg_kernels.status("cpu").auto == "reference"
+    assert not tiers["cuda"].available
+    assert "CUDA device" in tiers["cuda"].note
+
+
+def test_an_explicit_request_is_never_replaced():
+    with pytest.raises(svg_kernels.UnsupportedError) as caught:
+        svg_kernels.rms_norm(torch.ones(2, 8), backend="cuda")
+    assert set(caught.value.reasons) == {"cuda", "triton", "reference"}
+    assert "needs tensors on a CUDA device" in caught.value.reasons["cuda"]
+    assert caught.value.reasons["reference"].startswith("can run")
+    assert "'cuda' on cpu" in str(caught.value)
+
+
+def test_unknown_backends_are_named():
+    with pytest.raises(ValueError, match="got 'cutlass'"):
+        svg_kernels.rms_norm(torch.ones(2, 8), backend="cutlass")
+
+
+def test_status_is_plain_data():
+    data = svg_kernels.status().to_dict()
+    assert data["auto"] in {tier["name"] for tier in data["tiers"] if tier["available"]}
+    assert all(tier["note"] for tier in data["tiers"])
+
+
+def test_every_tier_has_every_operation():
+    from svg_kernels import reference
+
+    public = {name for name in vars(reference) if not name.startswith("_")}
+    operations = {n for n in public if callable(getattr(reference, n)) and n[0].islower()}
+    assert operations == {
+        "rms_norm", "layer_norm", "layer_norm_modulate", "gate_residual",
+        "rope", "rope_", "qk_norm_rope", "permute_rows",
+    }  # fmt: skip
+    pytest.importorskip("triton")
+    from svg_kernels import _triton
+
+    assert all(hasattr(_triton, name) for name in operations)
+
+
+def test_gpu_reasons(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "this GPU has 7.5" in _backends.probe("cuda", device).note
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_library, "why_not", lambda _: "nvcc was not found")
+    assert _backends.auto(device) in ("triton", "reference")
+    assert _backends.probe("cuda", device).note == "nvcc was not found"
+    monkeypatch.setattr(_library, "why_not", lambda _: "")
+    assert _backends.auto(device) == "cuda"
+
+
+def cases():
+    x = torch.randn(2, 5, 24)
+    vector, table = torch.randn(24), torch.randn(1, 4, 4)
+    head = torch.randn(8)
+    heads = torch.randn(2, 3, 5, 8)
+    order = torch.rand(2, 3, 5).argsort(-1).int()
+    ops = torch.ops.svg_kernels
+    qk = (x, x.clone(), head, head.clone(), table, table.clone(), 3, 1e-6, False, 1, "auto")
+    outs = (torch.empty(2, 3, 5, 8), torch.empty(2, 3, 5, 8))
+    bf16, none = torch.bfloat16, None
+    return [
+        (ops.rms_norm, (x, vector, 1e-6, bf16, "auto")),
+        (ops.layer_norm, (x.transpose(0, 1), none, vector, 1e-6, none, "auto")),
+        (ops.layer_norm_modulate, (x, x[:, :1], x, none, none, 1e-6, none, "auto")),
+        (ops.gate_residual, (x, x.bfloat16(), x[:, :1], none, "auto")),
+        (ops.rope, (heads.transpose(1, 2), table[:, :3], table[:, :3], True, 0, "auto")),
+        (ops.rope_, (heads, table, table.clone(), False, 1, "auto")),
+        (ops.qk_norm_rope, qk),
+        (ops.qk_norm_rope_out, (*qk, *outs)),
+        (ops.permute_rows, ([heads, heads.half()], [order, order], False, "auto")),
+    ]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case[0].__name__)
+def test_operators_keep_torchs_contract(case):
+    operator, args = case
+    torch.library.opcheck(operator.default, args)
+
+
+def test_compile_keeps_one_graph():
+    def block(x, scale, table):
+        y = svg_kernels.layer_norm_modulate(x, scale, scale)
+        q, k = svg_kernels.qk_norm_rope(y, y, scale[0], scale[0], table, table, heads=3)
+        svg_kernels.rope(q, table, table, inplace=True)
+        return svg_kernels.gate_residual(x, y, scale), q + k
+
+    args = torch.randn(2, 5, 24), torch.randn(2, 24), torch.rand(5, 4)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*args), block(*args), strict=True):
+        torch.testing.assert_close(got, want)

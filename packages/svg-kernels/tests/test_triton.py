@@ -1,0 +1,77 @@
+"""The Triton tier against the reference, interpreted on a CPU (fp32 and fp16 only)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import svg_kernels
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_interpreter")
+DTYPES = [torch.float32, torch.float16]
+
+
+def normal(shape, dtype, generator, mean=0.0):
+    return (torch.randn(shape, generator=generator) + mean).to(dtype)
+
+
+def both(function, *args, **kwargs):
+    got = function(*args, backend="triton", **kwargs)
+    want = function(*args, backend="reference", **kwargs)
+    for a, b in zip(
+        *[(r,) if isinstance(r, torch.Tensor) else r for r in (got, want)], strict=True
+    ):
+        assert a.dtype == b.dtype
+        tolerance = 2e-6 if a.dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 1), (37, 130), (2, 3, 64), (3, 1, 1536)])
+def test_norms(dtype, shape, generator):
+    x = normal(shape, dtype, generator, 3.0)
+    weight, bias = normal((2, shape[-1]), torch.float32, generator).unbind(0)
+    both(svg_kernels.rms_norm, x)
+    both(svg_kernels.rms_norm, x, weight.half(), eps=1e-2, out_dtype=torch.float32)
+    both(svg_kernels.layer_norm, x, weight, bias)
+    both(svg_kernels.layer_norm, x.transpose(0, -1).contiguous().transpose(0, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_modulation(dtype, tokens, generator):
+    x = normal((2, 7, 70), dtype, generator, 3.0)
+    scale = normal((2, tokens, 70), torch.float32, generator)
+    shift = normal((2, 70), torch.float32, generator)
+    both(svg_kernels.layer_norm_modulate, x, scale, shift, bias=shift[0])
+    both(svg_kernels.gate_residual, x, x[:, :, :70], scale, out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("across", [False, True])
+def test_rotation(dtype, pairing, across, generator):
+    dim, heads = 12, 3
+    theta = torch.rand(5, dim // 2, generator=generator) * 6
+    tables = (theta.cos(), theta.sin())
+    x = normal((2, 9, heads * dim), dtype, generator)
+    weight = normal((heads * dim if across else dim,), torch.float32, generator)
+    both(svg_kernels.rope, x.unflatten(-1, (heads, dim)).transpose(1, 2), *tables,
+         pairing=pairing, start=2)  # fmt: skip
+    both(svg_kernels.qk_norm_rope, x, x, weight, weight, *tables,
+         heads=heads, pairing=pairing, start=3)  # fmt: skip
+    both(svg_kernels.qk_norm_rope, x, x, weight, weight, heads=heads)
+    y, z = (x.unflatten(-1, (heads, dim)).transpose(1, 2).clone() for _ in range(2))
+    svg_kernels.rope(y, *tables, inplace=True, backend="triton")
+    svg_kernels.rope(z, *tables, inplace=True, backend="reference")
+    torch.testing.assert_close(y, z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+def test_permutation(dtype, generator):
+    x = torch.randint(0, 100, (2, 3, 19, 10), generator=generator).to(dtype)
+    order = torch.rand(2, 3, 19, generator=generator).argsort(-1).int()
+    y = svg_kernels.permute_rows(x, order, backend="triton")
+    assert torch.equal(y, svg_kernels.permute_rows(x, order, backend="reference"))
+    assert torch.equal(svg_kernels.unpermute_rows(y, order, backend="triton"), x)
