@@ -105,7 +105,9 @@ class Comparison:
         place = writable_folder(folder)
         for clip in self.clips:
             clip.save(place / f"{clip.method.slug}.mp4")
-        everything = side_by_side([c.frames for c in self.clips], [clip_label(c) for c in self.clips])
+        everything = side_by_side(
+            [c.frames for c in self.clips], [clip_label(c) for c in self.clips]
+        )
         write_video(everything, place / TOGETHER, fps=self.dense.settings.fps)
         with atomic_path(place / DATA) as path:
             path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -247,8 +249,8 @@ def _warm_up(
 def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
     """Describe what a comparison ran on."""
     import diffusers
-    import svg_attention
 
+    import svg_attention
     import svg_models
 
     on_gpu = loaded.device.startswith("cuda")

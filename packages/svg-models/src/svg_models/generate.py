@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from svg_attention import SVG2
 
+from svg_attention import SVG2
 from svg_models.errors import SettingError
 from svg_models.pipelines import Defaults, LoadedPipeline, Progress, load_pipeline, quiet
 from svg_models.specs import MethodSpec
@@ -100,6 +100,7 @@ class Clip:
         model: name of the model.
         config: the attention method and schedule in full and where they come from, as plain values.
         seconds: time of the denoising loop.
+        step_seconds: time of each step; exact only if profiled, else a device may lag behind.
         decode_seconds: time of the VAE afterwards.
         tokens: video tokens of the clip.
         stats: densities and times of every attention call.
@@ -111,6 +112,7 @@ class Clip:
     model: str
     config: dict[str, Any]
     seconds: float
+    step_seconds: tuple[float, ...]
     decode_seconds: float
     tokens: int
     stats: RunStats
@@ -185,15 +187,18 @@ def sample(
     q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
     fitted = SVG2(q_clusters=q_clusters, k_clusters=k_clusters)
     method = spec.build(recipe.method if isinstance(recipe.method, SVG2) else fitted)
-    timer = _StepTimer(loaded, settings.steps, progress)
-    with sparsify(
-        loaded.pipe,
-        method,
-        recipe.schedule,
-        backend=backend,
-        seed=settings.seed,
-        profile=profile,
-    ) as run, timer:
+    timer = _StepTimer(loaded, settings.steps, progress, exact=profile)
+    with (
+        sparsify(
+            loaded.pipe,
+            method,
+            recipe.schedule,
+            backend=backend,
+            seed=settings.seed,
+            profile=profile,
+        ) as run,
+        timer,
+    ):
         output = loaded.pipe(**_call(loaded, settings), callback_on_step_end=timer.step_done)
         finished = timer.now()
         stats = run.stats()
@@ -209,6 +214,7 @@ def sample(
             "note": recipe.note,
         },
         seconds=timer.seconds,
+        step_seconds=timer.step_seconds,
         decode_seconds=finished - timer.last,
         tokens=tokens,
         stats=stats,
@@ -240,10 +246,12 @@ def _call(loaded: LoadedPipeline, settings: Settings) -> dict[str, Any]:
 class _StepTimer:
     """Time the denoising loop from its first forward pass to the end of its last step."""
 
-    def __init__(self, loaded: LoadedPipeline, steps: int, progress: Progress) -> None:
+    def __init__(
+        self, loaded: LoadedPipeline, steps: int, progress: Progress, *, exact: bool
+    ) -> None:
         self._loaded, self._steps, self._progress = loaded, steps, progress
-        self._first: float | None = None
-        self.last = 0.0
+        self._exact = exact
+        self._times: list[float] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _StepTimer:
@@ -261,7 +269,18 @@ class _StepTimer:
     @property
     def seconds(self) -> float:
         """Time of the loop."""
-        return self.last - (self._first if self._first is not None else self.last)
+        return self._times[-1] - self._times[0] if self._times else 0.0
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """Time of each step."""
+        pairs = zip(self._times, self._times[1:], strict=False)
+        return tuple(later - earlier for earlier, later in pairs)
+
+    @property
+    def last(self) -> float:
+        """When the last step ended."""
+        return self._times[-1] if self._times else time.perf_counter()
 
     def now(self) -> float:
         """Return the time once the device has finished what it was given."""
@@ -270,17 +289,17 @@ class _StepTimer:
         return time.perf_counter()
 
     def _begin(self, *_: object) -> None:
-        if self._first is None:
-            self._first = self.now()
+        if not self._times:
+            self._times.append(self.now())
             self._progress("sampling", 0, self._steps)
 
     def step_done(
         self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
         """Count a step; diffusers calls this."""
-        if step + 1 >= self._steps:
-            self.last = self.now()  # waits for the device once, not at every step
+        done = step + 1 >= self._steps
+        self._times.append(self.now() if done or self._exact else time.perf_counter())
         self._progress("sampling", step + 1, self._steps)
-        if step + 1 >= self._steps:
+        if done:
             self._progress("decoding", 0, 0)
         return tensors

@@ -297,7 +297,7 @@ def _hub_folder(model: str, *, weights: bool) -> Path:
         )
     except GatedRepoError as error:
         raise ModelUnavailableError(
-            f"{model} asks for your consent: accept its terms on the hub and log in with hf auth login"
+            f"{model} asks for your consent: accept its terms on the hub, then run hf auth login"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelUnavailableError(
@@ -388,7 +388,9 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ModelUnavailableError(f"cannot read {folder / 'model_index.json'}: {error}") from error
+        raise ModelUnavailableError(
+            f"cannot read {folder / 'model_index.json'}: {error}"
+        ) from error
     return {
         name: (value[0], value[1])
         for name, value in index.items()
@@ -480,6 +482,19 @@ def _assemble(folder: Path, sizes: dict[str, int], dtype: torch.dtype, progress:
         raise ModelUnavailableError(f"cannot load {folder}: {_first_line(error)}") from error
 
 
+_EMBEDDED = {
+    "prompt": "a red circle moving right",
+    "negative_prompt": "",
+    "steps": 20,
+    "guidance": 4.0,
+    "height": 128,
+    "width": 128,
+    "frames": 49,
+    "fps": 16,
+    "max_sequence_length": 32,
+}
+
+
 def defaults_for(name: str, pipe: Any) -> Defaults:
     """Return what a model generates when nothing else is said.
 
@@ -489,9 +504,7 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
     """
     known = {
         "WanPipeline": Defaults(),
-        "HunyuanVideoPipeline": Defaults(
-            guidance=6.0, height=720, width=1280, frames=129, fps=24
-        ),
+        "HunyuanVideoPipeline": Defaults(guidance=6.0, height=720, width=1280, frames=129, fps=24),
         "CogVideoXPipeline": Defaults(guidance=6.0, height=480, width=720, frames=49, fps=8),
         "CosmosTextToWorldPipeline": Defaults(
             steps=36, guidance=7.0, height=704, width=1280, frames=121, fps=30

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from svg_attention import SVG1, SVG2, Dense, RandomBlocks
-
 from svg_models.errors import SettingError
 
 METHODS: dict[str, str] = {

@@ -287,7 +287,9 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
 
     ours, theirs = to_frames(clip), to_frames(reference)
     if ours.shape != theirs.shape:
-        raise ValueError(f"clips must have one shape to be compared, got {ours.shape} and {theirs.shape}")
+        raise ValueError(
+            f"clips must have one shape to be compared, got {ours.shape} and {theirs.shape}"
+        )
     if min(ours.shape[1:3]) < 11:
         raise ValueError(f"SSIM looks through a window of 11 x 11, got frames of {ours.shape[1:3]}")
     psnr: list[float] = []
@@ -326,7 +328,9 @@ def side_by_side(
     """
     arrays = [to_frames(clip) for clip in clips]
     if not arrays or len(arrays) != len(labels):
-        raise ValueError(f"expected one label a clip, got {len(arrays)} clips, {len(labels)} labels")
+        raise ValueError(
+            f"expected one label a clip, got {len(arrays)} clips, {len(labels)} labels"
+        )
     if len({a.shape for a in arrays}) != 1:
         raise ValueError(f"clips must have one shape, got {[a.shape for a in arrays]}")
     factor = max(1, math.ceil(min_width / arrays[0].shape[2]))

@@ -1,0 +1,274 @@
+"""The page of `svg compare`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from svg_models.report.grids import Grids, grids
+from svg_models.report.plots import density_map, lines_per_frame, time_stack
+from svg_models.report.render import percent, render, seconds
+from svg_models.report.run import top_density
+from svg_models.video import enlarge, write_video
+
+if TYPE_CHECKING:
+    from svg_models.compare import Candidate, Comparison
+    from svg_models.generate import Clip
+
+_SHOWN_WIDTH = 384  # small clips are enlarged so that 4:2:0 video does not smear their edges
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Return the whole comparison as one HTML page that loads nothing from elsewhere.
+
+    Args:
+        comparison: what `compare` returned.
+    """
+    settings = comparison.dense.settings
+    rows = _rows(comparison)
+    best = max(comparison.candidates, key=lambda c: c.similarity.mean_psnr, default=None)
+    tables = [grids(clip.stats.records) for clip in comparison.clips]
+    found = [table for table in tables if table is not None]
+    top = top_density(found)
+    colours = {row["series"]: c for row, c in zip(rows[1:], comparison.candidates, strict=True)}
+    return render(
+        "comparison.html.j2",
+        prompt=settings.prompt,
+        meta=_meta(comparison),
+        best=rows[1 + comparison.candidates.index(best)] if best else rows[0],
+        tiles=_tiles(best) if best else [],
+        verdict=_verdict(comparison, best) if best else "",
+        fps=f"{settings.fps:g}",
+        frames=len(comparison.dense.frames),
+        rows=rows,
+        table_note=_table_note(comparison),
+        psnr_plot=Markup(
+            lines_per_frame(
+                {i: c.similarity.psnr for i, c in colours.items()},
+                unit="dB",
+                name="psnr",
+                title="PSNR of each frame against the dense clip, one line per method",
+            )
+        ),
+        ssim_plot=Markup(
+            lines_per_frame(
+                {i: c.similarity.ssim for i, c in colours.items()},
+                unit="SSIM",
+                name="ssim",
+                title="SSIM of each frame against the dense clip, one line per method",
+            )
+        ),
+        density_top=percent(top),
+        maps=_maps(comparison, rows, tables, top),
+        times=_times(comparison, rows, tables),
+        settings=_settings(comparison),
+        configs=[(c.method.label, json.dumps(c.config)) for c in comparison.clips],
+        command=_command(comparison),
+    )
+
+
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    dense = comparison.dense
+    rows = [_row(dense, 0, None)]
+    for index, candidate in enumerate(comparison.candidates):
+        rows.append(_row(candidate.clip, 1 + index % 5, candidate))
+    rows[0]["cells"] = [
+        *({"text": text} for text in ("100 %", "–", "–", "–")),
+        {"text": seconds(dense.stats.seconds)},
+        {"text": seconds(dense.seconds)},
+        {"text": "1.00×"},
+    ]
+    candidates = comparison.candidates
+    for row, candidate in zip(rows[1:], candidates, strict=True):
+        close, clip = candidate.similarity, candidate.clip
+        row["cells"] = [
+            {"text": percent(clip.stats.mean_density)},
+            _cell(close.mean_psnr, [c.similarity.mean_psnr for c in candidates], decibels),
+            _cell(close.worst_psnr, [c.similarity.worst_psnr for c in candidates], decibels),
+            _cell(close.mean_ssim, [c.similarity.mean_ssim for c in candidates], "{:.3f}".format),
+            {"text": seconds(clip.stats.seconds)},
+            {"text": seconds(clip.seconds)},
+            _cell(candidate.speedup, [c.speedup for c in candidates], "{:.2f}×".format),
+        ]
+    return rows
+
+
+def _row(clip: Clip, series: int, candidate: Candidate | None) -> dict[str, Any]:
+    close = candidate.similarity if candidate else None
+    factor = max(1, math.ceil(_SHOWN_WIDTH / clip.frames.shape[2]))
+    shown = enlarge(clip.frames, factor)
+    return {
+        "label": clip.method.label,
+        "series": series,
+        "density": percent(clip.stats.mean_density),
+        "psnr": decibels(close.mean_psnr) if close else "",
+        "psnr_json": json.dumps(close.to_dict()["psnr_db"] if close else None),
+        "source": _data_address(shown, clip.settings.fps),
+        "height": shown.shape[1],
+        "width": shown.shape[2],
+    }
+
+
+def _cell(value: float, column: list[float], write: Any) -> dict[str, Any]:
+    return {"text": write(value), "best": len(column) > 1 and value == max(column)}
+
+
+def decibels(value: float) -> str:
+    """Write a PSNR for people; infinity means that nothing differs."""
+    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
+
+
+def _data_address(frames: Any, fps: float) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(frames, Path(folder) / "clip.mp4", fps=fps, crf=18)
+        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _meta(comparison: Comparison) -> list[str]:
+    settings, machine = comparison.dense.settings, comparison.machine
+    name = "embedded model" if comparison.dense.model == "embedded" else comparison.dense.model
+    threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+    return [
+        name,
+        f"{settings.frames} frames of {settings.width} × {settings.height}",
+        f"{comparison.dense.tokens:,} tokens",
+        f"{settings.steps} steps",
+        f"seed {settings.seed}",
+        f"{machine['device']}{threads}, {machine['dtype']}",
+    ]
+
+
+def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
+    clip, close = best.clip, best.similarity
+    psnr = decibels(close.mean_psnr).split(" ")
+    everything = percent(clip.stats.mean_density_with_dense_calls)
+    return [
+        (
+            "PSNR against dense",
+            psnr[0],
+            "dB" if len(psnr) > 1 else "",
+            f"worst frame {decibels(close.worst_psnr)}",
+        ),
+        ("SSIM against dense", f"{close.mean_ssim:.3f}", "", f"worst frame {min(close.ssim):.3f}"),
+        (
+            "Attention computed",
+            percent(clip.stats.mean_density).removesuffix(" %"),
+            "%",
+            f"on sparse calls; {everything} with the dense first steps",
+        ),
+        (
+            "Speed-up of denoising",
+            f"{best.speedup:.2f}",
+            "×",
+            f"{seconds(clip.seconds * best.speedup)} dense, {seconds(clip.seconds)} sparse",
+        ),
+    ]
+
+
+def _verdict(comparison: Comparison, best: Candidate) -> str:
+    tokens, clip = comparison.dense.tokens, best.clip
+    if best.speedup >= 1.03:
+        text = f"It finished denoising {best.speedup:.2f}× as fast as dense on this machine."
+    elif best.speedup > 0.97:
+        text = "It took as long as dense on this machine."
+    else:
+        text = f"It took {1 / best.speedup:.2f}× as long as dense on this machine."
+    fastest = max(comparison.candidates, key=lambda c: c.speedup)
+    if fastest is not best and fastest.speedup > 1.03 * best.speedup:
+        text += f" The fastest was {fastest.clip.method.label} with {fastest.speedup:.2f}×."
+    dense_time, own_time = comparison.dense.stats.seconds, clip.stats.seconds
+    if dense_time and own_time and comparison.dense.seconds > 0:
+        share = dense_time / comparison.dense.seconds
+        text += (
+            f" Self-attention is {percent(share)} of the dense clip's denoising time, "
+            f"{seconds(dense_time)} against {seconds(own_time)} here."
+        )
+    if tokens < 20_000:
+        text += (
+            f" A clip of {tokens:,} tokens leaves little to save: attention grows with the square "
+            "of the token count, everything else in proportion to it."
+        )
+    return text
+
+
+def _table_note(comparison: Comparison) -> str:
+    budgets = {c.clip.method.density for c in comparison.candidates}
+    if len(budgets) == 1 and (budget := next(iter(budgets))) is not None:
+        return (
+            f"Every method was given the same budget, {percent(budget)} of the query–key pairs; "
+            "the density is what was measured."
+        )
+    return "Budgets differ; the density is what was measured."
+
+
+def _maps(
+    comparison: Comparison, rows: list[dict[str, Any]], tables: list[Grids | None], top: float
+) -> list[dict[str, Any]]:
+    items = []
+    for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
+        if table is not None and table.has_sparse_calls:
+            title = f"Density by layer and step of {row['label']}"
+            picture = density_map(table, top=top, name=f"map{index}", title=title)
+            items.append(row | {"value": row["density"], "picture": Markup(picture)})
+    return items
+
+
+def _times(
+    comparison: Comparison, rows: list[dict[str, Any]], tables: list[Grids | None]
+) -> list[dict[str, Any]]:
+    ready = [
+        (row, table, clip)
+        for row, table, clip in zip(rows, tables, comparison.clips, strict=True)
+        if table is not None and table.seconds is not None
+    ]
+    top = max((max(clip.step_seconds, default=0.0) for _, _, clip in ready), default=0.0)
+    items = []
+    for index, (row, table, clip) in enumerate(ready):
+        picture = time_stack(
+            table,
+            clip.step_seconds,
+            top=top or 1.0,
+            series=row["series"],
+            name=f"time{index}",
+            title=f"Seconds of each denoising step of {row['label']}",
+        )
+        value = f"{seconds(clip.stats.seconds)} of {seconds(clip.seconds)} in attention"
+        items.append(row | {"value": value, "picture": Markup(picture)})
+    return items
+
+
+def _settings(comparison: Comparison) -> list[tuple[str, str]]:
+    settings = comparison.dense.settings
+    pairs = [
+        ("model", comparison.dense.model),
+        ("negative prompt", settings.negative_prompt or "none"),
+        ("guidance", f"{settings.guidance:g}"),
+        ("frames a second", f"{settings.fps:g}"),
+    ]
+    pairs += [(name, f"{value}") for name, value in comparison.machine.items() if value is not None]
+    return pairs
+
+
+def _command(comparison: Comparison) -> str:
+    dense = comparison.dense
+    settings = dense.settings
+    words = ["svg", "compare", settings.prompt]
+    if dense.model != "embedded":
+        words += ["--model", dense.model]
+    for candidate in comparison.candidates:
+        spec = candidate.clip.method
+        at = "" if spec.density is None else f"@{spec.density:g}"
+        words += ["--method", spec.name + at]
+    words += ["--seed", str(settings.seed), "--steps", str(settings.steps)]
+    words += ["--guidance", f"{settings.guidance:g}", "--frames", str(settings.frames)]
+    words += ["--size", f"{settings.width}x{settings.height}"]
+    if settings.negative_prompt is not None:
+        words += ["--negative-prompt", settings.negative_prompt]
+    return shlex.join(words)

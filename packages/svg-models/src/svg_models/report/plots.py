@@ -1,0 +1,223 @@
+"""Plots as inline SVG that take their colours from the page, so one plot serves light and dark.
+
+Matplotlib draws with stand-in colours; afterwards each is replaced by a CSS variable.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from svg_models.report.grids import Grids
+
+INK, MUTED, GRID, PAPER, KEPT, REST = (f"#0{i}0{i}0{i}" for i in range(1, 7))
+SERIES = tuple(f"#0a{i:02x}00" for i in range(6))
+RAMP = tuple(f"#0b{i:02x}00" for i in range(16))
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    PAPER: "--card",
+    KEPT: "--kept",
+    REST: "--rest",
+    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
+    **{colour: f"--ramp-{i}" for i, colour in enumerate(RAMP)},
+}
+_MOST_BANDS = 6  # layers beyond this share a band in the stacked plot
+
+
+@contextmanager
+def _figure(width: float, height: float, name: str) -> Iterator[tuple[Any, Any]]:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 11,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.8,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "ytick.major.size": 0,
+        "text.color": INK,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, figure.subplots()
+
+
+def _svg(figure: Any, name: str, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    # ids must be unique on the page, which holds several plots
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(xlink:href=")#', rf"\1#{name}-", text)
+    text = text.replace("url(#", f"url(#{name}-")
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=3).replace("xlink:href", "href")
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"font: [\d.]+px [^;\"]*", _font, text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def _font(match: re.Match[str]) -> str:
+    size = re.search(r"[\d.]+px", match.group())
+    return f"font-size: {size.group() if size else '11px'}"
+
+
+def lines_per_frame(
+    series: Mapping[int, Sequence[float]], *, unit: str, name: str, title: str
+) -> str:
+    """Draw one line per clip over the video's frames.
+
+    Args:
+        series: index of the clip's colour -> one value per frame; infinite values leave a gap.
+        unit: what the values are, for the axis.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with _figure(6.4, 2.9, name) as (figure, axes):
+        for index, values in series.items():
+            finite = np.where(np.isfinite(values), values, np.nan)
+            axes.plot(np.arange(1, len(finite) + 1), finite, color=SERIES[index], linewidth=2.0)
+        axes.set_xlabel("frame")
+        axes.set_title(unit, loc="left", fontsize=11, color=MUTED)
+        axes.margins(x=0.01, y=0.08)
+        return _svg(figure, name, title)
+
+
+def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
+    """Draw density over steps (x) and layers (y); calls kept dense have a colour of their own.
+
+    Args:
+        grids: of one clip.
+        top: density at the end of the colour ramp.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+
+    Returns:
+        An `<svg>` element.
+    """
+    from matplotlib.colors import ListedColormap
+
+    steps, layers = grids.density.shape
+    level = np.clip(np.nan_to_num(grids.density) / top * len(RAMP), 0, len(RAMP) - 1).astype(int)
+    level = np.where(grids.dense, len(RAMP), level)
+    masked = np.ma.array(level, mask=np.isnan(grids.density))
+    with _figure(6.4, 1.2 + min(2.6, 0.17 * layers), name) as (figure, axes):
+        axes.pcolormesh(
+            np.arange(steps + 1) + 0.5,
+            np.arange(layers + 1) + 0.5,
+            masked.T,
+            cmap=ListedColormap([*RAMP, KEPT]),
+            vmin=-0.5,
+            vmax=len(RAMP) + 0.5,
+            edgecolors=PAPER,
+            linewidth=1.2 if steps * layers < 800 else 0.2,
+        )
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.invert_yaxis()
+        _whole_ticks(axes.xaxis, steps)
+        _whole_ticks(axes.yaxis, layers)
+        axes.tick_params(length=0)
+        axes.set_xlabel("denoising step")
+        axes.set_ylabel("layer")
+        return _svg(figure, name, title)
+
+
+def _whole_ticks(axis: Any, count: int) -> None:
+    every = max(1, round(count / 8))
+    axis.set_ticks([1, *range(every, count + 1, every)] if every > 1 else range(1, count + 1))
+
+
+def time_stack(
+    grids: Grids,
+    step_seconds: Sequence[float] | None,
+    *,
+    top: float,
+    series: int,
+    name: str,
+    title: str,
+) -> str:
+    """Draw the seconds of each step: attention by layer from below, then the rest of the step.
+
+    Args:
+        grids: of one clip, timed.
+        step_seconds: wall time of each step, or None to draw attention alone.
+        top: upper end of the axis, shared by the plots that are compared.
+        series: index of the clip's colour.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        ValueError: if the run was not timed.
+    """
+    if grids.seconds is None:
+        raise ValueError("this run was not profiled, so there are no times to draw")
+    bands = layer_bands(grids.seconds.shape[1])
+    x = np.arange(1, len(grids.seconds) + 1)
+    base = np.zeros(len(x))
+    with _figure(6.4, 2.5, name) as (figure, axes):
+        for index, band in enumerate(bands):
+            height = grids.seconds[:, band].sum(axis=1)
+            strength = 1.0 - 0.62 * index / max(1, len(bands) - 1)
+            axes.bar(
+                x,
+                height,
+                bottom=base,
+                width=0.78,
+                color=SERIES[series],
+                alpha=strength,
+                edgecolor=PAPER,
+                linewidth=0.4,
+            )
+            base += height
+        if step_seconds is not None and len(step_seconds) == len(x):
+            rest = np.maximum(np.asarray(step_seconds) - base, 0.0)
+            axes.bar(x, rest, bottom=base, width=0.78, color=REST, edgecolor=PAPER, linewidth=0.4)
+        axes.set_ylim(0, top * 1.04)
+        axes.set_xlim(0.4, len(x) + 0.6)
+        _whole_ticks(axes.xaxis, len(x))
+        axes.tick_params(length=0)
+        axes.set_xlabel("denoising step")
+        axes.set_title("seconds", loc="left", fontsize=11, color=MUTED)
+        return _svg(figure, name, title)
+
+
+def layer_bands(layers: int) -> list[slice]:
+    """Group layers, in order, into at most six bands of nearly equal size."""
+    edges = np.linspace(0, layers, min(layers, _MOST_BANDS) + 1).round().astype(int)
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
