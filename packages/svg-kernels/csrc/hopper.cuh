@@ -13,8 +13,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- mbarrier
-// -------------------------------------------------------------------------------------
+// ---- mbarrier ----
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -51,8 +50,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// ---- named barriers between warpgroups
-// --------------------------------------------------------------
+// ---- named barriers between warpgroups ----
 
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -62,8 +60,7 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- the bulk tensor copy engine
-// ---------------------------------------------------------------------
+// ---- the bulk tensor copy engine ----
 
 // Moves groups of eight rows, as many as the map's box has, from `row` on; rows_map.h has the axes.
 __device__ __forceinline__ void copy_rows(void* destination, const CUtensorMap* map,

@@ -10,7 +10,7 @@ constexpr int kStageRows = 128;  // key rows of a stage
 constexpr int kGranules = kStageRows / kGranule;
 
 // Stages that a tile's runs fill: each run takes whole granules. Called by one warp.
-__device__ int count_stages(const int* lengths, int runs, int lane) {
+__device__ inline int count_stages(const int* lengths, int runs, int lane) {
   int granules = 0;
   for (int run = lane; run < runs; run += 32) granules += (lengths[run] + kGranule - 1) / kGranule;
   granules = __reduce_add_sync(~0u, granules);
