@@ -1,6 +1,7 @@
 """Fused CUDA kernels for video diffusion transformers."""
 
 from svg_kernels._backends import Tier
+from svg_kernels.attention import block_sparse_attention
 from svg_kernels.errors import UnsupportedError
 from svg_kernels.modulation import gate_residual, layer_norm_modulate
 from svg_kernels.norm import layer_norm, rms_norm
@@ -11,6 +12,7 @@ from svg_kernels.status import Status, status
 __version__ = "0.1.0"
 
 __all__ = [
+    "block_sparse_attention",
     "gate_residual",
     "layer_norm",
     "layer_norm_modulate",

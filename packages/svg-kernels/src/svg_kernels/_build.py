@@ -5,6 +5,8 @@ Standard library only: `hatch_build.py` loads this file by its path, before the 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -12,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,6 +91,53 @@ def compile_command(
     return [*command, "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]
 
 
+def cache_dir(source_dir: Path, architectures: Sequence[str]) -> Path:
+    """Return where a library built here lives: one folder per state of the sources."""
+    digest = hashlib.sha256(repr(tuple(architectures)).encode())
+    for file in sorted(source_dir.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "svg-kernels" / digest.hexdigest()[:16]
+
+
+def build_once(source_dir: Path, architectures: Sequence[str], jobs: int = 2) -> Path:
+    """Return the cached library for these sources, built now if it is not there.
+
+    Of several processes one builds and the others wait; a message on stderr says for what. A
+    process that dies while it builds leaves no half-written library.
+
+    Args:
+        source_dir: folder with the `.cu` files and `exports.cc`.
+        architectures: compute capabilities without the dot, oldest first.
+        jobs: how many files to compile at once.
+
+    Raises:
+        RuntimeError: as `build`.
+    """
+    target = cache_dir(source_dir, architectures)
+    if (target / LIBRARY).exists():
+        return target / LIBRARY
+    target.mkdir(parents=True, exist_ok=True)
+    with _locked(target / "lock"):
+        if not (target / LIBRARY).exists():
+            names = ", ".join(f"sm_{arch}" for arch in architectures)
+            print(f"svg-kernels: compiling for {names}, once; please wait", file=sys.stderr)
+            began = time.monotonic()
+            build(source_dir, target, architectures, jobs)
+            took = time.monotonic() - began
+            print(f"svg-kernels: compiled in {took:.0f} s into {target}", file=sys.stderr)
+    return target / LIBRARY
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    import fcntl
+
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def build(
     source_dir: Path, target_dir: Path, architectures: Sequence[str] = ARCHITECTURES, jobs: int = 2
 ) -> Path:
@@ -123,8 +173,9 @@ def build(
         script = Path(scratch) / "exports.map"
         script.write_text("{ global: __tvm_ffi_*; local: *; };\n")
         link = [str(nvcc), "-shared", "-cudart", "static", "-o", str(library)]
-        link += [*map(str, objects), "-Xlinker", f"--version-script={script}"]
-        _run([*link, "-Xlinker", "-s", "-Wno-deprecated-gpu-targets"])
+        link += [f"-L{nvcc.parents[1] / 'lib'}", *map(str, objects)]
+        link += ["-Xlinker", f"--version-script={script}", "-Xlinker", "-s"]
+        _run([*link, "-Wno-deprecated-gpu-targets"])
         (target_dir / REPORT).write_text(report)
         return library.replace(target_dir / LIBRARY)
 

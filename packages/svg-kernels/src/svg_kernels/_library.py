@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
 import os
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +51,14 @@ def _find(device: torch.device) -> str:
     found = _PACKAGE / "lib" / _build.LIBRARY
     if not found.exists():
         major, minor = torch.cuda.get_device_capability(device)
-        arch = f"{major}{minor}"
-        found = cache_dir(arch) / _build.LIBRARY
-        if not found.exists():
-            reason = _build.missing()
-            if reason:
-                return f"this wheel has no compiled library, and it cannot be built: {reason}"
-            try:
-                build_once(found.parent, arch)
-            except (RuntimeError, OSError) as error:
-                return f"building the library failed: {error}"
+        folder, architectures = _build.sources(_PACKAGE), (f"{major}{minor}",)
+        found = _build.cache_dir(folder, architectures) / _build.LIBRARY
+        if not found.exists() and (reason := _build.missing()):
+            return f"this wheel has no compiled library, and it cannot be built: {reason}"
+        try:
+            found = _build.build_once(folder, architectures, jobs=os.cpu_count() or 1)
+        except (RuntimeError, OSError) as error:
+            return f"building the library failed: {error}"
     try:
         import tvm_ffi
 
@@ -82,39 +75,3 @@ def _try(device: torch.device) -> str:
     except RuntimeError as error:
         return f"{_path} does not run on this GPU and driver: {error}"
     return ""
-
-
-def cache_dir(arch: str) -> Path:
-    """Return where a library built here for `arch` lives: one folder per state of the sources."""
-    digest = hashlib.sha256(arch.encode())
-    for file in sorted(_build.sources(_PACKAGE).iterdir()):
-        digest.update(file.read_bytes())
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "svg-kernels" / digest.hexdigest()[:16]
-
-
-def build_once(target: Path, arch: str) -> None:
-    """Build the library for one architecture into `target`; of several processes one builds.
-
-    The others wait for it. A message on stderr says what the wait is for.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    with _lock(target / "lock"):
-        if (target / _build.LIBRARY).exists():
-            return
-        print(f"svg-kernels: compiling for sm_{arch}, about a minute, once ...", file=sys.stderr)
-        began = time.monotonic()
-        _build.build(_build.sources(_PACKAGE), target, (arch,), jobs=os.cpu_count() or 1)
-        print(
-            f"svg-kernels: compiled in {time.monotonic() - began:.0f} s into {target}",
-            file=sys.stderr,
-        )
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    import fcntl
-
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,74 @@
+"""Launcher of the compiled kernel: describe the tensors, launch."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+from torch import Tensor
+
+from svg_kernels import _library
+
+_lib = _library.functions()
+_CODES = {torch.float16: 1, torch.bfloat16: 2}
+_VECTOR = 8  # elements of 16 bytes
+_stream = torch._C._cuda_getCurrentRawStream
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    run_starts: Tensor,
+    run_lengths: Tensor,
+    query_order: Tensor | None,
+    summary_keys: Tensor | None,
+    summary_values: Tensor | None,
+    summary_weights: Tensor | None,
+    tile_order: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Launch the kernel on the current stream; see `sparse.block_sparse_attention`."""
+    # Copies must outlive the launch, so they keep a name until it returns.
+    query, key, value = _vectors(query), _sequences(key), _sequences(value)
+    indices = [_packed(x) for x in (query_order, run_starts, run_lengths, tile_order)]
+    summary = [_packed(x) for x in (summary_keys, summary_values, summary_weights)]
+    pointers = (query, key, value, out, lse, *indices, *summary)
+    described = array("q", [0 if x is None else x.data_ptr() for x in pointers])
+    described.extend(query.stride()[:3])
+    described.extend(out.stride()[:3])
+    described.extend((*_steps(key), *_steps(value)))
+    described.extend((query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2]))
+    described.extend((run_starts.shape[-1], 0 if summary[0] is None else summary[0].shape[2]))
+    described.extend((query.shape[3], _CODES[query.dtype]))
+    device = query.device.index
+    _lib.block_sparse_attention(described.buffer_info()[0], scale, device, _stream(device))
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _vectors(x: Tensor) -> Tensor:
+    """Return `x` if its rows can be read 16 bytes at a time, else a contiguous copy."""
+    aligned = x.data_ptr() % 16 == 0 and all(step % _VECTOR == 0 for step in x.stride()[:3])
+    return x if x.stride(3) == 1 and aligned else x.contiguous()
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """Return `x` if its batch and heads are evenly spaced sequences of rows, else a copy."""
+    x = _vectors(x)
+    batch, heads = x.shape[:2]
+    even = batch == 1 or heads == 1 or x.stride(0) == heads * x.stride(1)
+    return x if even and min(_steps(x)) >= x.shape[3] else x.contiguous()
+
+
+def _steps(x: Tensor) -> tuple[int, int]:
+    """Return the elements from one sequence to the next, and from one row to the next."""
+    batch, heads, rows, width = x.shape
+    row = x.stride(2) if rows > 1 else width
+    if heads > 1:
+        return x.stride(1), row
+    return (x.stride(0) if batch > 1 else rows * row), row
