@@ -1,0 +1,287 @@
+"""Measure how close sparse clips of the embedded model are to dense ones, per method and density.
+
+    python benchmarks/quality.py run --device cuda --output benchmarks/results/h100/quality.json
+    python benchmarks/quality.py table benchmarks/results/h100/quality.json --docs docs
+
+Every method gets the same prompts, the same noise, the same schedule and the same budget of
+query-key pairs on its sparse calls. The dense clips come twice, by two dense kernels: what one
+differs from the other is the noise floor, and nothing can be asked to be closer than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
+from svg_models import embedded_path, sparsify
+from svg_models.embedded.clips import caption
+from svg_models.embedded.evaluate import held_out_scenes
+from svg_models.recipes import cluster_counts
+
+FRAMES = 49
+SIDES = {"default": 128, "large": 256}
+DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+# Three denoising steps in ten stay dense, as in the published settings of SVG2.
+SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
+
+
+def methods(tokens: int, density: float) -> dict[str, Method]:
+    """Return every method that is compared, at one density."""
+    q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
+    counts: dict[str, Any] = {
+        "q_clusters": q_clusters,
+        "k_clusters": k_clusters,
+        "density": density,
+    }
+    return {
+        "SVG2": SVG2(**counts),
+        "SVG2 + compensation": SVG2(**counts, compensate=True),
+        "SVG2 + compensation, routed by error": SVG2(**counts, compensate=True, route="error"),
+        "SVG1": SVG1(density=density),
+        "random blocks": RandomBlocks(density=density),
+    }
+
+
+def sample(pipe: Any, prompts: Sequence[str], side: int, args: argparse.Namespace) -> Tensor:
+    """Generate one clip per prompt from noise of its own: uint8 `[N, T, 3, H, W]` on the device."""
+    generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(len(prompts))]
+    clips: Tensor = pipe(
+        list(prompts),
+        height=side,
+        width=side,
+        num_frames=FRAMES,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=generators,
+        output_type="pt",
+    ).frames
+    return (clips.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def similarity(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
+    """Return per clip the mean PSNR in dB and SSIM of its frames against the dense clip.
+
+    Identical frames are left out of the PSNR (it would be infinite); a clip of nothing else has
+    the PSNR of one wrong level in one pixel of a frame.
+    """
+    psnr, ssim = [], []
+    for clip, reference in zip(clips, dense, strict=True):
+        a, b = clip.float() / 255, reference.float() / 255
+        mse = (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1 / 255**2 / a[0].numel())
+        psnr.append((-10 * mse.log10()).mean().item())
+        ssim.append(structural_similarity_index_measure(a, b, data_range=1.0).item())
+    return {"psnr": psnr, "ssim": ssim}
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, standard deviation, least and largest."""
+    x = torch.tensor(values, dtype=torch.float64)
+    numbers = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
+    return {name: round(value.item(), 4) for name, value in numbers.items()}
+
+
+def measure(
+    pipe: Any, prompts: Sequence[str], side: int, dense: Tensor, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Run every method at every density and compare it with the dense clips."""
+    latent = side // pipe.vae_scale_factor_spatial
+    tokens = ((FRAMES - 1) // pipe.vae_scale_factor_temporal + 1) * latent**2
+    rows = []
+    for density in args.densities:
+        for name, method in methods(tokens, density).items():
+            started = time.perf_counter()
+            with sparsify(pipe, method, SCHEDULE) as run:
+                clips = sample(pipe, prompts, side, args)
+                realised = run.stats().mean_density
+            close = similarity(clips, dense)
+            row = {
+                "method": name,
+                "config": method.to_dict(),
+                "density": density,
+                "realised_density": round(float(realised), 4),
+                "psnr": summary(close["psnr"]),
+                "ssim": summary(close["ssim"]),
+                "per_clip": {k: [round(v, 4) for v in values] for k, values in close.items()},
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+            rows.append(row)
+            print(
+                f"{side:4d} {density:.0%} {name:38s} density {realised:.3f} "
+                f"PSNR {row['psnr']['mean']:.2f} SSIM {row['ssim']['mean']:.4f} {row['seconds']} s",
+                flush=True,
+            )
+    return rows
+
+
+def other_kernel(pipe: Any, generate: Callable[[], Tensor]) -> Tensor:
+    """Generate with torch's unfused attention in place of the fused one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(
+        SDPBackend.EFFICIENT_ATTENTION if torch.cuda.is_available() else SDPBackend.MATH
+    ):
+        return generate()
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Describe the machine and the versions."""
+    import diffusers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    cuda = args.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": commit or args.commit,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and store."""
+    from diffusers import WanPipeline
+
+    dtype = getattr(torch, args.dtype)
+    pipe = WanPipeline.from_pretrained(args.model or embedded_path(), torch_dtype=dtype)
+    pipe = pipe.to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [caption(scene) for scene in held_out_scenes(args.prompts)]
+    results: dict[str, Any] = {
+        "environment": environment(args),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "prompts": prompts,
+        "schedule": SCHEDULE.to_dict(),
+        "sizes": {},
+    }
+    for size in args.sizes:
+        side = SIDES[size]
+        dense = sample(pipe, prompts, side, args)
+        again = other_kernel(pipe, lambda side=side: sample(pipe, prompts, side, args))  # type: ignore[misc]
+        floor = similarity(again, dense)
+        print(f"{side:4d} noise floor PSNR {summary(floor['psnr'])}", flush=True)
+        results["sizes"][size] = {
+            "side": side,
+            "frames": FRAMES,
+            "noise_floor": {name: summary(values) for name, values in floor.items()},
+            "rows": measure(pipe, prompts, side, dense, args),
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table(args: argparse.Namespace) -> None:
+    """Turn stored results into a Markdown fragment and a plot."""
+    results = json.loads(args.results.read_text())
+    env = results["environment"]
+    lines = [
+        f"{len(results['prompts'])} held-out prompts, {results['steps']} steps, guidance "
+        f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
+        f"{env['commit']}. Mean ± standard deviation over prompts; the realised density of the "
+        "sparse calls in brackets.",
+        "",
+    ]
+    for size, part in results["sizes"].items():
+        floor = part["noise_floor"]
+        lines += [
+            f"### {size.capitalize()} clip, {part['frames']} x {part['side']} x {part['side']}",
+            "",
+            "PSNR in dB against dense. Noise floor (another dense kernel): "
+            f"{_spread(floor['psnr'], 1)} dB, SSIM {_spread(floor['ssim'], 3)}.",
+            "",
+        ]
+        for metric, digits in (("psnr", 1), ("ssim", 3)):
+            lines += [*_grid(part["rows"], metric, digits), ""]
+    target = args.docs / "assets" / "quality.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _plot(results, target)
+    page = args.docs / "_quality_table.md"
+    page.write_text("\n".join(lines) + "\n")
+    print(f"wrote {page} and {target}")
+
+
+def _spread(numbers: dict[str, float], digits: int) -> str:
+    return f"{numbers['mean']:.{digits}f} ± {numbers['std']:.{digits}f}"
+
+
+def _grid(rows: list[dict[str, Any]], metric: str, digits: int) -> list[str]:
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    cells = {(row["method"], row["density"]): row for row in rows}
+    head = f"| {metric.upper()} | " + " | ".join(f"{d:.0%}" for d in densities) + " |"
+    out = [head, "|---|" + "---|" * len(densities)]
+    for name in names:
+        row = [
+            f"{_spread(cells[name, d][metric], digits)} ({cells[name, d]['realised_density']:.0%})"
+            for d in densities
+        ]
+        out.append(f"| {name} | " + " | ".join(row) + " |")
+    return out
+
+
+def _plot(results: dict[str, Any], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = results["sizes"]
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.2 * len(sizes), 4), sharey=True)
+    for axis, (size, part) in zip([axes] if len(sizes) == 1 else axes, sizes.items(), strict=True):
+        for name in dict.fromkeys(row["method"] for row in part["rows"]):
+            rows = [row for row in part["rows"] if row["method"] == name]
+            axis.plot(
+                [100 * row["realised_density"] for row in rows],
+                [row["psnr"]["mean"] for row in rows],
+                marker="o",
+                label=name,
+            )
+        axis.axhline(part["noise_floor"]["psnr"]["mean"], color="grey", ls=":", label="noise floor")
+        axis.set(title=f"{size} clip", xlabel="density of sparse calls, %")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("PSNR against dense, dB")
+    figure.axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="measure and store")
+    runner.add_argument("--output", type=Path, required=True)
+    runner.add_argument("--model", type=Path)
+    runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    runner.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    runner.add_argument("--prompts", type=int, default=16)
+    runner.add_argument("--steps", type=int, default=20)
+    runner.add_argument("--guidance", type=float, default=4.0)
+    runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=list(SIDES))
+    runner.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    runner.add_argument("--commit", default="", help="stored where there is no git")
+    runner.set_defaults(call=run)
+    tables = commands.add_parser("table", help="write the table and the plot")
+    tables.add_argument("results", type=Path)
+    tables.add_argument("--docs", type=Path, default=Path("docs"))
+    tables.set_defaults(call=table)
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()
