@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.plan import KeySummary, SparsePlan, match_heads
 from svg_attention.rows import put_rows, take_rows
 
-# Logits that one group of tiles may hold: small enough to stay in a CPU's last-level cache, large
-# enough to fill a GPU. A single tile may hold more.
-GROUP_LOGITS = {"cpu": 2**20, "cuda": 2**28}
+# Keys gathered at once, over all tiles of a group: few enough to stay in a CPU's last-level cache,
+# enough to fill a GPU. A single tile may gather more.
+GROUP_KEYS = {"cpu": 2**15, "cuda": 2**21}
 
 
 class ReferenceBackend:
@@ -47,27 +47,33 @@ class ReferenceBackend:
         if plan.key_order is not None:
             order = match_heads(plan.key_order, key.shape[1])
             key, value = take_rows(key, order), take_rows(value, order)
-        keys, values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
+        # One table of keys and values side by side: a run is read once for both.
+        table = torch.cat([key, value], dim=-1).flatten(0, 2)
+        first_rows = first_key_rows(plan, key)
         shape = (batch * heads * tiles, rows)
         out = query.new_empty((*shape, value.shape[-1]))
         lse = torch.empty(shape, dtype=torch.float32, device=query.device) if return_lse else None
         starts, lengths = plan.run_starts.flatten(0, 2), plan.run_lengths.flatten(0, 2)
-        first_rows = first_key_rows(plan, key)
-        for items, longest, ragged in groups_of_like_length(lengths, rows):
-            rows_read, bias = read_lists(starts[items], lengths[items], longest, ragged=ragged)
-            index = (rows_read + first_rows[items, None]).view(-1)
-            gathered = keys.index_select(0, index).view(len(items), longest, -1).float()
-            read_values = values.index_select(0, index).view(len(items), longest, -1).float()
-            if plan.summary is not None:
-                gathered, read_values, bias = append_summary(
-                    plan, items, gathered, read_values, bias
-                )
-            group_out, group_lse = attend(
-                tiled[items].float() * scale, gathered, read_values, bias, return_lse=return_lse
+        buffer = table.new_empty(0)
+        for items, longest, shortest in groups_of_like_length(lengths):
+            positions, bias = read_lists(
+                starts[items], lengths[items], longest, ragged=shortest < longest
             )
+            buffer.resize_(positions.numel(), table.shape[1])
+            index = (positions + first_rows[items, None]).view(-1)
+            gathered = torch.index_select(table, 0, index, out=buffer)
+            gathered = gathered.view(len(items), longest, -1).float()
+            if plan.summary is not None:
+                gathered, bias = append_summary(plan, plan.summary, items, gathered, bias)
+            queries = tiled[items].float() * scale
+            read_keys, read_values = gathered.split([width, value.shape[-1]], dim=-1)
+            if query.device.type == "cpu" and lse is None and shortest > 0:
+                group_out = attend_fused(queries, read_keys, read_values, bias)
+            else:
+                group_out, group_lse = attend(queries, read_keys, read_values, bias)
+                if lse is not None:
+                    lse[items] = group_lse
             out[items] = group_out.to(out.dtype)
-            if lse is not None and group_lse is not None:
-                lse[items] = group_lse
         out = token_ordered(out.view(batch, heads, tiles * rows, -1)[:, :, :length], plan)
         if lse is not None:
             lse = token_ordered(lse.view(batch, heads, tiles * rows)[:, :, :length], plan)
@@ -96,26 +102,25 @@ def first_key_rows(plan: SparsePlan, key: Tensor) -> Tensor:
     return match_heads(base, plan.heads)[..., None].expand(-1, -1, plan.tiles).reshape(-1)
 
 
-def groups_of_like_length(lengths: Tensor, rows: int) -> Iterator[tuple[Tensor, int, bool]]:
+def groups_of_like_length(lengths: Tensor) -> Iterator[tuple[Tensor, int, int]]:
     """Split tiles into groups of like list length, longest first, so that little is padding.
 
     Args:
         lengths: int32 `[N, R]`, run lengths of each tile.
-        rows: query rows of a tile.
 
     Yields:
-        `(items, longest, ragged)`: tile numbers, the longest list among them (at least 1), and
-        whether some list of the group is shorter.
+        `(items, longest, shortest)`: tile numbers, and the longest (at least 1) and shortest list
+        among them.
     """
     totals = lengths.sum(dim=-1)
     totals, items = totals.sort(descending=True, stable=True)
     sizes = totals.tolist()
-    limit = GROUP_LOGITS["cpu" if lengths.device.type == "cpu" else "cuda"]
+    limit = GROUP_KEYS["cpu" if lengths.device.type == "cpu" else "cuda"]
     begin = 0
     while begin < len(sizes):
         longest = max(sizes[begin], 1)
-        end = min(begin + max(limit // (longest * rows), 1), len(sizes))
-        yield items[begin:end], longest, sizes[end - 1] < longest
+        end = min(begin + max(limit // longest, 1), len(sizes))
+        yield items[begin:end], longest, sizes[end - 1]
         begin = end
 
 
@@ -146,31 +151,30 @@ def read_lists(
 
 
 def append_summary(
-    plan: SparsePlan, items: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    plan: SparsePlan, summary: KeySummary, items: Tensor, gathered: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Append the centroids, as further keys with their own weight, to what the tiles read."""
-    summary = plan.summary
-    if summary is None:
-        raise ValueError("the plan has no summary")
-    head = items // plan.tiles
-    centroids = match_heads(summary.keys, plan.heads).flatten(0, 1)[head].float()
-    means = match_heads(summary.values, plan.heads).flatten(0, 1)[head].float()
+    centroids = torch.cat([summary.keys, summary.values], dim=-1)
+    rows = match_heads(centroids, plan.heads).flatten(0, 1)[items // plan.tiles]
     if bias is None:
-        bias = torch.zeros(keys.shape[:2], device=keys.device)
+        bias = torch.zeros(gathered.shape[:2], device=gathered.device)
     weights = summary.log_weights.flatten(0, 2)[items]
-    return (
-        torch.cat([keys, centroids], dim=1),
-        torch.cat([values, means], dim=1),
-        torch.cat([bias, weights], dim=1),
-    )
+    return torch.cat([gathered, rows.float()], dim=1), torch.cat([bias, weights], dim=1)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute what `attend` does by torch's own kernel: no logits in memory, no log-sum-exp."""
+    mask = None if bias is None else bias[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query[:, None], key[:, None], value[:, None], attn_mask=mask, scale=1.0
+    ).squeeze(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute softmax attention of `[G, M, D]` queries over `[G, L, D]` keys in fp32.
 
-    A row whose logits are all minus infinity gives 0 and a log-sum-exp of minus infinity.
+    Returns the output and the log-sum-exp, `[G, M]`. A row whose logits are all minus infinity
+    gives 0 and minus infinity.
     """
     if bias is None:
         logits = torch.bmm(query, key.transpose(1, 2))
@@ -181,5 +185,4 @@ def attend(
     weights = logits.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     out = torch.bmm(weights, value) / total.clamp_min(torch.finfo(torch.float32).tiny)
-    lse = (total.log() + largest).squeeze(-1) if return_lse else None
-    return out, lse
+    return out, (total.log() + largest).squeeze(-1)

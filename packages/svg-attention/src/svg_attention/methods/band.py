@@ -90,7 +90,7 @@ def head_order(layout: TokenLayout, temporal: Tensor, *, sink_first: bool = Fals
 
 
 def tile_bounds(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the video positions `[first, end)` of every tile, int64 `[T]`; empty past the video."""
+    """Return the video positions `[first, end)` of every tile, int64 `[T]`."""
     first = torch.arange(count_tiles(layout.tokens), device=device) * TILE_ROWS
     first = first.clamp(max=layout.video_tokens)
     return first, (first + TILE_ROWS).clamp(max=layout.video_tokens)
@@ -171,6 +171,6 @@ def band_runs(bands: tuple[Band, ...], temporal: Tensor) -> tuple[Tensor, Tensor
         )
     starts, ends = (
         torch.where(temporal[:, :, None, None], later[:, None], earlier[:, None])
-        for earlier, later in zip(*segments, strict=False)
+        for earlier, later in zip(*segments, strict=True)
     )
     return merge_segments(starts, ends, video[:, None, :, None], slots=3)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from svg_attention import TokenLayout
+
+
+def test_text_last_and_first_place_the_video() -> None:
+    last = TokenLayout(grid=(3, 4, 5), text_tokens=7)
+    first = TokenLayout(grid=(3, 4, 5), text_tokens=7, text_position="first")
+    assert (last.video_start, last.text_start, last.tokens) == (0, 60, 67)
+    assert (first.video_start, first.text_start, first.tokens) == (7, 0, 67)
+    assert (last.num_frames, last.frame_tokens, last.video_tokens) == (3, 20, 60)
+
+
+def test_json_round_trip() -> None:
+    layout = TokenLayout(grid=(3, 4, 5), text_tokens=7, text_position="first")
+    assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grid": (0, 4, 4)}, "three positive sizes"),
+        ({"grid": (4, 4)}, "three positive sizes"),
+        ({"grid": (1, 4, 4), "text_tokens": -1}, "0 or more"),
+        ({"grid": (1, 4, 4), "text_position": "middle"}, "'first' or 'last'"),
+    ],
+)
+def test_bad_fields_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenLayout(**fields)

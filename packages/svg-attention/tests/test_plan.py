@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from svg_attention import KeySummary, SparsePlan
+from svg_attention.plan import count_tiles
+from svg_attention.rows import put_rows, take_rows
+
+
+def test_density_is_the_mean_of_the_mask(random_plan: Callable[..., SparsePlan]) -> None:
+    plan = random_plan(2, 4, 300, 217, key_heads=2)
+    assert torch.allclose(plan.density(), plan.to_mask().float().mean(dim=(-1, -2)), atol=1e-6)
+    rounded = plan.rounded(8)
+    assert (rounded.density() >= plan.density()).all()
+    assert torch.equal(plan.to_mask() & rounded.to_mask(), plan.to_mask())
+
+
+def test_the_mask_follows_both_orders() -> None:
+    query_order = torch.tensor([[[2, 0, 1]]], dtype=torch.int32)
+    key_order = torch.tensor([[[1, 3, 0, 2]]], dtype=torch.int32)
+    plan = SparsePlan(
+        query_length=3,
+        key_length=4,
+        tile_rows=2,
+        query_order=query_order,
+        key_order=key_order,
+        run_starts=torch.tensor([[[[0], [2]]]], dtype=torch.int32),
+        run_lengths=torch.tensor([[[[1], [2]]]], dtype=torch.int32),
+    )
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[2, 1] = expected[0, 1] = True  # Positions 0 and 1 read position 0, token 1.
+    expected[1, 0] = expected[1, 2] = True
+    assert torch.equal(plan.to_mask()[0, 0], expected)
+
+
+def test_density_counts_only_valid_queries_and_keys() -> None:
+    plan = SparsePlan.full(
+        2, 3, 200, 200, query_lengths=torch.tensor([150, 200]), key_lengths=torch.tensor([150, 200])
+    )
+    assert torch.equal(plan.density(), torch.ones(2, 3))
+    assert plan.to_mask()[0, :, :, 150:].sum() == 0
+
+
+@pytest.mark.parametrize("length", [1, 63, 129])
+def test_permuting_rows_and_back_is_the_identity(length: int) -> None:
+    x = torch.randn(2, 3, 80, length).transpose(-1, -2)
+    order = torch.rand(2, 3, length).argsort(dim=-1).to(torch.int32)
+    moved = take_rows(x, order)
+    assert torch.equal(moved[1, 2, 0], x[1, 2, order[1, 2, 0]])
+    assert torch.equal(put_rows(moved, order), x)
+
+
+def test_tiles_cover_the_rows() -> None:
+    assert [count_tiles(n) for n in (0, 1, 128, 129)] == [0, 1, 1, 2]
+
+
+def test_a_plan_that_does_not_fit_itself_is_refused() -> None:
+    runs = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="300 queries are 3 tiles"):
+        SparsePlan(query_length=300, key_length=9, run_starts=runs, run_lengths=runs)
+    with pytest.raises(ValueError, match=r"\[B, H, T, R\]"):
+        SparsePlan(query_length=200, key_length=9, run_starts=runs, run_lengths=runs[0])
+    with pytest.raises(ValueError, match="key_order must be"):
+        SparsePlan(
+            query_length=200,
+            key_length=9,
+            run_starts=runs,
+            run_lengths=runs,
+            key_order=torch.zeros(1, 1, 8, dtype=torch.int32),
+        )
+
+
+def test_a_plan_with_centroids_cannot_be_rounded() -> None:
+    runs = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    summary = KeySummary(
+        keys=torch.zeros(1, 1, 2, 4),
+        values=torch.zeros(1, 1, 2, 4),
+        log_weights=torch.zeros(1, 1, 1, 2),
+    )
+    plan = SparsePlan(
+        query_length=9, key_length=9, run_starts=runs, run_lengths=runs, summary=summary
+    )
+    with pytest.raises(ValueError, match="count twice"):
+        plan.rounded(8)
