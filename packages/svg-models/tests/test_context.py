@@ -13,6 +13,8 @@ from svg_attention import SVG2, Dense, Schedule
 from svg_models import sparsify
 from svg_models.context import Clock, ContextProbe, place_probe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Pipe:
     """A pipeline as far as the clock can see it."""
@@ -195,7 +197,7 @@ def test_a_wan_pipeline_without_guidance_has_one_branch() -> None:
 
 def test_guidance_as_one_batch_has_one_branch_and_two_samples() -> None:
     model = tiny.transformer()
-    method = SVG2(q_clusters=4, k_clusters=8, top_p=0.5)
+    method = SVG2(q_clusters=4, k_clusters=8, top_p=0.5, first_iterations=4)
     with torch.no_grad(), sparsify(model, method, Schedule(dense_steps=0, dense_layers=0)) as run:
         for step in range(2):
             with model.cache_context("cond_uncond", step_index=step, num_inference_steps=2):

@@ -6,12 +6,13 @@ import math
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from svg_attention import Call, Method, Schedule, Session, TokenLayout
-from torch import Tensor
+from torch import Tensor, nn
 
 from svg_models import operator
 from svg_models.context import Clock, ForwardContext, Moment
@@ -85,6 +86,7 @@ class SparseRun:
         seed: int,
         profile: bool,
     ) -> None:
+        found = transformers_of(pipe)
         self._pipe = weakref.ref(pipe)
         self._method, self._schedule = method, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
@@ -97,13 +99,13 @@ class SparseRun:
         self._installations: list[Installation] = []
         self._slots: list[Slot] = []
         try:
-            self._install(pipe)
+            self._install(found)
         except BaseException:
             self.restore()
             raise
 
-    def _install(self, pipe: Any) -> None:
-        families = {name: (m, family_of(m)) for name, m in transformers_of(pipe).items()}
+    def _install(self, transformers: Mapping[str, nn.Module]) -> None:
+        families = {name: (model, family_of(model)) for name, model in transformers.items()}
         for name, (transformer, family) in families.items():
             installed = Installation(self, name, transformer, family, len(self._slots))
             self._installations.append(installed)

@@ -1,0 +1,113 @@
+"""What a model gets when the user names no method."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from diffusers import WanTransformer3DModel
+from svg_attention import SVG2, Dense, Schedule
+from svg_models import recipe_for, sparsify
+from svg_models.families.wan import WAN
+from svg_models.recipes import FEW_STEPS, choose, cluster_counts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def published(**config: object) -> WanTransformer3DModel:
+    """Return a transformer of the published 14B shape, without memory behind it."""
+    with torch.device("meta"):
+        return WanTransformer3DModel(**config)
+
+
+def test_wan_14b_720p_gets_the_published_settings() -> None:
+    recipe = recipe_for(published(num_layers=1), 75_600, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, top_p=0.9, min_keep=0.1)
+    assert recipe.schedule == Schedule(dense_steps=0.2, dense_layers=0.03)
+    assert "wan_t2v_720p" in recipe.source
+    assert recipe.note == ""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "q_clusters", "dense_steps"), [(75_600, 300, 0.35), (32_760, 200, 0.2)]
+)
+def test_image_to_video_has_its_own_rows(tokens: int, q_clusters: int, dense_steps: float) -> None:
+    model = published(num_layers=1, in_channels=36)
+    recipe = recipe_for(model, tokens, num_steps=40)
+    assert isinstance(recipe.method, SVG2)
+    assert (recipe.method.q_clusters, recipe.schedule.dense_steps) == (q_clusters, dense_steps)
+    assert recipe.note == ""
+
+
+def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
+    recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
+    assert "720p" in recipe.note
+    assert "32,760" in recipe.note
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(75_600, (300, 1000)), (13_312, (208, 416)), (3_328, (52, 104)), (40, (1, 1)), (1, (1, 1))],
+)
+def test_cluster_counts_shrink_with_the_sequence(tokens: int, expected: tuple[int, int]) -> None:
+    assert cluster_counts(tokens, 300, 1000) == expected
+
+
+def test_few_steps_stay_dense_and_say_so() -> None:
+    for steps, method in ((FEW_STEPS, Dense), (FEW_STEPS + 1, SVG2)):
+        recipe = choose(WAN.recipes, "t2v", 75_600, width=5120, num_steps=steps)
+        assert type(recipe.method) is method
+    assert "8 denoising steps" in recipe_for(published(num_layers=1), 75_600, num_steps=8).note
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "sparse"),
+    [(8_959, 5120, False), (8_960, 5120, True), (3_328, 256, True), (1_023, 256, False)],
+)
+def test_short_clips_stay_dense_where_attention_is_little_of_the_work(
+    tokens: int, width: int, sparse: bool
+) -> None:
+    recipe = choose(WAN.recipes, "t2v", tokens, width=width, num_steps=50)
+    assert isinstance(recipe.method, SVG2) is sparse
+    assert sparse or "too short" in recipe.note
+
+
+def test_tokens_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="tokens must be positive, got 0"):
+        recipe_for(tiny.transformer(), 0)
+
+
+def test_sparsify_without_a_method_tells_why_a_short_clip_is_dense() -> None:
+    pipe = tiny.pipeline()
+    reference = tiny.generate(pipe, num_inference_steps=9)
+    with sparsify(pipe) as run:
+        assert run.recipe is None
+        with pytest.warns(UserWarning, match="432 tokens is too short"):
+            video = tiny.generate(pipe, num_inference_steps=9)
+        with pytest.warns(UserWarning, match="4 denoising steps are too few"):
+            tiny.generate(pipe, num_inference_steps=4)
+    assert torch.equal(video, reference)
+    assert run.stats().recipe["method"] == "Dense"
+    assert len(run.messages) == 2
+
+
+def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe) as run, pytest.warns(UserWarning, match="nearest published settings"):
+        tiny.generate(pipe, num_inference_steps=10, num_frames=29)  # 8 x 12 x 12 tokens
+    assert run.recipe is not None
+    assert isinstance(run.recipe.method, SVG2)
+    assert (run.recipe.method.q_clusters, run.recipe.method.k_clusters) == (18, 36)
+    stats = run.stats()
+    sparse_steps = {record.step for record in stats.sparse_records}
+    assert sparse_steps == set(range(2, 10))
+    assert stats.mean_density < 1.0
+
+
+def test_a_method_without_a_schedule_takes_the_schedule_of_the_recipe() -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe, SVG2(q_clusters=4, k_clusters=8, first_iterations=2)) as run:
+        tiny.generate(pipe, num_inference_steps=5)
+    assert {record.step for record in run.stats().sparse_records} == {1, 2, 3, 4}
+    assert run.messages == []

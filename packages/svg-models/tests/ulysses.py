@@ -1,0 +1,76 @@
+"""One of two processes that share a sequence; started by `test_compat.py`, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import tiny
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from svg_attention import SVG2, Dense, Schedule, UnsupportedError
+from svg_models import sparsify
+from torch import Tensor, nn
+
+ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
+
+
+def forward(model: nn.Module) -> Tensor:
+    with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
+        return model(**tiny.forward_inputs())[0]
+
+
+def ulysses() -> None:
+    alone = tiny.transformer()
+    stock = forward(alone)
+    full = SVG2(q_clusters=6, k_clusters=12, density=1.0, first_iterations=4)
+    sparse = SVG2(q_clusters=6, k_clusters=12, top_p=0.6, first_iterations=4)
+
+    shared = tiny.transformer()
+    shared.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    parallel = forward(shared)
+    with sparsify(shared, Dense(), ALWAYS_SPARSE) as run:
+        assert torch.equal(forward(shared), parallel)
+        assert run.stats().records[0].tokens == 432
+    with sparsify(shared, full, ALWAYS_SPARSE):
+        torch.testing.assert_close(forward(shared), stock, rtol=1e-3, atol=1e-4)
+    with sparsify(shared, sparse, ALWAYS_SPARSE) as run:
+        video = forward(shared)
+        assert torch.isfinite(video).all()
+        assert not torch.allclose(video, stock, atol=1e-4)
+        assert run.stats().mean_density < 1.0
+    assert torch.equal(forward(shared), parallel)
+
+    late = tiny.transformer()
+    with sparsify(late, Dense(), ALWAYS_SPARSE):
+        late.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        assert torch.equal(forward(late), parallel)
+    assert torch.equal(forward(late), parallel)
+
+
+def ring() -> None:
+    model = tiny.transformer()
+    with sparsify(model, Dense(), ALWAYS_SPARSE):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        try:
+            forward(model)
+        except UnsupportedError as error:
+            assert "ulysses_degree" in str(error)
+        else:
+            raise SystemExit("ring attention was not refused")
+    try:
+        sparsify(model, Dense())
+    except UnsupportedError as error:
+        assert "ulysses_degree" in str(error)
+    else:
+        raise SystemExit("ring attention was not refused")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # diffusers takes the rank modulo the number of accelerators, of which there are none here.
+    torch.accelerator.device_count = lambda: 1
+    dist.init_process_group("gloo")
+    {"ulysses": ulysses, "ring": ring}[sys.argv[1]]()
+    print("agrees")
+    dist.destroy_process_group()
