@@ -19,9 +19,10 @@ import pytest
 import tiny
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
+from torch import Tensor
+
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import sparsify
-from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -143,16 +144,15 @@ def test_caches_that_skip_calls(name: str) -> None:
     assert torch.isfinite(video).all()
 
 
-def test_offloading_through_the_pipeline() -> None:
+def test_model_offloading_through_the_pipeline() -> None:
     reference = tiny.generate(tiny.pipeline())
-    for offload in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
-        pipe = tiny.pipeline()
-        with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
-            getattr(pipe, offload)(device="cpu")
-            assert torch.equal(tiny.generate(pipe), reference)
+    pipe = tiny.pipeline()
+    with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
+        pipe.enable_model_cpu_offload(device="cpu")
+        for _ in range(2):  # the pipeline sets its hooks anew after each video
             assert torch.equal(tiny.generate(pipe), reference)
             assert len(run.stats().records) == 24
-        assert torch.equal(tiny.generate(pipe), reference)
+    assert torch.equal(tiny.generate(pipe), reference)
 
 
 def graphs() -> int:
@@ -227,8 +227,7 @@ def test_the_operator_is_well_formed() -> None:
 ULYSSES = Path(__file__).parent / "ulysses.py"
 
 
-@pytest.mark.parametrize("mode", ["ulysses", "ring"])
-def test_two_processes_share_the_sequence(mode: str) -> None:
+def test_two_processes_share_the_heads_and_ring_attention_is_refused() -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
     with socket.socket() as free:
@@ -237,7 +236,7 @@ def test_two_processes_share_the_sequence(mode: str) -> None:
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(ULYSSES), mode],
+            [sys.executable, str(ULYSSES)],
             env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers.hooks.hooks import CacheContext
+
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import sparsify
 from svg_models.context import Clock, ContextProbe, place_probe
@@ -28,7 +29,9 @@ def scheduler(index: int | None, begin: int | None = 0, steps: int = 10) -> Simp
     return SimpleNamespace(step_index=index, begin_index=begin, timesteps=list(range(steps)))
 
 
-def tick(clock: Clock, announced: Any = None, timestep: Any = None, name: str = "transformer") -> Any:
+def tick(
+    clock: Clock, announced: Any = None, timestep: Any = None, name: str = "transformer"
+) -> Any:
     return clock.tick(transformer=name, announced=announced, timestep=timestep)
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from diffusers import WanTransformer3DModel
+
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import recipe_for, sparsify
 from svg_models.families.wan import WAN

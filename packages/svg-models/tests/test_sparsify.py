@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch import nn
+
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
 from svg_models import operator, sparsify
-from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -64,7 +65,8 @@ def test_dense_calls_give_the_bits_of_the_stock_processor(method, schedule, refe
 
 def test_density_one_is_dense_within_rounding(reference) -> None:
     pipe = tiny.pipeline()
-    with sparsify(pipe, SVG2(q_clusters=6, k_clusters=12, density=1.0, first_iterations=4), ALWAYS_SPARSE) as run:
+    full = SVG2(q_clusters=6, k_clusters=12, density=1.0, first_iterations=4)
+    with sparsify(pipe, full, ALWAYS_SPARSE) as run:
         torch.testing.assert_close(tiny.generate(pipe), reference, rtol=1e-3, atol=1e-4)
     assert run.stats().mean_density == pytest.approx(1.0)
 
@@ -201,12 +203,12 @@ class SomePipeline:
 
 
 def test_unknown_pipeline_names_the_known_families_and_the_way_to_add_one() -> None:
-    with pytest.raises(ValueError, match="Unheard.*WanTransformer3DModel.*Adding a model"):
+    with pytest.raises(ValueError, match=r"Unheard.*WanTransformer3DModel.*Adding a model"):
         sparsify(SomePipeline())
 
 
 def test_something_else_than_a_pipeline_is_refused() -> None:
-    with pytest.raises(TypeError, match="expected a diffusers video pipeline.*got dict"):
+    with pytest.raises(TypeError, match=r"expected a diffusers video pipeline.*got dict"):
         sparsify({})
 
 
@@ -328,6 +330,16 @@ def test_stats_group_by_step_and_layer() -> None:
     assert as_values["recipe"]["method"] == "SVG2"
     assert as_values["recipe"]["settings"]["q_clusters"] == 6
     assert len(as_values["records"]) == 24
+
+
+def test_report_is_one_page_with_the_numbers_of_the_run(tmp_path) -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
+        tiny.generate(pipe, num_inference_steps=2)
+    page = run.report(tmp_path / "new folder" / "report.html")
+    text = page.read_text(encoding="utf-8")
+    assert f"{100 * run.stats().mean_density:.0f}" in text
+    assert "SVG2" in text
 
 
 def test_ring_attention_is_refused_with_the_way_out() -> None:

@@ -18,9 +18,9 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-WORDS = "a the red green blue circle square star moving left right up down bad quality".split()
+WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "moving", "left", "bad", "quality")
 GRID = (3, 12, 12)
-"""Tokens of the default clip: 3 latent frames of 12 by 12, 432 in all: more than three tiles of 128 queries."""
+"""Tokens of the default clip: 432 in all, more than three tiles of 128 queries."""
 
 
 def tokenizer() -> T5Tokenizer:

@@ -60,7 +60,7 @@ class Slot:
     path: str
     layer: int
     num_layers: int
-    module: weakref.ref[nn.Module]
+    module: weakref.ref[Any]
     processor: SparseProcessor
 
     @property
@@ -148,8 +148,8 @@ class Installation:
         lost = [slot.path for slot in self.slots if not slot.in_place]
         if lost:
             run.tell(
-                f"{len(lost)} of {len(self.slots)} attention processors of {self.name} were replaced "
-                f"after sparsify, first at {lost[0]}: these layers run without sparsity; "
+                f"{len(lost)} of {len(self.slots)} attention processors of {self.name} were "
+                f"replaced after sparsify, first at {lost[0]}: these layers run without sparsity; "
                 "call restore(), make the change, then sparsify again"
             )
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
@@ -181,6 +181,6 @@ def _refuse_second(transformer: nn.Module) -> None:
     for path, module in transformer.named_modules():
         if isinstance(getattr(module, "processor", None), SparseProcessor):
             raise ValueError(
-                f"{type(transformer).__name__} is sparse already (at {path}); call restore() on the "
-                "SparseRun that sparsify returned before calling sparsify again"
+                f"{type(transformer).__name__} is sparse already (at {path}); call restore() on "
+                "the SparseRun that sparsify returned before calling sparsify again"
             )

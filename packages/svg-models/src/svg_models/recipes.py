@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import nn
+
 import svg_attention
 from svg_attention import Dense, Method, Schedule
-from torch import nn
 
 __all__ = ["Published", "Recipe", "choose", "cluster_counts", "recipe_for"]
 
@@ -111,7 +112,9 @@ def recipe_for(pipe: object, tokens: int, *, num_steps: int | None = None) -> Re
     transformer = next(iter(transformers_of(pipe).values()))
     family = family_of(transformer)
     width = _width(transformer)
-    return choose(family.recipes, family.task(transformer), tokens, width=width, num_steps=num_steps)
+    return choose(
+        family.recipes, family.task(transformer), tokens, width=width, num_steps=num_steps
+    )
 
 
 def choose(
@@ -150,8 +153,8 @@ def choose(
 def _why_dense(tokens: int, width: int, num_steps: int | None) -> str:
     if num_steps is not None and num_steps <= FEW_STEPS:
         return (
-            f"{num_steps} denoising steps are too few to make sparse: each step of a few-step model "
-            f"decides too much (more than {FEW_STEPS} needed); pass a method to run it anyway"
+            f"{num_steps} denoising steps are too few to make sparse: each step of a few-step "
+            f"model decides too much (more than {FEW_STEPS} needed); pass a method to run it anyway"
         )
     # Per token and layer, attention costs 4 * tokens * width operations and the linear layers about
     # 28 * width^2: below 1.75 * width tokens attention is under a fifth of the work.

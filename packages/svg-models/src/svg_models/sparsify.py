@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from svg_attention import Call, Method, Schedule, Session, TokenLayout
 from torch import Tensor, nn
 
+from svg_attention import Call, Method, Schedule, Session, TokenLayout
 from svg_models import operator
 from svg_models.context import Clock, ForwardContext, Moment
 from svg_models.families import family_of, transformers_of

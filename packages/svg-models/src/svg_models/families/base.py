@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from svg_attention import UnsupportedError
 from torch import Tensor, nn
 
+from svg_attention import UnsupportedError
 from svg_models import operator
 from svg_models.recipes import Published
 
@@ -32,7 +32,13 @@ class DenseKernel(Protocol):
     """Dense attention exactly as the model's own processor computes it."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, backend: Any, text_lengths: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        backend: Any,
+        text_lengths: Tensor | None,
     ) -> Tensor:
         """Attend `[B, S, H, D]` to itself with the dispatcher's `backend`."""
         ...
@@ -48,7 +54,8 @@ def dense_attention(
         key: as `query`.
         value: as `query`.
         backend: what the user set with `set_attention_backend`, or None for the active one.
-        text_lengths: must be None: a family with text in its self-attention declares its own kernel.
+        text_lengths: must be None: a family with text in its self-attention declares its own
+            kernel.
 
     Returns:
         `[B, S, H, D]`.
@@ -90,8 +97,8 @@ class Family:
     attentions: str
     stock_processors: tuple[str, ...]
     processor: type[SparseProcessor]
-    grid: Callable[[nn.Module, Mapping[str, Any]], tuple[int, int, int]]
-    task: Callable[[nn.Module], str]
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
+    task: Callable[[Any], str]
     recipes: tuple[Published, ...]
     text_position: Literal["first", "last"] | None = None
     dense: DenseKernel = dense_attention
@@ -100,14 +107,18 @@ class Family:
         """Tell whether `transformer` is of this family."""
         return any(cls.__name__ in self.transformers for cls in type(transformer).__mro__)
 
-    def find_attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+    def find_attentions(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """Return path and module of each video self-attention, in the order they run.
 
         Raises:
             ValueError: if there is none, or one has a processor that is not reproduced.
         """
         pattern = re.compile(self.attentions)
-        found = [(path, m) for path, m in transformer.named_modules() if pattern.fullmatch(path)]
+        found: list[tuple[str, Any]] = [
+            (path, module)
+            for path, module in transformer.named_modules()
+            if pattern.fullmatch(path)
+        ]
         if not found:
             raise ValueError(
                 f"{type(transformer).__name__} has no module matching {self.attentions!r}, "
@@ -170,13 +181,22 @@ class SparseProcessor:
 
 
 def _attend_over_ranks(
-    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None, config: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    text_lengths: Tensor | None,
+    config: Any,
 ) -> Tensor:
     refuse_ring(config)
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
-    def local_heads(_: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any) -> Tensor:
-        return operator.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle, text_lengths)
+    def local_heads(
+        _: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any
+    ) -> Tensor:
+        return operator.attention(
+            q.contiguous(), k.contiguous(), v.contiguous(), handle, text_lengths
+        )
 
     out: Tensor = _templated_context_parallel_attention(
         query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config
@@ -185,13 +205,20 @@ def _attend_over_ranks(
 
 
 def refuse_ring(config: Any) -> None:
-    """Raise UnsupportedError if `config` (a diffusers `ParallelConfig` or None) asks for ring attention."""
+    """Refuse ring attention.
+
+    Args:
+        config: the model's diffusers `ParallelConfig`, or None.
+
+    Raises:
+        UnsupportedError: if it asks for ring attention.
+    """
     context = getattr(config, "context_parallel_config", None)
     if context is not None and (context.ring_degree or 1) > 1:
         raise UnsupportedError(
             {
-                "ring": "a sparse plan needs the keys of the whole sequence and ring attention shows "
-                "one part at a time; use ContextParallelConfig(ulysses_degree=...)"
+                "ring": "a sparse plan needs the keys of the whole sequence and ring attention "
+                "shows one part at a time; use ContextParallelConfig(ulysses_degree=...)"
             }
         )
 
@@ -216,7 +243,7 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channels of `[B, S, H, D]` by their position's angle.
 
     `y[2i] = x[2i] cos - x[2i+1] sin`, `y[2i+1] = x[2i] sin + x[2i+1] cos`, multiplied in the wider
-    of both dtypes and rounded once, in the order of operations of diffusers, so that the bits agree.
+    of both dtypes and rounded once, in diffusers' order of operations, so that the bits agree.
 
     Args:
         states: `[B, S, H, D]`.

@@ -1,13 +1,13 @@
-"""Wan 2.1 and 2.2: text only in the cross-attention, one norm over all heads, rotated channel pairs."""
+"""Wan 2.1 and 2.2: no text in the self-attention, one norm over all heads, rotated pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from svg_attention import Schedule
-from torch import Tensor, nn
+from torch import Tensor
 
+from svg_attention import Schedule
 from svg_models.families.base import (
     Family,
     SparseProcessor,
@@ -46,15 +46,15 @@ class SparseWanProcessor(SparseProcessor):
         return project_out(attn, self.attend(query, key, value).type_as(query))
 
 
-def grid(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the token grid: latent frames, rows and columns divided by the patch size."""
     frames, rows, columns = arguments["hidden_states"].shape[2:]
     patch = transformer.config.patch_size
     return frames // patch[0], rows // patch[1], columns // patch[2]
 
 
-def task(transformer: nn.Module) -> str:
-    """Name what the checkpoint was trained for: image-to-video ones take the image's latents too."""
+def task(transformer: Any) -> str:
+    """Name what the checkpoint was trained for; one for image-to-video takes more channels."""
     config = transformer.config
     takes_image = config.image_dim is not None or config.in_channels > config.out_channels
     return "i2v" if takes_image else "t2v"
