@@ -118,7 +118,7 @@ def replace_between(path: Path, name: str, text: str) -> None:
     """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a Markdown file."""
     start, stop = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = path.read_text("utf-8").partition(start)
-    old, found, after = rest.partition(stop)
+    _, found, after = rest.partition(stop)
     if not found:
         raise ValueError(f"{path} has no {start.strip()} ... {stop} to fill")
     path.write_text(f"{before}{start}{text.rstrip()}\n{stop}{after}", encoding="utf-8")

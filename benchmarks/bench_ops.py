@@ -1,0 +1,198 @@
+"""Measure the memory-bound operations of svg-kernels against diffusers and torch.
+
+    python benchmarks/bench_ops.py run --output benchmarks/results/h100
+    python benchmarks/bench_ops.py table
+
+`run` checks each operation first and measures only what is right. `table` fills `docs/kernels.md`
+from the stored result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _harness import (
+    ROOT,
+    conditions,
+    copy_bandwidth,
+    environment,
+    interleave,
+    load,
+    replace_between,
+    store,
+    summary,
+    table,
+)
+from _op_cases import Case, angles, cases, randn
+
+import svg_kernels
+
+# Speed-ups over diffusers that the README of Sparse VideoGen 2 prints for its own kernels.
+PRINTED = {
+    "rms_norm 2097152x32": 5.35,
+    "rms_norm 1048576x64": 4.12,
+    "rms_norm 524288x128": 3.48,
+    "rms_norm 262144x256": 3.21,
+    "layer_norm 2097152x32": 17.64,
+    "layer_norm 1048576x64": 8.83,
+    "layer_norm 524288x128": 4.06,
+    "layer_norm 262144x256": 2.29,
+    "rope 1x32x1024x64": 9.21,
+    "rope 1x32x4096x64": 14.63,
+    "rope 1x32x16384x64": 19.63,
+    "rope 4x32x1024x64": 17.24,
+    "rope 4x32x4096x64": 19.85,
+    "rope 4x32x16384x64": 20.00,
+}
+# Share of the copy bandwidth that counts as done.
+AIMS = {"rope": 0.80, "qk_norm_rope": 0.80, "permute_rows": 0.75, "unpermute_rows": 0.75}
+NORM_AIM = 0.85
+
+
+def run(output: Path, samples: int, compiled: bool, commit: str | None) -> None:
+    """Check and measure every case; write `ops.json`."""
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    print(f"copy {copy:.0f} GB/s", flush=True)
+    rows = []
+    with torch.no_grad():
+        for case in cases(compiled):
+            rows.append(measure(case, samples, copy))
+            del case
+            torch.cuda.empty_cache()
+        calls = host_time()
+    print(calls)
+    result = {
+        "environment": environment(commit),
+        "copy_gb_s": copy,
+        "rows": rows,
+        "host_us_per_call": calls,
+    }
+    store(output / "ops.json", result)
+
+
+def measure(case: Case, samples: int, copy: float) -> dict[str, Any]:
+    """Check a case, time it and its peers in turn, and print a line."""
+    for got, want in case.checks():
+        torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+    times = interleave({"ours": case.ours, **case.peers}, samples=samples)
+    ms = {name: summary(values) for name, values in times.items()}
+    ours = ms["ours"]["median"]
+    ratios = (f"{name} {ms[name]['median'] / ours:.2f}x" for name in case.peers)
+    share = case.bytes / ours / 1e6 / copy
+    print(f"{case.op:20s} {case.shape:28s} {share:5.1%} of copy", *ratios, flush=True)
+    return {"op": case.op, "shape": case.shape, "bytes": case.bytes, "ms": ms}
+
+
+def host_time(calls: int = 1000, rounds: int = 5) -> dict[str, float]:
+    """Measure what a call costs the host in microseconds, beside an operator that does nothing."""
+    torch.library.define("svg_bench::empty", "(Tensor x) -> ()")
+    torch.library.impl("svg_bench::empty", "default", lambda x: None)
+    x, weight = randn(4, 64), randn(64)
+    tokens, one = randn(1, 4, 64), randn(1, 64)
+    heads, tables = randn(1, 2, 4, 64), angles(4, 64)
+    order = torch.arange(4, device="cuda", dtype=torch.int32)
+    functions: dict[str, Callable[[], Any]] = {
+        "empty operator": lambda: torch.ops.svg_bench.empty.default(x),
+        "rms_norm": lambda: svg_kernels.rms_norm(x, weight),
+        "layer_norm_modulate": lambda: svg_kernels.layer_norm_modulate(tokens, one, one),
+        "gate_residual": lambda: svg_kernels.gate_residual(tokens, tokens, one),
+        "rope, in place": lambda: svg_kernels.rope(heads, *tables, inplace=True),
+        "qk_norm_rope": lambda: svg_kernels.qk_norm_rope(
+            tokens, tokens, weight, weight, *tables, heads=1
+        ),
+        "permute_rows": lambda: svg_kernels.permute_rows(heads, order),
+        "torch.nn.functional.layer_norm": lambda: F.layer_norm(x, (64,), weight),
+    }
+    return {name: round(best_call(f, calls, rounds) * 1e6, 2) for name, f in functions.items()}
+
+
+def best_call(function: Callable[[], Any], calls: int, rounds: int) -> float:
+    """Return the shortest mean time of a call over several rounds, in seconds."""
+    best = float("inf")
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        best = min(best, (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return best
+
+
+def write_table(gpu: str) -> None:
+    """Fill the tables of `docs/kernels.md` from the stored result."""
+    result = load(gpu, "ops")
+    copy = result["copy_gb_s"]
+    head = [
+        "operation",
+        "shape, bf16",
+        "ms (quartiles)",
+        "GB/s",
+        "of copy",
+        "aim",
+        "over diffusers",
+        "SVG2 prints",
+        "over torch",
+        "over torch.compile",
+    ]
+    calls = result["host_us_per_call"]
+    base = calls["empty operator"]
+    host = [[name, f"{us:.1f}", f"{us - base:+.1f}"] for name, us in calls.items()]
+    text = (
+        f"{conditions(result['environment'])} A device-to-device copy moved {copy:,.0f} GB/s in "
+        "the same run.\n\n"
+        + table(head, [line(row, copy) for row in result["rows"]])
+        + "\nHost time of one call:\n\n"
+        + table(["call", "us", "over an empty operator"], host)
+    )
+    replace_between(ROOT / "docs" / "kernels.md", "ops", text)
+
+
+def line(row: dict[str, Any], copy: float) -> list[str]:
+    """Return one row of the table."""
+    ms = row["ms"]
+    ours = ms["ours"]["median"]
+    speed = row["bytes"] / ours / 1e6
+    printed = PRINTED.get(f"{row['op']} {row['shape']}")
+
+    def ratio(peer: str) -> str:
+        return f"{ms[peer]['median'] / ours:.1f}x" if peer in ms else ""
+
+    return [
+        f"`{row['op']}`",
+        row["shape"],
+        f"{ours:.3f} ({ms['ours']['q1']:.3f} to {ms['ours']['q3']:.3f})",
+        f"{speed:,.0f}",
+        f"{speed / copy:.0%}",
+        f"{AIMS.get(row['op'], NORM_AIM):.0%}",
+        ratio("diffusers"),
+        f"{printed:.2f}x" if printed else "",
+        ratio("torch"),
+        ratio("torch.compile"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h100")
+    parser.add_argument("--gpu", default="h100", help="folder of the stored result")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--commit", help="recorded where there is no git")
+    args = parser.parse_args()
+    if args.action == "run":
+        run(args.output, args.samples, not args.no_compile, args.commit)
+    else:
+        write_table(args.gpu)
+
+
+if __name__ == "__main__":
+    main()
