@@ -133,7 +133,26 @@ def _clip_dict(clip: Clip) -> dict[str, Any]:
         "seconds": round(clip.seconds, 4),
         "decode_seconds": round(clip.decode_seconds, 4),
         "mean_density": 1.0 if is_dense else float(clip.stats.mean_density),
-        "calls": clip.stats.to_dict(),
+        "mean_density_with_dense_calls": clip.stats.mean_density_with_dense_calls,
+        "attention_seconds_total": clip.stats.seconds,
+        "step_seconds": [round(value, 5) for value in clip.step_seconds],
+        "messages": list(clip.stats.messages),
+        **_tables(clip),
+    }
+
+
+def _tables(clip: Clip) -> dict[str, Any]:
+    """Return density and seconds as `[step][layer]`; null where nothing ran or was timed."""
+    from svg_models.report.grids import grids
+
+    table = grids(clip.stats.records)
+    if table is None:
+        return {"density": None, "attention_seconds": None}
+    density = [[round(x, 5) if x == x else None for x in row] for row in table.density.tolist()]
+    timed = table.seconds
+    return {
+        "density": density,
+        "attention_seconds": None if timed is None else timed.round(6).tolist(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from svg_attention import SVG2
+from svg_attention import SVG2, UnsupportedError
 from svg_models.errors import SettingError
 from svg_models.pipelines import Defaults, LoadedPipeline, Progress, load_pipeline, quiet
 from svg_models.specs import MethodSpec
@@ -73,12 +74,35 @@ class Settings:
         return cls(**values | {key: value for key, value in given.items() if value is not None})
 
 
+def check_backend(backend: str, loaded: LoadedPipeline) -> None:
+    """Refuse a backend that cannot run here, before minutes of dense steps have passed.
+
+    Raises:
+        SettingError: if there is no such backend.
+        UnsupportedError: if it cannot run; it lists every backend's reason.
+    """
+    from svg_models.doctor import backend_reasons
+
+    if backend == "auto":
+        return
+    config = loaded.pipe.transformer.config
+    head_dim = int(config.get("attention_head_dim", 128))
+    reasons = backend_reasons(loaded.device, loaded.dtype, head_dim=head_dim)
+    if backend not in reasons:
+        raise SettingError(f"backend must be one of auto, {', '.join(reasons)}, got '{backend}'")
+    if reasons[backend]:
+        raise UnsupportedError({name: why or "can run" for name, why in reasons.items()})
+
+
 def check_numbers(**numbers: float | None) -> None:
     """Refuse numbers no model could use; `None` means not given.
 
     Raises:
         SettingError: names the first that is out of range.
     """
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise SettingError(f"{name} must be a finite number, got {value}")
     at_least = {"steps": 1, "guidance": 0, "seed": 0, "height": 1, "width": 1, "frames": 1}
     for name, least in at_least.items():
         value = numbers.get(name)
@@ -182,6 +206,7 @@ def sample(
 
     size = {"height": settings.height, "width": settings.width, "frames": settings.frames}
     loaded.geometry.check(**size)
+    check_backend(backend, loaded)
     tokens = loaded.geometry.tokens(**size)
     recipe = recipe_for(loaded.pipe, tokens)
     q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)

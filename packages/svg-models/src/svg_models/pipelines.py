@@ -6,7 +6,6 @@ time.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -178,6 +177,7 @@ def load_pipeline(
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
     name, folder, on_hub = locate(model, progress=progress)
+    check_family(name, folder)
     sizes = component_parameters(folder)
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
@@ -352,6 +352,23 @@ def unreachable() -> str | None:
     return None
 
 
+def check_family(name: str, folder: Path) -> None:
+    """Refuse a pipeline whose transformer no family covers, before its weights are fetched.
+
+    Raises:
+        ModelUnavailableError: it lists the known families.
+    """
+    from svg_models.families import known_families
+
+    kind = _components(folder).get("transformer", ("", "nothing"))[1]
+    families = known_families()
+    if not any(kind in family.transformers for family in families):
+        known = ", ".join(f"{f.name} ({f.title})" for f in families)
+        raise ModelUnavailableError(
+            f"{name} has {kind} as its transformer, which no model family covers; known are {known}"
+        )
+
+
 def component_parameters(folder: Path) -> dict[str, int]:
     """Count the parameters of each component from its configuration, without its weights.
 
@@ -435,7 +452,7 @@ def check_memory(
                 "weights, but this machine has none; run it on one, or leave --model out to use "
                 "the embedded model"
             )
-        need, have = sum(weight_bytes(sizes, dtype).values()), _memory()
+        need, have = sum(weight_bytes(sizes, dtype).values()), machine_memory()
         if need > 0.9 * have:
             raise MachineError(
                 f"{what}, whose weights take {_gib(need)} in {str(dtype).removeprefix('torch.')}, "
@@ -456,7 +473,8 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
-def _memory() -> int:
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 16 * GIB  # no portable way to ask
@@ -482,19 +500,6 @@ def _assemble(folder: Path, sizes: dict[str, int], dtype: torch.dtype, progress:
         raise ModelUnavailableError(f"cannot load {folder}: {_first_line(error)}") from error
 
 
-_EMBEDDED = {
-    "prompt": "a red circle moving right",
-    "negative_prompt": "",
-    "steps": 20,
-    "guidance": 4.0,
-    "height": 128,
-    "width": 128,
-    "frames": 49,
-    "fps": 16,
-    "max_sequence_length": 32,
-}
-
-
 def defaults_for(name: str, pipe: Any) -> Defaults:
     """Return what a model generates when nothing else is said.
 
@@ -511,6 +516,15 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
         ),
     }
     defaults = known.get(type(pipe).__name__, Defaults())
-    if name == "embedded":
-        defaults = dataclasses.replace(defaults, **_EMBEDDED)
-    return defaults
+    if name != "embedded":
+        return defaults
+    from svg_models.embedded.evaluate import GUIDANCE, SHEET_PROMPTS, STEPS
+
+    return Defaults(
+        prompt=SHEET_PROMPTS[6],
+        steps=STEPS,
+        guidance=GUIDANCE,
+        height=128,
+        width=128,
+        frames=49,
+    )

@@ -87,6 +87,16 @@ class MethodSpec:
             density = None
         return cls(name=name, density=density, top_p=top_p)
 
+    def compensated(self) -> MethodSpec:
+        """Return this method with compensation.
+
+        Raises:
+            SettingError: if it is not of the svg2 family.
+        """
+        if not self.name.startswith("svg2"):
+            raise SettingError(f"only the svg2 methods can compensate, got '{self.name}'")
+        return dataclasses.replace(self, name="svg2-comp" if self.name == "svg2" else self.name)
+
     @property
     def label(self) -> str:
         """Name for people."""

@@ -59,6 +59,16 @@ def writable_path(path: str | os.PathLike[str]) -> Path:
     return final
 
 
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Refuse a file name that is no mp4.
+
+    Raises:
+        SettingError: says what to write instead.
+    """
+    if Path(path).suffix.lower() != ".mp4":
+        raise SettingError(f"clips are written as mp4, got '{path}'; name it {Path(path).stem}.mp4")
+
+
 def writable_folder(path: str | os.PathLike[str]) -> Path:
     """Create the folder `path` if it is missing and check that files can be made in it.
 
@@ -154,6 +164,7 @@ def write_video(
 
     if not fps > 0:
         raise SettingError(f"fps must be above 0, got {fps}")
+    check_suffix(path)
     clip = to_frames(frames)
     height, width = clip.shape[1:3]
     clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -265,7 +276,8 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
 
     Both clips are brought to 8 bits a channel, as they are shown, and scaled to 0..1.
     PSNR is `10 log10(1 / mean squared error)` over all pixels and channels of a frame.
-    SSIM uses a Gaussian window of 11 x 11, sigma 1.5, k1 0.01, k2 0.03, data range 1.
+    SSIM uses a Gaussian window of 11 x 11, sigma 1.5, k1 0.01, k2 0.03, data range 1, in float64:
+    in float32 a frame would differ from itself.
 
     Args:
         clip: anything `to_frames` takes.
@@ -296,7 +308,7 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
     ssim: list[float] = []
     for start in range(0, len(ours), _METRIC_CHUNK):
         a, b = (
-            torch.from_numpy(x[start : start + _METRIC_CHUNK]).permute(0, 3, 1, 2).float() / 255.0
+            torch.from_numpy(x[start : start + _METRIC_CHUNK]).permute(0, 3, 1, 2).double() / 255.0
             for x in (ours, theirs)
         )
         for one, other in zip(a, b, strict=True):

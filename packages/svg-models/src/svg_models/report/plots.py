@@ -156,8 +156,10 @@ def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
 
 
 def _whole_ticks(axis: Any, count: int) -> None:
-    every = max(1, round(count / 8))
-    axis.set_ticks([1, *range(every, count + 1, every)] if every > 1 else range(1, count + 1))
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, count) if count / n <= 10)
+    axis.set_ticks(
+        [1, *range(every, count + 1, every)] if every > 2 else range(1, count + 1, every)
+    )
 
 
 def time_stack(

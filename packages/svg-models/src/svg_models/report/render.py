@@ -78,4 +78,4 @@ def seconds(value: float | None) -> str:
         return "–"
     if value >= 120:
         return f"{int(value // 60)} min {int(value % 60):02d} s"
-    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+    return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"

@@ -1,0 +1,223 @@
+"""Find out what this machine can run, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 1024**3
+_PACKAGES = (
+    "svg-models",
+    "svg-attention",
+    "svg-kernels",
+    "flash-kmeans",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "apache-tvm-ffi",
+    "flash-attn",
+    "flash-attn-4",
+    "flashinfer-python",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the diagnosis.
+
+    Attributes:
+        part: what it is about, such as a package or "sparse attention".
+        name: what was checked.
+        works: whether it can run here; None where there is nothing to run, only to know.
+        detail: a version, a size, or the reason why not.
+    """
+
+    part: str
+    name: str
+    works: bool | None
+    detail: str
+
+
+def diagnose(device: str | None = None) -> list[Check]:
+    """Check everything this project can use.
+
+    Asking about a GPU loads the compiled kernels, or builds them where nvcc is found.
+
+    Args:
+        device: the GPU if there is one, else the CPU, by default.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        *_machine(),
+        *_software(),
+        *_sparse_attention(place),
+        *_kmeans(place),
+        *_fused_kernels(place),
+        *_models(place),
+    ]
+
+
+def to_dict(checks: list[Check]) -> list[dict[str, Any]]:
+    """Return plain values for JSON."""
+    return [asdict(check) for check in checks]
+
+
+def _machine() -> list[Check]:
+    from svg_models.pipelines import machine_memory
+
+    checks = [
+        Check(
+            part="machine",
+            name="system",
+            works=None,
+            detail=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        ),
+        Check(
+            part="machine",
+            name="CPU",
+            works=True,
+            detail=f"{torch.get_num_threads()} threads, {machine_memory() / GIB:.0f} GiB of memory",
+        ),
+    ]
+    if not torch.cuda.is_available():
+        return [*checks, Check(part="machine", name="GPU", works=False, detail=_why_no_gpu())]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        detail = (
+            f"{facts.name}, compute capability {facts.major}.{facts.minor}, "
+            f"{free / GIB:.0f} of {total / GIB:.0f} GiB free, CUDA {torch.version.cuda}"
+        )
+        checks.append(Check(part="machine", name=f"GPU {index}", works=True, detail=detail))
+    return checks
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch to use a GPU"
+    if not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
+        return "no NVIDIA driver on this machine"
+    return "a driver is there but torch sees no GPU; is it older than this torch needs?"
+
+
+def _software() -> list[Check]:
+    checks = []
+    for name in _PACKAGES:
+        try:
+            version, works = importlib.metadata.version(name), True
+        except importlib.metadata.PackageNotFoundError:
+            version, works = "not installed", False
+        checks.append(Check(part="software", name=name, works=works, detail=version))
+    nvcc = shutil.which("nvcc")
+    detail = _nvcc_version(nvcc) if nvcc else "not on the PATH; only needed to build svg-kernels"
+    return [*checks, Check(part="software", name="nvcc", works=nvcc is not None, detail=detail)]
+
+
+def _nvcc_version(nvcc: str) -> str:
+    try:
+        answer = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{nvcc} does not answer ({error})"
+    release = [word for word in answer.replace(",", " ").split() if word.startswith("V")]
+    return f"{release[0] if release else 'unknown version'} at {nvcc}"
+
+
+def backend_reasons(device: str, dtype: torch.dtype, *, head_dim: int = 128) -> dict[str, str]:
+    """Return why each backend of sparse attention cannot run, empty where it can.
+
+    Args:
+        device: where.
+        dtype: of query, key and value.
+        head_dim: of each head.
+    """
+    from svg_attention import SparsePlan
+    from svg_attention.backends import BACKENDS
+
+    query = torch.zeros(1, 2, 256, head_dim, device=device, dtype=dtype)
+    starts = torch.zeros(1, 2, 2, 1, device=device, dtype=torch.int32)
+    plan = SparsePlan(
+        query_length=256,
+        key_length=256,
+        run_starts=starts,
+        run_lengths=torch.full_like(starts, 128),
+        query_order=None,
+        key_order=None,
+    )
+    return {
+        name: backend.unsupported(query, query, query, plan) or ""
+        for name, backend in BACKENDS.items()
+    }
+
+
+def _sparse_attention(device: str) -> list[Check]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    return [
+        Check(
+            part="sparse attention",
+            name=name,
+            works=not reason,
+            detail=reason or f"runs on {device} in {name_of_dtype}",
+        )
+        for name, reason in backend_reasons(device, dtype).items()
+    ]
+
+
+def _kmeans(device: str) -> list[Check]:
+    from flash_kmeans.backend import triton_obstacle
+
+    points = torch.zeros(2, 16, device=device)
+    reason = triton_obstacle(points)
+    return [
+        Check(part="k-means", name="triton", works=reason is None, detail=reason or "runs"),
+        Check(part="k-means", name="reference", works=True, detail="runs everywhere"),
+    ]
+
+
+def _fused_kernels(device: str) -> list[Check]:
+    if importlib.util.find_spec("svg_kernels") is None:
+        reason = "svg-kernels is not installed; pip install svg-kernels"
+        return [Check(part="fused kernels", name="all", works=False, detail=reason)]
+    import svg_kernels
+
+    state = svg_kernels.status(device)
+    return [
+        Check(
+            part="fused kernels",
+            name=tier.name,
+            works=tier.available,
+            detail=tier.note or ("runs, and is chosen" if tier.name == state.auto else "runs"),
+        )
+        for tier in state.tiers
+    ]
+
+
+def _models(device: str) -> list[Check]:
+    from svg_models.embedded import embedded_path
+
+    try:
+        checks = [Check(part="models", name="embedded", works=True, detail=f"at {embedded_path()}")]
+    except FileNotFoundError as error:
+        checks = [Check(part="models", name="embedded", works=False, detail=str(error))]
+    sizes = {"Wan 2.1 1.3B": 14, "Wan 2.1 14B": 39}  # GiB of bf16 weights, text encoder included
+    for name, need in sizes.items():
+        if device == "cpu":
+            works, detail = False, f"needs a CUDA GPU with about {need} GiB for its weights"
+        else:
+            have = torch.cuda.get_device_properties(device).total_memory / GIB
+            works = have > need * 1.15
+            detail = f"weights take about {need} GiB of {have:.0f} GiB"
+            detail += "" if works else "; try --offload"
+        checks.append(Check(part="models", name=name, works=works, detail=detail))
+    return checks

@@ -1,0 +1,75 @@
+"""The diagnosis of a machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from svg_attention.backends import BACKENDS
+from svg_models import doctor
+from svg_models.cli import app
+
+
+def test_every_backend_is_listed_with_what_it_says_itself() -> None:
+    checks = {c.name: c for c in doctor.diagnose("cpu") if c.part == "sparse attention"}
+    assert list(checks) == list(BACKENDS)
+    reasons = doctor.backend_reasons("cpu", torch.float32)
+    for name, check in checks.items():
+        assert check.works is (reasons[name] == "")
+        assert check.detail == reasons[name] or check.works
+    assert checks["reference"].works
+
+
+def test_what_cannot_run_says_why() -> None:
+    for check in doctor.diagnose("cpu"):
+        assert check.detail
+        if check.part in ("sparse attention", "k-means", "fused kernels") and not check.works:
+            assert len(check.detail.split()) > 3, check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_machine_without_a_gpu_is_told_why() -> None:
+    gpu = next(c for c in doctor.diagnose() if c.name == "GPU")
+    assert gpu.works is False
+    assert "CUDA" in gpu.detail or "driver" in gpu.detail
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_described() -> None:
+    gpu = next(c for c in doctor.diagnose() if c.name == "GPU 0")
+    assert gpu.works
+    assert "compute capability" in gpu.detail
+    assert "GiB" in gpu.detail
+
+
+def test_the_json_is_the_same_data() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"])
+    assert result.exit_code == 0
+    listed = json.loads(result.stdout)
+    assert listed == doctor.to_dict(doctor.diagnose("cpu"))
+
+
+def test_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    output = CliRunner().invoke(app, ["doctor", "--device", "cpu"]).stdout
+    for check in doctor.diagnose("cpu"):
+        assert check.name in output
+
+
+def test_nvcc_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(nvcc) if name == "nvcc" else None)
+    check = next(c for c in doctor.diagnose("cpu") if c.name == "nvcc")
+    assert check.detail == f"V12.8.93 at {nvcc}"
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    assert subprocess.run([nvcc], check=False).returncode == 3
+    check = next(c for c in doctor.diagnose("cpu") if c.name == "nvcc")
+    assert "does not answer" in check.detail

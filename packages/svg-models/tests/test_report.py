@@ -1,0 +1,263 @@
+"""Pages: one file, nothing from elsewhere, everything in it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svg_attention import CallRecord
+from svg_models.compare import Candidate, Comparison
+from svg_models.errors import SettingError
+from svg_models.generate import Clip, Settings
+from svg_models.report import comparison_page, run_page, write_run_report
+from svg_models.report.grids import grids
+from svg_models.report.plots import layer_bands
+from svg_models.report.render import percent, seconds
+from svg_models.specs import MethodSpec
+from svg_models.stats import RunStats
+from svg_models.video import read_video, similarity
+
+VOID = {"meta", "link", "input", "br"}
+
+
+class Page(HTMLParser):
+    """Collect what a test asks about; every tag must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.attributes.append((tag, values))
+        self.addresses += [values[n] or "" for n in ("src", "href", "data") if n in values]
+        if "id" in values:
+            self.ids.append(values["id"] or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def stats(density: float, *, dense: bool = False, steps: int = 5) -> RunStats:
+    records = [
+        CallRecord(
+            step=step,
+            layer=layer,
+            branch=branch,
+            transformer="transformer",
+            method="Dense" if dense or step == 0 else "SVG2",
+            density=1.0 if dense or step == 0 else density,
+            seconds=0.01 * (layer + 1),
+            tokens=432,
+        )
+        for step in range(steps)
+        for branch in ("cond", "uncond")
+        for layer in range(3)
+    ]
+    recipe = {"method": "SVG2", "settings": {"top_p": 0.9}, "schedule": {"dense_steps": 0.2}}
+    return RunStats(records=tuple(records), recipe=recipe, messages=("a <short> clip",))
+
+
+def clip(method: str, shift: int, took: float) -> Clip:
+    y, x = np.mgrid[:32, :48]
+    frames = np.stack([np.stack([x * 4, y * 6, x + y + t], -1) for t in range(9)])
+    spec = MethodSpec.parse(method)
+    return Clip(
+        frames=(frames + shift).clip(0, 255).astype(np.uint8),
+        settings=Settings(
+            prompt='a <b>red</b> & "blue" circle',
+            negative_prompt=None,
+            steps=5,
+            guidance=4.0,
+            height=32,
+            width=48,
+            frames=9,
+            fps=12,
+            seed=0,
+        ),
+        method=spec,
+        model="embedded",
+        config={"method": {"name": "SVG2"}},
+        seconds=took,
+        step_seconds=(took / 5,) * 5,
+        decode_seconds=0.1,
+        tokens=432,
+        stats=stats(0.25, dense=method == "dense"),
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    dense = clip("dense", 0, 4.0)
+    candidates = []
+    for name, shift, took in (("svg2@0.25", 3, 2.0), ("svg1@0.25", 8, 5.0), ("random@0.25", 0, 4)):
+        sparse = clip(name, shift, took)
+        close = similarity(sparse.frames, dense.frames)
+        candidates.append(Candidate(clip=sparse, similarity=close, speedup=4.0 / took))
+    machine = {"device": "a CPU", "threads": 2, "dtype": "float32"}
+    return Comparison(dense=dense, candidates=tuple(candidates), machine=machine)
+
+
+@pytest.fixture(scope="module")
+def text(comparison: Comparison) -> str:
+    return comparison_page(comparison)
+
+
+def test_the_page_parses_and_its_ids_are_unique(text: str) -> None:
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") >= 2 + 3 + 4  # per frame, density of three, time of four
+
+
+def test_the_page_asks_nobody_for_anything(text: str) -> None:
+    page = Page(text)
+    for address in page.addresses:
+        assert address.startswith(("data:", "#")), address[:80]
+    assert all(target.startswith("#") for target in re.findall(r"url\((.)", text))
+    assert "@import" not in text
+    assert not re.search(r"https?://", text)
+    assert "default-src 'none'" in text
+
+
+def test_references_inside_the_plots_lead_somewhere(text: str) -> None:
+    page = Page(text)
+    targets = [a[1:] for a in page.addresses if a.startswith("#")]
+    targets += re.findall(r"url\(#([^)]+)\)", text)
+    assert targets
+    assert set(targets) <= set(page.ids)
+
+
+def test_plots_take_their_colours_from_the_page(text: str) -> None:
+    plots = "".join(re.findall(r"<svg role=.*?</svg>", text, flags=re.S))
+    assert "var(--series-1)" in plots
+    assert "var(--kept)" in plots
+    assert not re.search(r"#[0-9a-f]{6}\b", plots.replace('href="#', ""))
+    for name in set(re.findall(r"var\((--[\w-]+)\)", text)):
+        defined = text.count(f"{name}:")
+        assert defined >= 1, name
+        if name not in ("--c", "--shadow"):
+            assert defined == 2, f"{name} needs a light and a dark value"
+
+
+def test_the_clips_are_inside_and_play(text: str, comparison: Comparison, tmp_path: Path) -> None:
+    found = re.findall(r'<video src="data:video/mp4;base64,([^"]+)"', text)
+    assert len(found) == len(comparison.clips)
+    for number, (data, source) in enumerate(zip(found, comparison.clips, strict=True)):
+        path = tmp_path / f"{number}.mp4"
+        path.write_bytes(base64.b64decode(data))
+        frames, fps = read_video(path)
+        assert fps == 12
+        assert len(frames) == 9
+        factor = frames.shape[2] // 48
+        small = frames[:, ::factor, ::factor]
+        assert similarity(small, source.frames).mean_psnr > 25
+
+
+def test_every_control_has_a_name(text: str) -> None:
+    for tag, values in Page(text).attributes:
+        if tag == "video" or (tag == "input" and values.get("type") == "range") or tag == "select":
+            assert values.get("aria-label"), (tag, values)
+        if tag == "svg" and values.get("role") == "img":
+            assert values.get("aria-label")
+
+
+def test_a_prompt_cannot_break_the_page(text: str) -> None:
+    assert "<b>red</b>" not in text
+    assert "&lt;b&gt;red&lt;/b&gt; &amp; &#34;blue&#34; circle" in text
+
+
+def test_headline_numbers_are_the_closest_clip_and_honest(text: str) -> None:
+    headline = text[text.index('class="headline"') : text.index('id="clips"')]
+    assert "Random blocks" in headline
+    assert "identical" in headline
+    assert "It took as long as dense" in headline
+    assert "The fastest was SVG2 with 2.00×" in headline
+
+
+def test_identical_frames_are_no_infinity(text: str) -> None:
+    assert "Infinity" not in text
+    assert "inf dB" not in text
+    psnr = re.findall(r'data-psnr="([^"]+)"', text)
+    assert json.loads(psnr[0]) is None
+    assert json.loads(psnr[-1]) == [None] * 9
+    assert all(math.isfinite(v) for v in json.loads(psnr[1]))
+
+
+def test_a_run_has_a_page(tmp_path: Path) -> None:
+    path = write_run_report(stats(0.25), tmp_path / "new" / "run.html")
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"https?://", text)
+    assert "a &lt;short&gt; clip" in text
+    assert "432 tokens" in text
+    assert page.tags.count("svg") == 2
+    with pytest.raises(SettingError, match="folder"):
+        write_run_report(stats(0.25), tmp_path)
+
+
+def test_a_run_without_calls_has_a_page_too() -> None:
+    text = run_page(RunStats(records=(), recipe={}))
+    assert "no denoising step was recorded" in text
+    assert Page(text).open == []
+
+
+def test_grids_mean_over_branches_and_sum_their_time() -> None:
+    table = grids(stats(0.3).records)
+    assert table is not None
+    assert table.density.shape == (5, 3)
+    assert table.density[0].tolist() == [1, 1, 1]
+    assert table.density[1:] == pytest.approx(np.full((4, 3), 0.3))
+    assert table.seconds is not None
+    assert table.seconds[2] == pytest.approx([0.02, 0.04, 0.06])
+    assert table.dense.tolist() == [[True] * 3] + [[False] * 3] * 4
+    assert grids([]) is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 7, 30, 40])
+def test_layer_bands_cover_every_layer_once(layers: int) -> None:
+    bands = layer_bands(layers)
+    assert len(bands) == min(layers, 6)
+    covered = [i for band in bands for i in range(layers)[band]]
+    assert covered == list(range(layers))
+
+
+def test_numbers_for_people() -> None:
+    assert [percent(x) for x in (0.25, 0.025, 1.0, 0.02, 0.999)] == [
+        "25 %",
+        "2.5 %",
+        "100 %",
+        "2 %",
+        "100 %",
+    ]
+    assert [seconds(x) for x in (None, 0.043, 8.3, 26.14, 185.0)] == [
+        "–",
+        "0.04 s",
+        "8.3 s",
+        "26.1 s",
+        "3 min 05 s",
+    ]
