@@ -1,0 +1,81 @@
+"""Compile every row of the attention kernel's table for its device, without a GPU.
+
+Run by test_attention_triton.py in a process of its own. Exits with the rows that do not fit.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from svg_kernels.attention import _triton as attention
+
+SHARED_KB = {80: 163, 86: 99, 90: 227}
+POINTERS = {
+    "lse": "*fp32",
+    "summary_weights": "*fp32",
+    "query_order": "*i32",
+    "run_starts": "*i32",
+    "run_lengths": "*i32",
+    "chunk_counts": "*i32",
+    "tile_order": "*i32",
+}
+DATA = ("query", "key", "value", "out", "summary_keys", "summary_values")
+
+
+def shared_bytes(capability: int, size: int, dim: int) -> int:
+    """Return the shared memory of a block, all options on."""
+    blocks = attention.BLOCKS[capability, size, dim]
+    constants = {
+        "D": dim,
+        "BLOCK_D": dim,
+        "BLOCK_M": blocks.rows,
+        "BLOCK_N": blocks.keys,
+        "STAGES": blocks.stages,
+        "PRECISION": "ieee" if size == 4 else "tf32",
+        "HAS_ORDER": True,
+        "HAS_TILE_ORDER": True,
+        "HAS_SUMMARY": True,
+        "HAS_LSE": True,
+    }
+    names = attention.attend_tile.arg_names
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in DATA:
+            signature[name] = "*bf16" if size == 2 else "*fp32"
+        else:
+            signature[name] = POINTERS.get(name, "fp32" if name == "qk_scale" else "i32")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
+    }
+    source = ASTSource(
+        attention.attend_tile,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    options = {"num_warps": blocks.warps}
+    target = GPUTarget("cuda", capability, 32)
+    return int(triton.compile(source, target=target, options=options).metadata.shared)
+
+
+def main() -> int:
+    misfits = []
+    for row in attention.BLOCKS:
+        used, limit = shared_bytes(*row), SHARED_KB[row[0]] * 1024
+        print(row, used, "of", limit)
+        if used > limit:
+            misfits.append(row)
+    print("do not fit:", misfits)
+    return len(misfits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The portable kernel: interpreted on a CPU, and compiled for devices that are not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_oracles import random_call
+
+from svg_kernels import block_sparse_attention
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"queries": 1, "keys": 1, "runs": 1, "dim": 16},
+        {"queries": 130, "keys": 300, "runs": 60, "dim": 64, "ordered": True},
+        {"queries": 60, "keys": 500, "runs": 3, "dim": 40, "key_heads": 1, "summaries": 70},
+        {"queries": 200, "keys": 129, "runs": 9, "dim": 128, "batch": 2, "ordered": True},
+        {"queries": 40, "keys": 200, "runs": 8, "dim": 160, "summaries": 5, "ordered": True},
+    ],
+    ids=str,
+)
+def test_kernel_equals_the_reference(shape, dtype, generator):
+    arguments, keywords = random_call(generator, dtype=dtype, **shape)
+    got = block_sparse_attention(*arguments, return_lse=True, backend="triton", **keywords)
+    want = block_sparse_attention(*arguments, return_lse=True, backend="reference", **keywords)
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_every_key_counts_once(generator):
+    (_, _, _, starts, lengths), _ = random_call(generator, queries=300, keys=256, runs=40)
+    query = torch.zeros(1, 2, 300, 256)
+    key, value = torch.zeros(1, 2, 256, 256), torch.eye(256).expand(1, 2, -1, -1)
+    got = block_sparse_attention(query, key, value, starts, lengths, backend="triton")
+    want = block_sparse_attention(query, key, value, starts, lengths, backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_no_run_slots(generator):
+    arguments, keywords = random_call(generator, summaries=9)
+    empty = torch.zeros(1, 2, 2, 0, dtype=torch.int32)
+    arguments[3:] = [empty, empty]
+    got = block_sparse_attention(*arguments, backend="triton", **keywords)
+    want = block_sparse_attention(*arguments, backend="reference", **keywords)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_row_of_the_table_fits_its_device(tmp_path):
+    # In a process of its own: here kernels may have been decorated for the interpreter.
+    script = Path(__file__).with_name("compile_attention.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
