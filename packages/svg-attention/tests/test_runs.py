@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ def test_cluster_runs_read_exactly_the_kept_clusters(seed: int, tail: int) -> No
         expected += list(range(first, first + tail))
         assert rows_of(starts[b, h, t], lengths[b, h, t]) == expected
         merged = int((lengths[b, h, t] > 0).sum())
-        gaps = sum(late - early > 1 for early, late in zip(expected, expected[1:], strict=False))
+        gaps = sum(late - early > 1 for early, late in itertools.pairwise(expected))
         assert merged == (gaps + 1 if expected else 0), "neighbours are merged"
 
 

@@ -40,9 +40,9 @@ def cluster_rows(
 
     Without remembered centroids it starts from random rows (the same row numbers for every head
     and batch item, so that a result does not depend on what else is in the batch) and runs
-    `first_iterations`; with them it runs `step_iterations`. The centroids are put in an order in
-    which similar ones are neighbours before the last iterations, so that rows sorted by label are
-    in that order too.
+    `first_iterations`; with them it runs `step_iterations`. Before the last iterations of a first
+    call the centroids are put in an order in which similar ones are neighbours; they keep it from
+    then on, so rows sorted by label are in that order too.
 
     Args:
         x: `[B, H, N, D]`.
@@ -70,7 +70,7 @@ def cluster_rows(
                 max_iter=first_iterations - iterations,
             )
             start = result.centroids.view(shape)
-    start = torch.gather(start, 2, neighbour_order(start)[..., None].expand(shape))
+        start = start.gather(2, neighbour_order(start)[..., None].expand(shape))
     result = kmeans(
         flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=iterations
     )
@@ -92,21 +92,49 @@ def fits(remembered: Tensor | None, shape: tuple[int, ...], like: Tensor) -> boo
     )
 
 
-def neighbour_order(centroids: Tensor, *, rounds: int = 8) -> Tensor:
-    """Order centroids along their principal direction, so that similar ones are neighbours.
+def neighbour_order(centroids: Tensor, *, rounds: int = 6) -> Tensor:
+    """Order centroids so that similar ones are neighbours.
+
+    Sorts them along their principal direction, cuts the list in halves, and does the same within
+    each half, down to pairs; a half's direction is turned to agree with that of the whole.
 
     Args:
         centroids: `[B, H, K, D]`.
-        rounds: power iterations that find the direction.
+        rounds: power iterations that find a direction.
 
     Returns:
         int64 `[B, H, K]`, a permutation for each head.
     """
-    centred = centroids.float()
-    centred = centred - centred.mean(dim=2, keepdim=True)
-    covariance = centred.transpose(-1, -2) @ centred
-    direction = covariance.diagonal(dim1=-2, dim2=-1)[..., None]
+    batch, heads, count, _ = centroids.shape
+    padded = 1 << max(count - 1, 1).bit_length()
+    rows = torch.nn.functional.pad(centroids.float(), (0, 0, 0, padded - count))
+    order = torch.arange(padded, device=centroids.device).expand(batch, heads, padded)
+    parent = None
+    width = padded
+    while width > 1:
+        groups = order.unflatten(2, (-1, width))
+        # Rows of padding have no weight and sort to the end.
+        real = groups < count
+        points = rows.gather(2, order[..., None].expand_as(rows)).unflatten(2, (-1, width))
+        weight = real.float()[..., None]
+        mean = (points * weight).sum(dim=3, keepdim=True) / weight.sum(dim=3, keepdim=True).clamp(1)
+        direction = principal_direction((points - mean) * weight, rounds)
+        if parent is not None:
+            agrees = (direction * parent).sum(dim=-1, keepdim=True) >= 0
+            direction = torch.where(agrees, direction, -direction)
+        place = (points * direction[..., None, :]).sum(dim=-1).masked_fill(~real, torch.inf)
+        inner = place.argsort(dim=-1, stable=True)
+        order = groups.gather(-1, inner).flatten(2)
+        parent = direction.repeat_interleave(2, dim=2)
+        width //= 2
+    return order[..., :count]
+
+
+def principal_direction(points: Tensor, rounds: int) -> Tensor:
+    """Return the direction in which centred points `[..., N, D]` vary most, `[..., D]`."""
+    farthest = points.square().sum(dim=-1).argmax(dim=-1)[..., None, None]
+    direction = points.gather(-2, farthest.expand(*points.shape[:-2], 1, points.shape[-1]))
     for _ in range(rounds):
-        direction = covariance @ direction
-        direction = direction / direction.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-    return (centred @ direction).squeeze(-1).argsort(dim=-1, stable=True)
+        direction = (direction @ points.transpose(-1, -2)) @ points
+        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return direction.squeeze(-2)

@@ -44,11 +44,23 @@ def estimated_mass(logits: Tensor, sizes: Tensor) -> Tensor:
     return torch.softmax(logits + sizes.float().log()[:, :, None], dim=-1)
 
 
+def mass_per_key(mass: Tensor, sizes: Tensor) -> Tensor:
+    """Divide each cluster's mass by its keys: what reading one of them is worth."""
+    return mass / sizes.clamp(min=1)[:, :, None]
+
+
+def rank(priority: Tensor, sizes: Tensor) -> Tensor:
+    """Return clusters by falling priority, `[B, H, T, C]`; empty ones last, ties by number."""
+    filled = (sizes > 0)[:, :, None]
+    return priority.masked_fill(~filled, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
 def keep_top_p(mass: Tensor, sizes: Tensor, *, top_p: float, min_keep: float = 0.0) -> Tensor:
     """Keep, for each tile, the fewest leading clusters whose mass reaches `top_p`.
 
-    Clusters are ranked by mass, equal ones by number; the one that crosses `top_p` is kept, and so
-    are the first `int(min_keep * C)` ranks. Empty clusters are never kept.
+    Clusters are ranked by mass per key (equal ones by number), which reaches a share of the mass
+    with fewer keys than ranking by mass. The cluster that crosses `top_p` is kept, and so are the
+    first `int(min_keep * C)` ranks. Empty clusters come last and are never kept.
 
     Args:
         mass: fp32 `[B, H, T, C]`, sums to 1 over `C`.
@@ -62,7 +74,8 @@ def keep_top_p(mass: Tensor, sizes: Tensor, *, top_p: float, min_keep: float = 0
     filled = (sizes > 0)[:, :, None].expand_as(mass)
     if top_p >= 1.0:
         return filled
-    ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+    order = rank(mass_per_key(mass, sizes), sizes)
+    ranked = mass.gather(-1, order)
     kept = ranked.cumsum(dim=-1) - ranked < top_p
     kept[..., : int(min_keep * mass.shape[-1])] = True
     kept[..., :1] = True
@@ -90,16 +103,13 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
     )
     keys = sizes.float()[:, :, None].expand_as(priority).gather(-1, order)
     left = budget.to(keys.dtype).expand(priority.shape[:3])[..., None]
-    kept = torch.zeros_like(keys, dtype=torch.bool)
-    for _ in range(3):
-        fits = ~kept & (keys <= left)
-        taken = fits & ((keys * fits).cumsum(dim=-1) <= left)
-        if _ == 0:
-            # The first pass takes a prefix: nothing after the first cluster that does not fit.
-            taken = keys.cumsum(dim=-1) <= left
-            taken[..., :1] = True
-        kept = kept | taken
-        left = (left - (keys * taken).sum(dim=-1, keepdim=True)).clamp_(min=0)
+    # The leading clusters, up to the first that does not fit; the first of all in any case.
+    kept = keys.cumsum(dim=-1) <= left
+    kept[..., 0] = True
+    for _ in range(2):
+        spare = left - (keys * kept).sum(dim=-1, keepdim=True)
+        fits = ~kept & (keys <= spare)
+        kept = kept | (fits & ((keys * fits).cumsum(dim=-1) <= spare))
     return torch.zeros_like(kept).scatter_(-1, order, kept) & filled
 
 

@@ -29,6 +29,7 @@ from svg_attention.methods.selection import (
     keep_budget,
     keep_top_p,
     key_budget,
+    mass_per_key,
     tile_means,
 )
 from svg_attention.plan import KeySummary, SparsePlan, count_tiles, match_heads
@@ -40,8 +41,9 @@ class SVG2(MethodConfig):
     """Cluster video queries and keys per head; let each query tile read whole key clusters.
 
     Queries and keys are sorted by cluster. A tile of 128 sorted queries estimates the mass of each
-    key cluster from its own mean query and reads the clusters that reach `top_p` of it, or as many
-    as a density allows. Text is exact: every query reads it and it reads everything.
+    key cluster from its own mean query and reads clusters of falling mass per key until they reach
+    `top_p` of it, or as many as a density allows. Text is exact: every query reads it and it reads
+    everything.
 
     Args:
         q_clusters: query clusters per head.
@@ -190,7 +192,7 @@ class SVG2(MethodConfig):
         if budget is None:
             mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
         else:
-            mask = keep_budget(mass, sizes, budget)
+            mask = keep_budget(mass_per_key(mass, sizes), sizes, budget)
         if not self.compensate:
             return mask, None
         value_means = mean_values(values, clusters)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_attention.methods.clustering import Clusters, cluster_rows, fits, neighbour_order
+
+
+def cluster(
+    x: Tensor, count: int = 12, remembered: Tensor | None = None, seed: int = 3
+) -> Clusters:
+    return cluster_rows(
+        x,
+        count,
+        remembered=remembered,
+        first_iterations=10,
+        step_iterations=2,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def cost(x: Tensor, clusters: Clusters) -> float:
+    index = clusters.labels.long()[..., None].expand_as(x)
+    return float((x - clusters.centroids.gather(2, index)).square().sum())
+
+
+def test_the_fields_belong_together() -> None:
+    x = torch.randn(2, 3, 200, 8)
+    found = cluster(x)
+    for b in range(2):
+        for h in range(3):
+            labels = found.labels[b, h].long()
+            assert torch.equal(torch.bincount(labels, minlength=12), found.sizes[b, h].long())
+            order = found.order[b, h].long()
+            assert torch.equal(order.sort().values, torch.arange(200))
+            assert (labels[order].diff() >= 0).all()
+            for c in range(12):
+                if found.sizes[b, h, c]:
+                    mean = x[b, h, labels == c].mean(dim=0)
+                    assert torch.allclose(found.centroids[b, h, c], mean, atol=1e-5)
+
+
+def test_a_warm_start_never_costs_more() -> None:
+    x = torch.randn(1, 2, 300, 8)
+    found = cluster(x)
+    for _ in range(3):
+        later = cluster(x, remembered=found.centroids)
+        assert cost(x, later) <= cost(x, found) * (1 + 1e-6)
+        found = later
+
+
+def test_an_item_of_a_batch_is_clustered_as_if_alone() -> None:
+    x = torch.randn(2, 2, 150, 8)
+    both, alone = cluster(x), cluster(x[1:])
+    assert torch.equal(both.labels[1:], alone.labels)
+    assert torch.equal(both.centroids[1:], alone.centroids)
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(1, 2, 12, 9), torch.zeros(2, 2, 12, 8), torch.zeros(1, 2, 12, 8).half()]
+)
+def test_memories_of_another_kind_are_ignored(other: Tensor) -> None:
+    x = torch.randn(1, 2, 150, 8)
+    assert not fits(other, (1, 2, 12, 8), x)
+    assert torch.equal(cluster(x, remembered=other).labels, cluster(x).labels)
+
+
+def test_as_many_clusters_as_rows_and_only_one() -> None:
+    x = torch.randn(1, 1, 20, 4)
+    assert torch.equal(cluster(x, 20).sizes, torch.ones(1, 1, 20, dtype=torch.int32))
+    assert cluster(x, 1).sizes.item() == 20
+
+
+def test_neighbour_order_is_a_permutation_that_follows_a_line() -> None:
+    line = torch.randperm(30, generator=torch.Generator().manual_seed(0)).float()
+    direction = torch.randn(16)
+    centroids = line[:, None] * direction + 0.01 * torch.randn(30, 16)
+    order = neighbour_order(centroids[None, None])[0, 0]
+    steps = line[order].diff()
+    assert (steps == 1).all() or (steps == -1).all()
+
+
+def test_neighbour_order_survives_equal_centroids() -> None:
+    order = neighbour_order(torch.ones(1, 2, 5, 3))
+    assert torch.equal(order, torch.arange(5).expand(1, 2, 5))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_attention.methods import routing
+from svg_attention.methods.routing import centroid_error, spread_error
+
+
+def example(spread: float = 1.0) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([[[4, 0, 7, 1, 8], [10, 2, 0, 3, 5]]])
+    base_keys = torch.randn(1, 2, 5, 6, generator=draw)
+    base_values = torch.randn(1, 2, 5, 3, generator=draw)
+    owner = torch.stack([torch.arange(5).repeat_interleave(sizes[0, h]) for h in range(2)])
+    keys = torch.stack([base_keys[0, h, owner[h]] for h in range(2)])[None]
+    values = torch.stack([base_values[0, h, owner[h]] for h in range(2)])[None]
+    keys = keys + spread * torch.randn(keys.shape, generator=draw)
+    values = values + spread * torch.randn(values.shape, generator=draw)
+    share = torch.nn.functional.one_hot(owner, 5).float().mT[None]
+    share = share / share.sum(dim=-1, keepdim=True).clamp(min=1)
+    means = torch.randn(1, 2, 9, 6, generator=draw)
+    return means, keys, values, share @ keys, share @ values, sizes, owner
+
+
+@pytest.mark.parametrize("probe", [1, 2**24])
+def test_centroid_error_equals_the_sum_over_keys(
+    probe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "PROBE_LOGITS", probe)
+    means, keys, values, centroids, value_means, sizes, owner = example()
+    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    for h in range(2):
+        for t in range(9):
+            logits = keys[0, h].double() @ means[0, h, t].double() * 0.5
+            top = logits.max()
+            for c in range(5):
+                mine = owner[h] == c
+                centre = torch.exp(
+                    centroids[0, h, c].double() @ means[0, h, t].double() * 0.5 - top
+                )
+                gap = (
+                    centre * value_means[0, h, c]
+                    - torch.exp(logits[mine] - top)[:, None] * (values[0, h, mine])
+                )
+                expected = gap.square().sum() / max(int(mine.sum()), 1)
+                assert float(found[0, h, t, c]) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_errors_vanish_where_centroids_are_exact() -> None:
+    means, keys, values, centroids, value_means, sizes, _ = example(spread=0.0)
+    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    assert found.max() < 1e-6
+
+
+def test_large_logits_do_not_overflow() -> None:
+    means, keys, values, centroids, value_means, sizes, _ = example()
+    found = centroid_error(means * 1e3, keys, values, centroids, value_means, sizes, 1.0)
+    assert found.isfinite().all()
+    assert (found.amax(dim=-1) > 0).any()
+
+
+def test_second_moments_agree_with_the_probe_for_small_clusters() -> None:
+    means, keys, values, centroids, value_means, sizes, owner = example(spread=0.02)
+    exact = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    share = torch.nn.functional.one_hot(owner, 5).float().mT[None]
+    share = share / share.sum(dim=-1, keepdim=True).clamp(min=1)
+    near = spread_error(
+        means,
+        centroids,
+        value_means,
+        share @ keys.square() - centroids.square(),
+        (share @ values.square() - value_means.square()).sum(dim=-1),
+        0.5,
+    )
+    # Channels of six keys are not independent, so only the bulk agrees.
+    scale = exact.amax(dim=-1, keepdim=True)
+    assert torch.corrcoef(torch.stack([(exact / scale).flatten(), near.flatten()]))[0, 1] > 0.9
