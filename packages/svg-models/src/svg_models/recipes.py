@@ -52,6 +52,19 @@ class Published:
     min_keep: float = 0.1
 
 
+SHARED = Published(
+    title="most models at 720p",
+    task="t2v",
+    tokens=75_600,
+    schedule=Schedule(dense_steps=0.2, dense_layers=0.03),
+    q_clusters=300,
+    k_clusters=1000,
+    svg1_density=0.3,
+    source="Sparse VideoGen 2, scripts/wan/wan_t2v_720p_inference.sh",
+)
+"""What a family without published settings gets."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to run, where it comes from, and what was changed.
@@ -123,7 +136,7 @@ def choose(
     """Turn published rows into a recipe; see `recipe_for`.
 
     Args:
-        rows: published settings of the family.
+        rows: published settings of the family; empty for `SHARED`.
         task: rows of this task are preferred.
         tokens: video tokens of the clip.
         width: channels of the transformer, 0 if unknown.
@@ -132,7 +145,7 @@ def choose(
     Returns:
         The recipe.
     """
-    same_task = [row for row in rows if row.task == task] or list(rows)
+    same_task = [row for row in rows if row.task == task] or rows or (SHARED,)
     row = min(same_task, key=lambda r: abs(math.log(r.tokens / tokens)))
     dense = _why_dense(tokens, width, num_steps)
     if dense:
@@ -142,7 +155,7 @@ def choose(
         q_clusters=q_clusters, k_clusters=k_clusters, top_p=row.top_p, min_keep=row.min_keep
     )
     note = ""
-    if (row.task, row.tokens) != (task, tokens):
+    if not rows or (row.task, row.tokens) != (task, tokens):
         note = (
             f"nearest published settings, those of {row.title} ({row.tokens:,} tokens), for "
             f"{tokens:,} tokens with {q_clusters} query and {k_clusters} key clusters"

@@ -71,6 +71,11 @@ def dense_attention(
     return out
 
 
+def text_to_video(transformer: Any) -> str:
+    """Name the only task of a transformer that has one."""
+    return "t2v"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that one kind of transformer has of its own.
@@ -85,8 +90,8 @@ class Family:
         processor: the attention processor that takes their place.
         grid: latent frames, rows and columns of tokens, from the transformer and the arguments of
             its forward pass by name.
-        task: names the recipe row of a model, for example `"t2v"` or `"i2v"`.
-        recipes: published settings, see `svg_models.recipes`.
+        task: names what a transformer was trained for, `"t2v"` or `"i2v"`: which recipes fit it.
+        recipes: published settings; without any, those that most models share.
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
         dense: the kernel of dense steps.
     """
@@ -98,8 +103,8 @@ class Family:
     stock_processors: tuple[str, ...]
     processor: type[SparseProcessor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
-    task: Callable[[Any], str]
-    recipes: tuple[Published, ...]
+    task: Callable[[Any], str] = text_to_video
+    recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
     dense: DenseKernel = dense_attention
 

@@ -1,0 +1,135 @@
+"""The registry, and the page that explains how to add a family: its code is run here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from svg_attention import SVG2, Dense, Schedule
+from svg_models import families, sparsify
+from svg_models.families.base import Family
+from svg_models.families.wan import WAN
+from svg_models.recipes import recipe_for
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE = Path(__file__).parents[3] / "docs" / "guide" / "adding-a-model.md"
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+    """Let a test add families that are gone after it."""
+    known = list(families.known_families())
+    monkeypatch.setattr(families, "_families", known)
+    return known
+
+
+@pytest.fixture
+def page(registry: list[Family]) -> dict[str, Any]:
+    """Run every code block of the page, in order, in one namespace."""
+    if not PAGE.exists():
+        pytest.skip("the documentation is not part of this checkout")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def skyreels(**changes: Any) -> Any:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    torch.manual_seed(3)
+    settings: dict[str, Any] = dict(
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    model = SkyReelsV2Transformer3DModel(**(settings | changes)).eval()
+    tiny.sharpen(model)
+    return model
+
+
+def test_the_page_adds_skyreels(page: dict[str, Any]) -> None:
+    inputs = {k: v for k, v in tiny.forward_inputs().items() if k != "return_dict"}
+    page["check_family"](skyreels(), inputs)
+
+
+def test_causal_attention_stays_with_the_stock_processor(page: dict[str, Any]) -> None:
+    model = skyreels()
+    model._set_ar_attention(3)
+    inputs = tiny.forward_inputs()
+    with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
+        stock = model(**inputs)[0]
+        with sparsify(model, SVG2(q_clusters=6, k_clusters=12), Schedule(dense_steps=0.0)) as run:
+            assert torch.equal(model(**inputs)[0], stock)
+    assert run.stats().records == ()
+
+
+def test_the_page_adds_ltx(page: dict[str, Any]) -> None:
+    from diffusers import LTXVideoTransformer3DModel
+
+    torch.manual_seed(3)
+    model = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    ).eval()
+    tiny.sharpen(model)
+    frames, rows, columns = tiny.GRID
+    inputs = dict(
+        hidden_states=torch.randn(1, frames * rows * columns, 8),
+        encoder_hidden_states=torch.randn(1, 12, 32),
+        timestep=torch.tensor([500]),
+        encoder_attention_mask=torch.ones(1, 12, dtype=torch.bool),
+        num_frames=frames,
+        height=rows,
+        width=columns,
+    )
+    page["check_family"](model, inputs)
+
+
+def test_a_family_without_recipes_gets_the_shared_one_and_a_note(page: dict[str, Any]) -> None:
+    recipe = recipe_for(skyreels(), 75_600)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
+    assert "nearest published settings" in recipe.note
+
+
+def test_a_name_or_transformer_that_is_taken_is_refused(registry: list[Family]) -> None:
+    for clash in (replace(WAN, transformers=("Other",)), replace(WAN, name="other")):
+        with pytest.raises(ValueError, match=r"is already known as 'wan'"):
+            families.register(clash)
+    assert families.known_families() == (WAN,)
+
+
+def test_subclasses_belong_to_the_family_of_their_base() -> None:
+    from diffusers import WanTransformer3DModel
+
+    class Finetuned(WanTransformer3DModel):
+        pass
+
+    with torch.device("meta"):
+        assert families.family_of(Finetuned(num_layers=1)) is WAN
+
+
+def test_a_family_whose_attentions_are_missing_says_so(registry: list[Family]) -> None:
+    registry[0] = replace(WAN, attentions=r"layers\.\d+\.attention")
+    with pytest.raises(ValueError, match=r"no module matching .*layers"):
+        sparsify(tiny.transformer(), Dense())
