@@ -95,12 +95,14 @@ def test_sparsify_without_a_method_tells_why_a_short_clip_is_dense() -> None:
 
 def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
     pipe = tiny.pipeline()
-    with sparsify(pipe) as run, pytest.warns(UserWarning, match="nearest published settings"):
+    with sparsify(pipe) as run:
         tiny.generate(pipe, num_inference_steps=10, num_frames=29)  # 8 x 12 x 12 tokens
     assert run.recipe is not None
     assert isinstance(run.recipe.method, SVG2)
     assert (run.recipe.method.q_clusters, run.recipe.method.k_clusters) == (18, 36)
     stats = run.stats()
+    assert "nearest published settings" in stats.recipe["note"]
+    assert stats.messages == ()
     sparse_steps = {record.step for record in stats.sparse_records}
     assert sparse_steps == set(range(2, 10))
     assert stats.mean_density < 1.0

@@ -60,7 +60,7 @@ SHARED = Published(
     q_clusters=300,
     k_clusters=1000,
     svg1_density=0.3,
-    source="Sparse VideoGen 2, scripts/wan/wan_t2v_720p_inference.sh",
+    source="Sparse-VideoGen 5ce7b01, scripts/wan/wan_t2v_720p_sap.sh",
 )
 """What a family without published settings gets."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svg_attention import Call, Method, Schedule, Session, TokenLayout
+from svg_attention import Call, Dense, Method, Schedule, Session, TokenLayout
 from svg_models import operator
 from svg_models.context import Clock, ForwardContext, Moment
 from svg_models.families import family_of, transformers_of
@@ -207,7 +207,7 @@ class SparseRun:
         recipe = recipe_for(self._pipe(), tokens, num_steps=context.moment.num_steps)
         if self._method is not None:
             return Recipe(method=self._method, schedule=recipe.schedule, source="user")
-        if recipe.note:
+        if isinstance(recipe.method, Dense):
             self.tell(recipe.note)
         return Recipe(
             method=recipe.method,

@@ -60,7 +60,7 @@ def task(transformer: Any) -> str:
     return "i2v" if takes_image else "t2v"
 
 
-_SOURCE = "Sparse VideoGen 2, scripts/wan/wan_{}_inference.sh"
+_SOURCE = "Sparse-VideoGen 5ce7b01, scripts/wan/wan_{}_sap.sh and _svg.sh"
 
 WAN = Family(
     name="wan",
