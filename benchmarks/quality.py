@@ -15,7 +15,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def measure(
     pipe: Any, prompts: Sequence[str], side: int, dense: Tensor, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Run every method at every density and compare it with the dense clips."""
     latent = side // pipe.vae_scale_factor_spatial
     tokens = ((FRAMES - 1) // pipe.vae_scale_factor_temporal + 1) * latent**2
-    rows = []
     for density in args.densities:
         for name, method in methods(tokens, density).items():
             started = time.perf_counter()
@@ -115,13 +114,12 @@ def measure(
                 "per_clip": {k: [round(v, 4) for v in values] for k, values in close.items()},
                 "seconds": round(time.perf_counter() - started, 2),
             }
-            rows.append(row)
             print(
                 f"{side:4d} {density:.0%} {name:38s} density {realised:.3f} "
                 f"PSNR {row['psnr']['mean']:.2f} SSIM {row['ssim']['mean']:.4f} {row['seconds']} s",
                 flush=True,
             )
-    return rows
+            yield row
 
 
 def other_kernel(pipe: Any, generate: Callable[[], Tensor]) -> Tensor:
@@ -174,14 +172,17 @@ def run(args: argparse.Namespace) -> None:
         again = other_kernel(pipe, lambda side=side: sample(pipe, prompts, side, args))  # type: ignore[misc]
         floor = similarity(again, dense)
         print(f"{side:4d} noise floor PSNR {summary(floor['psnr'])}", flush=True)
+        rows: list[dict[str, Any]] = []
         results["sizes"][size] = {
             "side": side,
             "frames": FRAMES,
             "noise_floor": {name: summary(values) for name, values in floor.items()},
-            "rows": measure(pipe, prompts, side, dense, args),
+            "rows": rows,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        for row in measure(pipe, prompts, side, dense, args):
+            rows.append(row)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def table(args: argparse.Namespace) -> None:
