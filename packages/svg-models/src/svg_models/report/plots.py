@@ -41,7 +41,7 @@ def _figure(width: float, height: float, name: str) -> Iterator[tuple[Any, Any]]
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
-        "font.size": 11,
+        "font.size": 10,
         "axes.edgecolor": GRID,
         "axes.labelcolor": MUTED,
         "axes.spines.top": False,
@@ -105,12 +105,12 @@ def lines_per_frame(
     Returns:
         An `<svg>` element.
     """
-    with _figure(6.4, 2.9, name) as (figure, axes):
+    with _figure(5.4, 2.6, name) as (figure, axes):
         for index, values in series.items():
             finite = np.where(np.isfinite(values), values, np.nan)
             axes.plot(np.arange(1, len(finite) + 1), finite, color=SERIES[index], linewidth=2.0)
         axes.set_xlabel("frame")
-        axes.set_title(unit, loc="left", fontsize=11, color=MUTED)
+        axes.set_title(unit, loc="left", fontsize=10, color=MUTED)
         axes.margins(x=0.01, y=0.08)
         return _svg(figure, name, title)
 
@@ -133,7 +133,7 @@ def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
     level = np.clip(np.nan_to_num(grids.density) / top * len(RAMP), 0, len(RAMP) - 1).astype(int)
     level = np.where(grids.dense, len(RAMP), level)
     masked = np.ma.array(level, mask=np.isnan(grids.density))
-    with _figure(6.4, 1.2 + min(2.6, 0.17 * layers), name) as (figure, axes):
+    with _figure(5.4, 0.95 + min(2.6, 0.17 * layers), name) as (figure, axes):
         axes.pcolormesh(
             np.arange(steps + 1) + 0.5,
             np.arange(layers + 1) + 0.5,
@@ -192,7 +192,7 @@ def time_stack(
     bands = layer_bands(grids.seconds.shape[1])
     x = np.arange(1, len(grids.seconds) + 1)
     base = np.zeros(len(x))
-    with _figure(6.4, 2.5, name) as (figure, axes):
+    with _figure(5.4, 2.2, name) as (figure, axes):
         for index, band in enumerate(bands):
             height = grids.seconds[:, band].sum(axis=1)
             strength = 1.0 - 0.62 * index / max(1, len(bands) - 1)
@@ -215,7 +215,7 @@ def time_stack(
         _whole_ticks(axes.xaxis, len(x))
         axes.tick_params(length=0)
         axes.set_xlabel("denoising step")
-        axes.set_title("seconds", loc="left", fontsize=11, color=MUTED)
+        axes.set_title("seconds", loc="left", fontsize=10, color=MUTED)
         return _svg(figure, name, title)
 
 
