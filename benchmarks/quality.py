@@ -100,7 +100,7 @@ def measure(
     for density in args.densities:
         for name, method in methods(tokens, density).items():
             started = time.perf_counter()
-            with sparsify(pipe, method, SCHEDULE) as run:
+            with sparsify(pipe, method, SCHEDULE, backend=args.backend) as run:
                 clips = sample(pipe, prompts, side, args)
                 realised = run.stats().mean_density
             close = similarity(clips, dense)
@@ -143,6 +143,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
         "dtype": args.dtype,
+        "backend": args.backend,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "commit": commit or args.commit,
@@ -269,6 +270,7 @@ def main() -> None:
     runner.add_argument("--model", type=Path)
     runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     runner.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    runner.add_argument("--backend", default="auto", help="see `svg doctor`")
     runner.add_argument("--prompts", type=int, default=16)
     runner.add_argument("--steps", type=int, default=20)
     runner.add_argument("--guidance", type=float, default=4.0)
