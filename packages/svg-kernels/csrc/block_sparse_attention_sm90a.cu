@@ -9,7 +9,7 @@
 //                   fetched by one copy of 8 to 128 rows.
 //   two warpgroups  each own 64 query rows: S = Q K^T, online softmax, O += P V. The product of
 //                   stage j+1 runs on the tensor cores while the exponentials of stage j run
-//                   elsewhere.
+//                   elsewhere, and the two warpgroups take turns to issue products.
 //
 // Rows a granule reads beyond its run are masked, so any run length is exact; runs whose lengths
 // are multiples of eight need no mask and waste nothing. Q rows are gathered and O rows scattered
@@ -36,7 +36,7 @@ constexpr uint64_t kAllValid = 0x8888888888888888ull;
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Each is followed by one for the second warpgroup.
-enum NamedBarrier { kQueryReady = 1, kOutputReady = 3 };
+enum NamedBarrier { kQueryReady = 1, kTurn = 3, kOutputReady = 5 };
 
 struct Params : AttentionArgs {
   CUtensorMap key_maps[kBoxes];  // boxes of 1, 2, 4, 8 and 16 groups of eight rows
@@ -224,10 +224,13 @@ class Consumer {
     float correction[2];
     Ring key, value;
 
+    if (group_ == 1) named_arrive(kTurn, kConsumers);  // the first warpgroup starts
     barrier_wait(&shared_.key_full[key.stage], key.phase);
+    named_sync(kTurn + group_, kConsumers);
     product_fence();
     multiply_keys(scores, key.stage);
     product_commit();
+    named_arrive(kTurn + 1 - group_, kConsumers);
     product_wait<0>();
     pin(scores);
     mask(scores, 0, key.stage);
@@ -238,6 +241,7 @@ class Consumer {
 
     for (int j = 1; j < stages; ++j) {
       barrier_wait(&shared_.key_full[key.stage], key.phase);
+      named_sync(kTurn + group_, kConsumers);
       pin(scores);
       pin(output_);
       product_fence();
@@ -247,6 +251,7 @@ class Consumer {
       product_fence();
       multiply_values(probabilities, value.stage, j > 1);
       product_commit();
+      named_arrive(kTurn + 1 - group_, kConsumers);
       product_wait<1>();
       pin(scores);
       mask(scores, j, key.stage);

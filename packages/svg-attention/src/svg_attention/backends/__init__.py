@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from svg_attention.backends.kernels import KernelsBackend
 from svg_attention.backends.reference import ReferenceBackend
 from svg_attention.errors import UnsupportedError
 from svg_attention.plan import SparsePlan
@@ -43,7 +44,8 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+_ALL: tuple[Backend, ...] = (KernelsBackend("cuda"), KernelsBackend("triton"), ReferenceBackend())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 
 def select_backend(

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from svg_attention import UnsupportedError, sparse_attention
+from svg_attention.backends import BACKENDS
+from svg_attention.backends.kernels import KernelsBackend, long_tiles_first
+from svg_attention.plan import KeySummary, SparsePlan
+
+needs_kernels = pytest.mark.skipif(
+    importlib.util.find_spec("svg_kernels") is None, reason="svg-kernels is not installed"
+)
+
+
+def tensors(plan, *, key_heads=2, dim=32, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(plan.heads, plan.query_length), *[(key_heads, plan.key_length)] * 2]
+    return [torch.randn(plan.batch, h, s, dim, generator=draw) for h, s in shapes]
+
+
+def test_the_fastest_backend_comes_first():
+    assert list(BACKENDS) == ["cuda", "triton", "reference"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_tensors_on_a_cpu_are_refused_by_name(name, random_plan):
+    plan = random_plan(1, 2, 130, 90)
+    with pytest.raises(UnsupportedError, match="CUDA device") as caught:
+        sparse_attention(*tensors(plan), plan, backend=name)
+    assert set(caught.value.reasons) == set(BACKENDS)
+
+
+@needs_kernels
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads):
+    # The kernels' own reference stands in for a GPU: what is tested is how a plan is handed over.
+    import svg_kernels
+
+    kernel = svg_kernels.block_sparse_attention
+    monkeypatch.setattr(
+        svg_kernels,
+        "block_sparse_attention",
+        lambda *args, **kwargs: kernel(*args, **{**kwargs, "backend": "reference"}),
+    )
+    plan = random_plan(2, 2, 300, 200, key_heads=key_heads)
+    query, key, value = tensors(plan, key_heads=key_heads)
+    got, lse = KernelsBackend("triton").run(query, key, value, plan, scale=0.2, return_lse=True)
+    want, want_lse = BACKENDS["reference"].run(query, key, value, plan, scale=0.2, return_lse=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    rounded, _ = KernelsBackend("cuda").run(query, key, value, plan, scale=0.2, return_lse=False)
+    want, _ = BACKENDS["reference"].run(
+        query, key, value, plan.rounded(8), scale=0.2, return_lse=False
+    )
+    torch.testing.assert_close(rounded, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan):
+    import svg_kernels
+
+    kernel = svg_kernels.block_sparse_attention
+    monkeypatch.setattr(
+        svg_kernels,
+        "block_sparse_attention",
+        lambda *args, **kwargs: kernel(*args, **{**kwargs, "backend": "reference"}),
+    )
+    plain = random_plan(1, 2, 300, 200, key_heads=1)
+    draw = torch.Generator().manual_seed(3)
+    summary = KeySummary(
+        keys=torch.randn(1, 1, 5, 32, generator=draw),
+        values=torch.randn(1, 1, 5, 32, generator=draw),
+        log_weights=torch.randn(1, 2, plain.tiles, 5, generator=draw),
+    )
+    plan = SparsePlan(
+        query_length=300,
+        key_length=200,
+        query_order=plain.query_order,
+        key_order=plain.key_order,
+        run_starts=plain.run_starts,
+        run_lengths=plain.run_lengths,
+        summary=summary,
+    )
+    inputs = tensors(plan, key_heads=1)
+    got, _ = KernelsBackend("cuda").run(*inputs, plan, scale=0.2, return_lse=False)
+    want, _ = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=False)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_long_tiles_are_started_first_and_heads_stay_together():
+    lengths = torch.tensor([[[[3], [2], [90], [3]], [[1], [1], [1], [1]]]], dtype=torch.int32)
+    assert long_tiles_first(lengths).tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_kernels_equal_the_reference(name, random_plan, device, assert_accurate):
+    plan = random_plan(1, 4, 700, 900, key_heads=2, clusters=40)
+    orders = {f: getattr(plan, f).to(device) for f in ("query_order", "key_order")}
+    runs = {f: getattr(plan, f).to(device) for f in ("run_starts", "run_lengths")}
+    plan = SparsePlan(query_length=700, key_length=900, **orders, **runs)
+    query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
+    got, lse = sparse_attention(query, key, value, plan, backend=name, return_lse=True)
+    exact_plan = plan.rounded(8) if name == "cuda" else plan
+    exact, exact_lse = sparse_attention(
+        query.float(), key.float(), value.float(), exact_plan, backend="reference", return_lse=True
+    )
+    plain = sparse_attention(query, key, value, exact_plan, backend="reference")
+    assert_accurate(got, plain, exact.double())
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@needs_kernels
+def test_a_call_never_waits_for_the_device(random_plan, device):
+    plan = random_plan(1, 2, 300, 400)
+    orders = {f: getattr(plan, f).to(device) for f in ("query_order", "key_order")}
+    runs = {f: getattr(plan, f).to(device) for f in ("run_starts", "run_lengths")}
+    plan = SparsePlan(query_length=300, key_length=400, **orders, **runs)
+    query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
+    sparse_attention(query, key, value, plan)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sparse_attention(query, key, value, plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
