@@ -117,7 +117,7 @@ def pipeline(
 
 
 def generate(pipe: Any, *, seed: int = 0, **changes: Any) -> Tensor:
-    """Run a pipeline with guidance and return its latents (or what `output_type` asks for)."""
+    """Run a pipeline with guidance and return its latents; None leaves an argument out."""
     settings: dict[str, Any] = dict(
         prompt="a red circle moving left",
         negative_prompt="bad quality",
@@ -129,8 +129,9 @@ def generate(pipe: Any, *, seed: int = 0, **changes: Any) -> Tensor:
         max_sequence_length=12,
         output_type="latent",
     )
+    settings = {key: value for key, value in (settings | changes).items() if value is not None}
     generator = torch.Generator().manual_seed(seed)
-    frames: Tensor = pipe(**(settings | changes), generator=generator).frames
+    frames: Tensor = pipe(**settings, generator=generator).frames
     return frames
 
 
