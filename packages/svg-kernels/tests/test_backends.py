@@ -40,8 +40,11 @@ def test_status_is_plain_data():
 def test_every_tier_has_every_operation():
     from svg_kernels import reference
 
-    public = {name for name in vars(reference) if not name.startswith("_")}
-    operations = {n for n in public if callable(getattr(reference, n)) and n[0].islower()}
+    operations = {
+        name
+        for name, value in vars(reference).items()
+        if getattr(value, "__module__", "") == reference.__name__ and not name.startswith("_")
+    }
     assert operations == {
         "rms_norm", "layer_norm", "layer_norm_modulate", "gate_residual",
         "rope", "rope_", "qk_norm_rope", "permute_rows",
@@ -105,3 +108,31 @@ def test_compile_keeps_one_graph():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*args), block(*args), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Heard(torch.utils._python_dispatch.TorchDispatchMode):
+    """Write down which of our operators the dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_the_dispatcher_sees_the_operators():
+    x = torch.ones(2, 3, 8)
+    with torch.no_grad(), Heard() as heard:
+        svg_kernels.rms_norm(x)
+        svg_kernels.permute_rows(x[None], torch.arange(3).int())
+    assert "svg_kernels.rms_norm.default" in heard.names
+    assert "svg_kernels.permute_rows.default" in heard.names
+
+
+def test_without_gradients_the_result_is_the_same():
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        quick = svg_kernels.rms_norm(x)
+    torch.testing.assert_close(quick, svg_kernels.rms_norm(x), rtol=0, atol=0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svg_kernels import _library
+from svg_kernels._tables import describe
 
 _lib = _library.functions()
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -109,14 +110,14 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dt
     return y
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
     """Launch `rope` into a new tensor; see `reference.rope`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rope(_last(x), y, cos, sin, half, start)
     return y
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
+def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
     """Launch `rope` in place; see `reference.rope_`."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         _rope(x, x, cos, sin, half, start)
@@ -124,11 +125,11 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
         x.copy_(rope(x, cos, sin, half, start))
 
 
-def _rope(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
+def _rope(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
     if x.numel() == 0:
         return
     batch, heads, tokens, dim = x.shape
-    cos, sin, table = _tables(cos, sin, start)
+    _kept, table = describe(cos, sin, dim, half, start)
     device = x.device.index
     _lib.rope(
         x.data_ptr(),
@@ -164,8 +165,8 @@ def qk_norm_rope(
     if outs[0].numel() == 0:
         return
     table: Sequence[int] = (0, 0, 0, 0, 0, 0, 0)
-    if cos is not None and sin is not None:
-        cos, sin, table = _tables(cos, sin, start)
+    if cos is not None:
+        _kept, table = describe(cos, sin, dim, half, start)
     described = array("q")
     for x, weight, out in zip(xs, weights, outs, strict=True):
         described.extend((x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.stride()[:2]))
@@ -243,31 +244,14 @@ def _vector(x: Tensor | None) -> tuple[int, int]:
 
 
 def _modulation(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Return pointer, dtype and strides of `[B or 1, S or 1, C]`; an axis of 1 gets stride 0."""
+    """Return pointer, dtype and strides along B and S, 0 along an axis of length 1."""
     if x is None:
         return 0, 0, 0, 0
-    batch, tokens = x.shape[:2]
+    shape, stride = x.shape, x.stride()
+    per_token = len(shape) == 3 and shape[1] > 1
     return (
         x.data_ptr(),
         _CODES[x.dtype],
-        x.stride(0) if batch > 1 else 0,
-        x.stride(1) if tokens > 1 else 0,
+        stride[0] if shape[0] > 1 else 0,
+        stride[1] if per_token else 0,
     )
-
-
-def _tables(
-    cos: Tensor, sin: Tensor, start: int
-) -> tuple[Tensor, Tensor, tuple[int, int, int, int, int, int, int]]:
-    """Return the tables with equal strides, and how the kernels read them."""
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    described = (
-        cos.data_ptr(),
-        sin.data_ptr(),
-        cos.stride(0) if cos.shape[0] > 1 else 0,
-        cos.stride(1),
-        cos.stride(2),
-        start,
-        cos.shape[1],
-    )
-    return cos, sin, described

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_kernels._tables import pair_views
+
 _TILE = 4096  # elements of a tile, unless one row is longer
 
 
@@ -220,23 +222,25 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dt
     return y
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
     """Launch `_rope` into a new tensor; see `reference.rope`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_rope(x, y, cos, sin, half, start)
     return y
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
+def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
     """Launch `_rope` in place; see `reference.rope_`."""
     _launch_rope(x, x, cos, sin, half, start)
 
 
-def _launch_rope(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
+def _launch_rope(
+    x: Tensor, y: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int
+) -> None:
     if x.numel() == 0:
         return
     batch, heads, tokens, dim = x.shape
-    cos, sin = _same_steps(cos, sin)
+    cos, sin = _same_steps(*pair_views(cos, sin, dim, half))
     block_p = triton.next_power_of_2(dim // 2)
     block_s = max(1, min(64, 2048 // block_p))
     _rope[(batch * heads, triton.cdiv(tokens, block_s))](
@@ -258,8 +262,8 @@ def qk_norm_rope(
 ) -> None:
     """Launch `_qk` for each tensor; see `reference.qk_norm_rope`."""
     steps, length = (0, 0, 0), 0
-    if cos is not None and sin is not None:
-        cos, sin = _same_steps(cos, sin)
+    if cos is not None:
+        cos, sin = _same_steps(*pair_views(cos, sin, outs[0].shape[3], half))
         steps, length = _table_steps(cos), cos.shape[1]
     for x, weight, out in zip(xs, weights, outs, strict=True):
         if out.numel() == 0:
@@ -298,10 +302,11 @@ def _last(x: Tensor) -> Tensor:
 
 
 def _steps(x: Tensor | None) -> tuple[int, int]:
-    """Return the strides of `[B or 1, S or 1, C]` along B and S, 0 along an axis of length 1."""
+    """Return the strides of a modulation along B and S, 0 along an axis of length 1."""
     if x is None:
         return 0, 0
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
+    batch = x.stride(0) if x.shape[0] > 1 else 0
+    return batch, x.stride(1) if x.ndim == 3 and x.shape[1] > 1 else 0
 
 
 def _same_steps(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

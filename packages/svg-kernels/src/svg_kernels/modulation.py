@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import (
-    as_modulation,
+from svg_kernels._backends import register, select
+from svg_kernels._checks import (
     check_companion,
+    check_modulation,
     check_rows,
     check_tokens,
     check_vector,
-    register,
-    select,
 )
 
 
@@ -55,8 +54,8 @@ def layer_norm_modulate(
     check_tokens(x)
     check_vector("weight", weight, x)
     check_vector("bias", bias, x)
-    scale = as_modulation("scale", scale, x)
-    shift = as_modulation("shift", shift, x)
+    check_modulation("scale", scale, x)
+    check_modulation("shift", shift, x)
     y: Tensor = _layer_norm_modulate(x, scale, shift, weight, bias, eps, out_dtype, backend)
     return y
 
@@ -96,7 +95,7 @@ def gate_residual(
     if x.shape != residual.shape:
         raise ValueError(f"x must be {list(residual.shape)} like residual, got {list(x.shape)}")
     check_companion("x", x, residual)
-    gate = as_modulation("gate", gate, residual)
+    check_modulation("gate", gate, residual)
     y: Tensor = _gate_residual(residual, x, gate, out_dtype, backend)
     return y
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import check_rows, check_vector, register, select
+from svg_kernels._backends import register, select
+from svg_kernels._checks import check_rows, check_vector
 
 
 def rms_norm(

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import as_list, register, select
+from svg_kernels._backends import register, select
 
 MAX_TENSORS = 4
 
@@ -94,7 +94,8 @@ def _permute(
     inverse: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, ...]:
-    xs, orders = as_list(tensors), as_list(order)
+    xs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    orders = [order] if isinstance(order, Tensor) else list(order)
     if len(orders) == 1:
         orders = orders * len(xs)
     if not 1 <= len(xs) <= MAX_TENSORS or len(orders) != len(xs):
@@ -134,7 +135,7 @@ def _check(x: Tensor, order: Tensor, inverse: bool) -> Tensor:
 
 def _outputs(xs: list[Tensor], orders: list[Tensor]) -> list[Tensor]:
     return [
-        x.new_empty((x.shape[0], x.shape[1], order.shape[2], x.shape[3]))
+        torch.empty((*order.shape, x.shape[3]), dtype=x.dtype, device=x.device)
         for x, order in zip(xs, orders, strict=True)
     ]
 

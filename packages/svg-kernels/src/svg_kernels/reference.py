@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from svg_kernels._tables import pair_views
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
     """Scale rows to unit root mean square, then by `weight`."""
@@ -35,28 +37,29 @@ def layer_norm_modulate(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Layer norm, then `* (1 + scale) + shift`, both broadcast to `x`."""
+    """Layer norm, then `* (1 + scale) + shift`."""
     y = _layer_norm(_wide(x), weight, bias, eps)
-    return _finish(y * (1 + _like(scale, y)) + _like(shift, y), out_dtype)
+    return _finish(y * (1 + _per_token(scale, y)) + _per_token(shift, y), out_dtype)
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Add `x * gate` to `residual`, `gate` broadcast to both."""
+    """Add `x * gate` to `residual`."""
     base = _wide(residual)
-    return _finish(base + _like(x, base) * _like(gate, base), out_dtype)
+    return _finish(base + _like(x, base) * _per_token(gate, base), out_dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
     """Rotate the tokens from `start` on that the tables cover; `x` is `[B, H, S, D]`."""
     out = x.clone(memory_format=torch.contiguous_format)
     rope_(out, cos, sin, half, start)
     return out
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int) -> None:
+def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
     """Rotate in place; see `rope`."""
-    rows = x[:, :, start : start + cos.shape[1]]
-    rows.copy_(_rotate(_wide(rows), cos, sin, half).to(x.dtype))
+    c, s = pair_views(cos, sin, x.shape[3], half)
+    rows = x[:, :, start : start + c.shape[1]]
+    rows.copy_(_rotate(_wide(rows), c, s, half).to(x.dtype))
 
 
 def qk_norm_rope(
@@ -77,9 +80,10 @@ def qk_norm_rope(
             y = y.unflatten(-1, (heads, dim))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * _like(weight, y)
         y = y.reshape(x.shape[0], x.shape[1], heads, dim).transpose(1, 2)
-        if cos is not None and sin is not None:
-            stop = start + cos.shape[1]
-            turned = _rotate(y[:, :, start:stop], cos, sin, half)
+        if cos is not None:
+            c, s = pair_views(cos, sin, dim, half)
+            stop = start + c.shape[1]
+            turned = _rotate(y[:, :, start:stop], c, s, half)
             y = torch.cat((y[:, :, :start], turned, y[:, :, stop:]), dim=2)
         out.copy_(y)
 
@@ -121,6 +125,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
     return x.to(other.dtype)
+
+
+def _per_token(x: Tensor, other: Tensor) -> Tensor:
+    return _like(x[:, None] if x.ndim == 2 else x, other)
 
 
 def _finish(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import check_companion, check_rows, register, select
+from svg_kernels._backends import register, select
+from svg_kernels._checks import check_companion, check_device, check_rows
+from svg_kernels._tables import check_range, check_tables
 
 Pairing = Literal["interleaved", "half"]
 
@@ -52,12 +54,11 @@ def rope(
     check_rows("x", x)
     if x.ndim != 4:
         raise ValueError(f"x must be [batch, heads, tokens, head_dim], got {list(x.shape)}")
-    batch, _, tokens, dim = x.shape
+    _, _, tokens, dim = x.shape
+    if dim % 2:
+        raise ValueError(f"head_dim must be even, got {dim}")
     half = _is_half(pairing)
-    cos, sin = tables(cos, sin, batch=batch, dim=dim, half=half)
-    _check_range(cos, start, tokens)
-    if cos.device != x.device:
-        raise ValueError(f"cos must be on {x.device} like x, got {cos.device}")
+    check_range(start, check_tables(cos, sin, x, dim), tokens)
     if inplace:
         _rope_(x, cos, sin, half, start, backend)
         return x
@@ -115,10 +116,7 @@ def qk_norm_rope(
     _check_weights(query, key, query_weight, key_weight, dim)
     half = _is_half(pairing)
     if cos is not None:
-        cos, sin = tables(cos, sin, batch=query.shape[0], dim=dim, half=half)
-        _check_range(cos, start, query.shape[1])
-        if cos.device != query.device:
-            raise ValueError(f"cos must be on {query.device} like query, got {cos.device}")
+        check_range(start, check_tables(cos, sin, query, dim), query.shape[1])
     elif sin is not None:
         raise ValueError("sin was given without cos; pass both tables or neither")
     common = (query, key, query_weight, key_weight, cos, sin, heads, eps, half, start, backend)
@@ -131,88 +129,45 @@ def qk_norm_rope(
     return out
 
 
-def tables(
-    cos: Tensor, sin: Tensor | None, *, batch: int, dim: int, half: bool
-) -> tuple[Tensor, Tensor]:
-    """Return both tables as fp32 views `[1 or B, length, D/2]`, one value per pair."""
-    if sin is None:
-        if not cos.is_complex():
-            raise ValueError("sin may be left out only when cos is complex (cos + i sin)")
-        if cos.shape[-1:] != (dim // 2,):
-            raise ValueError(f"a complex table must be [length, {dim // 2}], got {list(cos.shape)}")
-        pairs = torch.view_as_real(cos)
-        cos, sin = pairs[..., 0], pairs[..., 1]
-    elif cos.shape != sin.shape or cos.device != sin.device:
-        raise ValueError(
-            f"cos and sin must match, got {list(cos.shape)} on {cos.device} "
-            f"and {list(sin.shape)} on {sin.device}"
-        )
-    return (
-        _table("cos", cos, batch, dim, half, 0),
-        _table("sin", sin, batch, dim, half, 1),
-    )
-
-
-def _table(name: str, table: Tensor, batch: int, dim: int, half: bool, offset: int) -> Tensor:
-    out = table
-    if out.ndim == 4 and 1 in out.shape[1:3]:
-        out = out.squeeze(2) if out.shape[2] == 1 else out.squeeze(1)
-    if out.ndim == 2:
-        out = out[None]
-    if out.ndim != 3 or out.shape[0] not in (1, batch) or out.shape[2] not in (dim, dim // 2):
-        raise ValueError(
-            f"{name} must be [length, {dim}] or [length, {dim // 2}], with a leading axis of 1 or "
-            f"{batch} if any, got {list(table.shape)}"
-        )
-    if out.shape[2] == dim:
-        out = out[..., : dim // 2] if half else out[..., offset::2]
-    return out if out.dtype == torch.float32 else out.float()
-
-
 def _is_half(pairing: str) -> bool:
     if pairing not in ("interleaved", "half"):
         raise ValueError(f"pairing must be 'interleaved' or 'half', got {pairing!r}")
     return pairing == "half"
 
 
-def _check_range(cos: Tensor, start: int, tokens: int) -> None:
-    if start < 0 or start + cos.shape[1] > tokens:
-        raise ValueError(
-            f"the tables cover tokens {start} to {start + cos.shape[1] - 1}, "
-            f"but x has {tokens}; slice the tables or change start"
-        )
-
-
 def _check_projections(query: Tensor, key: Tensor, heads: int) -> int:
     check_rows("query", query)
-    check_rows("key", key)
-    check_companion("key", key, query)
-    if query.ndim != 3 or key.ndim != 3 or query.shape[:2] != key.shape[:2]:
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 3 or len(key_shape) != 3 or shape[:2] != key_shape[:2]:
         raise ValueError(
             "query and key must be [batch, tokens, heads * head_dim] with equal batch and tokens, "
-            f"got {list(query.shape)} and {list(key.shape)}"
+            f"got {list(shape)} and {list(key_shape)}"
         )
-    if heads < 1 or query.shape[2] % heads:
-        raise ValueError(f"heads must divide {query.shape[2]}, got {heads}")
-    dim = query.shape[2] // heads
-    if dim == 0 or dim % 2 or key.shape[2] % dim:
+    if heads < 1 or shape[2] % heads:
+        raise ValueError(f"heads must divide {shape[2]}, got {heads}")
+    dim = shape[2] // heads
+    if dim == 0 or dim % 2 or key_shape[2] % dim:
         raise ValueError(
-            f"head_dim must be even and divide the width of key {key.shape[2]}, got {dim}"
+            f"head_dim must be even and divide the width of key {key_shape[2]}, got {dim}"
         )
     if query.dtype != key.dtype:
         raise TypeError(f"query and key must share a dtype, got {query.dtype} and {key.dtype}")
-    return dim
+    check_device("key", key, query)
+    return int(dim)
 
 
 def _check_weights(query: Tensor, key: Tensor, wq: Tensor, wk: Tensor, dim: int) -> None:
+    per_head = []
     for name, weight, x in (("query_weight", wq, query), ("key_weight", wk, key)):
-        if weight.ndim != 1 or weight.shape[0] not in (dim, x.shape[2]):
+        size, width = weight.shape, x.shape[2]
+        if len(size) != 1 or size[0] not in (dim, width):
             raise ValueError(
-                f"{name} must be [{dim}] (per head) or [{x.shape[2]}] (across heads), "
-                f"got {list(weight.shape)}"
+                f"{name} must be [{dim}] (per head) or [{width}] (across heads), got {list(size)}"
             )
         check_companion(name, weight, query)
-    if (wq.shape[0] == dim) != (wk.shape[0] == dim) and query.shape[2] != dim != key.shape[2]:
+        if dim != width:
+            per_head.append(size[0] == dim)
+    if len(set(per_head)) > 1:
         raise ValueError("query_weight and key_weight must both be per head or both across heads")
 
 
@@ -226,29 +181,40 @@ def _check_out(x: Tensor, out: Tensor, dim: int) -> None:
         raise ValueError(f"out must be {x.dtype} on {x.device}, got {out.dtype} on {out.device}")
 
 
-def _run_rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int, backend: str) -> Tensor:
+def _run_rope(
+    x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int, backend: str
+) -> Tensor:
     y: Tensor = select(backend, x.device).rope(x, cos, sin, half, start)
     return y
 
 
-def _fake_rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int, backend: str) -> Tensor:
+def _fake_rope(
+    x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int, backend: str
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _run_rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int, backend: str) -> None:
+def _run_rope_(
+    x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int, backend: str
+) -> None:
     select(backend, x.device).rope_(x, cos, sin, half, start)
 
 
-def _fake_rope_(x: Tensor, cos: Tensor, sin: Tensor, half: bool, start: int, backend: str) -> None:
+def _fake_rope_(
+    x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int, backend: str
+) -> None:
     return None
 
 
 def _outputs(query: Tensor, key: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, tokens, width = query.shape
     dim = width // heads
+    shape = (batch, heads, tokens, dim)
+    key_shape = (batch, key.shape[2] // dim, tokens, dim)
+    dtype, device = query.dtype, query.device
     return (
-        query.new_empty((batch, heads, tokens, dim)),
-        key.new_empty((batch, key.shape[2] // dim, tokens, dim)),
+        torch.empty(shape, dtype=dtype, device=device),
+        torch.empty(key_shape, dtype=dtype, device=device),
     )
 
 
@@ -319,7 +285,7 @@ def _fake_qk_norm_rope_out(*args: object) -> None:
     return None
 
 
-_ROPE = "Tensor cos, Tensor sin, bool half, int start, str backend)"
+_ROPE = "Tensor cos, Tensor? sin, bool half, int start, str backend)"
 _QK = (
     "(Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor? cos, Tensor? sin,"
     " int heads, float eps, bool half, int start, str backend"

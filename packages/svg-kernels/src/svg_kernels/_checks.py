@@ -1,0 +1,72 @@
+"""What every operation asks of its arguments; no check makes a tensor or a view."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_kernels._backends import FLOATS
+
+
+def check_rows(name: str, x: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    """Raise unless `x` has rows of a supported float type and `out_dtype` is one as well."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}; convert it first")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have at least one axis, got a scalar; use {name}[None]")
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be fp16, bf16 or fp32, got {out_dtype}")
+
+
+def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
+    """Raise unless `vector` is None or one float per column of `x`, on its device."""
+    if vector is None:
+        return
+    if vector.ndim != 1 or vector.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"{name} must be [{x.shape[-1]}] to match the last axis of x, got {list(vector.shape)}"
+        )
+    check_companion(name, vector, x)
+
+
+def check_companion(name: str, other: Tensor, x: Tensor) -> None:
+    """Raise unless `other` is a supported float tensor on the device of `x`."""
+    if other.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {other.dtype}")
+    check_device(name, other, x)
+
+
+def check_device(name: str, other: Tensor, x: Tensor) -> None:
+    """Raise unless `other` is on the device of `x`."""
+    if other.device != x.device:
+        raise ValueError(
+            f"{name} must be on {x.device} like x, got {other.device}; move it with .to(x.device)"
+        )
+
+
+def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise unless `value` is `[B, C]`, `[B or 1, S or 1, C]` for `x` of shape `[B, S, C]`.
+
+    `[B, C]` means one row per batch element, never one per token.
+    """
+    batch, tokens, width = x.shape
+    shape = value.shape
+    if not (
+        len(shape) in (2, 3)
+        and shape[-1] == width
+        and shape[0] in (1, batch)
+        and (len(shape) == 2 or shape[1] in (1, tokens))
+    ):
+        raise ValueError(
+            f"{name} must be [{batch}, {width}], [{batch}, 1, {width}] or "
+            f"[{batch}, {tokens}, {width}] for x {list(x.shape)}, got {list(shape)}"
+        )
+    check_companion(name, value, x)
+
+
+def check_tokens(x: Tensor) -> None:
+    """Raise unless `x` is `[B, S, C]`."""
+    if x.ndim != 3:
+        raise ValueError(f"x must be [batch, tokens, width], got {list(x.shape)}")

@@ -1,0 +1,111 @@
+"""Tables of rotary angles in the forms models keep them, brought to one.
+
+A form is complex or a pair of real tables, `[length, ...]`, `[B or 1, length, ...]` or diffusers'
+`[1, length, 1, ...]`, with one value per pair or with each value given for both channels of a pair.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_kernels._checks import check_device
+
+
+def check_tables(cos: Tensor, sin: Tensor | None, x: Tensor, dim: int) -> int:
+    """Return how many tokens the tables cover; raise unless they fit heads of `dim` channels."""
+    shape = cos.shape
+    complex_table = cos.dtype.is_complex
+    if sin is None:
+        if not complex_table:
+            raise ValueError("sin may be left out only when cos is complex (cos + i sin)")
+    elif sin.shape != shape or complex_table:
+        raise ValueError(
+            f"cos and sin must be real and match, got {list(shape)} {cos.dtype} and "
+            f"{list(sin.shape)} {sin.dtype}"
+        )
+    batch, token, _ = _axes(cos)
+    pairs = dim // 2
+    if (
+        token < 0
+        or not (shape[-1] == pairs or (shape[-1] == dim and not complex_table))
+        or (batch >= 0 and shape[batch] not in (1, x.shape[0]))
+    ):
+        widths = f"[length, {pairs}]" if complex_table else f"[length, {dim}] or [length, {pairs}]"
+        raise ValueError(
+            f"cos must be {widths}, with a leading axis of 1 or {x.shape[0]} if any, "
+            f"got {list(shape)}"
+        )
+    check_device("cos", cos, x)
+    if sin is not None:
+        check_device("sin", sin, x)
+    return int(shape[token])
+
+
+def check_range(start: int, length: int, tokens: int) -> None:
+    """Raise unless the table's tokens are tokens of x."""
+    if start < 0 or start + length > tokens:
+        raise ValueError(
+            f"the tables cover tokens {start} to {start + length - 1}, but x has {tokens}; "
+            "slice the tables or change start"
+        )
+
+
+def pair_views(cos: Tensor, sin: Tensor | None, dim: int, half: bool) -> tuple[Tensor, Tensor]:
+    """Return both tables in fp32 as views `[1 or B, length, dim/2]`, one value per pair."""
+    if sin is None:
+        both = torch.view_as_real(cos.to(torch.complex64))
+        cos, sin = both[..., 0], both[..., 1]
+    return _view(cos, dim, half, 0), _view(sin, dim, half, 1)
+
+
+def describe(
+    cos: Tensor, sin: Tensor | None, dim: int, half: bool, start: int
+) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, int, int, int, int]]:
+    """Return tensors to keep alive, and what the kernels need to know of them.
+
+    That is: both addresses, the strides of batch, token and pair in floats, start and length.
+    """
+    if sin is None:
+        cos = cos if cos.dtype == torch.complex64 else cos.to(torch.complex64)
+        unit, first, second = 2, cos.data_ptr(), cos.data_ptr() + 4
+    else:
+        cos, sin = _single(cos), _single(sin)
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        unit, first, second = 1, cos.data_ptr(), sin.data_ptr()
+    shape, stride = cos.shape, cos.stride()
+    batch, token, pair = _axes(cos)
+    step = stride[pair] * unit
+    if shape[pair] == dim and not half and sin is not None:
+        second += 4 * step  # each value twice: sin is read from the pair's second channel
+        step *= 2
+    batch_step = stride[batch] * unit if batch >= 0 and shape[batch] > 1 else 0
+    return (cos, sin), (first, second, batch_step, stride[token] * unit, step, start, shape[token])
+
+
+def _axes(table: Tensor) -> tuple[int, int, int]:
+    """Return the axes of batch (-1: none), token (-1: no such form) and pair."""
+    shape = table.shape
+    dims = len(shape)
+    if dims == 2:
+        return -1, 0, 1
+    if dims == 3:
+        return 0, 1, 2
+    if dims == 4 and 1 in shape[1:3]:
+        return 0, (1 if shape[2] == 1 else 2), 3
+    return -1, -1, dims - 1
+
+
+def _view(table: Tensor, dim: int, half: bool, offset: int) -> Tensor:
+    if table.ndim == 4:
+        table = table.squeeze(2) if table.shape[2] == 1 else table.squeeze(1)
+    elif table.ndim == 2:
+        table = table[None]
+    if table.shape[2] == dim:
+        table = table[..., : dim // 2] if half else table[..., offset::2]
+    return _single(table)
+
+
+def _single(table: Tensor) -> Tensor:
+    return table if table.dtype == torch.float32 else table.float()
