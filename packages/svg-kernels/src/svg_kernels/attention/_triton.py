@@ -235,20 +235,17 @@ def block_sparse_attention(
     lse: Tensor | None,
 ) -> None:
     """Launch both kernels on the current stream; see `sparse.block_sparse_attention`."""
-    batch, heads, length, width = query.shape
+    _, heads, length, width = query.shape
     runs = run_starts.shape[-1]
     if runs == 0:
         run_starts = run_lengths = run_starts.new_zeros((*run_starts.shape[:-1], 1))
         runs = 1
     blocks = blocks_for(_capability(query.device), query.element_size(), width)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    query_order, run_starts, run_lengths, tile_order = (
+    run_starts, run_lengths = run_starts.contiguous(), run_lengths.contiguous()
+    query_order, tile_order, summary_keys, summary_values, summary_weights = (
         None if x is None else x.contiguous()
-        for x in (query_order, run_starts, run_lengths, tile_order)
-    )
-    summary_keys, summary_values, summary_weights = (
-        None if x is None else x.contiguous()
-        for x in (summary_keys, summary_values, summary_weights)
+        for x in (query_order, tile_order, summary_keys, summary_values, summary_weights)
     )
     total = run_starts.numel() // runs
     counts = torch.empty(total, dtype=torch.int32, device=query.device)

@@ -40,7 +40,7 @@ def block_sparse_attention(
             mask = read_mask(run_starts[b, h], run_lengths[b, h], keys.shape[0])
             bias = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device)
             bias.masked_fill_(~mask, -torch.inf)
-            if summary_keys is not None:
+            if not (summary_keys is None or summary_values is None or summary_weights is None):
                 keys = torch.cat((keys, _wide(summary_keys[b, h // group])))
                 values = torch.cat((values, _wide(summary_values[b, h // group])))
                 bias = torch.cat((bias, summary_weights[b, h].to(bias.dtype)), dim=-1)

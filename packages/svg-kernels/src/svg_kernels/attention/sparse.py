@@ -50,6 +50,23 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    run_starts: Tensor,
+    run_lengths: Tensor,
+    *,
+    query_order: Tensor | None = None,
+    summary: Summary | None = None,
+    tile_order: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
