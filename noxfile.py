@@ -102,6 +102,13 @@ def repository(session: nox.Session) -> None:
     session.run("pytest", "tests", *session.posargs)
 
 
+@nox.session(default=False, requires=["torch"])
+def compile(session: nox.Session) -> None:
+    """Compile every CUDA kernel for every architecture; no GPU needed. `tests` includes this."""
+    install(session, *group("test"), *checkout("svg-kernels", extra="test"))
+    session.run("pytest", "packages/svg-kernels/tests/test_build.py", *session.posargs)
+
+
 @nox.session(requires=["torch"])
 def build(session: nox.Session) -> None:
     """Build every sdist and wheel; install and import each wheel alone in a fresh environment."""
