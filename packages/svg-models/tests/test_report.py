@@ -19,7 +19,7 @@ from svg_models.generate import Clip, Settings
 from svg_models.report import comparison_page, run_page, write_run_report
 from svg_models.report.grids import grids
 from svg_models.report.plots import layer_bands
-from svg_models.report.render import percent, seconds
+from svg_models.report.render import NBSP, percent, seconds
 from svg_models.specs import MethodSpec
 from svg_models.stats import RunStats
 from svg_models.video import read_video, similarity
@@ -247,14 +247,14 @@ def test_layer_bands_cover_every_layer_once(layers: int) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [percent(x) for x in (0.25, 0.025, 1.0, 0.02, 0.999)] == [
+    assert [percent(x).replace(NBSP, " ") for x in (0.25, 0.025, 1.0, 0.02, 0.999)] == [
         "25 %",
         "2.5 %",
         "100 %",
         "2 %",
         "100 %",
     ]
-    assert [seconds(x) for x in (None, 0.043, 8.3, 26.14, 185.0)] == [
+    assert [seconds(x).replace(NBSP, " ") for x in (None, 0.043, 8.3, 26.14, 185.0)] == [
         "–",
         "0.04 s",
         "8.3 s",

@@ -452,7 +452,7 @@ def compare(
 
 
 def _comparison_table(comparison: Comparison) -> Table:
-    from svg_models.report.comparison import decibels
+    from svg_models.report.render import decibels
 
     table = Table(title=_escaped(comparison.dense.settings.prompt), title_justify="left")
     table.add_column("method")

@@ -492,7 +492,8 @@ def _assemble(folder: Path, sizes: dict[str, int], dtype: torch.dtype, progress:
             library, class_name = parts[name]
             kind = getattr(importlib.import_module(library), class_name)
             precision = torch.float32 if name == "vae" else dtype
-            loaded[name] = kind.from_pretrained(folder / name, dtype=precision)
+            argument = "torch_dtype" if library == "diffusers" else "dtype"
+            loaded[name] = kind.from_pretrained(folder / name, **{argument: precision})
             done += sizes[name]
             progress("loading", done, total)
         return DiffusionPipeline.from_pretrained(folder, **loaded)

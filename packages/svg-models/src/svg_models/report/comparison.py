@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from svg_models.report.grids import Grids, grids
 from svg_models.report.plots import density_map, lines_per_frame, time_stack
-from svg_models.report.render import percent, render, seconds
+from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.report.run import top_density
 from svg_models.video import enlarge, write_video
 
@@ -120,11 +120,6 @@ def _cell(value: float, column: list[float], write: Any) -> dict[str, Any]:
     return {"text": write(value), "best": len(column) > 1 and value == max(column)}
 
 
-def decibels(value: float) -> str:
-    """Write a PSNR for people; infinity means that nothing differs."""
-    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
-
-
 def _data_address(frames: Any, fps: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = write_video(frames, Path(folder) / "clip.mp4", fps=fps, crf=18)
@@ -147,7 +142,7 @@ def _meta(comparison: Comparison) -> list[str]:
 
 def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
     clip, close = best.clip, best.similarity
-    psnr = decibels(close.mean_psnr).split(" ")
+    psnr = decibels(close.mean_psnr).split(NBSP)
     everything = percent(clip.stats.mean_density_with_dense_calls)
     return [
         (
@@ -159,12 +154,12 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
         ("SSIM against dense", f"{close.mean_ssim:.3f}", "", f"worst frame {min(close.ssim):.3f}"),
         (
             "Attention computed",
-            percent(clip.stats.mean_density).removesuffix(" %"),
+            percent(clip.stats.mean_density).removesuffix(f"{NBSP}%"),
             "%",
             f"on sparse calls; {everything} with the dense first steps",
         ),
         (
-            "Speed-up of denoising",
+            "Denoising speed-up",
             f"{best.speedup:.2f}",
             "×",
             f"{seconds(clip.seconds * best.speedup)} dense, {seconds(clip.seconds)} sparse",

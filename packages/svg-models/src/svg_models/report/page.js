@@ -76,7 +76,7 @@
         clips.forEach(({ video }) => video.play().catch(() => {}));
       } else {
         for (const { video } of clips.slice(1))
-          if (Math.abs(video.currentTime - lead.currentTime) > 0.75 / fps)
+          if (Math.abs(video.currentTime - lead.currentTime) > 0.5 / fps)
             video.currentTime = lead.currentTime;
       }
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from markupsafe import Markup
 
 import svg_models
 
+NBSP = "\u00a0"  # keeps a number and its unit on one line
 HERE = Path(__file__).parent
 
 
@@ -65,11 +67,16 @@ def _ramp(start: float, end: float) -> str:
     return "  " + " ".join(lines)
 
 
+def decibels(value: float) -> str:
+    """Write a PSNR for people; infinity means that nothing differs."""
+    return f"{value:.1f}{NBSP}dB" if math.isfinite(value) else "identical"
+
+
 def percent(share: float) -> str:
     """Write a share for people: `25 %`, `2.5 %`."""
     value = 100 * share
     digits = 0 if value >= 10 or value == round(value) else 1
-    return f"{value:.{digits}f} %"
+    return f"{value:.{digits}f}{NBSP}%"
 
 
 def seconds(value: float | None) -> str:
@@ -77,5 +84,5 @@ def seconds(value: float | None) -> str:
     if value is None:
         return "–"
     if value >= 120:
-        return f"{int(value // 60)} min {int(value % 60):02d} s"
-    return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+        return f"{int(value // 60)}{NBSP}min {int(value % 60):02d}{NBSP}s"
+    return f"{value:.2f}{NBSP}s" if value < 1 else f"{value:.1f}{NBSP}s"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from svg_models.report.grids import Grids, grids
 from svg_models.report.plots import density_map, time_stack
-from svg_models.report.render import percent, render, seconds
+from svg_models.report.render import NBSP, percent, render, seconds
 from svg_models.video import atomic_path
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def top_density(tables: list[Grids]) -> float:
 
 
 def _split(text: str) -> tuple[str, str]:
-    number, _, unit = text.rpartition(" ")
+    number, _, unit = text.rpartition(NBSP)
     return number, unit
 
 
