@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import UnsupportedError
 
 MINIMUM_CAPABILITY = (8, 0)
-_HAS_TRITON = all(map(importlib.util.find_spec, ("triton", "flash_kmeans._kernels")))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -44,7 +44,7 @@ def choose(x: Tensor, backend: str) -> str:
     if backend == "reference":
         return "reference"
     obstacle = triton_obstacle(x)
-    if obstacle is None and (backend == "triton" or not interpreting()):
+    if obstacle is None and backend == "triton":
         return "triton"
     if backend == "triton":
         raise UnsupportedError({"triton": str(obstacle)})

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, reference, seeding
+from . import checks, reference
 
 _LIBRARY = torch.library.Library("flash_kmeans", "DEF")
 _LIBRARY.define("assign(Tensor x, Tensor centroids, str metric, str tier, bool tf32) -> Tensor")
@@ -64,17 +64,10 @@ def _lloyd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.device.type == "cpu":
         checks.finite(x)
-    run = _tier(tier)
     scaled = point_weights(x, metric, weight)
-    current = centroids.contiguous()
-    for _ in range(rounds):
-        labels = _assign(x, current, metric, tier, tf32)
-        if empty == "farthest":
-            labels = seeding.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
-        current, sizes, order = run.update(x, labels, current, metric, scaled)
-    cost = run.inertia(x, current, labels, metric, weight)
-    # An operator's result may not be one of its inputs.
-    return labels, current.clone() if current is centroids else current, sizes, order, cost
+    if tier == "reference":
+        return reference.lloyd(x, centroids, weight, scaled, metric, empty, rounds)  # type: ignore[arg-type]
+    return _tier(tier).lloyd(x, centroids, weight, scaled, metric, empty, rounds, tf32)  # type: ignore[no-any-return]
 
 
 def _assign_fake(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) -> Tensor:

@@ -191,6 +191,30 @@ def update(
     return finalize(sums, totals, previous, metric), sizes, order
 
 
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    scaled: Tensor | None,
+    metric: Metric,
+    empty: str,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run `rounds` rounds; return labels, centroids, sizes, order and inertia.
+
+    `scaled` is `weight` times what the metric folds into it.
+    """
+    from .seeding import relabel_farthest
+
+    current = centroids
+    for _ in range(rounds):
+        labels = assign(x, current, metric)
+        if empty == "farthest":
+            labels = relabel_farthest(x, labels, current, metric)
+        current, sizes, order = update(x, labels, current, metric, scaled)
+    return labels, current, sizes, order, inertia(x, current, labels, metric, weight)
+
+
 def mean_variance(x: Tensor) -> Tensor:
     """Return the variance of each feature averaged over features, `[B]`."""
     batch, n_points, dim = x.shape

@@ -9,19 +9,29 @@ from . import reference
 from .checks import Metric
 
 
+def random_indices(
+    shape: torch.Size | tuple[int, int],
+    n_clusters: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Draw `n_clusters` distinct indices below N for each batch of `shape = (B, N)`.
+
+    Every subset is equally likely; with weights, indices are drawn one after another without
+    replacement, each with odds proportional to its weight (Efraimidis & Spirakis 2006).
+    """
+    keys = _exponential(shape[0], shape[1], device, generator)
+    if weight is not None:
+        keys = keys / weight.to(keys.dtype)
+    return keys.topk(n_clusters, dim=1, largest=False).indices
+
+
 def random_rows(
     x: Tensor, n_clusters: int, generator: torch.Generator | None, weight: Tensor | None = None
 ) -> Tensor:
-    """Pick `n_clusters` distinct points per batch, `[B, K, D]`, without synchronising.
-
-    Every subset is equally likely; with weights, rows are drawn one after another without
-    replacement, each with probability proportional to its weight (Efraimidis & Spirakis 2006).
-    """
-    keys = _exponential(x.shape[0], x.shape[1], x.device, generator)
-    if weight is not None:
-        keys = keys / weight.to(keys.dtype)
-    picked = keys.topk(n_clusters, dim=1, largest=False).indices
-    return _rows(x, picked)
+    """Pick `n_clusters` distinct points per batch, `[B, K, D]`, without synchronising."""
+    return _rows(x, random_indices(x.shape[:2], n_clusters, x.device, generator, weight))
 
 
 def plus_plus(

@@ -1,0 +1,218 @@
+"""Launchers of the Triton tier: allocate, choose tiles, launch. Nothing here synchronises."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .. import reference, seeding, tiles
+from . import assign as assigning
+from . import order as ordering
+from . import update as updating
+
+try:  # The bulk copy engine needs descriptors, which older Triton does not have.
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+# Labels are sorted in chunks; beyond this many counters per chunk torch's radix sort is used.
+_CHUNK = 1024
+_MOST_COUNTERS = 1 << 27
+_SPAN = 256
+_FIRST_DESCRIBED = (9, 0)
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability to choose tiles for; the interpreter poses as 8.0."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return `x` with adjacent features; other strides stay as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _padded(
+    centroids: Tensor, metric: str, tile: tiles.Tile
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Return zero-padded directions, their scales and biases, steps over K and over D."""
+    batch, n_clusters, dim = centroids.shape
+    k_tiles, d_tiles = triton.cdiv(n_clusters, tile.block_k), triton.cdiv(dim, tile.block_d)
+    rows, width = k_tiles * tile.block_k, d_tiles * tile.block_d
+    if centroids.dtype == torch.float32:
+        directions, bias = reference.scoring(centroids, metric, torch.float32)  # type: ignore[arg-type]
+        directions = F.pad(directions, (0, width - dim, 0, rows - n_clusters))
+        bias = F.pad(bias, (0, rows - n_clusters), value=-torch.inf)
+        return directions.contiguous(), bias, bias.contiguous(), k_tiles, d_tiles
+    directions = centroids.new_empty(batch, rows, width)
+    bias = centroids.new_empty(batch, rows, dtype=torch.float32)
+    scale = torch.empty_like(bias) if metric == "cosine" else bias
+    block = min(16, tile.block_k)
+    assigning.prepare_kernel[(batch * (rows // block),)](
+        centroids, directions, scale, bias, n_clusters, rows // block,
+        D=dim, WIDTH=width, BLOCK_K=block, BLOCK_D=min(width, 128), METRIC=metric, num_warps=1,
+    )  # fmt: skip
+    return directions, scale, bias, k_tiles, d_tiles
+
+
+def assign(x: Tensor, centroids: Tensor, metric: str, *, tf32: bool = False) -> Tensor:
+    """Return int32 labels `[B, N]`; see `flash_kmeans.assign`."""
+    x = _rows(x)
+    batch, n_points, dim = x.shape
+    chip = capability(x)
+    tile = tiles.choose(chip, x.element_size(), dim, centroids.shape[1], n_points)
+    directions, scale, bias, k_tiles, d_tiles = _padded(centroids.contiguous(), metric, tile)
+    described = TensorDescriptor is not None and chip >= _FIRST_DESCRIBED
+    source: Any = directions
+    shift: Any = bias
+    if described:
+        source = TensorDescriptor.from_tensor(
+            directions.view(-1, directions.shape[-1]), [tile.block_k, tile.block_d]
+        )
+        shift = TensorDescriptor.from_tensor(bias.view(-1), [tile.block_k])
+    labels = torch.empty(batch, n_points, dtype=torch.int32, device=x.device)
+    n_tiles = triton.cdiv(n_points, tile.block_n)
+    assigning.assign_kernel[(batch * n_tiles,)](
+        x, source, scale, shift, labels, n_points, k_tiles, n_tiles, x.stride(0), x.stride(1),
+        D=dim, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, D_TILES=d_tiles,
+        STAGES=tile.stages, DESCRIBED=described,
+        SCALED=metric == "cosine" and x.dtype != torch.float32,
+        PRECISION="tf32" if tf32 else "tf32x3" if x.dtype == torch.float32 else None,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return labels
+
+
+def _sort(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the stable order by label, sizes, and the first position of each cluster."""
+    batch, n_points = labels.shape
+    chunk = min(_CHUNK, tiles.next_power(n_points, 16))
+    chunks = triton.cdiv(n_points, chunk)
+    starts = labels.new_empty(batch, n_clusters + 1)
+    wide = min(1024, tiles.next_power(n_clusters, 16))
+    if batch * chunks * n_clusters > _MOST_COUNTERS or n_clusters * chunk > 2**31 - 2 * chunk:
+        order, sizes = reference.sort_by_label(labels, n_clusters)
+        ordering.starts_kernel[(batch,)](sizes, starts, n_clusters, BLOCK_K=wide)
+        return order, sizes, starts
+    keys = labels.new_empty(batch * chunks, chunk)
+    ranks = keys.new_empty(keys.shape, dtype=torch.int16)
+    counts = labels.new_empty(batch * chunks, n_clusters)
+    sizes, order = labels.new_empty(batch, n_clusters), torch.empty_like(labels)
+    ordering.sort_chunks_kernel[(batch * chunks,)](
+        labels, keys, ranks, counts, n_points, n_clusters, chunks,
+        CHUNK=chunk, BLOCK_K=wide, num_warps=1,
+    )  # fmt: skip
+    block = min(64, wide)
+    blocks = triton.cdiv(n_clusters, block)
+    ordering.scan_chunks_kernel[(batch * blocks,)](
+        counts, sizes, n_clusters, chunks, blocks, BLOCK_C=32, BLOCK_K=block, num_warps=4
+    )
+    ordering.starts_kernel[(batch,)](sizes, starts, n_clusters, BLOCK_K=wide)
+    ordering.place_kernel[(batch * chunks,)](
+        keys, ranks, counts, starts, order, n_points, n_clusters, chunks, CHUNK=chunk, num_warps=4
+    )
+    return order, sizes, starts
+
+
+def _finish(
+    x: Tensor,
+    labels: Tensor,
+    previous: Tensor,
+    metric: str,
+    weight: Tensor | None,
+    *,
+    cost: bool,
+    raw: bool,
+) -> tuple[Tensor, ...]:
+    """Sum points per cluster and finish centroids; see the callers for what comes back."""
+    x, labels, previous = _rows(x), labels.contiguous(), previous.contiguous()
+    batch, n_points, dim = x.shape
+    n_clusters = previous.shape[1]
+    order, sizes, starts = _sort(labels, n_clusters)
+    spans = triton.cdiv(n_points, _SPAN)
+    block_d = min(256, tiles.next_power(dim))
+    block_n = max(1, min(64, 4096 // (block_d * x.element_size())))
+    d_blocks = triton.cdiv(dim, block_d)
+    floats = partial(torch.empty, dtype=torch.float32, device=x.device)
+    sums, pieces = (floats(batch, n, dim) for n in (n_clusters, 2 * spans))
+    empty = floats(0)
+    weighted = weight is not None
+    totals, piece_totals = (
+        floats(batch, n) if weighted else empty for n in (n_clusters, 2 * spans)
+    )
+    by_distance = cost and metric == "euclidean"
+    costs = floats(batch, spans * d_blocks) if by_distance else empty
+    updating.segment_sums_kernel[(batch * spans, d_blocks)](
+        x, order, labels, starts, weight if weighted else empty, previous,
+        sums, totals, pieces, piece_totals, costs,
+        n_points, n_clusters, spans, x.stride(0), x.stride(1),
+        D=dim, SPAN=_SPAN, BLOCK_N=block_n, BLOCK_D=block_d,
+        WEIGHTED=weighted, WITH_COST=by_distance, num_warps=1,
+    )  # fmt: skip
+    centroids = empty if raw else torch.empty_like(previous)
+    raw_sums = floats(batch, n_clusters, dim) if raw else empty
+    raw_totals = floats(batch, n_clusters) if raw else empty
+    changes = floats(batch, n_clusters) if cost else empty
+    width = tiles.next_power(dim)
+    updating.finish_kernel[(batch * n_clusters,)](
+        starts, previous, sums, totals, pieces, piece_totals,
+        centroids, raw_sums, raw_totals, changes, n_clusters, spans,
+        D=dim, SPAN=_SPAN, BLOCK_P=max(1, min(8, 2048 // width)), BLOCK_D=width, METRIC=metric,
+        WEIGHTED=weighted, WITH_COST=cost, RAW=raw, num_warps=max(1, min(8, width // 512)),
+    )  # fmt: skip
+    if raw:
+        return raw_sums, raw_totals, sizes
+    return centroids, sizes, order, costs, changes
+
+
+def update(
+    x: Tensor, labels: Tensor, previous: Tensor, metric: str, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centroids, sizes and order; `weight` already holds what the metric folds in."""
+    centroids, sizes, order, _, _ = _finish(
+        x, labels, previous, metric, weight, cost=False, raw=False
+    )
+    return centroids, sizes, order
+
+
+def accumulate(
+    x: Tensor, labels: Tensor, previous: Tensor, metric: str, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fp32 sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
+    sums, totals, sizes = _finish(x, labels, previous, metric, weight, cost=False, raw=True)
+    return sums, totals, sizes
+
+
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    scaled: Tensor | None,
+    metric: str,
+    empty: str,
+    rounds: int,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run `rounds` rounds; return labels, centroids, sizes, order and inertia."""
+    current = centroids.contiguous()
+    for i in range(rounds):
+        labels = assign(x, current, metric, tf32=tf32)
+        if empty == "farthest":
+            labels = seeding.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
+        current, sizes, order, costs, changes = _finish(
+            x, labels, current, metric, scaled, cost=i == rounds - 1, raw=False
+        )
+    inertia = changes.sum(1)
+    if metric == "euclidean":
+        inertia = inertia + costs.sum(1)
+    elif metric == "cosine":
+        inertia = inertia + (x.shape[1] if weight is None else weight.sum(1))
+    return labels, current, sizes, order, inertia
+
+
+__all__ = ["accumulate", "assign", "capability", "lloyd", "update"]

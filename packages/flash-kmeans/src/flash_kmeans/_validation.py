@@ -1,0 +1,137 @@
+"""What the estimator accepts, and the words in which it declines, as scikit-learn expects them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import POINT_DTYPES, finite
+
+if TYPE_CHECKING:
+    from .estimator import KMeans
+
+
+class NotFittedError(ValueError, AttributeError):
+    """Report that an estimator was used before `fit`."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Warn that a clustering is not what was asked for."""
+
+
+def kindred(own: type) -> Any:
+    """Return scikit-learn's exception of that name where it is installed, else our own.
+
+    It is looked up when needed: importing scikit-learn takes longer than importing this package.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        return own
+    return getattr(importlib.import_module("sklearn.exceptions"), own.__name__)
+
+
+def as_points(estimator: KMeans, X: Any, *, fitting: bool) -> Tensor:
+    """Return `[N, D]` floating-point points on the estimator's device, and check their width.
+
+    Raises:
+        TypeError: if the points are sparse or not numbers.
+        ValueError: if they are complex, not two-dimensional, empty, not finite, or of a width
+            other than that of `fit`.
+    """
+    points = X if isinstance(X, Tensor) else _from_array(X)
+    if points.dim() != 2:
+        raise ValueError(
+            f"Expected 2D array, got {points.dim()}D array instead. Reshape your data either using "
+            "array.reshape(-1, 1) if your data has a single feature or array.reshape(1, -1) if it "
+            "contains a single sample."
+        )
+    rows, width = points.shape
+    if rows == 0 or width == 0:
+        what = "sample" if rows == 0 else "feature"
+        raise ValueError(
+            f"Found array with 0 {what}(s) (shape={tuple(points.shape)}) while a minimum of 1 is "
+            f"required by {type(estimator).__name__}."
+        )
+    name = type(estimator).__name__
+    if fitting:
+        estimator.n_features_in_ = width
+    elif width != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {width} features, but {name} is expecting {estimator.n_features_in_} features "
+            "as input"
+        )
+    if points.dtype not in POINT_DTYPES:
+        points = points.to(torch.float64)
+    points = points.to(estimator.device) if estimator.device is not None else points
+    try:
+        finite(points)
+    except ValueError:
+        raise ValueError(
+            f"Input X contains NaN or infinity, which {name} does not accept"
+        ) from None
+    return points
+
+
+def _from_array(X: Any) -> Tensor:
+    if hasattr(X, "tocsr"):
+        raise TypeError("Sparse data was passed, but dense data is required; use X.toarray()")
+    array = np.asarray(X)
+    if array.dtype.kind == "c":
+        raise ValueError("Complex data not supported")
+    if array.dtype.kind not in "fiub":
+        array = array.astype(np.float64)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        array = array.astype(np.float64)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def as_weights(weight: Any, points: Tensor) -> Tensor | None:
+    """Return `[N]` weights on the device of the points, or None."""
+    if weight is None:
+        return None
+    if isinstance(weight, numbers.Real):
+        return torch.full((points.shape[0],), float(weight), device=points.device)
+    values = (
+        weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight, np.float64))
+    )
+    if values.dim() != 1:
+        raise ValueError("Sample weights must be 1D array or scalar")
+    if values.shape[0] != points.shape[0]:
+        raise ValueError(
+            f"sample_weight.shape == {tuple(values.shape)}, expected {(points.shape[0],)}!"
+        )
+    if bool((values < 0).any()):
+        raise ValueError("Negative values in data passed to `sample_weight`")
+    if not bool((values > 0).any()):
+        raise ValueError("Every sample weight is zero; at least one must be positive")
+    return values.to(points.device)
+
+
+def random_state(state: Any, device: torch.device) -> torch.Generator:
+    """Return a torch generator made from whatever scikit-learn takes as a random state."""
+    if isinstance(state, torch.Generator):
+        return state
+    if state is None:
+        seed = int(torch.randint(2**31, (1,)).item())
+    elif isinstance(state, np.random.RandomState):
+        seed = int(state.randint(2**31 - 1))
+    elif isinstance(state, np.random.Generator):
+        seed = int(state.integers(2**31))
+    else:
+        seed = int(state)
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
+__all__ = [
+    "ConvergenceWarning",
+    "NotFittedError",
+    "as_points",
+    "as_weights",
+    "kindred",
+    "random_state",
+]

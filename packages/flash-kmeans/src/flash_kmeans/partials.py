@@ -1,0 +1,91 @@
+"""Sums over parts of the points, for data in chunks or on several devices.
+
+A part contributes `Partials`; parts are added, and `finish` turns the total into centroids and the
+objective. Totals are kept in fp64, so the number of parts hardly matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .checks import Metric
+
+
+@dataclass
+class Partials:
+    """Hold what one pass over some points leaves behind, in fp64.
+
+    Attributes:
+        sums: `[K, D]`, points per cluster added up (times what the metric and weights fold in).
+        totals: `[K]`, their weights.
+        counts: `[K]`, their number.
+        cost: `[]`, the objective against the centroids that gave the labels ("euclidean"), or the
+            sum of weights.
+    """
+
+    sums: Tensor
+    totals: Tensor
+    counts: Tensor
+    cost: Tensor
+
+    @classmethod
+    def zeros(cls, n_clusters: int, dim: int, device: torch.device) -> Partials:
+        """Return partials of no points."""
+        shapes = ((n_clusters, dim), (n_clusters,), (n_clusters,), ())
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    def packed(self) -> Tensor:
+        """Return everything in one vector, so that one reduction adds it all."""
+        return torch.cat([t.reshape(-1) for t in (self.sums, self.totals, self.counts, self.cost)])
+
+    def unpack(self, vector: Tensor) -> None:
+        """Read back what `packed` wrote."""
+        k, d = self.sums.shape
+        sums, self.totals, self.counts, cost = vector.split([k * d, k, k, 1])
+        self.sums, self.cost = sums.view(k, d), cost[0]
+
+    def add(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        centroids: Tensor,
+        metric: Metric,
+        weight: Tensor | None,
+        tier: str,
+    ) -> None:
+        """Add points `[N, D]` with `labels` `[N]` under `centroids` `[K, D]`."""
+        batch, names, means = x[None], labels[None], centroids[None]
+        given = None if weight is None else weight[None]
+        scaled = ops.point_weights(batch, metric, given)
+        if tier == "triton":
+            from ._kernels import launch
+
+            sums, totals, sizes = launch.accumulate(batch, names, means, metric, scaled)
+        else:
+            order, sizes = reference.sort_by_label(names, means.shape[1])
+            sums = reference.cluster_sums(batch, order, sizes, scaled)
+            totals = reference.cluster_weights(order, sizes, scaled, sums.dtype)
+        self.sums += sums[0]
+        self.totals += totals[0]
+        self.counts += sizes[0]
+        if metric == "euclidean":
+            costs = reference.point_costs(batch, means, names, metric)
+            self.cost += (costs if given is None else costs * given).sum(dtype=torch.float64)
+        else:
+            self.cost += x.shape[0] if given is None else given.sum(dtype=torch.float64)
+
+    def finish(self, previous: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+        """Return centroids in the dtype of `previous` and the objective over them, fp64 `[]`."""
+        new = reference.finalize(self.sums[None], self.totals[None], previous[None], metric)[0]
+        c, before = new.double(), previous.double()
+        if metric == "euclidean":
+            step = c - before
+            mass = self.totals.unsqueeze(-1)
+            change = (step * (mass * step - 2 * (self.sums - mass * before))).sum()
+            return new, self.cost + change
+        inner = (self.sums * c).sum()
+        return new, self.cost - inner if metric == "cosine" else -inner
