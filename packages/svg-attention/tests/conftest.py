@@ -41,6 +41,15 @@ class _RefuseSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run on one thread: these tensors are too small for threads to help on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def no_sync() -> Callable[[], Any]:
     """Return a context in which an operation that waits for the device fails."""

@@ -189,4 +189,4 @@ def test_a_backend_that_cannot_run_is_not_replaced_in_silence(
     assert sparse_attention(query, key, value, plan).shape == query.shape
     with pytest.raises(UnsupportedError, match="it is raining") as caught:
         sparse_attention(query, key, value, plan, backend="never")
-    assert set(caught.value.reasons) == {"never", "reference"}
+    assert {"never", "reference"} <= set(caught.value.reasons)

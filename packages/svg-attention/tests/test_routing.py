@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from svg_attention.methods import routing
-from svg_attention.methods.routing import centroid_error, spread_error
+from svg_attention.methods.routing import centroid_error
 
 
 def example(spread: float = 1.0) -> tuple[Tensor, ...]:
@@ -31,6 +31,8 @@ def test_centroid_error_equals_the_sum_over_keys(
     monkeypatch.setattr(routing, "PROBE_LOGITS", probe)
     means, keys, values, centroids, value_means, sizes, owner = example()
     found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    constant = values.mean(dim=2, keepdim=True)
+    values, value_means = values - constant, value_means - constant
     for h in range(2):
         for t in range(9):
             logits = keys[0, h].double() @ means[0, h, t].double() * 0.5
@@ -45,7 +47,7 @@ def test_centroid_error_equals_the_sum_over_keys(
                     - torch.exp(logits[mine] - top)[:, None] * (values[0, h, mine])
                 )
                 expected = gap.square().sum() / max(int(mine.sum()), 1)
-                assert float(found[0, h, t, c]) == pytest.approx(float(expected), abs=1e-6)
+                assert float(found[0, h, t, c]) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_errors_vanish_where_centroids_are_exact() -> None:
@@ -61,19 +63,9 @@ def test_large_logits_do_not_overflow() -> None:
     assert (found.amax(dim=-1) > 0).any()
 
 
-def test_second_moments_agree_with_the_probe_for_small_clusters() -> None:
-    means, keys, values, centroids, value_means, sizes, owner = example(spread=0.02)
-    exact = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
-    share = torch.nn.functional.one_hot(owner, 5).float().mT[None]
-    share = share / share.sum(dim=-1, keepdim=True).clamp(min=1)
-    near = spread_error(
-        means,
-        centroids,
-        value_means,
-        share @ keys.square() - centroids.square(),
-        (share @ values.square() - value_means.square()).sum(dim=-1),
-        0.5,
-    )
-    # Channels of six keys are not independent, so only the bulk agrees.
-    scale = exact.amax(dim=-1, keepdim=True)
-    assert torch.corrcoef(torch.stack([(exact / scale).flatten(), near.flatten()]))[0, 1] > 0.9
+def test_a_constant_added_to_every_value_changes_nothing() -> None:
+    means, keys, values, centroids, value_means, sizes, _ = example()
+    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    shift = torch.tensor([3.0, -2.0, 5.0])
+    moved = centroid_error(means, keys, values + shift, centroids, value_means + shift, sizes, 0.5)
+    assert torch.allclose(moved, found, atol=1e-4)

@@ -84,7 +84,7 @@ def check_call(
     if query.dim() != 4:
         raise ValueError(f"query must be [B, H, S, D], got {tuple(query.shape)}")
     batch, heads, tokens, _ = query.shape
-    if key.shape != value.shape or key.dim() != 4 or key.shape[0] != batch:
+    if key.dim() != 4 or key.shape[:3] != value.shape[:3] or key.shape[0] != batch:
         raise ValueError(
             "key and value must both be [B, H_kv, S, D] with the batch of query, "
             f"got {tuple(key.shape)} and {tuple(value.shape)} for query {tuple(query.shape)}"

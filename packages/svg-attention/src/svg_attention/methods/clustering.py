@@ -92,7 +92,7 @@ def fits(remembered: Tensor | None, shape: tuple[int, ...], like: Tensor) -> boo
     )
 
 
-def neighbour_order(centroids: Tensor, *, rounds: int = 6) -> Tensor:
+def neighbour_order(centroids: Tensor, *, rounds: int = 8) -> Tensor:
     """Order centroids so that similar ones are neighbours.
 
     Sorts them along their principal direction, cuts the list in halves, and does the same within

@@ -19,7 +19,7 @@ from svg_attention.methods.base import (
     valid_tokens,
 )
 from svg_attention.methods.dense import Dense
-from svg_attention.methods.selection import keep_budget, key_budget
+from svg_attention.methods.selection import key_budget
 from svg_attention.plan import TILE_ROWS, SparsePlan, count_tiles
 
 
@@ -58,19 +58,21 @@ class RandomBlocks(MethodConfig):
             )
         batch, heads, tokens, _ = query.shape
         text = valid_text(layout, text_lengths, batch, query)
-        tiles, blocks = count_tiles(tokens), count_tiles(layout.video_tokens)
-        first = torch.arange(blocks, device=query.device) * TILE_ROWS
-        sizes = (layout.video_tokens - first).clamp(max=TILE_ROWS).expand(batch, heads, blocks)
+        tiles = count_tiles(layout.video_tokens)
+        first = torch.arange(tiles, device=query.device) * TILE_ROWS
+        sizes = (layout.video_tokens - first).clamp(max=TILE_ROWS)
         # One draw for the whole batch: an item's plan does not depend on its company.
-        priority = torch.rand((heads, tiles, blocks), generator=generator, device=query.device)
-        # Whole blocks cannot meet a budget: a random remainder makes them meet it on average.
-        spare = torch.rand((heads, tiles), generator=generator, device=query.device) * TILE_ROWS
-        budget = key_budget(layout, text, self.density)[:, None, None] + spare
-        mask = keep_budget(priority.expand(batch, heads, tiles, blocks), sizes, budget)
-        starts = torch.arange(tiles, device=query.device) * TILE_ROWS
+        draw = torch.rand((heads, tiles, tiles + 1), generator=generator, device=query.device)
+        order = draw[..., :-1].argsort(dim=-1)
+        ranked = sizes.expand_as(order).gather(-1, order)
+        # The block that crosses the budget is kept as often as meets the budget on average.
+        budget = key_budget(layout, text, self.density)[:, None, None, None]
+        kept = ranked.cumsum(dim=-1) - ranked * (1.0 - draw[..., -1:]) < budget
+        kept[..., 0] = True
+        mask = torch.zeros_like(kept).scatter_(-1, order.expand_as(kept), kept)
         return SparsePlan.from_cluster_mask(
-            mask & (starts < layout.video_tokens)[:, None],
-            sizes,
+            torch.nn.functional.pad(mask, (0, 0, 0, count_tiles(tokens) - tiles)),
+            sizes.expand(batch, heads, tiles),
             query_length=tokens,
             key_length=tokens,
             query_order=token_order(layout, None, query),

@@ -22,8 +22,9 @@ def centroid_error(
 
     `e_tc = 1 / n_c * sum_(j in c) | exp(q_t . k_c) v_c - exp(q_t . k_j) v_j |^2`, where `k_c` and
     `v_c` are the mean key and value of the cluster and `q_t` is the mean query of the tile, with
-    `scale` in the exponents. Each tile's exponentials are relative to its own largest, so values
-    compare within a tile only.
+    `scale` in the exponents. Each tile's exponentials are relative to its own largest, so errors
+    compare within a tile only. Values are taken relative to their mean over the head: a constant
+    added to every value changes no error of a softmax.
 
     Every key is probed with every tile's mean query in chunks of tiles; the sums over a cluster
     are differences of an fp64 running sum, so they do not depend on the order of threads.
@@ -46,6 +47,8 @@ def centroid_error(
     rows = torch.arange(keys.shape[2], device=keys.device).expand(*ends.shape[:2], -1).contiguous()
     owner = torch.searchsorted(ends, rows, right=True).clamp_(max=ends.shape[-1] - 1)
     values, value_means = values.float(), value_means.float()
+    constant = values.mean(dim=2, keepdim=True)
+    values, value_means = values - constant, value_means - constant
     own_mean = value_means.gather(2, owner[..., None].expand(-1, -1, -1, values.shape[-1]))
     agreement = (values * own_mean).sum(dim=-1)[:, :, None]
     energy = values.square().sum(dim=-1)[:, :, None]
@@ -66,37 +69,6 @@ def centroid_error(
         total = count * centre.square() * mean_energy - 2.0 * centre * cross + square
         errors.append(total.clamp_(min=0) / count.clamp(min=1))
     return torch.cat(errors, dim=2)
-
-
-def spread_error(
-    means: Tensor,
-    centroids: Tensor,
-    value_means: Tensor,
-    key_variance: Tensor,
-    value_variance: Tensor,
-    scale: float,
-) -> Tensor:
-    """Estimate what `centroid_error` probes from second moments alone, to second order.
-
-    With logits of variance `s_tc = scale^2 sum_d q_td^2 Var_c(k_d)` around the centroid's,
-    `e_tc = exp(2 q_t . k_c) (s_tc |v_c|^2 + (1 + s_tc) Var_c(v))`. Costs no pass over the keys.
-
-    Args:
-        means: fp32 `[B, H, T, D]`.
-        centroids: `[B, H, C, D]`.
-        value_means: `[B, H, C, D_v]`.
-        key_variance: fp32 `[B, H, C, D]`, variance of each key channel within the cluster.
-        value_variance: fp32 `[B, H, C]`, summed over channels.
-        scale: factor of the logits.
-
-    Returns:
-        fp32 `[B, H, T, C]`, relative to each tile's largest.
-    """
-    logits = torch.matmul(means, centroids.float().transpose(-1, -2)) * scale
-    spread = torch.matmul(means.square(), key_variance.transpose(-1, -2)) * scale**2
-    energy = value_means.float().square().sum(dim=-1)[:, :, None]
-    relative = spread * energy + (1.0 + spread) * value_variance[:, :, None]
-    return (2.0 * (logits - logits.amax(dim=-1, keepdim=True))).exp_() * relative
 
 
 def _cluster_sums(x: Tensor, ends: Tensor) -> Tensor:

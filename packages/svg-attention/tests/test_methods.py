@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from svg_attention import (
+    SVG1,
+    SVG2,
+    Dense,
+    LayerMemory,
+    Method,
+    RandomBlocks,
+    TokenLayout,
+    method_from_dict,
+)
+
+METHODS = [
+    Dense(),
+    SVG1(density=0.4, sampled_rows=8),
+    SVG2(q_clusters=5, k_clusters=9, first_iterations=3),
+    SVG2(q_clusters=5, k_clusters=9, density=0.4, compensate=True, route="error"),
+    RandomBlocks(density=0.4),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_json_round_trip(method: Any) -> None:
+    fields = json.loads(json.dumps(method.to_dict()))
+    assert method_from_dict(fields) == method
+    assert type(method).from_dict(fields) == method
+    assert isinstance(method, Method)
+
+
+def test_unknown_and_foreign_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown method 'SVG3'"):
+        method_from_dict({"name": "SVG3"})
+    with pytest.raises(ValueError, match="settings of 'Dense'"):
+        SVG1.from_dict(Dense().to_dict())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("text", [0, 30])
+def test_planning_never_waits_for_the_device(
+    method: Any, text: int, no_sync: Callable[[], Any]
+) -> None:
+    layout = TokenLayout(grid=(3, 10, 11), text_tokens=text)
+    data = [torch.randn(2, 2, layout.tokens, 16) for _ in range(3)]
+    lengths = torch.tensor([4, 30]) if text else None
+    memory, generator = LayerMemory(), torch.Generator().manual_seed(0)
+    with no_sync():
+        for _ in range(2):
+            plan = method.plan(
+                *data, layout=layout, memory=memory, text_lengths=lengths, generator=generator
+            )
+            plan.density()
+            if plan.summary is None:
+                plan.rounded(8)
+
+
+def test_the_guard_notices_a_wait(no_sync: Callable[[], Any]) -> None:
+    x = torch.arange(3)
+    with no_sync():
+        with pytest.raises(AssertionError, match="waits for the device"):
+            x.sum().item()
+        with pytest.raises(AssertionError, match="waits for the device"):
+            x[x > 1]
+        with pytest.raises(AssertionError, match="waits for the device"):
+            x.nonzero()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_shapes_do_not_depend_on_the_data(method: Any) -> None:
+    layout = TokenLayout(grid=(3, 10, 11), text_tokens=12)
+    shapes = set()
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        data = [(seed + 1) * torch.randn(1, 2, layout.tokens, 16, generator=draw) for _ in range(3)]
+        plan = method.plan(
+            *data, layout=layout, memory=LayerMemory(), text_lengths=torch.tensor([4 * seed])
+        )
+        shapes.add(tuple(plan.run_starts.shape))
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_tensors_that_do_not_fit_the_layout_are_refused(method: Any) -> None:
+    layout = TokenLayout(grid=(3, 10, 11), text_tokens=12)
+    data = [torch.randn(1, 2, 300, 16) for _ in range(3)]
+    with pytest.raises(ValueError, match="has 342 tokens, but query has 300"):
+        method.plan(*data, layout=layout, memory=LayerMemory())
+    data = [torch.randn(1, 2, layout.tokens, 16) for _ in range(3)]
+    with pytest.raises(ValueError, match="one number per batch item"):
+        method.plan(*data, layout=layout, memory=LayerMemory(), text_lengths=torch.tensor([3, 4]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_planning_can_be_captured_in_a_graph(method: Any, device: torch.device) -> None:
+    layout = TokenLayout(grid=(5, 16, 20), text_tokens=30)
+    draw = torch.Generator(device=device).manual_seed(0)
+    data = [torch.randn(2, 4, layout.tokens, 64, device=device, generator=draw) for _ in range(3)]
+    lengths = torch.tensor([4, 30], device=device)
+    memory = LayerMemory()
+
+    def plan() -> Any:
+        return method.plan(*data, layout=layout, memory=memory, text_lengths=lengths)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            plan()
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan().density()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = plan()
+        density = captured.density()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 0.0 < density.min() <= density.max() <= 1.0

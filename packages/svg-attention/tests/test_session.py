@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svg_attention import (
+    SVG1,
+    SVG2,
+    Call,
+    Dense,
+    RandomBlocks,
+    Schedule,
+    Session,
+    TokenLayout,
+)
+from svg_attention.session import site_seed
+
+LAYOUT = TokenLayout(grid=(4, 12, 12), text_tokens=10)
+METHOD = SVG2(density=0.4, q_clusters=8, k_clusters=24, first_iterations=4)
+SPARSE = Schedule(dense_steps=0.25, dense_layers=0.0)
+
+
+def run_video(session: Session, data: tuple[Tensor, Tensor, Tensor], steps: int = 4) -> Tensor:
+    """Play a small generation: two layers, two guidance branches."""
+    outputs = []
+    for step in range(steps):
+        for branch in ("cond", "uncond"):
+            for layer in range(2):
+                call = Call(step=step, num_steps=steps, layer=layer, num_layers=2, branch=branch)
+                shifted = tuple(x + 0.05 * step * (layer + 1) for x in data)
+                outputs.append(session.attend(*shifted, layout=LAYOUT, call=call))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("method", [METHOD, SVG1(density=0.6), RandomBlocks(density=0.5)])
+def test_two_videos_in_a_row_equal_two_fresh_sessions(
+    method: Any, clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    first, second = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
+    session = Session(method, SPARSE, seed=3)
+    a = run_video(session, first)
+    session.reset()
+    torch.manual_seed(0)  # The global generator plays no part.
+    b = run_video(session, second)
+    assert torch.equal(a, run_video(Session(method, SPARSE, seed=3), first))
+    assert torch.equal(b, run_video(Session(method, SPARSE, seed=3), second))
+
+
+def test_without_a_reset_the_second_video_would_differ(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    first, second = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
+    session = Session(METHOD, SPARSE)
+    run_video(session, first)
+    stale = run_video(session, second)
+    assert not torch.equal(stale, run_video(Session(METHOD, SPARSE), second))
+
+
+def test_the_global_generator_is_left_alone(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    state = torch.get_rng_state()
+    run_video(Session(METHOD, SPARSE), clustered(LAYOUT))
+    run_video(Session(SVG1(density=0.6), SPARSE), clustered(LAYOUT))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeds_are_the_same_in_every_process_and_differ_between_sites() -> None:
+    code = "from svg_attention.session import site_seed; print(site_seed(1, 'a', 'b', 2))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(found) == site_seed(1, "a", "b", 2)
+    sites = [(0, "a", "b", 2), (1, "x", "b", 2), (1, "a", "x", 2), (1, "a", "b", 3)]
+    assert len({site_seed(*site) for site in [*sites, (1, "a", "b", 2)]}) == 5
+
+
+def test_branches_layers_and_transformers_do_not_share_memory(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data, other = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
+    fields = {"step": 1, "num_steps": 4, "layer": 1, "num_layers": 2}
+    alone = Session(METHOD, SPARSE)
+    expected = [alone.attend(*data, layout=LAYOUT, call=Call(**fields)) for _ in range(2)]
+    for change in ({"branch": "uncond"}, {"transformer": "transformer_2"}, {"layer": 0}):
+        mixed = Session(METHOD, SPARSE)
+        found = []
+        for _ in range(2):
+            mixed.attend(*other, layout=LAYOUT, call=Call(**(fields | change)))
+            found.append(mixed.attend(*data, layout=LAYOUT, call=Call(**fields)))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+def test_skipped_steps_do_no_harm(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data = clustered(LAYOUT)
+    session = Session(METHOD, SPARSE)
+    for step in (2, 7, 5):
+        call = Call(step=step, num_steps=8, layer=0, num_layers=2)
+        assert session.attend(*data, layout=LAYOUT, call=call).isfinite().all()
+    assert [record.step for record in session.records()] == [2, 7, 5]
+
+
+def test_dense_calls_use_the_models_own_kernel() -> None:
+    data = tuple(torch.randn(1, 2, LAYOUT.tokens, 16) for _ in range(3))
+    seen = []
+
+    def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append(query.shape)
+        return query * 2
+
+    session = Session(METHOD, Schedule(dense_steps=0.5, dense_layers=0.0))
+    for step in range(4):
+        call = Call(step=step, num_steps=4, layer=0, num_layers=1)
+        out = session.attend(*data, layout=LAYOUT, call=call, dense=own)
+        assert torch.equal(out, data[0] * 2) == (step < 2)
+    assert len(seen) == 2
+    always = Session(Dense(), SPARSE)
+    unknown = Call(step=None, num_steps=None, layer=0, num_layers=1)
+    assert torch.equal(always.attend(*data, layout=LAYOUT, call=unknown, dense=own), data[0] * 2)
+
+
+def test_records_tell_what_ran(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    session = Session(METHOD, SPARSE, profile=True)
+    run_video(session, clustered(LAYOUT))
+    records = session.records()
+    assert len(records) == 16
+    for record in records:
+        assert record.method == ("Dense" if record.step == 0 else "SVG2")
+        assert record.tokens == LAYOUT.tokens
+        assert record.seconds > 0
+        if record.step:
+            assert record.density == pytest.approx(0.4, abs=0.02)
+        else:
+            assert record.density == 1.0
+    assert {(r.branch, r.layer) for r in records} == {
+        (branch, layer) for branch in ("cond", "uncond") for layer in (0, 1)
+    }
+    session.reset()
+    assert session.records() == []
+    quiet = Session(METHOD, SPARSE)
+    run_video(quiet, clustered(LAYOUT))
+    assert {record.seconds for record in quiet.records()} == {None}
+
+
+def test_the_schedule_may_set_the_density_of_a_step(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    schedule = Schedule(dense_steps=0.0, dense_layers=0.0, density=((0.0, 0.8), (0.75, 0.3)))
+    session = Session(METHOD, schedule)
+    run_video(session, clustered(LAYOUT))
+    by_step = [r.density for r in session.records() if r.layer == 0 and r.branch == "cond"]
+    assert by_step == pytest.approx([0.8, 0.633, 0.467, 0.3], abs=0.02)
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_dense_calls_without_a_kernel_of_their_own_mask_padding(position: str) -> None:
+    layout = TokenLayout(grid=(2, 10, 11), text_tokens=40, text_position=position)
+    query, key, value = (torch.randn(2, 2, layout.tokens, 16) for _ in range(3))
+    lengths = torch.tensor([10, 30])
+    out = Session(Dense()).attend(
+        query,
+        key,
+        value,
+        layout=layout,
+        call=Call(step=0, num_steps=4, layer=0, num_layers=3),
+        text_lengths=lengths,
+    )
+    place = torch.arange(layout.tokens) - layout.text_start
+    padding = (place >= lengths[:, None]) & (place < 40)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=~padding[:, None, None]
+    )
+    assert torch.allclose(out, expected, atol=1e-6)
