@@ -1,0 +1,272 @@
+"""Measure the embedded model: prompt agreement, reconstruction, how peaked its attention is.
+
+    python -m svg_models.embedded.evaluate --out report --prompts 64
+
+The same code runs on a CPU and on a GPU; a clip depends on its own seed, never on its batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .checker import check_group
+from .clips import BACKGROUNDS, COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES
+from .clips import Group, Scene, caption, scene_of
+from .render import parameters, render
+
+STEPS = 20
+GUIDANCE = 4.0
+SHEET_PROMPTS = (
+    "a large red star moving right on a plain navy background",
+    "a blue circle moving up on a tiled sand background",
+    "two small yellow squares moving left on a plain black background",
+    "three green triangles moving down on a lined grey background",
+    "a large striped purple heart standing still on a plain white background",
+    "an orange cross turning clockwise on a tiled navy background",
+    "a pink ring moving left and a cyan star moving right on a plain black background",
+    "a large checkered green square moving right and turning counterclockwise on a plain sand"
+    " background",
+    "a yellow circle moving down and a red heart moving up on a lined navy background",
+    "a large dotted cyan circle moving left on a tiled grey background",
+    "a red square standing still on a tiled white background, the camera zooms in",
+    "a purple star moving up on a lined black background, the camera pans right",
+)
+
+
+def held_out_scenes(count: int, *, seed: int = 0) -> list[Scene]:
+    """Make scenes whose colour, shape and direction never came together in training.
+
+    Of every 16: ten show one shape, three a pair or a trio, three two different shapes.
+    """
+    rng = random.Random(f"held-out-{seed}")
+
+    def pick(number: int, besides: str = "") -> Group:
+        while True:
+            group = Group(
+                count=number,
+                size=rng.choice(("", "large")) if number == 1 and not besides else "",
+                texture=rng.choice(("plain", *TEXTURES)),
+                colour=rng.choice(list(COLOURS)),
+                shape=rng.choice(SHAPES),
+                direction=rng.choice(list(DIRECTIONS)),
+            )
+            if group.held_out and group.colour != besides:
+                return group
+
+    scenes = []
+    for i in range(count):
+        kind = i % 16
+        if kind < 10:
+            groups: tuple[Group, ...] = (pick(1),)
+        elif kind < 13:
+            groups = (pick(2 + i % 2),)
+        else:
+            first = pick(1, besides="none")
+            groups = (first, pick(1, besides=first.colour))
+        scenes.append(
+            scene_of(
+                groups,
+                background=rng.choice(list(BACKGROUNDS)),
+                pattern=rng.choice(PATTERNS),
+                seed=rng.getrandbits(40),
+            )
+        )
+    return scenes
+
+
+def draw(scenes: Sequence[Scene], *, frames: int, side: int) -> NDArray[np.float32]:
+    """Draw scenes as `[N, T, side, side, 3]` in [0, 1]: what a perfect model would show."""
+    video = render(parameters(scenes), num_frames=frames, height=side, width=side)
+    return ((video + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    frames: int = 49,
+    side: int = 128,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    text_length: int = 512,
+    seed: int = 0,
+    batch: int = 1,
+) -> NDArray[np.float32]:
+    """Generate one clip per prompt, `[N, T, side, side, 3]` in [0, 1]; clip i has seed `seed + i`."""
+    clips = []
+    for start in range(0, len(prompts), batch):
+        chunk = list(prompts[start : start + batch])
+        generators = [
+            torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(chunk))
+        ]
+        clips.append(
+            pipe(
+                chunk,
+                height=side,
+                width=side,
+                num_frames=frames,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                max_sequence_length=text_length,
+                generator=generators,
+                output_type="np",
+            ).frames
+        )
+    return np.concatenate(clips).astype(np.float32)
+
+
+def agreement(clips: NDArray[np.float32], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the fractions of groups whose colour, direction, count and shape the pixels confirm.
+
+    `clip` is the fraction of clips in which colour and direction of every group are right.
+    """
+    verdicts, whole = [], []
+    for frames, scene in zip(clips, scenes, strict=True):
+        own = [
+            check_group(
+                frames, group, others=tuple(g.colour for g in scene.groups if g is not group)
+            )
+            for group in scene.groups
+        ]
+        verdicts += own
+        whole.append(all(v.colour and v.direction for v in own))
+    names = ("colour", "direction", "count", "shape", "all")
+    result = {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in names}
+    return {"clip": float(np.mean(whole)), **result, "groups": len(verdicts), "clips": len(whole)}
+
+
+@torch.no_grad()
+def reconstruction(vae: Any, *, frames: int, side: int, count: int, seed: int = 0) -> list[float]:
+    """PSNR in dB of encoding and decoding `count` held-out clips, one figure per clip."""
+    scenes = held_out_scenes(count, seed=seed)
+    result = []
+    for scene in scenes:
+        video = render(parameters([scene]), num_frames=frames, height=side, width=side)
+        video = video.to(vae.device, vae.dtype)
+        again = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        mse = (again.float() - video.float()).square().mean().item() / 4
+        result.append(-10 * float(np.log10(mse)))
+    return result
+
+
+def coverage(query: Tensor, key: Tensor, *, mass: float = 0.9, rows: int = 128) -> Tensor:
+    """Return the mean fraction of keys that holds `mass` of a row's attention: `[H]`.
+
+    Args:
+        query: `[B, S, H, D]`; `rows` evenly spaced rows are looked at.
+        key: `[B, S, H, D]`.
+        mass: the part of the attention to cover.
+        rows: rows per head.
+    """
+    picked = torch.linspace(0, query.shape[1] - 1, min(rows, query.shape[1])).long()
+    q = query[:, picked.to(query.device)].transpose(1, 2).float()
+    k = key.transpose(1, 2).float()
+    weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+    reached = weights.sort(dim=-1, descending=True).values.cumsum(-1) < mass
+    return (reached.sum(-1) + 1).float().mean((0, 2)) / k.shape[2]
+
+
+@contextmanager
+def _watch_attention(found: list[Tensor]) -> Iterator[None]:
+    from diffusers.models.transformers import transformer_wan
+
+    stock = transformer_wan.dispatch_attention_fn
+
+    def watch(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if query.shape[1] == key.shape[1]:
+            found.append(coverage(query, key).cpu())
+        return stock(query, key, value, **options)
+
+    with mock.patch.object(transformer_wan, "dispatch_attention_fn", watch):
+        yield
+
+
+def attention_coverage(
+    pipe: Any, prompts: Sequence[str], *, side: int, steps: int = 8
+) -> list[list[float]]:
+    """Return per layer and head the density that 90 % of the attention needs, over all steps."""
+    found: list[Tensor] = []
+    with _watch_attention(found):
+        generate(pipe, prompts, side=side, steps=steps, batch=len(prompts))
+    layers = len(pipe.transformer.blocks)
+    table = torch.stack(found).view(-1, layers, found[0].shape[0]).mean(0)
+    return [[round(value, 4) for value in row] for row in table.tolist()]
+
+
+def contact_sheet(
+    clips: NDArray[np.float32], titles: Sequence[str], *, shown: int = 6, columns: int = 2
+) -> Image.Image:
+    """Lay out `shown` frames of every clip in rows under their titles."""
+    count, total, height, width, _ = clips.shape
+    rows = -(-count // columns)
+    gap, band = 8, 16
+    cell_w, cell_h = shown * width + gap, height + band + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    picked = np.linspace(0, total - 1, shown).round().astype(int)
+    for i, (clip, title) in enumerate(zip(clips, titles, strict=True)):
+        x, y = gap + (i // rows) * cell_w, gap + (i % rows) * cell_h
+        pen.text((x, y), title, fill="black")
+        strip = np.concatenate(list(clip[picked]), axis=1)
+        image = Image.fromarray((strip.clip(0, 1) * 255).round().astype(np.uint8))
+        sheet.paste(image, (x, y + band))
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate a pipeline folder from the command line."""
+    from diffusers import WanPipeline
+
+    from . import embedded_path
+
+    parser = argparse.ArgumentParser(description="Evaluate the embedded model.")
+    parser.add_argument("--model", type=Path, default=None, help="pipeline folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipe = WanPipeline.from_pretrained(args.model or embedded_path()).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"steps": args.steps, "guidance": args.guidance}
+    results: dict[str, Any] = dict(options)
+    scenes = held_out_scenes(args.prompts)
+    if args.device != "cpu":
+        torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16).__enter__()
+    for side in args.sides:
+        batch = max(1, args.batch * 128**2 // side**2)
+        sheet = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
+        contact_sheet(sheet, SHEET_PROMPTS).save(args.out / f"sheet_{side}.png", optimize=True)
+        clips = generate(
+            pipe, [caption(s) for s in scenes], side=side, batch=batch, seed=100, **options
+        )
+        small = clips[:, :, side // 256 :: max(1, side // 128), side // 256 :: max(1, side // 128)]
+        psnr = reconstruction(pipe.vae, frames=49, side=side, count=4)
+        results[str(side)] = {
+            "agreement": agreement(small, scenes),
+            "reconstruction_psnr": [round(value, 2) for value in psnr],
+            "attention_coverage_90": attention_coverage(pipe, SHEET_PROMPTS[:2], side=side),
+        }
+        print(side, json.dumps(results[str(side)]), flush=True)
+        (args.out / "evaluation.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
