@@ -115,7 +115,7 @@ def test_dense_bits_agree_and_sparse_runs(name: str, order: str) -> None:
             if order == "sparsify first":
                 feature(pipe)
             results.append(tiny.generate(pipe, num_inference_steps=2))
-            assert run.messages == []
+            assert run.messages == ()
         again = tiny.generate(pipe, num_inference_steps=2)
         assert torch.equal(again, reference), "the feature is lost after restore"
     dense, sparse = results

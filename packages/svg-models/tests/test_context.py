@@ -177,13 +177,13 @@ def sources(pipe: Any, **changes: Any) -> list[tuple[int | None, str, int | None
     """Generate and return step, branch and number of steps of each forward pass."""
     seen = []
     with sparsify(pipe, Dense(), Schedule()) as run:
-        begin = run.begin_forward
+        begin = run._engine.begin_forward
 
         def note(name: str, context: Any) -> None:
             seen.append((context.moment.step, context.moment.branch, context.moment.num_steps))
             begin(name, context)
 
-        run.begin_forward = note
+        run._engine.begin_forward = note
         tiny.generate(pipe, **changes)
     return seen
 

@@ -72,10 +72,14 @@ def test_causal_attention_stays_with_the_stock_processor(page: dict[str, Any]) -
     model = skyreels()
     model._set_ar_attention(3)
     inputs = tiny.forward_inputs()
-    with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
-        stock = model(**inputs)[0]
-        with sparsify(model, SVG2(q_clusters=6, k_clusters=12), Schedule(dense_steps=0.0)) as run:
-            assert torch.equal(model(**inputs)[0], stock)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
+            return model(**inputs)[0]
+
+    stock = forward()
+    with sparsify(model, SVG2(q_clusters=6, k_clusters=12), Schedule(dense_steps=0.0)) as run:
+        assert torch.equal(forward(), stock)
     assert run.stats().records == ()
 
 

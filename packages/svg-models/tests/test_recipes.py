@@ -113,4 +113,4 @@ def test_a_method_without_a_schedule_takes_the_schedule_of_the_recipe() -> None:
     with sparsify(pipe, SVG2(q_clusters=4, k_clusters=8, first_iterations=2)) as run:
         tiny.generate(pipe, num_inference_steps=5)
     assert {record.step for record in run.stats().sparse_records} == {1, 2, 3, 4}
-    assert run.messages == []
+    assert run.messages == ()

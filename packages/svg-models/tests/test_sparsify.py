@@ -258,7 +258,7 @@ def test_a_deep_copy_is_a_dense_pipeline_of_its_own(reference) -> None:
 
 def test_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
     pipe = tiny.pipeline()
-    number = sparsify(pipe, SPARSE, ALWAYS_SPARSE).number
+    number = sparsify(pipe, SPARSE, ALWAYS_SPARSE)._engine.number
     gc.collect()
     tiny.generate(pipe)
     model = weakref.ref(pipe.transformer)

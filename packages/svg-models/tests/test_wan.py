@@ -88,7 +88,7 @@ def test_fused_projections_before_and_after() -> None:
         other.fuse_qkv_projections()
         assert torch.equal(forward(other, inputs), fused)
         other.unfuse_qkv_projections()
-        assert run.messages == []
+        assert run.messages == ()
 
 
 def test_image_to_video_keeps_the_image_in_its_cross_attention() -> None:
@@ -181,7 +181,7 @@ def test_wan22_with_one_transformer_missing() -> None:
     pipe = tiny.pipeline(model, None)
     pipe.register_modules(transformer=None, transformer_2=model)
     run = sparsify(pipe, Dense())
-    assert [slot.transformer for slot in run._slots] == ["transformer_2"] * 3
+    assert [slot.transformer for slot in run._engine.slots] == ["transformer_2"] * 3
     run.restore()
 
 

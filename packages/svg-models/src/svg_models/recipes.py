@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -80,6 +81,16 @@ class Recipe:
     schedule: Schedule
     source: str
     note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values that JSON can hold."""
+        return {
+            "method": type(self.method).__name__,
+            "settings": self.method.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "source": self.source,
+            "note": self.note,
+        }
 
 
 def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, int]:
