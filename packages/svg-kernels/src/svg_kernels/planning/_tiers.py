@@ -1,0 +1,39 @@
+"""Which tier plans: Triton on a GPU, plain torch elsewhere; there is no compiled form."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from svg_kernels import _backends
+from svg_kernels.errors import UnsupportedError
+
+ORDER = ("triton", "reference")
+_MODULES = {
+    "triton": "svg_kernels.planning._triton",
+    "reference": "svg_kernels.planning.reference",
+}
+_chosen: dict[tuple[str, torch.device], Any] = {}
+
+
+def choose(backend: str, device: torch.device) -> Any:
+    """Return the module that plans on `device`, or raise UnsupportedError."""
+    module = _chosen.get((backend, device))
+    if module is None:
+        name = _name(backend, device)
+        module = _chosen[backend, device] = importlib.import_module(_MODULES[name])
+    return module
+
+
+def _name(backend: str, device: torch.device) -> str:
+    if backend not in ("auto", *ORDER):
+        raise ValueError(f"backend must be 'auto' or one of {ORDER}, got {backend!r}")
+    triton = _backends.probe("triton", device)
+    if backend == "auto":
+        return "triton" if device.type != "cpu" and triton.available else "reference"
+    if backend == "triton" and not triton.available:
+        reasons = {"triton": triton.note, "reference": "can run"}
+        raise UnsupportedError(f"planning with backend 'triton' on {device}", reasons)
+    return backend
