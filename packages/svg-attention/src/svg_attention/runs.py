@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg_attention.planner import device_planner
+
 
 def merge_segments(
     starts: Tensor, ends: Tensor, kept: Tensor, *, slots: int, multiple: int = 1
@@ -63,13 +65,20 @@ def round_runs(
     Returns:
         `(run_starts, run_lengths)` of the same shapes.
     """
+    planner = device_planner(run_starts)
+    if planner is not None and limit.numel() in (1, run_starts.shape[0]):
+        limits = limit.to(torch.int32).reshape(-1).expand(run_starts.shape[0])
+        rounded: tuple[Tensor, Tensor] = planner.round_runs(
+            run_starts, run_lengths, multiple=multiple, limit=limits
+        )
+        return rounded
     slots = run_starts.shape[-1]
     used = run_lengths > 0
     ends = run_starts + run_lengths
     starts, lengths = merge_segments(run_starts, ends, used, slots=slots, multiple=multiple)
-    rounded = (lengths + multiple - 1) // multiple * multiple
-    rounded = torch.minimum(starts + rounded, limit.to(rounded.dtype)) - starts
-    return starts, torch.where(lengths > 0, torch.maximum(rounded, lengths), 0)
+    grown = (lengths + multiple - 1) // multiple * multiple
+    grown = torch.minimum(starts + grown, limit.to(grown.dtype)) - starts
+    return starts, torch.where(lengths > 0, torch.maximum(grown, lengths), 0)
 
 
 def cluster_runs(
@@ -89,13 +98,21 @@ def cluster_runs(
     Returns:
         `(run_starts, run_lengths)`, int32 `[B, H, T, (C + 2) // 2]`.
     """
-    if full is not None:
-        mask = mask | full[..., None]
+    shared = full is not None and full.dim() == 3 and full.shape[1] == 1
+    if full is not None and not shared:
+        mask, full = mask | full[..., None], None
     ends = sizes.to(torch.int32).cumsum(dim=-1, dtype=torch.int32)
     if not isinstance(tail, Tensor):
         tail = torch.full((sizes.shape[0],), tail, dtype=torch.int32, device=sizes.device)
     tail_end = ends[..., -1:] + tail.to(torch.int32)[:, None, None]
     ends = torch.cat([ends, tail_end], dim=-1)
+    planner = device_planner(mask)
+    if planner is not None:
+        whole = None if full is None else full[:, 0].expand(mask.shape[0], mask.shape[2])
+        merged: tuple[Tensor, Tensor] = planner.merge_clusters(mask, ends, full=whole)
+        return merged
+    if full is not None:
+        mask = mask | full[..., None]
     starts = torch.cat([torch.zeros_like(ends[..., :1]), ends[..., :-1]], dim=-1)
     kept = torch.cat([mask, torch.ones_like(mask[..., :1])], dim=-1)
     slots = (kept.shape[-1] + 1) // 2

@@ -12,6 +12,7 @@ from torch import Tensor
 from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import text_tiles
 from svg_attention.plan import TILE_ROWS, count_tiles
+from svg_attention.planner import device_planner
 
 
 def tile_means(query: Tensor, length: int, tile_rows: int = TILE_ROWS) -> Tensor:
@@ -74,10 +75,18 @@ def keep_top_p(mass: Tensor, sizes: Tensor, *, top_p: float, min_keep: float = 0
     filled = (sizes > 0)[:, :, None].expand_as(mass)
     if top_p >= 1.0:
         return filled
-    order = rank(mass_per_key(mass, sizes), sizes)
+    priority = mass_per_key(mass, sizes)
+    floor = int(min_keep * mass.shape[-1])
+    planner = device_planner(mass)
+    if planner is not None:
+        chosen: Tensor = planner.keep_top_p(
+            priority, mass, sizes.int(), top_p=top_p, min_clusters=floor
+        )
+        return chosen
+    order = rank(priority, sizes)
     ranked = mass.gather(-1, order)
     kept = ranked.cumsum(dim=-1) - ranked < top_p
-    kept[..., : int(min_keep * mass.shape[-1])] = True
+    kept[..., :floor] = True
     kept[..., :1] = True
     return torch.zeros_like(kept).scatter_(-1, order, kept) & filled
 
@@ -97,6 +106,11 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
     Returns:
         bool `[B, H, T, C]`.
     """
+    planner = device_planner(priority)
+    if planner is not None:
+        room = budget.float().expand(priority.shape[:3])
+        chosen: Tensor = planner.keep_budget(priority, sizes.int(), room)
+        return chosen
     filled = (sizes > 0)[:, :, None]
     order = (
         priority.masked_fill(~filled, -torch.inf).sort(dim=-1, descending=True, stable=True).indices

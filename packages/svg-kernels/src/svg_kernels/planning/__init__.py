@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from svg_kernels._backends import register
-from svg_kernels.planning._tiers import choose
+from svg_kernels.planning._tiers import choose, runs_on
 
-__all__ = ["keep_budget", "keep_top_p", "merge_clusters", "round_runs"]
+__all__ = ["keep_budget", "keep_top_p", "merge_clusters", "round_runs", "runs_on"]
 
 
 def keep_top_p(

@@ -27,6 +27,11 @@ def choose(backend: str, device: torch.device) -> Any:
     return module
 
 
+def runs_on(device: torch.device) -> bool:
+    """Return whether `"auto"` plans with kernels on `device`, rather than in plain torch."""
+    return _name("auto", device) != "reference"
+
+
 def _name(backend: str, device: torch.device) -> str:
     if backend not in ("auto", *ORDER):
         raise ValueError(f"backend must be 'auto' or one of {ORDER}, got {backend!r}")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from svg_attention import runs
+from svg_attention.methods import selection
+from svg_attention.planner import device_planner
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("svg_kernels") is None, reason="svg-kernels is not installed"
+)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Return a function that runs another in plain torch, then with the planner of svg_kernels.
+
+    On a CPU the planner computes with its own reference: what is tested is that it means the same.
+    """
+
+    def run(function, *args, **kwargs):
+        from svg_kernels import planning
+
+        results = []
+        for planner in (None, planning):
+            for module in (runs, selection):
+                monkeypatch.setattr(module, "device_planner", lambda _, planner=planner: planner)
+            results.append(function(*args, **kwargs))
+        return results
+
+    return run
+
+
+def choice(generator, device, *, heads=2, tiles=3, count=50):
+    shape = (2, heads, tiles, count)
+    mass = torch.rand(shape, generator=generator, device=device).softmax(-1)
+    sizes = torch.randint(0, 20, (2, heads, count), generator=generator, device=device)
+    return mass, sizes.int()
+
+
+def test_a_cpu_plans_in_plain_torch():
+    assert device_planner(torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("min_keep", [0.0, 0.1])
+def test_top_p(both, device, generator, min_keep):
+    mass, sizes = choice(generator, device)
+    plain, planned = both(selection.keep_top_p, mass, sizes, top_p=0.6, min_keep=min_keep)
+    assert torch.equal(plain, planned)
+
+
+def test_budget(both, device, generator):
+    mass, sizes = choice(generator, device)
+    budget = torch.tensor([100.0, 3.0], dtype=torch.float64, device=device)[:, None, None]
+    plain, planned = both(selection.keep_budget, mass, sizes, budget)
+    assert torch.equal(plain, planned)
+
+
+@pytest.mark.parametrize("full", [None, "batch", "head"])
+def test_runs_of_clusters(both, device, generator, full):
+    mass, sizes = choice(generator, device)
+    tail = torch.tensor([7, 0], dtype=torch.int32, device=device)
+    if full is not None:
+        shape = (2, 1 if full == "batch" else 2, 3)
+        full = torch.rand(shape, generator=generator, device=device) < 0.5
+    plain, planned = both(runs.cluster_runs, mass > mass.mean(), sizes, tail=tail, full=full)
+    assert torch.equal(plain[0], planned[0])
+    assert torch.equal(plain[1], planned[1])
+
+
+@pytest.mark.parametrize("limits", [1, 2])
+def test_rounding(both, device, generator, limits):
+    mass, sizes = choice(generator, device)
+    (starts, lengths), _ = both(runs.cluster_runs, mass > mass.mean(), sizes)
+    limit = sizes.sum(-1).amax().expand(limits)[:, None, None, None]
+    plain, planned = both(runs.round_runs, starts, lengths, multiple=8, limit=limit)
+    assert torch.equal(plain[0], planned[0])
+    assert torch.equal(plain[1], planned[1])
+
+
+@pytest.mark.gpu
+def test_kernels_plan_what_torch_plans(both, device, generator):
+    mass, sizes = choice(generator, device, count=1000, tiles=20)
+    assert device_planner(mass) is not None
+    budget = torch.full((1, 1, 1), 2000.0, device=device)
+    plain, planned = both(selection.keep_budget, mass, sizes, budget)
+    assert torch.equal(plain, planned)
+    starts, lengths = both(runs.cluster_runs, plain, sizes)
+    assert torch.equal(torch.stack(starts), torch.stack(lengths))
+    plain, planned = both(selection.keep_top_p, mass, sizes, top_p=0.9, min_keep=0.1)
+    # Sums in another order: the cluster that crosses the threshold may be the next one.
+    assert (plain != planned).sum(-1).max() <= 2
