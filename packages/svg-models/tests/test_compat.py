@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from torch import Tensor
 
 from svg_attention import SVG2, Dense, Schedule
@@ -91,6 +96,9 @@ CACHES = {
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(100, 950),
         current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "TaylorSeer": lambda pipe: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, cache_identifiers=[r"blocks\.\d+\.attn1"]
     ),
 }
 
