@@ -60,7 +60,7 @@ def top_p_kernel(priority, mass, sizes, kept, tiles, C, top_p, min_clusters, BLO
     weight = tl.load(mass + tile * C + offs_c, mask=mask_c, other=0.0)
     chosen = take(bits, weight, filled, top_p, True)
     ones = tl.full([BLOCK_C], 1.0, dtype=tl.float32)
-    chosen = chosen | take(bits, ones, filled, min_clusters.to(tl.float32), True)
+    chosen = chosen | take(bits, ones, filled, min_clusters, True)
     tl.store(kept + tile * C + offs_c, chosen, mask=mask_c)
 
 
@@ -182,7 +182,7 @@ def keep_top_p(
                 tiles,
                 count,
                 top_p,
-                min_clusters,
+                float(min_clusters),
                 BLOCK_C=triton.next_power_of_2(count),
                 num_warps=_warps(count),
             )
