@@ -20,6 +20,7 @@ from svg_attention import (
     recall,
     sparse_attention,
 )
+from svg_attention.methods import clustering
 
 LAYOUT = TokenLayout(grid=(6, 16, 16))
 SMALL: dict[str, Any] = {"q_clusters": 16, "k_clusters": 48, "first_iterations": 10}
@@ -203,6 +204,31 @@ def test_later_steps_start_from_the_clusters_of_the_step_before(clustered: Data)
     assert float(recall(*data[:2], later).mean()) > float(recall(*data[:2], first).mean())
     fresh = plan_of(method, data, memory=LayerMemory())
     assert torch.equal(fresh.run_starts, first.run_starts)
+
+
+def test_neighbouring_clusters_make_longer_runs_and_better_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Content that varies smoothly: tokens on a surface, close ones attend to each other.
+    draw = torch.Generator().manual_seed(0)
+    place = torch.rand(1, 2, LAYOUT.tokens, 2, generator=draw) * 2.0 * math.pi
+    wave = torch.cat([place.sin(), place.cos()], dim=-1)
+    query, key, value = (5.0 * wave, 5.0 * wave, torch.randn(wave.shape, generator=draw))
+    data = (query, key, value)
+    method = SVG2(q_clusters=40, k_clusters=80, density=0.1, first_iterations=10)
+    ordered = plan_of(method, data)
+    monkeypatch.setattr(
+        clustering,
+        "neighbour_order",
+        lambda centroids: torch.arange(centroids.shape[2]).expand(centroids.shape[:3]),
+    )
+    shuffled = plan_of(method, data)
+    runs = [
+        float((plan.run_lengths > 0).sum(dim=-1).float().mean()) for plan in (ordered, shuffled)
+    ]
+    assert runs[0] < 0.7 * runs[1]
+    kept = [float(recall(*data[:2], plan).mean()) for plan in (ordered, shuffled)]
+    assert kept[0] > kept[1] + 0.05
 
 
 def test_a_memory_of_another_resolution_is_ignored(clustered: Data) -> None:

@@ -12,7 +12,7 @@ from svg_attention.rows import put_rows, take_rows
 
 # Keys gathered at once, over all tiles of a group: few enough to stay in a CPU's last-level cache,
 # enough to fill a GPU. A single tile may gather more.
-GROUP_KEYS = {"cpu": 2**15, "cuda": 2**21}
+GROUP_KEYS = {"cpu": 2**16, "cuda": 2**21}
 
 
 class ReferenceBackend:
