@@ -7,9 +7,9 @@
 //   producer warp   turns runs into full 128-row stages of K and V. A stage is sixteen granules of
 //                   eight rows, a granule comes from one run, and neighbouring granules are
 //                   fetched by one copy of 8 to 128 rows.
-//   two warpgroups  each own 64 query rows: S = Q K^T, online softmax, O += P V. The product of
-//                   stage j+1 runs on the tensor cores while the exponentials of stage j run
-//                   elsewhere, and the two warpgroups take turns to issue products.
+//   two warpgroups  each own 64 query rows: S = Q K^T, online softmax, O += P V. While one takes the
+//                   exponentials of stage j, the tensor cores run its product with the values of
+//                   stage j-1 and the products of the other: the two take turns to issue.
 //
 // Rows a granule reads beyond its run are masked, so any run length is exact; runs whose lengths
 // are multiples of eight need no mask and waste nothing. Q rows are gathered and O rows scattered
