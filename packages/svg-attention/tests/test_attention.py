@@ -174,6 +174,17 @@ def test_bad_arguments_are_refused() -> None:
         dense_attention(query[0], key, value)
 
 
+def test_a_gradient_is_refused_in_words() -> None:
+    query, key, value = tensors(1, 1, 1, 64, 64, 16, torch.float32)
+    plan = replace(SparsePlan.full(1, 1, 64, 64), is_full=False)
+    query.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"under torch.no_grad\(\)"):
+        sparse_attention(query, key, value, plan)
+    with torch.no_grad():
+        assert not sparse_attention(query, key, value, plan).requires_grad
+    assert sparse_attention(query, key, value, SparsePlan.full(1, 1, 64, 64)).requires_grad
+
+
 def test_a_backend_that_cannot_run_is_not_replaced_in_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

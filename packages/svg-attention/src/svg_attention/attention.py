@@ -71,6 +71,7 @@ def sparse_attention(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit each other or the plan.
+        RuntimeError: if a gradient would be needed: only the dense kernel of a full plan has one.
         UnsupportedError: if no allowed backend can run this call; it lists each one's reason.
     """
     check_tensors(query, key, value)
@@ -82,6 +83,11 @@ def sparse_attention(
             order = match_heads(plan.key_order, key.shape[1])
             key, value = take_rows(key, order), take_rows(value, order)
         return dense_attention(query, key, value, key_lengths=plan.key_lengths, scale=scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise RuntimeError(
+            "sparse attention has no gradient; run the model under torch.no_grad() or "
+            "torch.inference_mode()"
+        )
     out, lse = chosen.run(query, key, value, plan, scale=scale, return_lse=return_lse)
     if not return_lse:
         return out

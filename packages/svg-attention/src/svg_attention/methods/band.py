@@ -9,6 +9,7 @@ that holds a text row reads everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ class Band:
     text: Tensor
     width: Tensor
 
+    @cached_property
     def window(self) -> tuple[Tensor, Tensor]:
-        """Return the first and one past the last video position each tile reads, `[B, T]`."""
+        """The first and one past the last video position each tile reads, `[B, T]`."""
         first, end = tile_bounds(self.layout, self.text.device)
         low, high = widen(self.layout, first, end, self.width[:, None])
         full = text_tiles(self.layout, self.text)
@@ -50,7 +52,7 @@ class Band:
         """
         layout = self.layout
         tile = video_position(layout, rows, temporal=self.temporal) // TILE_ROWS
-        low, high = (edge[:, tile, None] for edge in self.window())
+        low, high = (edge[:, tile, None] for edge in self.window)
         token = torch.arange(layout.video_tokens, device=rows.device)
         position = video_position(layout, token, temporal=self.temporal)
         video = (token < layout.frame_tokens) | ((position >= low) & (position < high))
@@ -161,7 +163,7 @@ def band_runs(bands: tuple[Band, ...], temporal: Tensor) -> tuple[Tensor, Tensor
     for band in bands:
         low, high = (
             keys_before(layout, edge, temporal=band.temporal) + layout.frame_tokens
-            for edge in band.window()
+            for edge in band.window
         )
         sink = torch.zeros_like(low), torch.full_like(low, layout.frame_tokens)
         start = torch.full_like(low, layout.video_tokens)
