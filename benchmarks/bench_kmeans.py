@@ -12,7 +12,7 @@ of points, and against the peer's.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -74,17 +74,22 @@ CASES = (
 )
 
 
-def load_as(name: str, folder: Path) -> ModuleType:
-    """Import the package in `folder` under another name; it must use relative imports."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no package in {folder}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def load_peer(folder: Path, name: str) -> ModuleType:
+    """Import a package from `folder` and keep it apart from one of the same name."""
+
+    def taken() -> list[str]:
+        return [m for m in sys.modules if m == name or m.startswith(f"{name}.")]
+
+    ours = {module: sys.modules.pop(module) for module in taken()}
+    sys.path.insert(0, str(folder))
+    try:
+        peer = importlib.import_module(name)
+        for module in taken():
+            sys.modules[f"peer_{module}"] = sys.modules.pop(module)
+    finally:
+        sys.path.pop(0)
+        sys.modules.update(ours)
+    return peer
 
 
 def plain_round(x: Tensor, centroids: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ def measure_parts(
     }
     if peer is not None:
         squares = (x**2).sum(-1)
-        theirs = sys.modules[f"{peer.__name__}.assign_euclid_triton"].euclid_assign_triton
+        theirs = sys.modules["peer_flash_kmeans.assign_euclid_triton"].euclid_assign_triton
         calls["peer assign"] = lambda: theirs(x, start, squares)
         calls["peer update"] = lambda: peer.triton_centroid_update_sorted_euclid(x, labels, start)
     times = _harness.interleave(calls, samples=samples, warmup=1)
@@ -194,7 +199,7 @@ def measure_parts(
 
 def measure_fastkmeans(folder: Path, case: Case) -> dict[str, Any]:
     """Time `fastkmeans` on one unbatched shape, points on the host as it wants them."""
-    module = load_as("peer_fastkmeans", folder / "fastkmeans")
+    module = load_peer(folder, "fastkmeans")
     x = torch.randn(case.points, case.dim).numpy()
     seconds = {}
     for rounds in (1, 1, 1 + ROUNDS):
@@ -220,7 +225,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--warm", help="i/n: only compile, the i-th of n shares of the cases")
     options = parser.parse_args()
-    peer = load_as("peer_flash_kmeans", options.peers / "flash_kmeans") if options.peers else None
+    peer = load_peer(options.peers, "flash_kmeans") if options.peers else None
     if options.warm:
         part, parts = map(int, options.warm.split("/"))
         for case in CASES[part::parts]:

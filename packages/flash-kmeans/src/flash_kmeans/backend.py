@@ -44,7 +44,7 @@ def choose(x: Tensor, backend: str) -> str:
     if backend == "reference":
         return "reference"
     obstacle = triton_obstacle(x)
-    if obstacle is None and backend == "triton":
+    if obstacle is None and (backend == "triton" or not interpreting()):
         return "triton"
     if backend == "triton":
         raise UnsupportedError({"triton": str(obstacle)})

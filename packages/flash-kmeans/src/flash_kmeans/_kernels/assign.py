@@ -153,7 +153,8 @@ def prepare_kernel(
         values = tl.load(
             centroids + (b * K + offs_k)[:, None] * D + offs_d[None, :], mask, other=0.0
         )
-        tl.store(directions + row[:, None] * WIDTH + offs_d[None, :], values)
+        padded = directions + row[:, None] * WIDTH + offs_d[None, :]
+        tl.store(padded, values, mask=(offs_d < WIDTH)[None, :])
         wide = values.to(tl.float32)
         square += tl.sum(wide * wide, 1)
     shift = -0.5 * square if METRIC == "euclidean" else tl.zeros_like(square)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ _CHUNK = 1024
 _MOST_COUNTERS = 1 << 27
 _SPAN = 256
 _FIRST_DESCRIBED = (9, 0)
+# The warp-specialised kernel is for Hopper alone, at the width it was measured with.
+_HOPPER = (9, 0)
+_FEWEST_CLUSTERS = 65
+_FEWEST_POINTS = 512
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -62,11 +66,13 @@ def _padded(
 
 def assign(x: Tensor, centroids: Tensor, metric: str, *, tf32: bool = False) -> Tensor:
     """Return int32 labels `[B, N]`; see `flash_kmeans.assign`."""
-    x = _rows(x)
+    x, centroids = _rows(x), centroids.contiguous()
+    if _suits_hopper(x, centroids.shape[1], metric):
+        return _assign_hopper(x, centroids, metric)
     batch, n_points, dim = x.shape
     chip = capability(x)
     tile = tiles.choose(chip, x.element_size(), dim, centroids.shape[1], n_points)
-    directions, scale, bias, k_tiles, d_tiles = _padded(centroids.contiguous(), metric, tile)
+    directions, scale, bias, k_tiles, d_tiles = _padded(centroids, metric, tile)
     described = TensorDescriptor is not None and chip >= _FIRST_DESCRIBED
     source: Any = directions
     shift: Any = bias
@@ -84,6 +90,58 @@ def assign(x: Tensor, centroids: Tensor, metric: str, *, tf32: bool = False) -> 
         SCALED=metric == "cosine" and x.dtype != torch.float32,
         PRECISION="tf32" if tf32 else "tf32x3" if x.dtype == torch.float32 else None,
         num_warps=tile.warps,
+    )  # fmt: skip
+    return labels
+
+
+@cache
+def _hopper() -> Any:
+    """Return the module of the warp-specialised kernel, if this Triton is one it is known on."""
+    if not triton.__version__.startswith("3.6"):
+        return None
+    from . import assign_sm90
+
+    return assign_sm90
+
+
+def _suits_hopper(x: Tensor, n_clusters: int, metric: str) -> bool:
+    batch, n_points, dim = x.shape
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and dim == 128
+        and n_clusters >= _FEWEST_CLUSTERS
+        and metric != "cosine"
+        and (batch == 1 or x.stride(0) == n_points * x.stride(1))
+        and x.stride(1) % 8 == 0
+        and x.data_ptr() % 16 == 0
+        and _FEWEST_POINTS <= batch * n_points < 2**31
+        and capability(x) == _HOPPER
+        and _hopper() is not None
+    )
+
+
+def _assign_hopper(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
+
+    kernel = _hopper()
+    batch, n_points, dim = x.shape
+    block_n, block_k = kernel.BLOCK_N, kernel.BLOCK_K
+    tile = tiles.Tile(block_n=block_n, block_k=block_k, block_d=dim, warps=4, stages=kernel.STAGES)
+    directions, _, bias, k_tiles, _ = _padded(centroids, metric, tile)
+    dtype = kernel.gl.float16 if x.dtype == torch.float16 else kernel.gl.bfloat16
+    rows = x.as_strided((batch * n_points, dim), (x.stride(1), 1))
+    points = Described.from_tensor(rows, [block_n, dim], kernel.shared_layout(block_n, dtype))
+    source = Described.from_tensor(
+        directions.view(-1, dim), [block_k, dim], kernel.shared_layout(block_k, dtype)
+    )
+    labels = torch.empty(batch, n_points, dtype=torch.int32, device=x.device)
+    n_tiles = triton.cdiv(n_points, block_n * kernel.GROUPS)
+    total = batch * n_tiles
+    chips = torch.cuda.get_device_properties(x.device).multi_processor_count
+    kernel.assign_kernel[(min(chips, total),)](
+        points, source, bias, labels, n_points, n_tiles, k_tiles, total,
+        BLOCK_N=block_n, BLOCK_K=block_k, D=dim, STAGES=kernel.STAGES, GROUPS=kernel.GROUPS,
+        num_warps=kernel.WARPS,
     )  # fmt: skip
     return labels
 

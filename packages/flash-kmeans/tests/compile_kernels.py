@@ -1,0 +1,155 @@
+"""Compile kernels for GPUs that are not there; run as a script, it prints one JSON line a kernel.
+
+Arguments: capabilities such as `9.0`, or nothing for all. A process of its own, because the tests
+of kernels run in Triton's interpreter, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flash_kmeans import tiles
+from flash_kmeans._kernels import assign, assign_sm90, update
+
+# Same instructions and same table as a capability that is compiled in full.
+TWINS = {(8, 9): (8, 6)}
+TYPES = {2: "bf16", 4: "fp32"}
+
+
+def build(
+    source: type[ASTSource],
+    function: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    capability: tiles.Capability,
+    **options: int,
+) -> Any:
+    """Compile one kernel, pointers and strides being multiples of 16."""
+    names = function.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = [n for n, t in types.items() if t.startswith("*") or n.startswith("stride")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    major, minor = capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    return triton.compile(source(function, signature, values, attributes), target, options)
+
+
+def assignment(capability: tiles.Capability, size: int, width: int, tile: tiles.Tile) -> Any:
+    """Compile the assign kernel for a row of the tile table, at its widest."""
+    dtype, described = TYPES[size], capability >= (9, 0)
+    dim = width or 4 * tile.block_d
+    types = {
+        "x": f"*{dtype}",
+        "directions": f"tensordesc<{dtype}[{tile.block_k},{tile.block_d}]>",
+        "scale": "*fp32",
+        "bias": f"tensordesc<fp32[{tile.block_k}]>",
+        "labels": "*i32",
+        **dict.fromkeys(("N", "k_tiles", "n_tiles"), "i32"),
+        **dict.fromkeys(("stride_xb", "stride_xn"), "i64"),
+    }
+    if not described:
+        types |= {"directions": f"*{dtype}", "bias": "*fp32"}
+    constants = {
+        "D": dim,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_D": tile.block_d,
+        "D_TILES": -(-dim // tile.block_d),
+        "STAGES": tile.stages,
+        "DESCRIBED": described,
+        "SCALED": False,
+        "PRECISION": "tf32x3" if size == 4 else None,
+    }
+    return build(
+        ASTSource, assign.assign_kernel, types, constants, capability, num_warps=tile.warps
+    )
+
+
+def hopper() -> Any:
+    """Compile the warp-specialised kernel."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    shapes = {"points": assign_sm90.BLOCK_N, "directions": assign_sm90.BLOCK_K}
+    layouts = {n: assign_sm90.shared_layout(r, assign_sm90.gl.bfloat16) for n, r in shapes.items()}
+    types = {n: f"tensordesc<bf16[{r},128],{layouts[n]!r}>" for n, r in shapes.items()}
+    types |= {"bias": "*fp32", "labels": "*i32"}
+    types |= dict.fromkeys(("N", "n_tiles", "k_tiles", "total"), "i32")
+    constants = {
+        "BLOCK_N": assign_sm90.BLOCK_N,
+        "BLOCK_K": assign_sm90.BLOCK_K,
+        "D": assign_sm90.DIM,
+        "STAGES": assign_sm90.STAGES,
+        "GROUPS": assign_sm90.GROUPS,
+    }
+    kernel = assign_sm90.assign_kernel
+    return build(GluonASTSource, kernel, types, constants, (9, 0), num_warps=assign_sm90.WARPS)
+
+
+def updating(capability: tiles.Capability) -> Any:
+    """Compile the kernel that sums points per cluster."""
+    floats = ("weight", "sums", "totals", "piece_sums", "piece_totals", "costs")
+    types = {
+        **dict.fromkeys(("x", "previous"), "*bf16"),
+        **dict.fromkeys(("order", "labels", "starts"), "*i32"),
+        **dict.fromkeys(floats, "*fp32"),
+        **dict.fromkeys(("N", "K", "spans"), "i32"),
+        **dict.fromkeys(("stride_xb", "stride_xn"), "i64"),
+    }
+    constants = {
+        "D": 128,
+        "SPAN": 256,
+        "BLOCK_N": 16,
+        "BLOCK_D": 128,
+        "WEIGHTED": True,
+        "WITH_COST": True,
+    }
+    return build(ASTSource, update.segment_sums_kernel, types, constants, capability, num_warps=1)
+
+
+def report(name: str, capability: tiles.Capability, began: float, kernel: Any) -> None:
+    """Print what the compiler says of one kernel."""
+    ptx = kernel.asm["ptx"]
+    print(
+        json.dumps(
+            {
+                "kernel": name,
+                "capability": capability,
+                "shared": kernel.metadata.shared,
+                "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+                "bulk": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+                "seconds": round(time.perf_counter() - began, 2),
+            }
+        ),
+        flush=True,
+    )
+
+
+def main(chosen: list[str]) -> None:
+    """Compile for the chosen capabilities, `major.minor` each."""
+    for capability, table in tiles.TABLE.items():
+        if chosen and "{}.{}".format(*capability) not in chosen:
+            continue
+        for (size, width), tile in table.items():
+            if capability in TWINS and (size, width) != (2, 128):
+                continue
+            began = time.perf_counter()
+            kernel = assignment(capability, size, width, tile)
+            report(f"assign {TYPES[size]} {width or 'any'}", capability, began, kernel)
+        began = time.perf_counter()
+        report("update", capability, began, updating(capability))
+        if capability == (9, 0):
+            began = time.perf_counter()
+            report("assign sm90", capability, began, hopper())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

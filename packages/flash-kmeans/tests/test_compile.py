@@ -1,0 +1,60 @@
+"""Every row of the tile table compiles and fits, for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_kmeans import tiles
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+
+
+@pytest.mark.parametrize("capability", tiles.TABLE, ids=lambda c: f"{c[0]}.{c[1]}")
+def test_every_row_fits_shared_memory(capability: tiles.Capability, tmp_path: Path) -> None:
+    pytest.importorskip("triton", minversion="3.6", reason="descriptors are spelled as in 3.6")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "{}.{}".format(*capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    full = capability != (8, 9)
+    assert len(rows) == (len(tiles.TABLE[capability]) if full else 1) + 1 + (capability == (9, 0))
+    for row in rows:
+        assert row["shared"] <= tiles.SHARED_MEMORY[capability], row
+    assigns = [row for row in rows if row["kernel"].startswith("assign")]
+    assert all((row["bulk"] > 0) == (capability >= (9, 0)) for row in assigns), assigns
+    assert all((row["wgmma"] > 0) == (capability == (9, 0)) for row in assigns), assigns
+
+
+def test_unknown_capabilities_take_the_nearest_lower_row() -> None:
+    assert tiles.table_for((8, 7)) is tiles.TABLE[8, 6]
+    assert tiles.table_for((11, 0)) is tiles.TABLE[10, 0]
+    assert tiles.table_for((13, 0)) is tiles.TABLE[12, 0]
+
+
+@pytest.mark.parametrize(
+    ("dim", "clusters", "points", "expected"),
+    [
+        (128, 1000, 75_600, (128, 128, 128)),
+        # 300 is 5 steps of 64, but 3 of 128 and a third of the last one padding.
+        (128, 300, 75_600, (128, 64, 128)),
+        (100, 5, 75_600, (128, 16, 128)),
+        (1, 64, 75_600, (128, 64, 16)),
+        (513, 1000, 75_600, (128, 128, 64)),
+    ],
+)
+def test_tiles_follow_the_problem(
+    dim: int, clusters: int, points: int, expected: tuple[int, int, int]
+) -> None:
+    tile = tiles.choose((9, 0), 2, dim, clusters, points)
+    assert (tile.block_n, tile.block_k, tile.block_d) == expected

@@ -1,0 +1,143 @@
+"""The Triton tier on a GPU: every width, large sizes, graphs, no synchronisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kmeans_oracles import blobs, regret, rounding
+
+import flash_kmeans as fk
+
+pytestmark = pytest.mark.gpu
+
+DIMS = (1, 2, 16, 17, 31, 64, 96, 100, 128, 257, 511, 513, 2048)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_rounds_equal_the_reference(dim: int, dtype: torch.dtype, metric: str) -> None:
+    x = blobs(2, 700, dim, 9, dtype=dtype).cuda()
+    start = blobs(2, 70, dim, 9, seed=1, dtype=dtype).cuda()
+    labels = fk.assign(x, start, metric=metric, backend="triton")
+    assert (regret(x, start, labels, metric) <= rounding(x, start, metric)).all()
+    expected = fk.update(x, labels, 70, previous=start, metric=metric, backend="reference")
+    ours = fk.update(x, labels, 70, previous=start, metric=metric, backend="triton")
+    assert torch.equal(ours.order, expected.order)
+    assert torch.equal(ours.sizes, expected.sizes)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.centroids, expected.centroids, rtol=2 * eps, atol=2 * eps)
+
+
+def test_a_common_offset_does_not_disturb_labels() -> None:
+    x = (torch.randn(1, 65_536, 128, device="cuda") * 0.3 + 8).bfloat16()
+    result = fk.kmeans(x, 64, max_iter=3, backend="triton")
+    labels = fk.assign(x, result.centroids, backend="triton")
+    wrong = (regret(x, result.centroids, labels) > 0).double().mean()
+    assert wrong <= 0.005
+
+
+@pytest.mark.parametrize("clusters", [65, 300, 1000, 4096])
+def test_both_assign_kernels_agree(clusters: int) -> None:
+    x = torch.randn(3, 5000, 128, device="cuda", dtype=torch.float16)
+    start = x[:, :clusters].contiguous()
+    wide = torch.empty(3, 5000, 136, device="cuda", dtype=torch.float16)
+    wide[..., :128] = x
+    # Rows of a wider tensor start at other addresses; a batch with gaps takes the portable kernel.
+    gaps = torch.empty(3, 5001, 128, device="cuda", dtype=torch.float16)
+    gaps[:, :5000] = x
+    labels = fk.assign(x, start, backend="triton")
+    assert (regret(x, start, labels) <= rounding(x, start)).all()
+    assert torch.equal(labels, fk.assign(wide[..., :128], start, backend="triton"))
+    assert torch.equal(labels, fk.assign(gaps[:, :5000], start, backend="triton"))
+
+
+def test_nothing_synchronises_and_a_graph_replays() -> None:
+    x = torch.randn(4, 20_000, 128, device="cuda", dtype=torch.bfloat16)
+    start = x[:, :500].contiguous()
+    expected = fk.kmeans(x, 500, init=start, max_iter=2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fk.kmeans(x, 500, init=start, max_iter=2)
+        fk.kmeans(x, 500, max_iter=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fk.kmeans(x, 500, init=start, max_iter=2)
+    captured.labels.zero_()
+    graph.replay()
+    for name in ("labels", "centroids", "sizes", "order", "inertia"):
+        assert torch.equal(getattr(captured, name), getattr(expected, name)), name
+
+
+def test_compiles_whole() -> None:
+    x = torch.randn(2, 4000, 64, device="cuda", dtype=torch.bfloat16)
+
+    def run(points: torch.Tensor) -> torch.Tensor:
+        return fk.kmeans(points + 1, 30, init=points[:, :30] + 1, max_iter=2).centroids * 2
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), run(x))
+
+
+def test_two_runs_are_bit_equal() -> None:
+    x = torch.randn(2, 100_000, 96, device="cuda", dtype=torch.float16)
+    start = x[:, :20].contiguous()
+    one, two = (fk.kmeans(x, 20, init=start, max_iter=5, deterministic=True) for _ in range(2))
+    for name in ("labels", "centroids", "inertia"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_more_batches_than_a_grid_axis_holds() -> None:
+    x = torch.randn(70_000, 40, 16, device="cuda", dtype=torch.float16)
+    result = fk.kmeans(x, 4, init=x[:, :4], max_iter=1)
+    some = slice(69_000, 70_000)
+    assert (
+        regret(x[some], x[some, :4], result.labels[some]) <= rounding(x[some], x[some, :4])
+    ).all()
+
+
+def test_more_values_than_32_bits_count() -> None:
+    points, dim = (1 << 31) // 64 + 4096, 64
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GB of device memory")
+    x = torch.zeros(1, points, dim, device="cuda", dtype=torch.float16)
+    x[:, -4096:] = torch.randn(1, 4096, dim, device="cuda", dtype=torch.float16)
+    start = x[:, -16:].clone()
+    result = fk.kmeans(x, 16, init=start, max_iter=1)
+    tail = x[:, -4096:]
+    assert (regret(tail, start, result.labels[:, -4096:]) <= rounding(tail, start)).all()
+    by_label = result.labels[0].gather(0, result.order[0].long())
+    assert (by_label.diff() >= 0).all()
+
+
+def test_more_clusters_than_counters() -> None:
+    x = torch.randn(1, 300_000, 8, device="cuda", dtype=torch.float16)
+    clusters = 100_000
+    labels = torch.randint(0, clusters, (1, 300_000), device="cuda", dtype=torch.int32)
+    arguments = {"previous": x[:, :clusters].contiguous()}
+    ours = fk.update(x, labels, clusters, backend="triton", **arguments)
+    theirs = fk.update(x, labels, clusters, backend="reference", **arguments)
+    assert torch.equal(ours.order, theirs.order)
+    torch.testing.assert_close(ours.centroids, theirs.centroids, rtol=2e-3, atol=2e-3)
+
+
+def test_streams_through_pinned_buffers() -> None:
+    x = torch.randn(100_000, 64, dtype=torch.float16)
+    whole = fk.kmeans(x.cuda(), 50, init=x[:50].cuda(), max_iter=3)
+    parts = fk.kmeans_stream(
+        x, 50, init=x[:50], max_iter=3, chunk_rows=7000, device="cuda", progress=False
+    )
+    assert (parts.labels != whole.labels.cpu()).double().mean() < 1e-3
+    torch.testing.assert_close(parts.centroids, whole.centroids, rtol=1e-2, atol=1e-2)
+    assert parts.inertia == pytest.approx(float(whole.inertia), rel=1e-3)
+
+
+def test_labels_never_leave_the_range_on_bad_points() -> None:
+    x = torch.full((1, 1000, 128), torch.nan, device="cuda", dtype=torch.float16)
+    result = fk.kmeans(x, 100, init=x[:, :100], max_iter=2)
+    assert ((result.labels >= 0) & (result.labels < 100)).all()
+    assert torch.isnan(result.inertia).all()
+    with pytest.raises(ValueError, match="finite"):
+        fk.kmeans(x, 100, tol=1e-4)
