@@ -34,7 +34,7 @@ from svg_attention import SVG2, LayerMemory, SparsePlan, TokenLayout, recall, sp
 
 LAYOUT = TokenLayout(grid=(13, 32, 32))
 HEADS, HEAD_DIM = 4, 64
-METHOD = SVG2(q_clusters=52, k_clusters=208, density=0.25, first_iterations=10)
+METHOD = SVG2(q_clusters=104, k_clusters=208, density=0.25, first_iterations=10)
 STORED = ("cpu", "sparse_attention")
 PAGE = _harness.ROOT / "docs" / "methods.md"
 MARK = "sparse attention on a CPU"
@@ -175,7 +175,7 @@ def tables() -> None:
     text = (
         f"{result['tokens']:,} tokens, {result['heads']} heads of {result['head_dim']}, fp32, "
         f"density {result['density']:.3f}, recall {result['recall']:.3f}; median and quartiles. "
-        f"{env['cpu']}, {env['threads']} threads, load {env['load']:.1f}, torch {env['torch']}, "
+        f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)} of {env['cores']} cores, load {env['load']:.1f}, torch {env['torch']}, "
         f"commit {env['commit']}, {env['date']}.\n\n{_harness.table(head, rows)}"
     )
     _harness.replace_between(PAGE, MARK, text)
