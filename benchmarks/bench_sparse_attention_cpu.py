@@ -175,7 +175,7 @@ def tables() -> None:
     text = (
         f"{result['tokens']:,} tokens, {result['heads']} heads of {result['head_dim']}, fp32, "
         f"density {result['density']:.3f}, recall {result['recall']:.3f}; median and quartiles. "
-        f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)} of {env['cores']} cores, load {env['load']:.1f}, torch {env['torch']}, "
+        f"{env['cpu']}, {env['threads']} of {env['cores']} cores, load {env['load']:.1f}, torch {env['torch']}, "
         f"commit {env['commit']}, {env['date']}.\n\n{_harness.table(head, rows)}"
     )
     _harness.replace_between(PAGE, MARK, text)
