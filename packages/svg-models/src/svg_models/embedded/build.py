@@ -1,9 +1,9 @@
-"""Make the parts of the embedded pipeline, untrained, in diffusers' and transformers' own classes."""
+"""Make the untrained parts of the embedded pipeline in diffusers' and transformers' classes."""
 
 from __future__ import annotations
 
 import string
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Shape:
     latent_channels: int = 16
     encoder_dim: int = 16
     decoder_dim: int = 24
-    dim_mult: tuple[int, ...] = field(default=(1, 2, 2))
+    dim_mult: tuple[int, ...] = (1, 2, 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -48,7 +48,7 @@ def make_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def make_text_encoder(shape: Shape, vocab_size: int) -> nn.Module:
+def make_text_encoder(shape: Shape, vocab_size: int) -> Any:
     """Make an untrained UMT5 encoder."""
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -236,9 +236,7 @@ def _describe(group: Group, say: random.Random | None) -> str:
     if group.count > 1:
         shape += "es" if shape.endswith(("s", "x")) else "s"
     texture = "" if group.texture == "plain" else group.texture
-    noun = " ".join(
-        filter(None, (COUNTS[group.count], group.size, texture, group.colour, shape))
-    )
+    noun = " ".join(filter(None, (COUNTS[group.count], group.size, texture, group.colour, shape)))
     noun = noun.replace("a orange", "an orange")
     if say is not None and say.random() < 0.05:
         return noun

@@ -82,7 +82,9 @@ class WholeClip:
     def __init__(self, vae: Any, *, compiled: bool = False) -> None:
         """Take over `vae`; `compiled` fuses norms and activations with `torch.compile`."""
         if not vae.config.is_residual or vae.config.patch_size is None:
-            raise ValueError("WholeClip needs is_residual=True and a patch_size in the vae's config")
+            raise ValueError(
+                "WholeClip needs is_residual=True and a patch_size in the vae's config"
+            )
         self.vae = vae
         if compiled:
             torch._dynamo.config.recompile_limit = 64

@@ -23,8 +23,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .checker import check_group
-from .clips import BACKGROUNDS, COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES
-from .clips import Group, Scene, caption, scene_of
+from .clips import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    PATTERNS,
+    SHAPES,
+    TEXTURES,
+    Group,
+    Scene,
+    caption,
+    scene_of,
+)
 from .render import parameters, render
 
 STEPS = 20
@@ -105,7 +115,7 @@ def generate(
     seed: int = 0,
     batch: int = 1,
 ) -> NDArray[np.float32]:
-    """Generate one clip per prompt, `[N, T, side, side, 3]` in [0, 1]; clip i has seed `seed + i`."""
+    """Generate a clip per prompt, `[N, T, side, side, 3]` in [0, 1]; clip i has seed `seed + i`."""
     clips = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
@@ -243,29 +253,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = WanPipeline.from_pretrained(args.model or embedded_path()).to(args.device)
+    pipe = WanPipeline.from_pretrained(str(args.model or embedded_path())).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     options = {"steps": args.steps, "guidance": args.guidance}
     results: dict[str, Any] = dict(options)
     scenes = held_out_scenes(args.prompts)
-    if args.device != "cpu":
-        torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16).__enter__()
-    for side in args.sides:
-        batch = max(1, args.batch * 128**2 // side**2)
-        sheet = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
-        contact_sheet(sheet, SHEET_PROMPTS).save(args.out / f"sheet_{side}.png", optimize=True)
-        clips = generate(
-            pipe, [caption(s) for s in scenes], side=side, batch=batch, seed=100, **options
-        )
-        small = clips[:, :, side // 256 :: max(1, side // 128), side // 256 :: max(1, side // 128)]
-        psnr = reconstruction(pipe.vae, frames=49, side=side, count=4)
-        results[str(side)] = {
-            "agreement": agreement(small, scenes),
-            "reconstruction_psnr": [round(value, 2) for value in psnr],
-            "attention_coverage_90": attention_coverage(pipe, SHEET_PROMPTS[:2], side=side),
-        }
-        print(side, json.dumps(results[str(side)]), flush=True)
-        (args.out / "evaluation.json").write_text(json.dumps(results, indent=1))
+    kind = args.device.split(":")[0]
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
+        for side in args.sides:
+            batch = max(1, args.batch * 128**2 // side**2)
+            results[str(side)] = _evaluate_size(
+                pipe, scenes, side=side, batch=batch, out=args.out, options=options
+            )
+            print(side, json.dumps(results[str(side)]), flush=True)
+            (args.out / "evaluation.json").write_text(json.dumps(results, indent=1))
+
+
+def _evaluate_size(
+    pipe: Any, scenes: Sequence[Scene], *, side: int, batch: int, out: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    sheet = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
+    contact_sheet(sheet, SHEET_PROMPTS).save(out / f"sheet_{side}.png", optimize=True)
+    prompts = [caption(scene) for scene in scenes]
+    clips = generate(pipe, prompts, side=side, batch=batch, seed=100, **options)
+    step = max(1, side // 128)  # judge every size at 128 pixels
+    psnr = reconstruction(pipe.vae, frames=49, side=side, count=4)
+    return {
+        "agreement": agreement(clips[:, :, step // 2 :: step, step // 2 :: step], scenes),
+        "reconstruction_psnr": [round(value, 2) for value in psnr],
+        "attention_coverage_90": attention_coverage(pipe, SHEET_PROMPTS[:2], side=side),
+    }
 
 
 if __name__ == "__main__":

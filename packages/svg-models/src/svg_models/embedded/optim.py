@@ -60,7 +60,8 @@ class Muon(torch.optim.Optimizer):
                 self._step_shape(group, shape, params)
 
     def _step_shape(self, group: dict, shape: torch.Size, params: list[nn.Parameter]) -> None:
-        grads = [param.grad for param in params]
+        grads = [param.grad for param in params if param.grad is not None]
+        values: list[Tensor] = [param.detach() for param in params]
         for param in params:
             if "momentum" not in self.state[param]:
                 self.state[param]["momentum"] = torch.zeros_like(param)
@@ -69,9 +70,9 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         update = orthogonalise(torch.stack(list(nesterov)))
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(shape))
-        torch._foreach_add_(params, list(update.unbind(0)), alpha=-group["lr"] * scale)
+        torch._foreach_add_(values, list(update.unbind(0)), alpha=-group["lr"] * scale)
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.01) -> float:
@@ -83,7 +84,8 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: int, floor: flo
 
 def make_optimisers(model: nn.Module, *, lr: float, fused: bool) -> list[torch.optim.Optimizer]:
     """Split a model's parameters: 2D weights inside `blocks` to Muon, everything else to AdamW."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         inside = "blocks." in name and param.ndim == 2
         (matrices if inside else others).append(param)

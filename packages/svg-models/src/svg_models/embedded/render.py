@@ -46,9 +46,7 @@ def parameters(scenes: Sequence[Scene]) -> Params:
     for b, scene in enumerate(scenes):
         pan, zoom = CAMERAS[scene.camera]
         pattern = PATTERNS.index(scene.pattern)
-        stage[b] = torch.tensor(
-            [*BACKGROUNDS[scene.background], pattern, *scene.phase, pan, zoom]
-        )
+        stage[b] = torch.tensor([*BACKGROUNDS[scene.background], pattern, *scene.phase, pan, zoom])
         for i, body in enumerate(scene.bodies):
             group = body.group
             kind = (SHAPES.index(group.shape), TEXTURES.index(group.texture))

@@ -50,6 +50,7 @@ CLIP_SIZES = (
     Size(frames=17, side=128, batch=160, weight=0.08, start=0.25, stop=0.8),
     Size(frames=49, side=256, batch=16, weight=0.22, start=0.25, text_length=512),
 )
+FULL_SHAPE = Shape()
 TOY_SIZES = (Size(frames=5, side=32, batch=2, weight=1.0),)
 TOY_SHAPE = Shape(
     heads=2, head_dim=12, layers=2, ffn_dim=32, text_dim=16, text_layers=1,
@@ -69,7 +70,7 @@ class Options:
     max_seconds: float = float("inf")
     workers: int = 0
     compiled: bool = False
-    shape: Shape = Shape()
+    shape: Shape = FULL_SHAPE
     sizes: tuple[Size, ...] = CLIP_SIZES
     stop_at: int | None = None
     init: Path | None = None
@@ -85,7 +86,7 @@ class Vae(nn.Module):
         """Make the network; whole clips in one pass."""
         super().__init__()
         self.vae = make_vae(options.shape)
-        self.codec = WholeClip(self.vae, compiled=options.compiled)
+        self.codec: WholeClip = WholeClip(self.vae, compiled=options.compiled)
 
     def loss(self, video: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, squared error, edges at two scales, and a small KL term."""
