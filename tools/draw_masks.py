@@ -29,8 +29,9 @@ def head(group: Tensor, gain: float, seed: int) -> tuple[Tensor, Tensor, Tensor]
     draw = torch.Generator().manual_seed(seed)
     codes = F.normalize(torch.randn(int(group.max()) + 1, 64, generator=draw), dim=-1)
     noise = torch.randn(3, len(group), 64, generator=draw)
-    base = gain * codes[group]
-    return tuple(x[None, None] for x in (base + 0.5 * noise[0], base + 0.5 * noise[1], noise[2]))
+    query = gain * codes[group] + 0.5 * noise[0]
+    key = gain * codes[group] + 0.5 * noise[1]
+    return query[None, None], key[None, None], noise[2][None, None]
 
 
 def regions(seed: int) -> Tensor:
@@ -84,7 +85,8 @@ def main() -> None:
         panel(axes[0, column], attention(data), f"{name}: true attention", weights=True)
         title = f"what {method} computes: {float(plan.density()):.0%}, keeps {kept:.0%}"
         panel(axes[1, column], plan.to_mask()[0, 0], title, weights=False)
-    rows, columns = plans[2].query_order[0, 0].long(), plans[2].key_order[0, 0].long()
+    orders = plans[2].query_order, plans[2].key_order
+    rows, columns = (slice(None) if order is None else order[0, 0].long() for order in orders)
     panel(
         axes[0, 3],
         attention(semantic)[rows][:, columns],
