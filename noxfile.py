@@ -104,9 +104,14 @@ def repository(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["torch"])
 def compile(session: nox.Session) -> None:
-    """Compile every CUDA kernel for every architecture; no GPU needed. `tests` includes this."""
-    install(session, *group("test"), *checkout("svg-kernels", extra="test"))
-    session.run("pytest", "packages/svg-kernels/tests/test_build.py", *session.posargs)
+    """Compile every kernel for every architecture; no GPU needed. `tests` includes this."""
+    install(session, *group("test"), *checkout("svg-kernels", "flash-kmeans", extra="test"))
+    session.run(
+        "pytest",
+        "packages/svg-kernels/tests/test_build.py",
+        "packages/flash-kmeans/tests/test_compile.py",
+        *session.posargs,
+    )
 
 
 @nox.session(requires=["torch"])

@@ -2,8 +2,8 @@
 
 As a script it measures and stores: `bench_kmeans.py --peers FOLDER --out FILE`,
 where FOLDER holds the unpacked wheels of `flash-kmeans` 0.3.1 and `fastkmeans` (the former shares
-our import name, so it is loaded under another). `--tables` fills the Markdown files and draws the
-picture from what is stored. Under pytest-benchmark it times rounds of this package alone.
+our import name, so it is loaded under another). `tables_kmeans.py` fills the Markdown files and
+draws the picture from what is stored. Under pytest-benchmark it times this package alone.
 
 Every row is checked first: our inertia after ten rounds against an fp64 recomputation on a sample
 of points, and against the peer's.

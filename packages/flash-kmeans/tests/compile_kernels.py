@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from flash_kmeans import tiles
 from flash_kmeans._kernels import assign, assign_sm90, update
 
-# Same instructions and same table as a capability that is compiled in full.
-TWINS = {(8, 9): (8, 6)}
+# Capabilities with the instructions of another one: a row that both share is compiled once.
+TWINS = {(8, 6): (8, 0), (8, 9): (8, 6)}
 TYPES = {2: "bf16", 4: "fp32"}
 
 
@@ -115,7 +115,9 @@ def updating(capability: tiles.Capability) -> Any:
     return build(ASTSource, update.segment_sums_kernel, types, constants, capability, num_warps=1)
 
 
-def report(name: str, capability: tiles.Capability, began: float, kernel: Any) -> None:
+def report(
+    name: str, capability: tiles.Capability, began: float, kernel: Any, **more: bool
+) -> None:
     """Print what the compiler says of one kernel."""
     ptx = kernel.asm["ptx"]
     print(
@@ -127,6 +129,7 @@ def report(name: str, capability: tiles.Capability, began: float, kernel: Any) -
                 "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
                 "bulk": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
                 "seconds": round(time.perf_counter() - began, 2),
+                **more,
             }
         ),
         flush=True,
@@ -139,11 +142,13 @@ def main(chosen: list[str]) -> None:
         if chosen and "{}.{}".format(*capability) not in chosen:
             continue
         for (size, width), tile in table.items():
-            if capability in TWINS and (size, width) != (2, 128):
+            if tile == tiles.TABLE.get(TWINS.get(capability), {}).get((size, width)):
                 continue
             began = time.perf_counter()
             kernel = assignment(capability, size, width, tile)
-            report(f"assign {TYPES[size]} {width or 'any'}", capability, began, kernel)
+            name = f"assign {TYPES[size]} {width or 'any'}"
+            twin = any(tiles.TABLE[c].get((size, width)) == tile for c in TWINS)
+            report(name, capability, began, kernel, shared_with_twin=twin)
         began = time.perf_counter()
         report("update", capability, began, updating(capability))
         if capability == (9, 0):

@@ -113,9 +113,9 @@ def test_more_values_than_32_bits_count() -> None:
 
 
 def test_more_clusters_than_counters() -> None:
-    x = torch.randn(1, 300_000, 8, device="cuda", dtype=torch.float16)
-    clusters = 100_000
-    labels = torch.randint(0, clusters, (1, 300_000), device="cuda", dtype=torch.int32)
+    x = torch.randn(1, 600_000, 8, device="cuda", dtype=torch.float16)
+    clusters = 300_000
+    labels = torch.randint(0, clusters, (1, 600_000), device="cuda", dtype=torch.int32)
     arguments = {"previous": x[:, :clusters].contiguous()}
     ours = fk.update(x, labels, clusters, backend="triton", **arguments)
     theirs = fk.update(x, labels, clusters, backend="reference", **arguments)

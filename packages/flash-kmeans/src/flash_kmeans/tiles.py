@@ -1,8 +1,8 @@
 """Launch parameters of the assign kernel, per compute capability, width and element size.
 
-Measured on 9.0 only (date and GPU in the table); the other rows follow its shape within their
-shared memory and are marked as not measured. A capability that is not listed takes the row of the
-nearest lower one.
+Two rows of 9.0 are measured, and say where and when. The others follow their shape within the
+shared memory of their capability; they have not been measured. A capability that is not listed
+takes the row of the nearest lower one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ TABLE: dict[Capability, dict[tuple[int, int], Tile]] = {
     (8, 0): _LARGE,
     (8, 6): _SMALL,
     (8, 9): _SMALL,
-    (9, 0): _LARGE,
+    (9, 0): {
+        **_LARGE,
+        (2, 128): replace(_LARGE[2, 128], measured="H200, 2026-11"),
+        (2, 256): replace(_LARGE[2, 256], measured="H200, 2026-11"),
+    },
     (10, 0): _LARGE,
     (12, 0): _SMALL,
 }

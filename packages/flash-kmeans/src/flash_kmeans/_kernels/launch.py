@@ -64,10 +64,17 @@ def _padded(
     return directions, scale, bias, k_tiles, d_tiles
 
 
-def assign(x: Tensor, centroids: Tensor, metric: str, *, tf32: bool = False) -> Tensor:
+def assign(
+    x: Tensor,
+    centroids: Tensor,
+    metric: str,
+    *,
+    tf32: bool = False,
+    specialised: bool = True,
+) -> Tensor:
     """Return int32 labels `[B, N]`; see `flash_kmeans.assign`."""
     x, centroids = _rows(x), centroids.contiguous()
-    if _suits_hopper(x, centroids.shape[1], metric):
+    if specialised and suits_hopper(x, centroids.shape[1], metric):
         return _assign_hopper(x, centroids, metric)
     batch, n_points, dim = x.shape
     chip = capability(x)
@@ -104,7 +111,8 @@ def _hopper() -> Any:
     return assign_sm90
 
 
-def _suits_hopper(x: Tensor, n_clusters: int, metric: str) -> bool:
+def suits_hopper(x: Tensor, n_clusters: int, metric: str) -> bool:
+    """Say whether the warp-specialised kernel takes these points."""
     batch, n_points, dim = x.shape
     return (
         x.dtype in (torch.float16, torch.bfloat16)
