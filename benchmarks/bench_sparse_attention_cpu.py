@@ -175,10 +175,10 @@ def tables() -> None:
     text = (
         f"{result['tokens']:,} tokens, {result['heads']} heads of {result['head_dim']}, fp32, "
         f"density {result['density']:.3f}, recall {result['recall']:.3f}; median and quartiles. "
-        f"{env['cpu']}, {env['threads']} of {env['cores']} cores, load {env['load']:.1f}, torch {env['torch']}, "
-        f"commit {env['commit']}, {env['date']}.\n\n{_harness.table(head, rows)}"
+        f"{env['cpu']}, {env['threads']} of {env['cores']} cores, load {env['load']:.1f}, "
+        f"torch {env['torch']}, commit {env['commit']}, {env['date']}.\n\n"
     )
-    _harness.replace_between(PAGE, MARK, text)
+    _harness.replace_between(PAGE, MARK, text + _harness.table(head, rows))
 
 
 def main() -> None:
