@@ -1,6 +1,7 @@
 """Compile every row of the attention kernel's table for its device, without a GPU.
 
-Run by test_attention_triton.py in a process of its own. Exits with the rows that do not fit.
+Run by test_attention_triton.py in processes of their own: `compile_attention.py PART PARTS`
+compiles each PARTS-th row from the PART-th on. Exits with the number of rows that do not fit.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def shared_bytes(capability: int, size: int, dim: int) -> int:
     return int(triton.compile(source, target=target, options=options).metadata.shared)
 
 
-def main() -> int:
+def main(part: int, parts: int) -> int:
     misfits = []
-    for row in attention.BLOCKS:
+    for row in list(attention.BLOCKS)[part::parts]:
         used, limit = shared_bytes(*row), SHARED_KB[row[0]] * 1024
         print(row, used, "of", limit)
         if used > limit:
@@ -79,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -159,6 +159,16 @@ def test_a_tier_that_cannot_run_says_why(generator):
         block_sparse_attention(*arguments, backend="cudnn")
 
 
+def test_what_no_kernel_computes_is_said_without_a_gpu():
+    from svg_kernels.attention import unsupported
+
+    cpu = torch.device("cpu")
+    for name in ("cuda", "triton", "reference"):
+        assert "at most 256" in unsupported(name, cpu, torch.float32, 300)
+        assert "fp16, bf16 or fp32" in unsupported(name, cpu, torch.int8, 64)
+    assert unsupported("reference", cpu, torch.float32, 256) is None
+
+
 def test_the_operator_can_be_traced(generator):
     arguments, keywords = random_call(generator, summaries=3, ordered=True)
     keys, values, weights = keywords["summary"]

@@ -38,6 +38,10 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
         dtype: of query, key and value.
         head_dim: D.
     """
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"
+    if dtype not in _backends.FLOATS:
+        return f"query must be fp16, bf16 or fp32, got {dtype}"
     if name == "cuda":
         reason = _not_compiled(device, dtype, head_dim)
         if reason:
