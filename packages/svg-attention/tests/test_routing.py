@@ -37,6 +37,7 @@ def test_centroid_error_equals_the_sum_over_keys(
         for t in range(9):
             logits = keys[0, h].double() @ means[0, h, t].double() * 0.5
             top = logits.max()
+            denominator = torch.exp(logits - top).sum()
             for c in range(5):
                 mine = owner[h] == c
                 centre = torch.exp(
@@ -46,8 +47,8 @@ def test_centroid_error_equals_the_sum_over_keys(
                     centre * value_means[0, h, c]
                     - torch.exp(logits[mine] - top)[:, None] * (values[0, h, mine])
                 )
-                expected = gap.square().sum() / max(int(mine.sum()), 1)
-                assert float(found[0, h, t, c]) == pytest.approx(float(expected), abs=1e-5)
+                expected = gap.square().sum() / denominator**2 / max(int(mine.sum()), 1)
+                assert float(found[0, h, t, c]) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_errors_vanish_where_centroids_are_exact() -> None:

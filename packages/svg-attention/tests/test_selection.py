@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from svg_attention import TokenLayout
+from svg_attention.methods import selection
 from svg_attention.methods.selection import (
-    estimated_logits,
     estimated_mass,
     keep_budget,
     keep_top_p,
     key_budget,
-    tile_means,
+    probe_counts,
+    probe_means,
+    tile_average,
 )
 
 
@@ -81,7 +83,7 @@ def test_one_cluster_is_always_kept() -> None:
 def test_estimated_mass_is_the_softmax_over_keys_at_their_centroids() -> None:
     means, centroids = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
     sizes = torch.tensor([[[3, 0, 1, 5], [2, 2, 2, 0]]])
-    mass = estimated_mass(estimated_logits(means, centroids, 0.3), sizes)
+    mass = estimated_mass(means, centroids, sizes, 0.3, torch.full((3,), 128), 1)
     for h in range(2):
         keys = centroids[0, h].repeat_interleave(sizes[0, h], dim=0)
         share = torch.softmax(means[0, h] @ keys.T * 0.3, dim=-1)
@@ -90,12 +92,49 @@ def test_estimated_mass_is_the_softmax_over_keys_at_their_centroids() -> None:
         assert torch.allclose(mass[0, h], expected, atol=1e-6)
 
 
-def test_tile_means_average_a_partial_last_tile_over_its_own_rows() -> None:
+@pytest.mark.parametrize("limit", [1, 2**26])
+def test_a_tile_averages_the_shares_of_its_probes(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "MASS_LOGITS", limit)
+    query, centroids = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 5, 8)
+    sizes = torch.randint(1, 9, (2, 2, 5))
+    mass = estimated_mass(
+        probe_means(query, 290, 1), centroids, sizes, 0.7, probe_counts(290, 1, query.device), 128
+    )
+    weight = sizes.float().log()[:, :, None]
+    rows = torch.softmax(query @ centroids.mT * 0.7 + weight, dim=-1)[:, :, :290]
+    assert mass.shape == (2, 2, 3, 5)
+    for tile, part in enumerate(rows.split(128, dim=2)):
+        assert torch.allclose(mass[:, :, tile], part.mean(dim=2), atol=1e-6)
+
+
+def test_finer_probes_see_what_their_mean_hides() -> None:
+    # Two kinds of queries that cancel in the mean, each with a cluster of its own.
+    query = torch.tensor([9.0, -9.0]).repeat_interleave(64)[:, None].expand(128, 4)[None, None]
+    centroids = torch.tensor([1.0, -1.0, 0.0])[:, None].expand(3, 4)[None, None]
+    sizes = torch.tensor([[[8, 8, 8]]])
+
+    def mass(rows: int) -> torch.Tensor:
+        counts = probe_counts(128, rows, query.device)
+        means = probe_means(query, 128, rows)
+        return estimated_mass(means, centroids, sizes, 0.5, counts, 128 // rows)[0, 0, 0]
+
+    assert torch.allclose(mass(128), torch.full((3,), 1 / 3))
+    assert torch.allclose(mass(64), torch.tensor([0.5, 0.5, 0.0]), atol=1e-6)
+
+
+def test_probe_means_average_a_partial_last_probe_over_its_own_rows() -> None:
     query = torch.randn(1, 2, 300, 4)
-    means = tile_means(query, 290)
-    assert means.shape == (1, 2, 3, 4)
-    assert torch.allclose(means[:, :, 1], query[:, :, 128:256].mean(dim=2), atol=1e-6)
-    assert torch.allclose(means[:, :, 2], query[:, :, 256:290].mean(dim=2), atol=1e-6)
+    means = probe_means(query, 290, 64)
+    assert means.shape == (1, 2, 6, 4)
+    assert torch.allclose(means[:, :, 1], query[:, :, 64:128].mean(dim=2), atol=1e-6)
+    assert torch.allclose(means[:, :, 4], query[:, :, 256:290].mean(dim=2), atol=1e-6)
+    assert (means[:, :, 5] == 0).all()
+    counts = probe_counts(290, 64, query.device)
+    assert counts.tolist() == [64, 64, 64, 64, 34, 0]
+    whole = tile_average(means, counts, 2)
+    assert torch.allclose(whole, probe_means(query, 290, 128), atol=1e-6)
 
 
 def brute_budget(priority: list[float], sizes: list[int], budget: float) -> list[bool]:

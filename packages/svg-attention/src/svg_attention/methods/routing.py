@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Logits held at once while probing every key with the mean query of each tile.
+# Logits held at once while probing every key.
 PROBE_LOGITS = 2**24
 
 
@@ -20,17 +20,17 @@ def centroid_error(
 ) -> Tensor:
     """Estimate the squared error of replacing each key cluster by its centroid, per key.
 
-    `e_tc = 1 / n_c * sum_(j in c) | exp(q_t . k_c) v_c - exp(q_t . k_j) v_j |^2`, where `k_c` and
-    `v_c` are the mean key and value of the cluster and `q_t` is the mean query of the tile, with
-    `scale` in the exponents. Each tile's exponentials are relative to its own largest, so errors
-    compare within a tile only. Values are taken relative to their mean over the head: a constant
-    added to every value changes no error of a softmax.
+    `e_tc = 1 / n_c * sum_(j in c) | exp(q_t . k_c) v_c - exp(q_t . k_j) v_j |^2 / Z_t^2`, where
+    `k_c` and `v_c` are the mean key and value of the cluster, `q_t` is the mean query of a probe
+    and `Z_t = sum_j exp(q_t . k_j)` over all keys, with `scale` in the exponents. Values are taken
+    relative to their mean over the head: a constant added to every value changes no error of a
+    softmax.
 
-    Every key is probed with every tile's mean query in chunks of tiles; the sums over a cluster
-    are differences of an fp64 running sum, so they do not depend on the order of threads.
+    Every key is probed with every mean query in chunks of probes; the sums over a cluster are
+    differences of an fp64 running sum, so they do not depend on the order of threads.
 
     Args:
-        means: fp32 `[B, H, T, D]`.
+        means: fp32 `[B, H, T, D]`, one for each probe.
         keys: `[B, H, N, D]`, sorted by cluster.
         values: `[B, H, N, D_v]`, sorted by cluster.
         centroids: `[B, H, C, D]`.
@@ -41,7 +41,7 @@ def centroid_error(
     Returns:
         fp32 `[B, H, T, C]`, 0 for an empty cluster.
 
-    Source: SVG-EAR, arXiv:2603.08982 (value-aware relaxed error), here per query tile.
+    Source: SVG-EAR, arXiv:2603.08982 (value-aware relaxed error), here per probe of a query tile.
     """
     ends = sizes.long().cumsum(dim=-1)
     rows = torch.arange(keys.shape[2], device=keys.device).expand(*ends.shape[:2], -1).contiguous()
@@ -62,12 +62,13 @@ def centroid_error(
         logits = torch.matmul(part, keys_t) * scale
         largest = logits.amax(dim=-1, keepdim=True)
         weights = (logits - largest).exp_()
+        denominator = weights.sum(dim=-1, keepdim=True)
         # By convexity a mean key's logit cannot exceed the largest of its cluster.
         centre = (torch.matmul(part, centroids_t) * scale - largest).clamp_(max=0).exp_()
         cross = _cluster_sums(weights * agreement, ends)
         square = _cluster_sums(weights.square_() * energy, ends)
         total = count * centre.square() * mean_energy - 2.0 * centre * cross + square
-        errors.append(total.clamp_(min=0) / count.clamp(min=1))
+        errors.append(total.clamp_(min=0) / (count.clamp(min=1) * denominator.square()))
     return torch.cat(errors, dim=2)
 
 

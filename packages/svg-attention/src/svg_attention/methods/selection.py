@@ -14,35 +14,86 @@ from svg_attention.methods.base import text_tiles
 from svg_attention.plan import TILE_ROWS, count_tiles
 from svg_attention.planner import device_planner
 
-
-def tile_means(query: Tensor, length: int, tile_rows: int = TILE_ROWS) -> Tensor:
-    """Average the first `length` rows tile by tile: `[B, H, S, D]` -> fp32 `[B, H, T, D]`.
-
-    `T` counts the tiles that hold one of those rows; the last may be partial.
-    """
-    tiles = count_tiles(length, tile_rows)
-    rows = query[:, :, :length].float()
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, tiles * tile_rows - length))
-    sums = rows.unflatten(2, (tiles, tile_rows)).sum(dim=3)
-    first = torch.arange(tiles, device=query.device) * tile_rows
-    return sums / (length - first).clamp(max=tile_rows)[:, None]
+# Logits held at once while probes estimate their masses.
+MASS_LOGITS = 2**26
 
 
-def estimated_logits(means: Tensor, centroids: Tensor, scale: float) -> Tensor:
-    """Return `means . centroids * scale`, fp32 `[B, H, T, C]`."""
-    return torch.matmul(means, centroids.float().transpose(-1, -2)) * scale
-
-
-def estimated_mass(logits: Tensor, sizes: Tensor) -> Tensor:
-    """Estimate the share of a tile's attention that goes to each cluster.
-
-    `p_j = n_j exp(s_j) / sum_i n_i exp(s_i)`, in fp32; 0 for an empty cluster.
+def probe_means(query: Tensor, length: int, probe_rows: int) -> Tensor:
+    """Average the first `length` rows, `probe_rows` at a time.
 
     Args:
-        logits: fp32 `[B, H, T, C]`, the logit of the tile's mean query with each centroid.
-        sizes: integers `[B, H, C]`.
+        query: `[B, H, S, D]`.
+        length: rows to look at; what follows belongs to no probe.
+        probe_rows: rows of a probe; divides a tile.
+
+    Returns:
+        fp32 `[B, H, T * probes, D]`, tile by tile over the tiles that hold one of those rows. The
+        last probe with rows is averaged over its own; those after it are zero.
     """
-    return torch.softmax(logits + sizes.float().log()[:, :, None], dim=-1)
+    tiles = count_tiles(length)
+    rows = query[:, :, :length].float()
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, tiles * TILE_ROWS - length))
+    sums = rows.unflatten(2, (-1, probe_rows)).sum(dim=3)
+    return sums / probe_counts(length, probe_rows, query.device).clamp(min=1)[:, None]
+
+
+def probe_counts(length: int, probe_rows: int, device: torch.device) -> Tensor:
+    """Return the rows behind each probe of `probe_means`, int64 `[T * probes]`."""
+    probes = count_tiles(length) * (TILE_ROWS // probe_rows)
+    first = torch.arange(probes, device=device) * probe_rows
+    return (length - first).clamp(min=0, max=probe_rows)
+
+
+def tile_average(x: Tensor, counts: Tensor, probes: int) -> Tensor:
+    """Average what the probes of each tile say, weighed by their rows.
+
+    Args:
+        x: `[B, H, T * probes, C]`.
+        counts: `[T * probes]`, rows of each probe.
+        probes: probes per tile.
+
+    Returns:
+        `[B, H, T, C]`.
+    """
+    if probes == 1:
+        return x
+    weights = counts.to(x.dtype).view(-1, probes)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return torch.einsum("bhtpc,tp->bhtc", x.unflatten(2, (-1, probes)), weights)
+
+
+def estimated_mass(
+    means: Tensor, centroids: Tensor, sizes: Tensor, scale: float, counts: Tensor, probes: int
+) -> Tensor:
+    """Estimate the share of a tile's attention that goes to each cluster.
+
+    A probe with mean query `q` gives cluster `j` the share
+    `n_j exp(q . k_j scale) / sum_i n_i exp(q . k_i scale)`; a tile averages its probes. A tile
+    holds queries that look at different places: the mean of their shares keeps every place, the
+    share of their mean keeps none.
+
+    Args:
+        means: fp32 `[B, H, T * probes, D]`.
+        centroids: `[B, H, C, D]`.
+        sizes: integers `[B, H, C]`.
+        scale: factor of the logits.
+        counts: `[T * probes]`, rows of each probe.
+        probes: probes per tile.
+
+    Returns:
+        fp32 `[B, H, T, C]`, 0 for an empty cluster.
+    """
+    weight = sizes.float().log()[:, :, None]
+    centroids_t = centroids.float().transpose(-1, -2)
+    per_tile = means.shape[0] * means.shape[1] * sizes.shape[-1] * probes
+    step = max(MASS_LOGITS // max(per_tile, 1), 1) * probes
+    parts = [
+        tile_average(
+            torch.softmax(torch.matmul(part, centroids_t) * scale + weight, dim=-1), n, probes
+        )
+        for part, n in zip(means.split(step, dim=2), counts.split(step), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def mass_per_key(mass: Tensor, sizes: Tensor) -> Tensor:

@@ -24,15 +24,16 @@ from svg_attention.methods.clustering import Clusters, cluster_rows
 from svg_attention.methods.dense import Dense
 from svg_attention.methods.routing import centroid_error
 from svg_attention.methods.selection import (
-    estimated_logits,
     estimated_mass,
     keep_budget,
     keep_top_p,
     key_budget,
     mass_per_key,
-    tile_means,
+    probe_counts,
+    probe_means,
+    tile_average,
 )
-from svg_attention.plan import KeySummary, SparsePlan, count_tiles, match_heads
+from svg_attention.plan import TILE_ROWS, KeySummary, SparsePlan, count_tiles, match_heads
 from svg_attention.rows import take_rows
 
 
@@ -41,9 +42,9 @@ class SVG2(MethodConfig):
     """Cluster video queries and keys per head; let each query tile read whole key clusters.
 
     Queries and keys are sorted by cluster. A tile of 128 sorted queries estimates the mass of each
-    key cluster from its own mean query and reads clusters of falling mass per key until they reach
-    `top_p` of it, or as many as a density allows. Text is exact: every query reads it and it reads
-    everything.
+    key cluster with the mean queries of a few of its rows at a time, and reads clusters of falling
+    mass per key until they reach `top_p` of it, or as many as a density allows. Text is exact:
+    every query reads it and it reads everything.
 
     Args:
         q_clusters: query clusters per head.
@@ -55,6 +56,9 @@ class SVG2(MethodConfig):
         compensate: let unread clusters take part through their mean key and value.
         route: "mass" reads the clusters with most mass; "error" those that their centroid would
             replace worst, as many keys as "mass" would have read. Needs `compensate`.
+        probe_rows: neighbouring queries that share one mean when a tile estimates masses and
+            errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
+            logits of all queries with all centroids (with all keys for `route="error"`).
         first_iterations: k-means rounds of the first planned call of a layer.
         step_iterations: k-means rounds of later calls, from the centroids of the one before.
 
@@ -68,13 +72,22 @@ class SVG2(MethodConfig):
     density: float | None = None
     compensate: bool = False
     route: Literal["mass", "error"] = "mass"
+    probe_rows: int = 16
     first_iterations: int = 50
     step_iterations: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
+        for name in (
+            *("q_clusters", "k_clusters", "probe_rows"),
+            *("first_iterations", "step_iterations"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if TILE_ROWS % self.probe_rows:
+            raise ValueError(
+                f"probe_rows must divide the {TILE_ROWS} rows of a tile, got {self.probe_rows}; "
+                "take a power of two"
+            )
         check_fraction("top_p", self.top_p)
         if not 0.0 <= self.min_keep <= 1.0:
             raise ValueError(f"min_keep must lie in [0, 1], got {self.min_keep}")
@@ -121,9 +134,12 @@ class SVG2(MethodConfig):
         queries, keys, values = query[:, :, video], key[:, :, video], value[:, :, video]
         query_clusters, key_clusters = self._cluster(queries, keys, memory, generator)
         text = valid_text(layout, text_lengths, batch, query)
-        means = tile_means(take_rows(queries, query_clusters.order), layout.video_tokens)
+        means = probe_means(
+            take_rows(queries, query_clusters.order), layout.video_tokens, self.probe_rows
+        )
         budget = key_budget(layout, text, self.density)[:, None, None] if self.density else None
-        mask, summary = self._choose(means, keys, values, key_clusters, budget, scale)
+        rows = probe_counts(layout.video_tokens, self.probe_rows, query.device)
+        mask, summary = self._choose(means, rows, keys, values, key_clusters, budget, scale)
         # Tiles past the video read nothing but text, unless they hold text rows themselves.
         spare = count_tiles(tokens) - mask.shape[2]
         mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
@@ -174,6 +190,7 @@ class SVG2(MethodConfig):
     def _choose(
         self,
         means: Tensor,
+        rows: Tensor,
         keys: Tensor,
         values: Tensor,
         clusters: Clusters,
@@ -184,11 +201,10 @@ class SVG2(MethodConfig):
 
         The weights of the summary are the logarithms of all cluster sizes, `[B, H, 1, C]`.
         """
-        heads = means.shape[1]
+        heads, probes = means.shape[1], TILE_ROWS // self.probe_rows
         sizes = match_heads(clusters.sizes, heads)
         centroids = match_heads(clusters.centroids, heads)
-        logits = estimated_logits(means, centroids, scale)
-        mass = estimated_mass(logits, sizes)
+        mass = estimated_mass(means, centroids, sizes, scale, rows, probes)
         if budget is None:
             mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
         else:
@@ -214,7 +230,7 @@ class SVG2(MethodConfig):
                 sizes,
                 scale,
             )
-            mask = keep_budget(errors, sizes, budget)
+            mask = keep_budget(tile_average(errors, rows, probes), sizes, budget)
         return mask, summary
 
 
