@@ -171,12 +171,19 @@ def line(row: dict[str, Any], copy: float) -> list[str]:
         f"{ours:.3f} ({ms['ours']['q1']:.3f} to {ms['ours']['q3']:.3f})",
         f"{speed:,.0f}",
         f"{speed / copy:.0%}",
-        f"{AIMS.get(row['op'], NORM_AIM):.0%}",
+        aim(row),
         ratio("diffusers"),
         f"{printed:.2f}x" if printed else "",
         ratio("torch"),
         ratio("torch.compile"),
     ]
+
+
+def aim(row: dict[str, Any]) -> str:
+    """Return the share aimed at; short sequences of `rope` are bound by the launch."""
+    if row["op"] == "rope" and int(row["shape"].split("x")[2]) < 16384:
+        return ""
+    return f"{AIMS.get(row['op'], NORM_AIM):.0%}"
 
 
 def main() -> None:

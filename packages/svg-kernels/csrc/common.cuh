@@ -2,6 +2,7 @@
 // grid and free beside the memory traffic, and one kernel serves every pair of dtypes.
 #pragma once
 #include "launch.h"
+#include "ptx.cuh"
 
 namespace svg {
 
@@ -13,15 +14,6 @@ struct Raw {
 };
 
 __host__ __device__ inline int size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Data that is read once: keep it out of L1, where the weights and tables live.
-__device__ __forceinline__ uint4 load_stream(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
 
 __device__ __forceinline__ void store_stream(void* p, uint4 v) {
   __stcs(reinterpret_cast<uint4*>(p), v);
@@ -37,12 +29,6 @@ __device__ __forceinline__ Raw load_raw(const void* base, int64_t element, int d
   r.lo = load_stream(p);
   if (dtype == kFloat32) r.hi = load_stream(p + 16);
   return r;
-}
-
-__device__ __forceinline__ float half_bits(unsigned short h) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
 }
 
 __device__ __forceinline__ void unpack_words(const uint4& r, int dtype, float (&v)[kVec]) {
@@ -69,18 +55,6 @@ __device__ __forceinline__ void unpack(const Raw& r, int dtype, float (&v)[kVec]
   } else {
     unpack_words(r.lo, kFloat16, v);
   }
-}
-
-__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-  unsigned w;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
-  return w;
-}
-
-__device__ __forceinline__ unsigned pack_f16(float low, float high) {
-  unsigned w;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
-  return w;
 }
 
 __device__ __forceinline__ void store_vec(void* base, int64_t element, int dtype,

@@ -4,7 +4,7 @@
 namespace svg {
 namespace {
 
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
 constexpr int kThreads = 256;
 
 __device__ __forceinline__ int64_t offset(const Rows& r, int64_t outer, int64_t inner) {

@@ -1,16 +1,22 @@
 // RMSNorm, LayerNorm and LayerNorm with modulation: one read and one write of the tensor.
 //
-// A row stays in registers; the variance is a second pass over them, and the rounding error of the
-// mean that this pass sees is taken out again. Narrow rows share a warp, several per thread in
-// flight; wide rows get a block. Any width or alignment that vectors cannot serve: `norm_any`.
+// A row stays in registers; the variance is a second pass over them. Narrow rows share a warp. Wide
+// rows get a block, which walks over many rows: it keeps weight and modulation in registers and
+// loads the next row while it works on this one. `norm_any` takes what vectors cannot serve.
+//
+// These kernels would be bound by instructions, not by memory, if dtypes were run-time values, so
+// DTYPE names the common ones (input and output alike) at compile time; kAnyDType reads them.
 #include "common.cuh"
 
 namespace svg {
 namespace {
 
-constexpr int kThreads = 256;     // of blocks whose warps hold several rows
-constexpr int kMaxThreads = 512;  // of a block that holds one row; more would spill registers
-constexpr int kVecs = 4;
+constexpr int kThreads = 256;      // of blocks whose warps hold several rows
+constexpr int kWideThreads = 320;  // of a block that holds a row of up to 5120
+constexpr int kMaxThreads = 512;   // of a block that holds a longer row
+constexpr int kVecs = 2;           // vectors of a wide row per thread
+constexpr int kRows = 4;           // narrow rows in flight per thread
+constexpr int kAnyDType = -1;
 
 struct Row {
   int64_t outer, inner;
@@ -31,6 +37,7 @@ __device__ __forceinline__ void affine(const NormArgs& a, const Row& row, int co
                                        float (&gain)[kVec], float (&lift)[kVec]) {
 #pragma unroll
   for (int k = 0; k < kVec; ++k) gain[k] = 1.f, lift[k] = 0.f;
+  if (column >= a.width) return;
   if (a.weight.data) load_cached(a.weight.data, column, a.weight.dtype, gain);
   if (a.bias.data) load_cached(a.bias.data, column, a.bias.dtype, lift);
   if (a.scale.data) {
@@ -45,134 +52,180 @@ __device__ __forceinline__ void affine(const NormArgs& a, const Row& row, int co
   }
 }
 
-template <bool BLOCK, int N>
-__device__ __forceinline__ void sum(float (&v)[N], int lanes, float* shared) {
+// Which rows share gain and lift: all, those of a batch element, or none.
+__device__ __forceinline__ int64_t affine_key(const NormArgs& a, const Row& row, int64_t index) {
+  if (a.scale.data == nullptr) return 0;
+  return a.scale.inner_stride || a.shift.inner_stride ? index : row.outer;
+}
+
+// y = gain * (x - mean) * rstd + lift for one vector; `rest` is what rounding left of the mean.
+template <bool CENTER>
+__device__ __forceinline__ void finish(float (&x)[kVec], float rstd, float rest,
+                                       const float (&gain)[kVec], const float (&lift)[kVec]) {
+  const float bias = -rest * rstd;
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = lane_sum(v[i], lanes);
-  if (!BLOCK) return;
-  const int warps = blockDim.x >> 5;
-  if (warps == 1) return;
-  const int warp = threadIdx.x >> 5;
-  if ((threadIdx.x & 31) == 0) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) shared[warp * N + i] = v[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float total = 0.f;
-    for (int w = 0; w < warps; ++w) total += shared[w * N + i];
-    v[i] = total;
+  for (int k = 0; k < kVec; ++k) {
+    x[k] = CENTER ? fmaf(fmaf(x[k], rstd, bias), gain[k], lift[k]) : x[k] * rstd * gain[k];
   }
 }
 
-// BLOCK: a block owns ROWS rows, VECS vectors of each per thread. Otherwise `lanes` lanes own ROWS
-// rows, one vector of each per thread (VECS = 1).
-template <bool BLOCK, int VECS, int ROWS>
-__global__ void __launch_bounds__(BLOCK ? kMaxThreads : kThreads)
-    norm_vec(const NormArgs a, int lanes) {
-  __shared__ float shared[BLOCK ? 3 * 32 * ROWS : 1];
+__device__ __forceinline__ float sum_of(const float (&x)[kVec]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+__device__ __forceinline__ float square_sum_of(const float (&x)[kVec]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) sum = fmaf(x[k], x[k], sum);
+  return sum;
+}
+
+__device__ __forceinline__ void subtract(float (&x)[kVec], float mean) {
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) x[k] -= mean;
+}
+
+template <int LANES>
+__device__ __forceinline__ float group_sum(float v) {
+#pragma unroll
+  for (int o = LANES / 2; o > 0; o /= 2) v += __shfl_xor_sync(kAll, v, o);
+  return v;
+}
+
+// LANES lanes own kRows rows, one vector of each per lane; no modulation.
+template <int DTYPE, bool CENTER, int LANES>
+__global__ void __launch_bounds__(kThreads) norm_narrow(const NormArgs a) {
+  constexpr int kGroups = 32 / LANES;
+  const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
+  const int out = DTYPE == kAnyDType ? a.y_dtype : DTYPE;
+  const int column = (threadIdx.x & (LANES - 1)) * kVec;
+  const bool inside = column < a.width;
   const int64_t rows = a.outer * a.inner;
-  int64_t first;
-  int step, column0, column_step;
-  if (BLOCK) {
-    first = static_cast<int64_t>(blockIdx.x) * ROWS;
-    step = 1;
-    column0 = threadIdx.x * kVec;
-    column_step = blockDim.x * kVec;
-  } else {
-    const int per_warp = 32 / lanes;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    first = warp * per_warp * ROWS + (threadIdx.x & 31) / lanes;
-    step = per_warp;
-    column0 = (threadIdx.x & (lanes - 1)) * kVec;
-    column_step = 0;
-  }
-
-  Raw raw[ROWS][VECS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t row = first + static_cast<int64_t>(r) * step;
-    if (row < rows) {
-      const int64_t base = offset(a.x, row_of(a, row));
-#pragma unroll
-      for (int j = 0; j < VECS; ++j) {
-        const int column = column0 + j * column_step;
-        if (column < a.width) raw[r][j] = load_raw(a.x.data, base + column, a.x.dtype);
-      }
-    }
-  }
-
-  float x[ROWS][VECS][kVec], mean[ROWS], rstd[ROWS];
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + (threadIdx.x >> 5);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
   const float inverse = 1.f / a.width;
+  float gain[kVec], lift[kVec];
+  affine(a, {0, 0}, column, gain, lift);
+  // All lanes of a warp take the same trips: they meet in shuffles.
+  for (int64_t base = warp * kGroups * kRows; base < rows; base += warps * kGroups * kRows) {
+    const int64_t first = base + (threadIdx.x & 31) / LANES;
+    Raw raw[kRows];
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const bool live = first + static_cast<int64_t>(r) * step < rows;
-    mean[r] = 0.f;
-#pragma unroll
-    for (int j = 0; j < VECS; ++j) {
-      if (live && column0 + j * column_step < a.width) {
-        unpack(raw[r][j], a.x.dtype, x[r][j]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kVec; ++k) x[r][j][k] = 0.f;
-      }
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) mean[r] += x[r][j][k];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * kGroups;
+      if (inside && row < rows) raw[r] = load_raw(a.x.data, offset(a.x, row_of(a, row)) + column, in);
     }
-  }
-  if (a.center) {
-    sum<BLOCK>(mean, lanes, shared);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) mean[r] *= inverse;
-  } else {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) mean[r] = 0.f;
-  }
-
-  float moment[2 * ROWS];  // of the deviations: their sum (0 but for rounding) and square sum
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    moment[2 * r] = moment[2 * r + 1] = 0.f;
-#pragma unroll
-    for (int j = 0; j < VECS; ++j) {
-      if (column0 + j * column_step < a.width) {
-#pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-          const float d = x[r][j][k] - mean[r];
-          x[r][j][k] = d;
-          moment[2 * r] += d;
-          moment[2 * r + 1] += d * d;
-        }
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * kGroups;
+      float x[kVec] = {};
+      if (inside && row < rows) unpack(raw[r], in, x);
+      float rest = 0.f;  // 16-bit inputs cannot have a mean so large that this matters
+      if (CENTER) {
+        const float mean = group_sum<LANES>(sum_of(x)) * inverse;
+        if (inside) subtract(x, mean);
+        if (in == kFloat32) rest = group_sum<LANES>(sum_of(x)) * inverse;
+      }
+      const float square = group_sum<LANES>(square_sum_of(x)) * inverse - rest * rest;
+      const float rstd = rsqrtf(fmaxf(square, 0.f) + a.eps);
+      if (inside && row < rows) {
+        finish<CENTER>(x, rstd, rest, gain, lift);
+        store_vec(a.y, row * a.width + column, out, x);
       }
     }
   }
-  sum<BLOCK>(moment, lanes, shared + 32 * ROWS);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const float rest = a.center ? moment[2 * r] * inverse : 0.f;
-    const float variance = fmaxf(moment[2 * r + 1] * inverse - rest * rest, 0.f);
-    rstd[r] = rsqrtf(variance + a.eps);
-    mean[r] = -rest * rstd[r];
-  }
+}
 
-  const bool fixed = a.scale.data == nullptr;
+// Sums over the block. Three buffers in turn: a thread may write one while others still read the one
+// before, but not the one before that, since all have passed a barrier since.
+template <int THREADS>
+struct BlockSum {
+  static constexpr int kWarps = (THREADS / 32 + 3) / 4 * 4;
+  float buffer[3][kWarps];
+};
+
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float v, BlockSum<THREADS>& shared, int& turn) {
+  v = group_sum<32>(v);
+  float* mine = shared.buffer[turn];
+  turn = turn == 2 ? 0 : turn + 1;
+  if ((threadIdx.x & 31) == 0) mine[threadIdx.x >> 5] = v;
+  __syncthreads();
+  float total = 0.f;
+  const int warps = blockDim.x >> 5;
 #pragma unroll
-  for (int j = 0; j < VECS; ++j) {
-    const int column = column0 + j * column_step;
-    float gain[kVec], lift[kVec];
-    if (fixed && column < a.width) affine(a, {0, 0}, column, gain, lift);
+  for (int w = 0; w < THREADS / 32; ++w) total += w < warps ? mine[w] : 0.f;
+  return total;
+}
+
+template <int DTYPE>
+__device__ __forceinline__ void load_row(const NormArgs& a, int64_t row, Raw (&raw)[kVecs]) {
+  const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
+  const int64_t base = offset(a.x, row_of(a, row));
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int64_t row = first + static_cast<int64_t>(r) * step;
-      if (row < rows && column < a.width) {
-        if (!fixed) affine(a, row_of(a, row), column, gain, lift);
-        float y[kVec];
+  for (int j = 0; j < kVecs; ++j) {
+    const int column = (threadIdx.x + j * blockDim.x) * kVec;
+    if (column < a.width) raw[j] = load_raw(a.x.data, base + column, in);
+  }
+}
+
+// A block owns a row at a time, kVecs vectors of it per thread.
+template <int DTYPE, bool CENTER, int THREADS>
+__global__ void __launch_bounds__(THREADS, THREADS == kWideThreads && DTYPE != kAnyDType ? 2 : 1)
+    norm_wide(const NormArgs a) {
+  __shared__ BlockSum<THREADS> shared;
+  const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
+  const int out = DTYPE == kAnyDType ? a.y_dtype : DTYPE;
+  const int64_t rows = a.outer * a.inner;
+  const float inverse = 1.f / a.width;
+  float gain[kVecs][kVec], lift[kVecs][kVec];
+  int64_t key = -1;
+  int turn = 0;
+  Raw next[kVecs];
+  load_row<DTYPE>(a, blockIdx.x, next);
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const Row at_row = row_of(a, row);
+    const int64_t wanted = affine_key(a, at_row, row);
+    if (wanted != key) {
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-          y[k] = (x[r][j][k] * rstd[r] + mean[r]) * gain[k] + lift[k];
-        }
-        store_vec(a.y, row * a.width + column, a.y_dtype, y);
+      for (int j = 0; j < kVecs; ++j) {
+        affine(a, at_row, (threadIdx.x + j * blockDim.x) * kVec, gain[j], lift[j]);
+      }
+      key = wanted;
+    }
+    float x[kVecs][kVec];
+    float mean = 0.f, rest = 0.f, square = 0.f;
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) x[j][k] = 0.f;
+      if ((threadIdx.x + j * blockDim.x) * kVec < a.width) unpack(next[j], in, x[j]);
+    }
+    if (row + gridDim.x < rows) load_row<DTYPE>(a, row + gridDim.x, next);
+    if (CENTER) {
+#pragma unroll
+      for (int j = 0; j < kVecs; ++j) mean += sum_of(x[j]);
+      mean = block_sum(mean, shared, turn) * inverse;
+#pragma unroll
+      for (int j = 0; j < kVecs; ++j) {
+        if ((threadIdx.x + j * blockDim.x) * kVec < a.width) subtract(x[j], mean);
+      }
+      if (in == kFloat32) {
+#pragma unroll
+        for (int j = 0; j < kVecs; ++j) rest += sum_of(x[j]);
+        rest = block_sum(rest, shared, turn) * inverse;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) square += square_sum_of(x[j]);
+    square = block_sum(square, shared, turn) * inverse - rest * rest;
+    const float rstd = rsqrtf(fmaxf(square, 0.f) + a.eps);
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) {
+      const int column = (threadIdx.x + j * blockDim.x) * kVec;
+      if (column < a.width) {
+        finish<CENTER>(x[j], rstd, rest, gain[j], lift[j]);
+        store_vec(a.y, row * a.width + column, out, x[j]);
       }
     }
   }
@@ -217,6 +270,43 @@ __global__ void __launch_bounds__(kThreads) norm_any(const NormArgs a) {
 
 __global__ void probe_kernel() {}
 
+using Kernel = void (*)(NormArgs);
+
+// One vector of a row per lane; modulation is left to the wide kernels.
+bool narrow(const NormArgs& a) { return a.width <= 32 * kVec && a.scale.data == nullptr; }
+
+// Lanes per narrow row. Dtypes without kernels of their own get fewer choices.
+int lanes_for(int vectors, bool any_dtype) {
+  int lanes = any_dtype ? 8 : 4;
+  while (lanes < vectors) lanes *= any_dtype ? 4 : 2;
+  return lanes;
+}
+
+template <int DTYPE, bool CENTER>
+Kernel kernel_of(const NormArgs& a) {
+  constexpr bool any = DTYPE == kAnyDType;
+  const int vectors = a.width / kVec;
+  if (narrow(a)) {
+    switch (lanes_for(vectors, any)) {
+      case 4: return norm_narrow<DTYPE, CENTER, any ? 8 : 4>;
+      case 8: return norm_narrow<DTYPE, CENTER, 8>;
+      case 16: return norm_narrow<DTYPE, CENTER, any ? 32 : 16>;
+      default: return norm_narrow<DTYPE, CENTER, 32>;
+    }
+  }
+  if (vectors <= kVecs * kWideThreads) return norm_wide<DTYPE, CENTER, kWideThreads>;
+  return norm_wide<kAnyDType, CENTER, kMaxThreads>;
+}
+
+template <int DTYPE>
+Kernel kernel_of(const NormArgs& a) {
+  return a.center ? kernel_of<DTYPE, true>(a) : kernel_of<DTYPE, false>(a);
+}
+
+int common_dtype(const NormArgs& a) {
+  return a.x.dtype == a.y_dtype && a.x.dtype != kFloat32 ? a.x.dtype : kAnyDType;
+}
+
 }  // namespace
 
 cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
@@ -226,22 +316,31 @@ cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
   const bool vector = a.width % kVec == 0 && vectors <= kVecs * kMaxThreads && aligned(a.y) &&
                       vector_rows(a.x) && vector_rows(a.weight) && vector_rows(a.bias) &&
                       vector_rows(a.scale) && vector_rows(a.shift);
-  if (vector && vectors <= 32) {
-    constexpr int kRows = 4;
-    int lanes = 1;
-    while (lanes < vectors) lanes *= 2;
-    const int64_t blocks = ceil_div(rows, static_cast<int64_t>(kThreads) / lanes * kRows);
-    if (blocks <= kMaxGrid) {
-      norm_vec<false, 1, kRows><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, lanes);
-      return cudaGetLastError();
-    }
-  } else if (vector && rows <= kMaxGrid) {
-    const int threads = static_cast<int>(ceil_div(vectors, kVecs * 32)) * 32;
-    norm_vec<true, kVecs, 1><<<static_cast<unsigned>(rows), threads, 0, stream>>>(a, 32);
+  if (!vector) {
+    const int64_t blocks = ceil_div(rows, kThreads / 32);
+    norm_any<<<static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream>>>(
+        a);
     return cudaGetLastError();
   }
-  const int64_t blocks = ceil_div(rows, kThreads / 32);
-  norm_any<<<static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream>>>(a);
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int dtype = common_dtype(a);
+  const Kernel kernel = dtype == kBFloat16  ? kernel_of<kBFloat16>(a)
+                        : dtype == kFloat16 ? kernel_of<kFloat16>(a)
+                                            : kernel_of<kAnyDType>(a);
+  int64_t blocks, most;
+  int threads = kThreads;
+  if (narrow(a)) {
+    const int lanes = lanes_for(vectors, dtype == kAnyDType);
+    blocks = ceil_div(rows, kThreads / lanes * kRows);
+    most = static_cast<int64_t>(processors) * 32;
+  } else {
+    threads = static_cast<int>(ceil_div(vectors, kVecs * 32)) * 32;
+    blocks = rows;
+    most = static_cast<int64_t>(processors) * (2048 / threads);
+  }
+  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), threads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

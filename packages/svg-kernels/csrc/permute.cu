@@ -4,7 +4,7 @@
 namespace svg {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kUnroll = 4;
 
 __device__ __forceinline__ uint4 load_word(const uint4* p) { return load_stream(p); }

@@ -9,35 +9,35 @@ constexpr int kMaxThreads = 512;  // more would spill registers
 
 // A block per token of one of the two tensors. Lanes of a head are a power of two that divides 32,
 // so a thread sees the same channel of a head in all its vectors: one set of angles serves them.
-template <bool HALF>
-__global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a, int lanes) {
+template <int DTYPE, bool HALF, int LANES>
+__global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a) {
   __shared__ float shared[32];
   const int which = blockIdx.x & 1;
   const int64_t place = blockIdx.x >> 1;
   const int64_t batch = place / a.tokens;
   const int64_t token = place - batch * a.tokens;
   const QkTensor& t = a.tensor[which];
-  const int width = t.heads * a.dim;
-  const int channel = (threadIdx.x & (lanes - 1)) * kVec;
+  const int width = t.heads * (LANES * kVec);
+  const int channel = (threadIdx.x & (LANES - 1)) * kVec;
 
   Raw raw[kVecs];
   const int64_t base = batch * t.xb + token * t.xs;
 #pragma unroll
   for (int j = 0; j < kVecs; ++j) {
     const int column = (threadIdx.x + j * blockDim.x) * kVec;
-    if (column < width) raw[j] = load_raw(t.x, base + column, a.dtype);
+    if (column < width) raw[j] = load_raw(t.x, base + column, DTYPE);
   }
   const int64_t row = token - a.tables.start;
   const bool turn = a.tables.cos != nullptr && row >= 0 && row < a.tables.length;
   Angles<HALF> angles;
-  if (turn) angles = load_angles<HALF>(a.tables, batch, row, channel, a.dim);
+  if (turn) angles = load_angles<HALF>(a.tables, batch, row, channel, LANES * kVec);
 
   float x[kVecs][kVec], square[kVecs];
 #pragma unroll
   for (int j = 0; j < kVecs; ++j) {
     square[j] = 0.f;
     if ((threadIdx.x + j * blockDim.x) * kVec < width) {
-      unpack(raw[j], a.dtype, x[j]);
+      unpack(raw[j], DTYPE, x[j]);
     } else {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) x[j][k] = 0.f;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a, int lanes)
     for (int j = 0; j < kVecs; ++j) square[j] = total / width;
   } else {
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) square[j] = lane_sum(square[j], lanes) / a.dim;
+    for (int j = 0; j < kVecs; ++j) square[j] = lane_sum(square[j], LANES) * (1.f / (LANES * kVec));
   }
 
 #pragma unroll
@@ -71,10 +71,10 @@ __global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a, int lanes)
 #pragma unroll
       for (int k = 0; k < kVec; ++k) x[j][k] *= rstd * w[k];
     }
-    rotate<HALF>(x[j], angles, turn, lanes, threadIdx.x & 31);
+    rotate<HALF>(x[j], angles, turn, LANES, threadIdx.x & 31);
     if (column < width) {
-      const int head = column / a.dim;
-      store_vec(t.y, batch * t.yb + head * t.yh + token * t.ys + channel, a.dtype, x[j]);
+      const int head = column / (LANES * kVec);
+      store_vec(t.y, batch * t.yb + head * t.yh + token * t.ys + channel, DTYPE, x[j]);
     }
   }
 }
@@ -124,6 +124,23 @@ __global__ void __launch_bounds__(256) qk_any(const QkArgs a, int which, int64_t
   }
 }
 
+using Kernel = void (*)(QkArgs);
+
+template <int DTYPE, bool HALF>
+Kernel kernel_of(int lanes) {
+  switch (lanes) {
+    case 8: return qk_vec<DTYPE, HALF, 8>;    // head_dim 64
+    case 16: return qk_vec<DTYPE, HALF, 16>;  // 128
+    default: return qk_vec<DTYPE, HALF, 32>;  // 256
+  }
+}
+
+template <int DTYPE>
+Kernel kernel_of(const QkArgs& a) {
+  const int lanes = a.dim / kVec;
+  return a.half ? kernel_of<DTYPE, true>(lanes) : kernel_of<DTYPE, false>(lanes);
+}
+
 bool vector_tensor(const QkTensor& t) {
   const int64_t strides[] = {t.xb, t.xs, t.yb, t.yh, t.ys};
   for (int64_t s : strides) {
@@ -140,18 +157,15 @@ cudaError_t qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
   const int lanes = a.dim / kVec;
   const int heads = a.tensor[0].heads > a.tensor[1].heads ? a.tensor[0].heads : a.tensor[1].heads;
   const int vectors = heads * lanes;
-  const bool vector = a.dim % kVec == 0 && power_of_two(lanes) && lanes <= 32 &&
-                      (!a.half || lanes >= 2) && vectors <= kVecs * kMaxThreads &&
-                      2 * places <= kMaxGrid && vector_tensor(a.tensor[0]) &&
-                      vector_tensor(a.tensor[1]);
+  const bool vector = (a.dim == 64 || a.dim == 128 || a.dim == 256) &&
+                      vectors <= kVecs * kMaxThreads && 2 * places <= kMaxGrid &&
+                      vector_tensor(a.tensor[0]) && vector_tensor(a.tensor[1]);
   if (vector) {
     const int threads = static_cast<int>(ceil_div(vectors, kVecs * 32)) * 32;
-    const unsigned blocks = static_cast<unsigned>(2 * places);
-    if (a.half) {
-      qk_vec<true><<<blocks, threads, 0, stream>>>(a, lanes);
-    } else {
-      qk_vec<false><<<blocks, threads, 0, stream>>>(a, lanes);
-    }
+    const Kernel kernel = a.dtype == kBFloat16  ? kernel_of<kBFloat16>(a)
+                          : a.dtype == kFloat16 ? kernel_of<kFloat16>(a)
+                                                : kernel_of<kFloat32>(a);
+    kernel<<<static_cast<unsigned>(2 * places), threads, 0, stream>>>(a);
     return cudaGetLastError();
   }
   for (int which = 0; which < 2; ++which) {

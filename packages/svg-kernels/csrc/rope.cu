@@ -5,10 +5,10 @@ namespace svg {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kHeads = 4;  // heads in flight per thread
+constexpr int kHeads = 2;  // heads in flight per thread
 
 // Block b works on `kThreads / lanes` tokens and one share of the heads.
-template <bool HALF>
+template <int DTYPE, bool HALF>
 __global__ void __launch_bounds__(kThreads) rope_vec(const RopeArgs a, int lanes, int shares,
                                                      int64_t tiles) {
   const int per_block = kThreads / lanes;
@@ -33,14 +33,14 @@ __global__ void __launch_bounds__(kThreads) rope_vec(const RopeArgs a, int lanes
     Raw raw[kHeads];
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      if (write && head + h < stop) raw[h] = load_raw(a.x, x0 + (head + h) * a.xh, a.dtype);
+      if (write && head + h < stop) raw[h] = load_raw(a.x, x0 + (head + h) * a.xh, DTYPE);
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       float v[kVec];
-      unpack(raw[h], a.dtype, v);
+      unpack(raw[h], DTYPE, v);
       rotate<HALF>(v, angles, turn, lanes, threadIdx.x & 31);
-      if (write && head + h < stop) store_vec(a.y, y0 + (head + h) * a.yh, a.dtype, v);
+      if (write && head + h < stop) store_vec(a.y, y0 + (head + h) * a.yh, DTYPE, v);
     }
   }
 }
@@ -76,14 +76,23 @@ __global__ void __launch_bounds__(kThreads) rope_any(const RopeArgs a, int64_t t
   }
 }
 
+using Kernel = void (*)(RopeArgs, int, int, int64_t);
+
+template <bool HALF>
+Kernel kernel_for(int dtype) {
+  if (dtype == kFloat32) return rope_vec<kFloat32, HALF>;
+  return dtype == kBFloat16 ? rope_vec<kBFloat16, HALF> : rope_vec<kFloat16, HALF>;
+}
+
 template <bool HALF>
 cudaError_t launch(const RopeArgs& a, cudaStream_t stream, int lanes) {
+  const Kernel kernel = kernel_for<HALF>(a.dtype);
   const int64_t tiles = ceil_div(a.tokens, kThreads / lanes);
   int shares = 1;  // split the heads until the grid fills a large GPU several times
   while (tiles * a.batch * shares < 2048 && shares * 2 * kHeads <= a.heads) shares *= 2;
   const int64_t blocks = tiles * a.batch * shares;
   if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
-  rope_vec<HALF><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, lanes, shares, tiles);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, lanes, shares, tiles);
   return cudaGetLastError();
 }
 

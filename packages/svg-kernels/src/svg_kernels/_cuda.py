@@ -17,7 +17,7 @@ from svg_kernels._tables import describe
 
 _lib = _library.functions()
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_stream = torch._C._cuda_getCurrentRawStream
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent without CUDA
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -55,7 +55,7 @@ def _norm(
     out_dtype: torch.dtype,
     center: bool,
 ) -> Tensor:
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    y = _new_like(x, out_dtype)
     if y.numel() == 0:
         return y
     x, outer, inner, x_outer, x_inner = _rows(x)
@@ -86,7 +86,7 @@ def _norm(
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Launch `gate_residual`; see `reference.gate_residual`."""
-    y = torch.empty(residual.shape, dtype=out_dtype, device=residual.device)
+    y = _new_like(residual, out_dtype)
     if y.numel() == 0:
         return y
     residual, x, packed = _last(residual), _last(x), _last(gate)
@@ -229,6 +229,12 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
         return x, 1, x.shape[0], 0, x.stride(0)
     x = x.contiguous()
     return x, 1, x.numel() // width, 0, width
+
+
+def _new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == x.dtype and x.is_contiguous():
+        return torch.empty_like(x)  # the quicker call
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _last(x: Tensor) -> Tensor:

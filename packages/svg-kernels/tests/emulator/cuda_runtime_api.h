@@ -1,0 +1,195 @@
+// Enough of CUDA, on a CPU, to run the portable kernels of csrc/: every thread of a block is a
+// fiber, shuffles and barriers wait for each other, and the order of the fibers is shuffled so that
+// a missing barrier shows. Slow, and honest about what it does not see: no memory model, no timing.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct cudaFuncAttributes {};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "the launch was refused"; }
+// Few processors, so that persistent blocks have several rows to walk over.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 1, cudaSuccess;
+}
+template <typename F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) {
+  return cudaSuccess;
+}
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulated {
+
+// Threads that meet: a warp at a shuffle, a block at a barrier.
+struct Meeting {
+  unsigned members = 0, arrived = 0, generation = 0;
+  unsigned slots[2][32];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  dim3 index;
+  bool done = true;
+  static constexpr size_t kStack = 64 * 1024;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting barrier;
+  Fiber* running = nullptr;
+  unsigned progress = 0;  // counts meetings and finished fibers: standing still is a deadlock
+  const char* error = nullptr;
+  const std::function<void()>* kernel = nullptr;
+};
+
+inline thread_local Block block;
+inline thread_local uint32_t noise = 12345;
+
+inline void wait() { swapcontext(&block.running->context, &block.scheduler); }
+
+inline unsigned meet(Meeting& m) {
+  const unsigned generation = m.generation;
+  if (++m.arrived == m.members) {
+    m.arrived = 0;
+    ++m.generation;
+    ++block.progress;
+  } else {
+    while (m.generation == generation) wait();
+  }
+  return generation;
+}
+
+inline void enter() {
+  (*block.kernel)();
+  block.running->done = true;
+  ++block.progress;
+  wait();
+}
+
+inline void run_block(unsigned threads) {
+  block.warps.assign((threads + 31) / 32, {});
+  block.barrier = {};
+  block.barrier.members = threads;
+  if (block.fibers.size() < threads) block.fibers = std::vector<Fiber>(threads);
+  std::vector<Fiber*> order;
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = block.fibers[t];
+    ++block.warps[t / 32].members;
+    fiber.index = dim3(t, 0, 0);
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    order.push_back(&fiber);
+  }
+  while (!order.empty()) {
+    const unsigned before = block.progress;
+    for (size_t i = order.size(); i > 1; --i) {
+      noise = noise * 1664525u + 1013904223u;
+      std::swap(order[i - 1], order[(noise >> 8) % i]);
+    }
+    for (Fiber* fiber : order) {
+      block.running = fiber;
+      threadIdx = fiber->index;
+      swapcontext(&block.scheduler, &fiber->context);
+    }
+    order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }),
+                order.end());
+    if (block.progress == before) {
+      throw std::runtime_error("deadlock: threads of a warp or block wait for some that never come");
+    }
+  }
+}
+
+inline void launch(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
+  block.kernel = &kernel;
+  block.error = nullptr;
+  gridDim = grid;
+  blockDim = dim3(threads);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y, 0);
+      run_block(threads);
+    }
+  }
+  if (block.error) throw std::runtime_error(block.error);
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::meet(emulated::block.barrier); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  static_assert(sizeof(T) == 4, "the emulator shuffles words");
+  const unsigned lane = threadIdx.x % 32;
+  emulated::Meeting& warp = emulated::block.warps[threadIdx.x / 32];
+  // Two sets of slots: a lane may be one shuffle ahead of those that still read.
+  std::memcpy(&warp.slots[warp.generation & 1][lane], &value, 4);
+  const unsigned generation = emulated::meet(warp);
+  std::memcpy(&value, &warp.slots[generation & 1][lane ^ offset], 4);
+  return value;
+}
+
+template <typename T>
+T __ldg(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulated::block.error = "misaligned load";
+  return *p;
+}
+
+template <typename T>
+void __stcs(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulated::block.error = "misaligned store";
+  *p = value;
+}
+
+inline float __uint_as_float(unsigned w) {
+  float f;
+  std::memcpy(&f, &w, 4);
+  return f;
+}
+
+inline unsigned __float_as_uint(float f) {
+  unsigned w;
+  std::memcpy(&w, &f, 4);
+  return w;
+}
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+using std::min;

@@ -1,0 +1,171 @@
+"""The compiled kernels themselves, run on the CPU by `emulator/`, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulate
+import pytest
+import torch
+
+import svg_kernels
+from svg_kernels import _backends
+
+pytestmark = pytest.mark.timeout(900)  # compiling takes half a minute on two idle cores
+CPU = torch.device("cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [BF16, FP16, FP32]
+ULP = {BF16: 2**-7, FP16: 2**-10, FP32: 2e-6}  # one step: two roundings may part ways
+
+
+class Library:
+    """The emulated launchers; a CPU tensor has no device index, and no stream."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        return lambda *args: function(*(0 if arg is None else arg for arg in args))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    if reason := emulate.missing():
+        pytest.skip(reason)
+    path = emulate.build(tmp_path_factory.mktemp("emulated"))
+    return Library(tvm_ffi.load_module(str(path)))
+
+
+@pytest.fixture(autouse=True)
+def emulated(library, monkeypatch):
+    from svg_kernels import _cuda
+
+    monkeypatch.setattr(_cuda, "_lib", library)
+    monkeypatch.setattr(_cuda, "_stream", lambda device: 0)
+    monkeypatch.setitem(_backends._chosen, ("cuda", CPU), _cuda)
+
+
+def normal(shape, dtype, generator, mean=0.0):
+    return (torch.randn(shape, generator=generator) + mean).to(dtype)
+
+
+def both(function, *args, **kwargs):
+    got = function(*args, backend="cuda", **kwargs)
+    want = function(*args, backend="reference", **kwargs)
+    pairs = [(got, want)] if isinstance(got, torch.Tensor) else zip(got, want, strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        assert a.is_contiguous() == b.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=ULP[a.dtype], atol=ULP[a.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 40, 64, 130, 136, 256, 264, 1536, 5120, 8192, 16392])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_norms_of_every_width(dtype, width, mean, generator):
+    rows = 300 if width <= 64 else 40 if width <= 256 else 5
+    x = normal((rows, width), dtype, generator, mean)
+    weight, bias = normal((2, width), FP32, generator).unbind(0)
+    both(svg_kernels.rms_norm, x, weight.to(dtype), eps=1e-3)
+    both(svg_kernels.layer_norm, x, weight, bias)
+    both(svg_kernels.layer_norm, x, out_dtype=FP32)
+
+
+@pytest.mark.parametrize("width", [64, 136, 1536])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_modulation_follows_batch_and_token(width, tokens, generator):
+    x = normal((3, 19, width), BF16, generator, 5.0)
+    table = normal((3, tokens, 6, width), FP32, generator)
+    shift, scale, gate = (t.squeeze(2) for t in table[:, :, :3].chunk(3, dim=2))
+    both(svg_kernels.layer_norm_modulate, x, scale, shift)
+    both(svg_kernels.layer_norm_modulate, x[..., 8:], scale[..., 8:], shift[:, 0, 8:])
+    both(svg_kernels.layer_norm_modulate, x[..., 1:], scale[..., 1:], shift[..., 1:])
+    both(svg_kernels.gate_residual, x, x.flip(1), gate)
+    both(svg_kernels.gate_residual, x.float(), x, gate.bfloat16())
+    both(svg_kernels.gate_residual, x[..., 1:], x[..., 1:], gate[..., 1:])
+
+
+def test_strided_rows(generator):
+    fused = normal((3, 17, 3 * 64), FP16, generator)
+    for view in (
+        fused[..., 64:128],
+        fused[:, ::2, :64],
+        fused[..., 1:65],
+        fused[:, :5].transpose(0, 2),
+    ):
+        both(svg_kernels.layer_norm, view)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("dim", [6, 64, 80, 128])
+@pytest.mark.parametrize("start", [0, 4])
+def test_rope(dtype, pairing, dim, start, generator):
+    base = normal((2, 21, 5 * dim), dtype, generator)
+    x = base.unflatten(-1, (5, dim)).transpose(1, 2)
+    theta = torch.rand(15, dim // 2, generator=generator) * 6
+    wide = torch.cat((theta, theta), -1) if pairing == "half" else theta.repeat_interleave(2, -1)
+    common = {"pairing": pairing, "start": start}
+    both(svg_kernels.rope, x, theta.cos(), theta.sin(), **common)
+    both(svg_kernels.rope, x, wide.cos()[None, :, None], wide.sin()[None, :, None], **common)
+    both(svg_kernels.rope, x, torch.polar(torch.ones_like(theta), theta), **common)
+    a, b = x.clone(), x.clone()
+    svg_kernels.rope(a, wide.cos(), wide.sin(), inplace=True, backend="cuda", **common)
+    svg_kernels.rope(b, wide.cos(), wide.sin(), inplace=True, backend="reference", **common)
+    torch.testing.assert_close(a, b, rtol=ULP[dtype], atol=ULP[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 6), (12, 64), (5, 128), (2, 256), (3, 80)])
+def test_qk_norm_rope(dtype, pairing, across, heads, dim, generator):
+    fused = normal((2, 9, 3 * heads * dim), dtype, generator, 1.0)
+    query, key, _ = fused.chunk(3, dim=-1)
+    weight = normal((heads * dim if across else dim,), FP32, generator)
+    theta = torch.rand(6, dim // 2, generator=generator) * 6
+    common = (query, key, weight, weight)
+    both(svg_kernels.qk_norm_rope, *common, heads=heads)
+    both(svg_kernels.qk_norm_rope, *common, theta.cos(), theta.sin(), heads=heads, start=2,
+         pairing=pairing)  # fmt: skip
+
+
+def test_qk_norm_rope_of_fewer_key_heads_into_slices(generator):
+    query, key = normal((2, 9, 4 * 64), BF16, generator), normal((2, 9, 2 * 64), BF16, generator)
+    weight = normal((64,), BF16, generator)
+    whole = [torch.full((2, heads, 12, 64), 7.0).bfloat16() for heads in (4, 2)]
+    out = (whole[0][:, :, 2:11], whole[1][:, :, 2:11])
+    svg_kernels.qk_norm_rope(query, key, weight, weight, heads=4, out=out, backend="cuda")
+    want = svg_kernels.qk_norm_rope(query, key, weight, weight, heads=4, backend="reference")
+    for part, full, expected in zip(out, whole, want, strict=True):
+        torch.testing.assert_close(part, expected, rtol=2**-7, atol=2**-7)
+        assert (full[:, :, :2] == 7).all()
+        assert (full[:, :, 11:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("dim", [1, 7, 64, 130])
+def test_permutation(dtype, dim, generator):
+    x = torch.randint(0, 100, (2, 3, 65, dim), generator=generator).to(dtype)
+    y = torch.randint(0, 100, (2, 5, 65, dim), generator=generator).to(dtype)
+    orders = [torch.rand(2, n, 65, generator=generator).argsort(-1).int() for n in (3, 5, 3)]
+    tensors = (x, y, x.flip(2)[:, :, :40].repeat(1, 1, 2, 1)[:, :, :65])
+    moved = svg_kernels.permute_rows(tensors, orders, backend="cuda")
+    want = svg_kernels.permute_rows(tensors, orders, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(moved, want, strict=True))
+    back = svg_kernels.unpermute_rows(moved, orders, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True))
+
+
+def test_blocks_that_walk_over_many_rows(generator):
+    # The emulator's one processor gets few blocks, so each has several rows to do.
+    for rows, width in ((20, 5120), (70, 264), (5000, 40)):
+        x = normal((2, rows // 2, width), BF16, generator, 2.0)
+        weight, bias = normal((2, width), FP32, generator).unbind(0)
+        scale, shift = normal((2, 2, width), FP32, generator).unbind(0)
+        both(svg_kernels.rms_norm, x, weight)
+        both(svg_kernels.layer_norm, x, weight, bias)
+        if width > 256:
+            both(svg_kernels.layer_norm_modulate, x, scale, shift, weight=weight, bias=bias)
