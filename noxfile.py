@@ -90,7 +90,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests with nothing installed but what it declares."""
     install(session, *group("test"), *checkout(package, extra="test"))
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    session.run("python", "-m", "pytest", f"packages/{package}/tests", *session.posargs)
 
 
 @nox.session(requires=["torch"])
@@ -99,7 +99,7 @@ def repository(session: nox.Session) -> None:
     install(
         session, *group("test"), *group("repository"), *checkout("svg-attention", "svg-kernels")
     )
-    session.run("pytest", "tests", *session.posargs)
+    session.run("python", "-m", "pytest", "tests", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])
@@ -141,11 +141,11 @@ def demo(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device, of all packages together."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
-    session.run("pytest", "-m", "gpu", "packages", *session.posargs)
+    session.run("python", "-m", "pytest", "-m", "gpu", "packages", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])
 def bench(session: nox.Session) -> None:
     """Measure with pytest-benchmark; pass a file to measure only that."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
-    session.run("pytest", "--benchmark-enable", *(session.posargs or ("benchmarks",)))
+    session.run("python", "-m", "pytest", "--benchmark-enable", *(session.posargs or ("benchmarks",)))
