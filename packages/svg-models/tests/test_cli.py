@@ -250,7 +250,8 @@ cli.app()
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_stopped_run_leaves_nothing_behind(number: int, folder: str, tmp_path: Path) -> None:
     place, marker = tmp_path / "out", tmp_path / "marker"
     place.mkdir()
     words: Sequence[str] = [
@@ -261,7 +262,7 @@ def test_ctrl_c_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
     assert marker.exists(), stderr
     assert process.returncode == 130, stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def _spoken_errors() -> Iterator[None]:
     from svg_models.errors import SvgModelsError
 
     try:
-        yield
+        with _terminated_like_interrupted():
+            yield
     except SvgModelsError as error:
         _fail(str(error))
     except UnsupportedError as error:
@@ -79,6 +81,20 @@ def _spoken_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _err().print("[yellow]stopped:[/] nothing was written", highlight=False)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM, which `timeout` and schedulers send, clean up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def check_backend(backend: str, loaded: LoadedPipeline) -> None:
 
     if backend == "auto":
         return
-    config = loaded.pipe.transformer.config
+    config = (loaded.pipe.transformer or loaded.pipe.transformer_2).config
     head_dim = int(config.get("attention_head_dim", 128))
     reasons = backend_reasons(loaded.device, loaded.dtype, head_dim=head_dim)
     if backend not in reasons:
