@@ -47,9 +47,15 @@ def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
     assert "32,760" in recipe.note
 
 
+def test_a_short_clip_compensates_for_what_it_leaves_out() -> None:
+    recipe = choose(WAN.recipes, "t2v", 3_328, width=256, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=52, k_clusters=208, compensate=True)
+    assert recipe.note.endswith("and compensation")
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
-    [(75_600, (300, 1000)), (13_312, (208, 416)), (3_328, (52, 104)), (40, (1, 1)), (1, (1, 1))],
+    [(75_600, (300, 1000)), (13_312, (208, 832)), (3_328, (52, 208)), (40, (1, 2)), (1, (1, 1))],
 )
 def test_cluster_counts_shrink_with_the_sequence(tokens: int, expected: tuple[int, int]) -> None:
     assert cluster_counts(tokens, 300, 1000) == expected
@@ -99,7 +105,7 @@ def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
         tiny.generate(pipe, num_inference_steps=10, num_frames=29)  # 8 x 12 x 12 tokens
     assert run.recipe is not None
     assert isinstance(run.recipe.method, SVG2)
-    assert (run.recipe.method.q_clusters, run.recipe.method.k_clusters) == (18, 36)
+    assert (run.recipe.method.q_clusters, run.recipe.method.k_clusters) == (18, 72)
     stats = run.stats()
     assert "nearest published settings" in stats.recipe["note"]
     assert stats.messages == ()

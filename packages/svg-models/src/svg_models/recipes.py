@@ -18,7 +18,7 @@ from svg_attention import Dense, Method, Schedule
 __all__ = ["Published", "Recipe", "choose", "cluster_counts", "recipe_for"]
 
 TOKENS_PER_QUERY_CLUSTER = 64
-TOKENS_PER_KEY_CLUSTER = 32
+TOKENS_PER_KEY_CLUSTER = 16
 FEW_STEPS = 8
 SMALLEST_SEQUENCE = 1024
 SMALLEST_SHARE = 1.75
@@ -97,7 +97,7 @@ def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, 
     """Shrink published cluster counts to a short sequence.
 
     A cluster should be large enough to be one run of keys that a kernel reads at once and to
-    spread the cost of its centroid: at least 64 queries or 32 keys on average. The published
+    spread the cost of its centroid: at least 64 queries or 16 keys on average. The published
     counts, made for 32,760 tokens and more, stay as they are.
 
     Args:
@@ -106,7 +106,7 @@ def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, 
         k_clusters: published key clusters.
 
     Returns:
-        `min(q_clusters, tokens // 64)` and `min(k_clusters, tokens // 32)`, each at least 1.
+        `min(q_clusters, tokens // 64)` and `min(k_clusters, tokens // 16)`, each at least 1.
     """
     return (
         max(1, min(q_clusters, tokens // TOKENS_PER_QUERY_CLUSTER)),
@@ -162,14 +162,22 @@ def choose(
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
     q_clusters, k_clusters = cluster_counts(tokens, row.q_clusters, row.k_clusters)
+    # A short sequence has fewer and coarser clusters, so what is left out weighs more; the means
+    # that stand in for it cost little.
+    short = (q_clusters, k_clusters) != (row.q_clusters, row.k_clusters)
     method = svg_attention.SVG2(
-        q_clusters=q_clusters, k_clusters=k_clusters, top_p=row.top_p, min_keep=row.min_keep
+        q_clusters=q_clusters,
+        k_clusters=k_clusters,
+        top_p=row.top_p,
+        min_keep=row.min_keep,
+        compensate=short,
     )
     note = ""
     if not rows or (row.task, row.tokens) != (task, tokens):
         note = (
             f"nearest published settings, those of {row.title} ({row.tokens:,} tokens), for "
             f"{tokens:,} tokens with {q_clusters} query and {k_clusters} key clusters"
+            f"{' and compensation' if short else ''}"
         )
     return Recipe(method=method, schedule=row.schedule, source=row.source, note=note)
 
