@@ -64,6 +64,11 @@ def checkout(*names: str, extra: str = "") -> list[str]:
     ]
 
 
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest as a module, so that processes which a test spawns find its module again."""
+    session.run("python", "-m", "pytest", *arguments)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
@@ -90,7 +95,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests with nothing installed but what it declares."""
     install(session, *group("test"), *checkout(package, extra="test"))
-    session.run("python", "-m", "pytest", f"packages/{package}/tests", *session.posargs)
+    pytest(session, f"packages/{package}/tests", *session.posargs)
 
 
 @nox.session(requires=["torch"])
@@ -99,15 +104,15 @@ def repository(session: nox.Session) -> None:
     install(
         session, *group("test"), *group("repository"), *checkout("svg-attention", "svg-kernels")
     )
-    session.run("python", "-m", "pytest", "tests", *session.posargs)
+    pytest(session, "tests", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])
 def compile(session: nox.Session) -> None:
     """Compile every kernel for every architecture; no GPU needed. `tests` includes this."""
     install(session, *group("test"), *checkout("svg-kernels", "flash-kmeans", extra="test"))
-    session.run(
-        "pytest",
+    pytest(
+        session,
         "packages/svg-kernels/tests/test_build.py",
         "packages/flash-kmeans/tests/test_compile.py",
         *session.posargs,
@@ -141,11 +146,11 @@ def demo(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device, of all packages together."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
-    session.run("python", "-m", "pytest", "-m", "gpu", "packages", *session.posargs)
+    pytest(session, "-m", "gpu", "packages", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])
 def bench(session: nox.Session) -> None:
     """Measure with pytest-benchmark; pass a file to measure only that."""
     install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
-    session.run("python", "-m", "pytest", "--benchmark-enable", *(session.posargs or ("benchmarks",)))
+    pytest(session, "--benchmark-enable", *(session.posargs or ("benchmarks",)))
