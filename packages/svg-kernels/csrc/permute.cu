@@ -16,7 +16,7 @@ __device__ __forceinline__ void store_word(unsigned char* p, unsigned char v) { 
 
 // blockIdx.y names the tensor; blockIdx.x a stretch of one head's output words.
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) permute_words(const PermuteArgs a, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 8) permute_words(const PermuteArgs a, int64_t tiles) {
   const PermuteTensor& t = a.tensor[blockIdx.y];
   const int64_t tile = blockIdx.x % tiles;
   const int64_t place = blockIdx.x / tiles;

@@ -10,7 +10,7 @@ constexpr int kMaxThreads = 512;  // more would spill registers
 // A block per token of one of the two tensors. Lanes of a head are a power of two that divides 32,
 // so a thread sees the same channel of a head in all its vectors: one set of angles serves them.
 template <int DTYPE, bool HALF, int LANES>
-__global__ void __launch_bounds__(kMaxThreads) qk_vec(const QkArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) qk_vec(const QkArgs a) {
   __shared__ float shared[32];
   const int which = blockIdx.x & 1;
   const int64_t place = blockIdx.x >> 1;
