@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -195,6 +196,13 @@ def test_headline_numbers_are_the_closest_clip_and_honest(text: str) -> None:
     assert "identical" in headline
     assert "It took as long as dense" in headline
     assert "The fastest was SVG2 with 2.00×" in headline
+
+
+def test_times_of_a_busy_machine_are_not_praised(comparison: Comparison) -> None:
+    machine = comparison.machine | {"busy": "load 9 on 2 cores"}
+    text = comparison_page(dataclasses.replace(comparison, machine=machine))
+    assert "busy with other work (load 9 on 2 cores), so the times here say little" in text
+    assert "as fast as dense" not in text
 
 
 def test_identical_frames_are_no_infinity(text: str) -> None:

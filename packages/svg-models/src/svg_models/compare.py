@@ -120,7 +120,8 @@ def clip_label(clip: Clip) -> str:
     """Name a clip by its method and the density that was measured."""
     if clip.method.name == "dense":
         return "Dense"
-    return f"{clip.method.label}, {clip.stats.mean_density:.0%}"
+    short = clip.method.label.replace("compensation", "comp.").replace(" routing", "")
+    return f"{short}, {clip.stats.mean_density:.0%}"
 
 
 def _clip_dict(clip: Clip) -> dict[str, Any]:
@@ -276,6 +277,7 @@ def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(loaded.device) if on_gpu else _processor(),
         "threads": None if on_gpu else torch.get_num_threads(),
+        "busy": None if on_gpu else _busy(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "backend": backend,
         "python": platform.python_version(),
@@ -284,6 +286,14 @@ def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
         "svg-attention": svg_attention.__version__,
         "svg-models": svg_models.__version__,
     }
+
+
+def _busy() -> str | None:
+    """Return how much else the processor had to do, if that spoils the times."""
+    cores = os.cpu_count() or 1
+    if not hasattr(os, "getloadavg") or os.getloadavg()[0] <= 1.5 * cores:
+        return None
+    return f"load {os.getloadavg()[0]:.0f} on {cores} cores"
 
 
 def _processor() -> str:

@@ -522,7 +522,7 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
     from svg_models.embedded.evaluate import GUIDANCE, SHEET_PROMPTS, STEPS
 
     return Defaults(
-        prompt=SHEET_PROMPTS[6],
+        prompt=SHEET_PROMPTS[0],
         steps=STEPS,
         guidance=GUIDANCE,
         height=128,

@@ -129,7 +129,8 @@ def _data_address(frames: Any, fps: float) -> str:
 def _meta(comparison: Comparison) -> list[str]:
     settings, machine = comparison.dense.settings, comparison.machine
     name = "embedded model" if comparison.dense.model == "embedded" else comparison.dense.model
-    threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+    count = machine.get("threads")
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     return [
         name,
         f"{settings.frames} frames of {settings.width} × {settings.height}",
@@ -169,6 +170,9 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
 
 def _verdict(comparison: Comparison, best: Candidate) -> str:
     tokens, clip = comparison.dense.tokens, best.clip
+    busy = comparison.machine.get("busy")
+    if busy:
+        return f"The machine was busy with other work ({busy}), so the times here say little."
     if best.speedup >= 1.03:
         text = f"It finished denoising {best.speedup:.2f}× as fast as dense on this machine."
     elif best.speedup > 0.97:
