@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from svg_kernels._tables import describe
 
 _lib = _library.functions()
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent without CUDA
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent without CUDA
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
