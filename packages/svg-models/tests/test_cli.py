@@ -258,12 +258,22 @@ def test_a_stopped_run_leaves_nothing_behind(number: int, folder: str, tmp_path:
         *(sys.executable, "-c", INTERRUPTED, str(marker), "generate", "-m", folder),
         *("--size", "48x48", "--frames", "9", "--steps", "900", "-o", str(place / "clip.mp4")),
     ]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
+    process = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert marker.exists(), stderr
     assert process.returncode == 130, stderr
     assert "stopped: nothing was written" in stderr
