@@ -139,7 +139,7 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Generate one clip dense and sparse with the embedded model, and compare them."""
     install(session, *checkout(*PACKAGES))
-    session.run("svg", "compare", "--output", "demo", *session.posargs)
+    session.run("svg", "compare", "--steps", "16", "--output", "demo", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])
