@@ -74,8 +74,7 @@ def sample(pipe: Any, prompts: Sequence[str], side: int, args: argparse.Namespac
 def similarity(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
     """Return per clip the mean PSNR in dB and SSIM of its frames against the dense clip.
 
-    Identical frames are left out of the PSNR (it would be infinite); a clip of nothing else has
-    the PSNR of one wrong level in one pixel of a frame.
+    An identical frame, whose PSNR would be infinite, counts as one wrong level in one pixel.
     """
     psnr, ssim = [], []
     for clip, reference in zip(clips, dense, strict=True):
