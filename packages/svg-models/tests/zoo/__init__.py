@@ -1,0 +1,18 @@
+"""A tiny pipeline of every model family and task, built with nothing from the network.
+
+Each module has the cases of one family in `CASES`.
+"""
+
+from __future__ import annotations
+
+from zoo import wan
+from zoo.case import Case
+
+__all__ = ["CASES", "Case", "case"]
+
+CASES: tuple[Case, ...] = (*wan.CASES,)
+
+
+def case(name: str) -> Case:
+    """Return the case of this name."""
+    return next(case for case in CASES if case.name == name)
