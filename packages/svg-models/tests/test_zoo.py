@@ -1,4 +1,4 @@
-"""What every family promises, over a tiny pipeline of each: exact when dense, sparse, reversible."""
+"""What every family promises, over a tiny pipeline of each: exact when dense, and reversible."""
 
 from __future__ import annotations
 
