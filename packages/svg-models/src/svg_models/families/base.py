@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,7 +21,9 @@ __all__ = [
     "DenseKernel",
     "Family",
     "SparseProcessor",
+    "VideoProcessor",
     "dense_attention",
+    "patch_grid",
     "project_out",
     "project_qkv",
     "rotate_pairs",
@@ -76,6 +79,26 @@ def text_to_video(transformer: Any) -> str:
     return "t2v"
 
 
+def no_objection(transformer: Any) -> str:
+    """Find nothing against making a transformer sparse."""
+    return ""
+
+
+def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the token grid of `[B, C, F, H, W]` latents: their sizes over those of a patch.
+
+    Args:
+        transformer: has three numbers as `config.patch_size`.
+        arguments: of its forward pass, with `hidden_states`.
+
+    Returns:
+        Latent frames, rows and columns of tokens.
+    """
+    frames, rows, columns = arguments["hidden_states"].shape[2:]
+    patch = transformer.config.patch_size
+    return frames // patch[0], rows // patch[1], columns // patch[2]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that one kind of transformer has of its own.
@@ -84,7 +107,8 @@ class Family:
         name: short name, for example `"wan"`.
         title: the models it covers, for people.
         transformers: class names of the transformers; subclasses count too.
-        attentions: regular expression that the module path of each video self-attention matches.
+        attentions: regular expression that the module path of each video self-attention matches;
+            or several, where modules run in another order than the model lists them.
         stock_processors: class names of the processors that `processor` reproduces; any other is
             refused, because replacing it would lose what it does.
         processor: the attention processor that takes their place.
@@ -94,12 +118,14 @@ class Family:
         recipes: published settings; without any, those that most models share.
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
         dense: the kernel of dense steps.
+        objection: says in one sentence why a certain transformer of these classes cannot be made
+            sparse; empty where nothing speaks against it.
     """
 
     name: str
     title: str
     transformers: tuple[str, ...]
-    attentions: str
+    attentions: str | tuple[str, ...]
     stock_processors: tuple[str, ...]
     processor: type[SparseProcessor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
@@ -107,6 +133,7 @@ class Family:
     recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
     dense: DenseKernel = dense_attention
+    objection: Callable[[Any], str] = no_objection
 
     def covers(self, transformer: nn.Module) -> bool:
         """Tell whether `transformer` is of this family."""
@@ -118,11 +145,12 @@ class Family:
         Raises:
             ValueError: if there is none, or one has a processor that is not reproduced.
         """
-        pattern = re.compile(self.attentions)
+        patterns = (self.attentions,) if isinstance(self.attentions, str) else self.attentions
         found: list[tuple[str, Any]] = [
             (path, module)
+            for pattern in patterns
             for path, module in transformer.named_modules()
-            if pattern.fullmatch(path)
+            if re.fullmatch(pattern, path)
         ]
         if not found:
             raise ValueError(
@@ -183,6 +211,39 @@ class SparseProcessor:
         if parallel is None:
             return operator.attention(query, key, value, self.handle, text_lengths)
         return _attend_over_ranks(query, key, value, self.handle, text_lengths, parallel)
+
+
+class VideoProcessor(SparseProcessor, ABC):
+    """Self-attention over video tokens alone; any other call goes to the processor it replaced."""
+
+    @abstractmethod
+    def prepare(
+        self, attn: Any, hidden_states: Tensor, rotation: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value as `[B, S, H, D]`, normalised and rotated.
+
+        Args:
+            attn: the attention module.
+            hidden_states: `[B, S, C]`.
+            rotation: what the model hands to its attentions, usually cosines and sines; or None.
+        """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        """Compute the attention of one block, `[B, S, C]` in and out."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            out: Tensor = self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return out
+        query, key, value = self.prepare(attn, hidden_states, image_rotary_emb)
+        return project_out(attn, self.attend(query, key, value).type_as(query))
 
 
 def _attend_over_ranks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from svg_attention import Schedule
 from svg_models.families.base import (
     Family,
-    SparseProcessor,
-    project_out,
+    VideoProcessor,
+    patch_grid,
     project_qkv,
     rotate_pairs,
     split_heads,
@@ -21,36 +20,19 @@ from svg_models.recipes import Published
 __all__ = ["WAN", "SparseWanProcessor"]
 
 
-class SparseWanProcessor(SparseProcessor):
-    """Self-attention of a Wan block; anything else goes to the processor that was there before."""
+class SparseWanProcessor(VideoProcessor):
+    """Self-attention of a Wan block."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Compute the attention of one block, `[B, S, C]` in and out."""
-        if encoder_hidden_states is not None or attention_mask is not None:
-            out: Tensor = self.original(
-                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
-            )
-            return out
+    def prepare(
+        self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise over all heads at once, then split them and rotate neighbouring channels."""
         query, key, value = project_qkv(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
-        if rotary_emb is not None:
-            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
-        return project_out(attn, self.attend(query, key, value).type_as(query))
-
-
-def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return the token grid: latent frames, rows and columns divided by the patch size."""
-    frames, rows, columns = arguments["hidden_states"].shape[2:]
-    patch = transformer.config.patch_size
-    return frames // patch[0], rows // patch[1], columns // patch[2]
+        if rotation is not None:
+            query, key = rotate_pairs(query, *rotation), rotate_pairs(key, *rotation)
+        return query, key, value
 
 
 def task(transformer: Any) -> str:
@@ -69,7 +51,7 @@ WAN = Family(
     attentions=r"blocks\.\d+\.attn1",
     stock_processors=("WanAttnProcessor",),
     processor=SparseWanProcessor,
-    grid=grid,
+    grid=patch_grid,
     task=task,
     recipes=(
         Published(
