@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import time
@@ -23,13 +24,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.clips import caption
 from svg_models.embedded.evaluate import held_out_scenes
 from svg_models.recipes import cluster_counts
+from svg_models.video import similarity
 
 FRAMES = 49
 SIDES = {"default": 128, "large": 256}
@@ -71,25 +72,44 @@ def sample(pipe: Any, prompts: Sequence[str], side: int, args: argparse.Namespac
     return (clips.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def similarity(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
-    """Return per clip the mean PSNR in dB and SSIM of its frames against the dense clip.
+def closeness(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
+    """Return per clip the mean PSNR in dB and SSIM of its frames against the dense clip."""
+    pairs = [
+        similarity(clip, reference, device=clips.device)
+        for clip, reference in zip(clips, dense, strict=True)
+    ]
+    return {
+        "psnr": [pair.mean_psnr for pair in pairs],
+        "ssim": [pair.mean_ssim for pair in pairs],
+    }
 
-    An identical frame, whose PSNR would be infinite, counts as one wrong level in one pixel.
+
+def summary(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, standard deviation, least and largest; None for all if nothing is finite.
+
+    A clip that is identical to the dense one has no finite PSNR and is left out.
     """
-    psnr, ssim = [], []
-    for clip, reference in zip(clips, dense, strict=True):
-        a, b = clip.float() / 255, reference.float() / 255
-        mse = (a - b).square().mean(dim=(1, 2, 3)).clamp_min(1 / 255**2 / a[0].numel())
-        psnr.append((-10 * mse.log10()).mean().item())
-        ssim.append(structural_similarity_index_measure(a, b, data_range=1.0).item())
-    return {"psnr": psnr, "ssim": ssim}
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, standard deviation, least and largest."""
-    x = torch.tensor(values, dtype=torch.float64)
-    numbers = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return dict.fromkeys(("mean", "std", "min", "max"))
+    x = torch.tensor(finite, dtype=torch.float64)
+    numbers = {
+        "mean": x.mean(),
+        "std": x.std(correction=min(1, len(finite) - 1)),
+        "min": x.min(),
+        "max": x.max(),
+    }
     return {name: round(value.item(), 4) for name, value in numbers.items()}
+
+
+def plain(values: Sequence[float]) -> list[float | None]:
+    """Return values that JSON can hold: None stands for a clip without a finite PSNR."""
+    return [round(value, 4) if math.isfinite(value) else None for value in values]
+
+
+def decibels(psnr: dict[str, float | None]) -> str:
+    """Return the mean of a summary of PSNR for people."""
+    return "identical" if psnr["mean"] is None else f"{psnr['mean']:.2f} dB"
 
 
 def measure(
@@ -104,7 +124,7 @@ def measure(
             with sparsify(pipe, method, SCHEDULE, backend=args.backend) as run:
                 clips = sample(pipe, prompts, side, args)
                 realised = run.stats().mean_density
-            close = similarity(clips, dense)
+            close = closeness(clips, dense)
             row = {
                 "method": name,
                 "config": method.to_dict(),
@@ -112,12 +132,12 @@ def measure(
                 "realised_density": round(float(realised), 4),
                 "psnr": summary(close["psnr"]),
                 "ssim": summary(close["ssim"]),
-                "per_clip": {k: [round(v, 4) for v in values] for k, values in close.items()},
+                "per_clip": {name: plain(values) for name, values in close.items()},
                 "seconds": round(time.perf_counter() - started, 2),
             }
             print(
                 f"{side:4d} {density:.0%} {name:38s} density {realised:.3f} "
-                f"PSNR {row['psnr']['mean']:.2f} SSIM {row['ssim']['mean']:.4f} {row['seconds']} s",
+                f"PSNR {decibels(row['psnr'])} SSIM {row['ssim']['mean']:.4f} {row['seconds']} s",
                 flush=True,
             )
             yield row
@@ -179,8 +199,8 @@ def run(args: argparse.Namespace) -> None:
         dense = sample(pipe, prompts, side, args)
         with other_kernel(pipe):
             again = sample(pipe, prompts, side, args)
-        floor = similarity(again, dense)
-        print(f"{side:4d} noise floor PSNR {summary(floor['psnr'])}", flush=True)
+        floor = closeness(again, dense)
+        print(f"{side:4d} noise floor PSNR {decibels(summary(floor['psnr']))}", flush=True)
         rows: list[dict[str, Any]] = []
         results["sizes"][size] = {
             "side": side,
@@ -211,7 +231,7 @@ def table(args: argparse.Namespace) -> None:
             f"### {size.capitalize()} clip, {part['frames']} x {part['side']} x {part['side']}",
             "",
             "PSNR in dB against dense. Noise floor (another dense kernel): "
-            f"{_spread(floor['psnr'], 1)} dB, SSIM {_spread(floor['ssim'], 3)}.",
+            f"PSNR {_spread(floor['psnr'], 1)}, SSIM {_spread(floor['ssim'], 3)}.",
             "",
         ]
         for metric, digits in (("psnr", 1), ("ssim", 3)):
@@ -224,7 +244,9 @@ def table(args: argparse.Namespace) -> None:
     print(f"wrote {page} and {target}")
 
 
-def _spread(numbers: dict[str, float], digits: int) -> str:
+def _spread(numbers: dict[str, float | None], digits: int) -> str:
+    if numbers["mean"] is None:
+        return "identical"
     return f"{numbers['mean']:.{digits}f} ± {numbers['std']:.{digits}f}"
 
 
@@ -256,11 +278,13 @@ def _plot(results: dict[str, Any], target: Path) -> None:
             rows = [row for row in part["rows"] if row["method"] == name]
             axis.plot(
                 [100 * row["realised_density"] for row in rows],
-                [row["psnr"]["mean"] for row in rows],
+                [row["psnr"]["mean"] for row in rows],  # None, where clips are identical, is a gap
                 marker="o",
                 label=name,
             )
-        axis.axhline(part["noise_floor"]["psnr"]["mean"], color="grey", ls=":", label="noise floor")
+        floor = part["noise_floor"]["psnr"]["mean"]
+        if floor is not None:
+            axis.axhline(floor, color="grey", ls=":", label="noise floor")
         axis.set(title=f"{size} clip", xlabel="density of sparse calls, %")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PSNR against dense, dB")

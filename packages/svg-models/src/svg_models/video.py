@@ -271,7 +271,9 @@ def _finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-def similarity(clip: Frames, reference: Frames) -> Similarity:
+def similarity(
+    clip: Frames, reference: Frames, *, device: str | torch.device = "cpu"
+) -> Similarity:
     """Measure PSNR and SSIM of each frame of `clip` against `reference` with torchmetrics.
 
     Both clips are brought to 8 bits a channel, as they are shown, and scaled to 0..1.
@@ -282,6 +284,7 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
     Args:
         clip: anything `to_frames` takes.
         reference: the same number and size of frames.
+        device: where to compute.
 
     Returns:
         The values per frame.
@@ -307,8 +310,9 @@ def similarity(clip: Frames, reference: Frames) -> Similarity:
     psnr: list[float] = []
     ssim: list[float] = []
     for start in range(0, len(ours), _METRIC_CHUNK):
+        part = slice(start, start + _METRIC_CHUNK)
         a, b = (
-            torch.from_numpy(x[start : start + _METRIC_CHUNK]).permute(0, 3, 1, 2).double() / 255.0
+            torch.from_numpy(x[part]).to(device).permute(0, 3, 1, 2).double() / 255.0
             for x in (ours, theirs)
         )
         for one, other in zip(a, b, strict=True):
