@@ -16,6 +16,7 @@ import _harness
 
 DOCS = _harness.ROOT / "docs"
 README = _harness.ROOT / "packages" / "flash-kmeans" / "README.md"
+WHO = ("ours", "peer")
 Rows = list[dict[str, Any]]
 
 
@@ -70,6 +71,32 @@ def peer_table(result: dict[str, Any], groups: tuple[str, ...]) -> str:
     return _stated(result) + _harness.table(head, lines)
 
 
+def halves_table(result: dict[str, Any]) -> str:
+    """Return speed of assignment and of the update beside the peer's, by events."""
+    lines = []
+    for row in result["rows"]:
+        case, parts = row["case"], row["parts_ms"]
+        if not parts:
+            continue
+        points = case["batch"] * case["points"] * case["dim"]
+        work = {"assign": 2e-9 * points * case["clusters"], "update": 2e-6 * points}
+        times = [(half, parts[f"{who} {half}"]["median"]) for half in work for who in WHO]
+        cells = [f"{ms:.2f} ({work[half] / ms:,.0f})" for half, ms in times]
+        lines.append([f"{shape_of(case)}, {case['dtype']}", *cells])
+    peer = "flash-kmeans 0.3.1"
+    head = ["points, clusters", "assign, ms (TFLOP/s)", peer, "update, ms (GB/s read)", peer]
+    return _harness.table(head, lines)
+
+
+def fastkmeans_line(result: dict[str, Any]) -> str:
+    """Return a sentence on the peer that takes points from the host."""
+    row = result["fastkmeans"]
+    return (
+        f"\n`fastkmeans` 0.5.0, which takes its points from the host, needs {row['round_ms']:.0f} "
+        f"ms a round for {shape_of(row['case'])}.\n"
+    )
+
+
 def draw(result: dict[str, Any], target: Path) -> None:
     """Draw time per round against the number of points and of clusters, beside the peers."""
     import matplotlib.pyplot as plt
@@ -104,8 +131,10 @@ def main(gpu: str) -> None:
     _harness.replace_between(page, "kmeans-update", update_table(result))
     if (_harness.RESULTS / gpu / "kmeans.json").exists():
         result = _harness.load(gpu, "kmeans")
+        rounds = peer_table(result, ("video", "public")) + fastkmeans_line(result)
         for path in (page, README):
-            _harness.replace_between(path, "kmeans-rounds", peer_table(result, ("video", "public")))
+            _harness.replace_between(path, "kmeans-rounds", rounds)
+        _harness.replace_between(page, "kmeans-halves", halves_table(result))
         draw(result, DOCS / "assets" / "kmeans-time.png")
 
 
