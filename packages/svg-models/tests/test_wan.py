@@ -60,7 +60,7 @@ def test_the_shared_steps_repeat_the_stock_processor_to_the_bit(dtype: torch.dty
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
         query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
-        out = WAN.dense(query, key, value, backend=None, text_lengths=None)
+        out = WAN.dense(query, key, value)
         assert torch.equal(project_out(attn, out.type_as(query)), expected)
 
 

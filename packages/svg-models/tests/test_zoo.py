@@ -14,7 +14,6 @@ from zoo import CASES, Case
 from svg_attention import SVG1, SVG2, Dense, Method, Schedule
 from svg_models import sparsify
 from svg_models.families import family_of, transformers_of
-from svg_models.families.base import DenseKernel
 from svg_models.stats import RunStats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,29 +75,29 @@ def outcome(request: pytest.FixtureRequest, case: Case, pipe: Any, stock: Tensor
     )
 
 
-def in_fp64(text_tokens: int) -> DenseKernel:
-    """Make a kernel that attends in fp64; where there are text lengths, text comes last."""
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, *, backend: Any, text_lengths: Tensor | None
-    ) -> Tensor:
-        query, key, value = (x.double().transpose(1, 2) for x in (query, key, value))
-        logits = query @ key.mT * query.shape[-1] ** -0.5
-        if text_lengths is not None:
-            place = torch.arange(key.shape[2]) - (key.shape[2] - text_tokens)
-            logits = logits.where((place < text_lengths[:, None])[:, None, None], -torch.inf)
-        return (logits.softmax(-1) @ value).float().transpose(1, 2)
-
-    return attend
+def in_fp64(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backend: Any = None,
+    key_lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Attend in fp64, with padding masked."""
+    query, key, value = (x.double().transpose(1, 2) for x in (query, key, value))
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    if key_lengths is not None:
+        valid = torch.arange(key.shape[2]) < torch.tensor(key_lengths)[:, None]
+        logits = logits.where(valid[:, None, None], -torch.inf)
+    return (logits.softmax(-1) @ value).float().transpose(1, 2)
 
 
 @pytest.fixture(scope="module")
 def exact(case: Case, pipe: Any, stock: Tensor) -> Tensor:
     """Latents with the self-attention of the video computed in fp64."""
-    kernel = in_fp64(case.text_tokens)
     with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
         slots = run._engine.slots
-        slots[:] = [replace(slot, family=replace(slot.family, dense=kernel)) for slot in slots]
+        slots[:] = [replace(slot, family=replace(slot.family, dense=in_fp64)) for slot in slots]
         return case.run(pipe).double()
 
 

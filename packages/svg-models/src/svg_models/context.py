@@ -44,10 +44,15 @@ class ForwardContext:
     Attributes:
         moment: step and guidance branch.
         grid: latent frames, rows and columns of tokens after patching.
+        text_lengths: valid text tokens of each sample, integers `[B]` on the model's device; None
+            if all count or there are none.
+        text_counts: the same numbers on the host.
     """
 
     moment: Moment
     grid: tuple[int, int, int]
+    text_lengths: Tensor | None = None
+    text_counts: tuple[int, ...] | None = None
 
 
 class _NoState(BaseState):

@@ -115,9 +115,7 @@ class Engine:
             note=recipe.note,
         )
 
-    def attend(
-        self, slot: int, query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None
-    ) -> Tensor:
+    def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of one layer in the current forward pass.
 
         Args:
@@ -125,7 +123,6 @@ class Engine:
             query: `[B, S, H, D]`.
             key: as `query`.
             value: as `query`.
-            text_lengths: int `[B]` or None.
 
         Returns:
             `[B, S, H, D]`.
@@ -141,6 +138,8 @@ class Engine:
                 f"{place.path} ran outside of a forward pass of {place.transformer}; call the "
                 "transformer itself, transformer(...), not one of its parts or its forward method"
             )
+        layout = _layout(place, context.grid, query.shape[1])
+        video, counts = layout.video_tokens, context.text_counts
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return place.family.dense(
@@ -148,14 +147,14 @@ class Engine:
                 k.transpose(1, 2),
                 v.transpose(1, 2),
                 backend=getattr(place.processor.original, "_attention_backend", None),
-                text_lengths=text_lengths,
+                key_lengths=None if counts is None else tuple(video + n for n in counts),
             ).transpose(1, 2)
 
         out = self._session.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            layout=_layout(place, context.grid, query.shape[1]),
+            layout=layout,
             call=Call(
                 step=context.moment.step,
                 num_steps=context.moment.num_steps,
@@ -164,7 +163,7 @@ class Engine:
                 branch=context.moment.branch,
                 transformer=place.transformer,
             ),
-            text_lengths=text_lengths,
+            text_lengths=context.text_lengths,
             dense=dense,
         )
         return out.transpose(1, 2)

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from svg_attention import UnsupportedError
 from svg_models import operator
 from svg_models.context import ContextProbe, ForwardContext, Moment, place_probe
 from svg_models.families import Family
-from svg_models.families.base import SparseProcessor, refuse_ring
+from svg_models.families.base import SparseProcessor
 
 __all__ = ["Installation", "Slot"]
 
@@ -109,7 +110,7 @@ class Installation:
 
     Raises:
         ValueError: if the transformer is sparse already or has processors nobody knows.
-        UnsupportedError: if the transformer runs ring attention over several devices.
+        UnsupportedError: if the transformer is split over devices in a way that cannot be sparse.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Installation:
     ) -> None:
         self.name, self.family = name, family
         _refuse_second(transformer)
-        refuse_ring(getattr(transformer, "_parallel_config", None))
+        refuse_parallel(transformer, family)
         attentions = family.find_attentions(transformer)
         self.slots = tuple(
             Slot(
@@ -145,6 +146,7 @@ class Installation:
     def _before_forward(
         self, module: nn.Module, run: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
+        refuse_parallel(module, self.family)
         lost = [slot.path for slot in self.slots if not slot.in_place]
         if lost:
             run.tell(
@@ -154,7 +156,15 @@ class Installation:
             )
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         moment = run.tick(self.name, self._probe.announced, arguments.get("timestep"))
-        context = ForwardContext(moment=moment, grid=self.family.grid(module, arguments))
+        lengths = self.family.text_lengths(module, arguments)
+        context = ForwardContext(
+            moment=moment,
+            grid=self.family.grid(module, arguments),
+            text_lengths=lengths,
+            # Waits for the accelerator, but once per forward pass: dense kernels without a mask
+            # need to know on the host where the padding starts.
+            text_counts=None if lengths is None else tuple(lengths.tolist()),
+        )
         run.begin_forward(self.name, context)
 
     def remove(self) -> list[str]:
@@ -175,6 +185,38 @@ class Installation:
         self._hook.remove()
         self._remove_probe()
         return left_alone
+
+
+def refuse_parallel(transformer: nn.Module, family: Family) -> None:
+    """Refuse the kinds of context parallelism under which no sparse plan can be made.
+
+    Args:
+        transformer: may have a diffusers `ParallelConfig`.
+        family: its family.
+
+    Raises:
+        UnsupportedError: if it asks for ring attention, or for any kind where text and video share
+            the sequence.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    if context is None:
+        return
+    if (context.ring_degree or 1) > 1:
+        raise UnsupportedError(
+            {
+                "ring": "a sparse plan needs the keys of the whole sequence and ring attention "
+                "shows one part at a time; use ContextParallelConfig(ulysses_degree=...)"
+            }
+        )
+    if family.text_position is not None:
+        raise UnsupportedError(
+            {
+                "ulysses": f"{family.title} attends to text and video in one sequence; split over "
+                "devices, each part would hold text of its own amid the video, where no sparse "
+                "plan looks for it; run it on one device"
+            }
+        )
 
 
 def _refuse_second(transformer: nn.Module) -> None:

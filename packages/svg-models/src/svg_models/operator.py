@@ -21,9 +21,7 @@ __all__ = ["attention", "make_handle", "register"]
 class Attends(Protocol):
     """What the operator needs of a run."""
 
-    def attend(
-        self, slot: int, query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None
-    ) -> Tensor:
+    def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute attention of the layer behind `slot`; `[B, S, H, D]` in and out."""
         ...
 
@@ -59,9 +57,7 @@ def make_handle(run: int, slot: int) -> Tensor:
     return torch.tensor([run, slot], dtype=torch.int64, device="cpu")
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None = None
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
     """Compute self-attention as the run behind `handle` decides: dense or sparse.
 
     Args:
@@ -69,7 +65,6 @@ def attention(
         key: as `query`.
         value: as `query`.
         handle: from `make_handle`.
-        text_lengths: int `[B]`, valid text tokens of each sample, or None where there is no text.
 
     Returns:
         `[B, S, H, D]`, contiguous, typed as `query`. There is no backward.
@@ -77,13 +72,11 @@ def attention(
     Raises:
         RuntimeError: if the run was restored or is gone.
     """
-    out: Tensor = torch.ops.svg_models.self_attention(query, key, value, handle, text_lengths)
+    out: Tensor = torch.ops.svg_models.self_attention(query, key, value, handle)
     return out
 
 
-def _execute(
-    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None
-) -> Tensor:
+def _execute(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
     number, slot = handle.tolist()
     run = _runs.get(number)
     if run is None:
@@ -91,12 +84,10 @@ def _execute(
             "this attention belongs to a sparse run that has ended; "
             "put back the processors the model had, or call sparsify(pipe) again"
         )
-    return run.attend(slot, query, key, value, text_lengths).contiguous()
+    return run.attend(slot, query, key, value).contiguous()
 
 
-def _describe(
-    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, text_lengths: Tensor | None
-) -> Tensor:
+def _describe(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
@@ -108,8 +99,7 @@ def _tags() -> tuple[torch.Tag, ...]:
 
 _library = torch.library.Library("svg_models", "DEF")
 _library.define(
-    "self_attention(Tensor query, Tensor key, Tensor value, Tensor handle, Tensor? text_lengths)"
-    " -> Tensor",
+    "self_attention(Tensor query, Tensor key, Tensor value, Tensor handle) -> Tensor",
     tags=_tags(),
 )
 _library.impl("self_attention", _execute, "CompositeExplicitAutograd")

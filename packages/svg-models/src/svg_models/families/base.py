@@ -13,7 +13,6 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from svg_attention import UnsupportedError
 from svg_models import operator
 from svg_models.recipes import Published
 
@@ -40,34 +39,46 @@ class DenseKernel(Protocol):
         key: Tensor,
         value: Tensor,
         *,
-        backend: Any,
-        text_lengths: Tensor | None,
+        backend: Any = None,
+        key_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Attend `[B, S, H, D]` to itself with the dispatcher's `backend`."""
+        """Attend `[B, S, H, D]` to the first `key_lengths` keys of each sample."""
         ...
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None, text_lengths: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backend: Any = None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Compute dense attention by diffusers' dispatcher, the kernel the stock processor would use.
+
+    Padding is cut off instead of masked: the result is the same within rounding, but a mask rules
+    out the fastest kernels and some stock processors make one of `S` times `S`.
 
     Args:
         query: `[B, S, H, D]`.
         key: as `query`.
         value: as `query`.
         backend: what the user set with `set_attention_backend`, or None for the active one.
-        text_lengths: must be None: a family with text in its self-attention declares its own
-            kernel.
+        key_lengths: only that many first keys of each sample are read; None for all.
 
     Returns:
         `[B, S, H, D]`.
-
-    Raises:
-        ValueError: if `text_lengths` is given.
     """
-    if text_lengths is not None:
-        raise ValueError("this kernel masks no text; declare Family.dense for a model with text")
+    if key_lengths is not None and len(set(key_lengths)) > 1:
+        samples = [
+            dense_attention(
+                *(x[i : i + 1] for x in (query, key, value)), backend=backend, key_lengths=(length,)
+            )
+            for i, length in enumerate(key_lengths)
+        ]
+        return torch.cat(samples)
+    if key_lengths is not None:
+        key, value = key[:, : key_lengths[0]], value[:, : key_lengths[0]]
     out: Tensor = dispatch_attention_fn(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, backend=backend
     )
@@ -79,6 +90,11 @@ def text_to_video(transformer: Any) -> str:
     return "t2v"
 
 
+def no_padding(transformer: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Say that all text tokens count."""
+    return None
+
+
 def no_objection(transformer: Any) -> str:
     """Find nothing against making a transformer sparse."""
     return ""
@@ -88,7 +104,7 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
     """Return the token grid of `[B, C, F, H, W]` latents: their sizes over those of a patch.
 
     Args:
-        transformer: has three numbers as `config.patch_size`.
+        transformer: has three numbers as `config.patch_size`, or one beside `config.patch_size_t`.
         arguments: of its forward pass, with `hidden_states`.
 
     Returns:
@@ -96,6 +112,8 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
     """
     frames, rows, columns = arguments["hidden_states"].shape[2:]
     patch = transformer.config.patch_size
+    if isinstance(patch, int):
+        patch = (transformer.config.patch_size_t, patch, patch)
     return frames // patch[0], rows // patch[1], columns // patch[2]
 
 
@@ -117,6 +135,9 @@ class Family:
         task: names what a transformer was trained for, `"t2v"` or `"i2v"`: which recipes fit it.
         recipes: published settings; without any, those that most models share.
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
+        text_lengths: valid text tokens of each sample, integers `[B]` on the model's device, from
+            the transformer and the arguments of its forward pass by name; None if all count. The
+            valid ones come first.
         dense: the kernel of dense steps.
         objection: says in one sentence why a certain transformer of these classes cannot be made
             sparse; empty where nothing speaks against it.
@@ -132,8 +153,16 @@ class Family:
     task: Callable[[Any], str] = text_to_video
     recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
+    text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding
     dense: DenseKernel = dense_attention
     objection: Callable[[Any], str] = no_objection
+
+    def __post_init__(self) -> None:
+        if self.text_lengths is not no_padding and self.text_position != "last":
+            raise ValueError(
+                f"family {self.name!r} has padded text, which must stand last, "
+                f"got text_position {self.text_position!r}"
+            )
 
     def covers(self, transformer: nn.Module) -> bool:
         """Tell whether `transformer` is of this family."""
@@ -203,14 +232,12 @@ class SparseProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
         parallel = getattr(self.original, "_parallel_config", None)
         if parallel is None:
-            return operator.attention(query, key, value, self.handle, text_lengths)
-        return _attend_over_ranks(query, key, value, self.handle, text_lengths, parallel)
+            return operator.attention(query, key, value, self.handle)
+        return _attend_over_ranks(query, key, value, self.handle, parallel)
 
 
 class VideoProcessor(SparseProcessor, ABC):
@@ -247,46 +274,19 @@ class VideoProcessor(SparseProcessor, ABC):
 
 
 def _attend_over_ranks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    handle: Tensor,
-    text_lengths: Tensor | None,
-    config: Any,
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, config: Any
 ) -> Tensor:
-    refuse_ring(config)
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
     def local_heads(
         _: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any
     ) -> Tensor:
-        return operator.attention(
-            q.contiguous(), k.contiguous(), v.contiguous(), handle, text_lengths
-        )
+        return operator.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle)
 
     out: Tensor = _templated_context_parallel_attention(
         query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config
     )
     return out
-
-
-def refuse_ring(config: Any) -> None:
-    """Refuse ring attention.
-
-    Args:
-        config: the model's diffusers `ParallelConfig`, or None.
-
-    Raises:
-        UnsupportedError: if it asks for ring attention.
-    """
-    context = getattr(config, "context_parallel_config", None)
-    if context is not None and (context.ring_degree or 1) > 1:
-        raise UnsupportedError(
-            {
-                "ring": "a sparse plan needs the keys of the whole sequence and ring attention "
-                "shows one part at a time; use ContextParallelConfig(ulysses_degree=...)"
-            }
-        )
 
 
 def project_qkv(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
