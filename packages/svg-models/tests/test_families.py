@@ -7,9 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
+from diffusers import (
+    ChronoEditTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    SkyReelsV2Transformer3DModel,
+)
 
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import families, sparsify
@@ -29,22 +35,30 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
     return known
 
 
+def expanded(text: str) -> str:
+    """Put the files that the page includes into its text."""
+    root = PAGE.parents[2]
+    return re.sub(
+        r"^--8<-- \"(.*)\"\n", lambda m: (root / m[1]).read_text(encoding="utf-8"), text, flags=re.M
+    )
+
+
 @pytest.fixture
 def page(registry: list[Family]) -> dict[str, Any]:
     """Run every code block of the page, in order, in one namespace."""
     if not PAGE.exists():
         pytest.skip("the documentation is not part of this checkout")
     names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    text = expanded(PAGE.read_text(encoding="utf-8"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     return names
 
 
-def skyreels(**changes: Any) -> Any:
-    from diffusers import SkyReelsV2Transformer3DModel
-
+def like_wan(kind: Any, **changes: Any) -> Any:
+    """Return a tiny transformer of a class with Wan's settings."""
     torch.manual_seed(3)
     settings: dict[str, Any] = dict(
         patch_size=(1, 1, 1),
@@ -58,34 +72,25 @@ def skyreels(**changes: Any) -> Any:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    model = SkyReelsV2Transformer3DModel(**(settings | changes)).eval()
+    model = kind(**(settings | changes)).eval()
     tiny.sharpen(model)
     return model
 
 
-def test_the_page_adds_skyreels(page: dict[str, Any]) -> None:
+def test_the_page_adds_a_copy_of_wan(page: dict[str, Any]) -> None:
+    model = like_wan(ChronoEditTransformer3DModel)
     inputs = {k: v for k, v in tiny.forward_inputs().items() if k != "return_dict"}
-    page["check_family"](skyreels(), inputs)
+    page["check_family"](model, inputs)
 
 
-def test_causal_attention_stays_with_the_stock_processor(page: dict[str, Any]) -> None:
-    model = skyreels()
-    model._set_ar_attention(3)
-    inputs = tiny.forward_inputs()
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
-            return model(**inputs)[0]
-
-    stock = forward()
-    with sparsify(model, SVG2(q_clusters=6, k_clusters=12), Schedule(dense_steps=0.0)) as run:
-        assert torch.equal(forward(), stock)
-    assert run.stats().records == ()
+def test_the_page_shows_all_of_ltx(page: dict[str, Any]) -> None:
+    assert page["LTX"].transformers == families.ltx.LTX.transformers
+    lines = Path(families.ltx.__file__).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 80
+    page["check_family"](tiny_ltx(), ltx_inputs())
 
 
-def test_the_page_adds_ltx(page: dict[str, Any]) -> None:
-    from diffusers import LTXVideoTransformer3DModel
-
+def tiny_ltx() -> LTXVideoTransformer3DModel:
     torch.manual_seed(3)
     model = LTXVideoTransformer3DModel(
         in_channels=8,
@@ -97,8 +102,12 @@ def test_the_page_adds_ltx(page: dict[str, Any]) -> None:
         caption_channels=32,
     ).eval()
     tiny.sharpen(model)
+    return model
+
+
+def ltx_inputs() -> dict[str, Any]:
     frames, rows, columns = tiny.GRID
-    inputs = dict(
+    return dict(
         hidden_states=torch.randn(1, frames * rows * columns, 8),
         encoder_hidden_states=torch.randn(1, 12, 32),
         timestep=torch.tensor([500]),
@@ -107,20 +116,67 @@ def test_the_page_adds_ltx(page: dict[str, Any]) -> None:
         height=rows,
         width=columns,
     )
-    page["check_family"](model, inputs)
 
 
-def test_a_family_without_recipes_gets_the_shared_one_and_a_note(page: dict[str, Any]) -> None:
-    recipe = recipe_for(skyreels(), 75_600)
+def test_ltx_with_coordinates_instead_of_a_grid_is_refused() -> None:
+    inputs = ltx_inputs() | dict(num_frames=None, height=None, width=None)
+    inputs["video_coords"] = torch.zeros(1, 3, 432)
+    model = tiny_ltx()
+    with sparsify(model, Dense()), pytest.raises(ValueError, match=r"gives each token .* a coord"):
+        model(**inputs)
+
+
+def test_causal_attention_stays_with_the_stock_processor() -> None:
+    model = like_wan(SkyReelsV2Transformer3DModel)
+    inputs = tiny.forward_inputs()
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=4):
+            return model(**inputs)[0]
+
+    with sparsify(model, SVG2(q_clusters=6, k_clusters=12), Schedule(dense_steps=0.0)) as run:
+        model._set_ar_attention(3)  # what a pipeline does after the user has called sparsify
+        causal = forward()
+        assert run.stats().records == ()
+    assert torch.equal(forward(), causal)
+    with pytest.raises(ValueError, match="stays dense: it is causal, in blocks of 3 frames"):
+        sparsify(model, Dense())
+
+
+@pytest.mark.parametrize("name", families.SKIPPED)
+def test_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
+    kind = getattr(diffusers, name)
+    model = torch.nn.Module.__new__(kind)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} stays dense: {families.SKIPPED[name]}")
+    ):
+        families.family_of(model)
+
+
+def test_a_family_may_cover_what_is_skipped(registry: list[Family]) -> None:
+    mine = replace(WAN, name="mine", transformers=("WanAnimateTransformer3DModel",))
+    families.register(mine)
+    model = torch.nn.Module.__new__(diffusers.WanAnimateTransformer3DModel)
+    assert families.family_of(model) is mine
+
+
+def test_a_transformer_nobody_knows_is_told_what_is_known() -> None:
+    with pytest.raises(ValueError, match=r"covers Linear; known families are wan: .*cosmos: "):
+        families.family_of(torch.nn.Linear(1, 1))
+
+
+def test_a_family_without_recipes_gets_the_shared_one_and_a_note() -> None:
+    recipe = recipe_for(tiny_ltx(), 75_600)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
     assert "nearest published settings" in recipe.note
 
 
 def test_a_name_or_transformer_that_is_taken_is_refused(registry: list[Family]) -> None:
+    before = families.known_families()
     for clash in (replace(WAN, transformers=("Other",)), replace(WAN, name="other")):
         with pytest.raises(ValueError, match=r"is already known as 'wan'"):
             families.register(clash)
-    assert families.known_families() == (WAN,)
+    assert families.known_families() == before
 
 
 def test_subclasses_belong_to_the_family_of_their_base() -> None:

@@ -356,11 +356,13 @@ def check_family(name: str, folder: Path) -> None:
     """Refuse a pipeline whose transformer no family covers, before its weights are fetched.
 
     Raises:
-        ModelUnavailableError: it lists the known families.
+        ModelUnavailableError: it lists the known families, or says why this one is skipped.
     """
-    from svg_models.families import known_families
+    from svg_models.families import SKIPPED, known_families
 
     kind = _components(folder).get("transformer", ("", "nothing"))[1]
+    if kind in SKIPPED:
+        raise ModelUnavailableError(f"{name} has {kind} as its transformer: {SKIPPED[kind]}")
     families = known_families()
     if not any(kind in family.transformers for family in families):
         known = ", ".join(f"{f.name} ({f.title})" for f in families)

@@ -6,12 +6,15 @@ from torch import nn
 
 from svg_models.context import unwrap
 from svg_models.families.base import Family
-from svg_models.families.wan import WAN
+from svg_models.families.cosmos import COSMOS
+from svg_models.families.ltx import LTX
+from svg_models.families.skipped import SKIPPED
+from svg_models.families.wan import SKYREELS, WAN
 
-__all__ = ["Family", "family_of", "known_families", "register", "transformers_of"]
+__all__ = ["SKIPPED", "Family", "family_of", "known_families", "register", "transformers_of"]
 
 _SLOTS = ("transformer", "transformer_2")
-_families: list[Family] = [WAN]
+_families: list[Family] = [WAN, COSMOS, LTX, SKYREELS]
 
 
 def known_families() -> tuple[Family, ...]:
@@ -73,14 +76,22 @@ def family_of(transformer: nn.Module) -> Family:
         The family that covers its class.
 
     Raises:
-        ValueError: if no family does; the message lists the known ones and how to add one.
+        ValueError: if no family does, or it is one that cannot be made sparse; the message says
+            why, or lists the known families and how to add one.
     """
     for family in _families:
         if family.covers(transformer):
+            objection = family.objection(transformer)
+            if objection:
+                raise ValueError(f"{type(transformer).__name__} stays dense: {objection}")
             return family
+    names = [cls.__name__ for cls in type(transformer).__mro__]
+    for name in names:
+        if name in SKIPPED:
+            raise ValueError(f"{name} stays dense: {SKIPPED[name]}")
     known = "; ".join(f"{f.name}: {', '.join(f.transformers)} ({f.title})" for f in _families)
     raise ValueError(
-        f"no model family covers {type(transformer).__name__}; known families are {known}. "
+        f"no model family covers {names[0]}; known families are {known}. "
         "Describe yours in a Family and pass it to svg_models.families.register: "
         "see 'Adding a model' in the documentation"
     )

@@ -1,7 +1,8 @@
-"""Wan 2.1 and 2.2: no text in the self-attention, one norm over all heads, rotated pairs."""
+"""Wan and what is built like it: one norm over all heads, neighbouring channels rotated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from svg_models.families.base import (
 )
 from svg_models.recipes import Published
 
-__all__ = ["WAN", "SparseWanProcessor"]
+__all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]
 
 
 class SparseWanProcessor(VideoProcessor):
@@ -46,9 +47,10 @@ _SOURCE = "Sparse-VideoGen 5ce7b01, scripts/wan/wan_{}_sap.sh and _svg.sh"
 
 WAN = Family(
     name="wan",
-    title="Wan 2.1 and Wan 2.2",
-    transformers=("WanTransformer3DModel",),
-    attentions=r"blocks\.\d+\.attn1",
+    title="Wan 2.1, Wan 2.2 and Wan VACE",
+    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    # VACE computes all its control blocks, over the same tokens, before the first other block.
+    attentions=(r"vace_blocks\.\d+\.attn1", r"blocks\.\d+\.attn1"),
     stock_processors=("WanAttnProcessor",),
     processor=SparseWanProcessor,
     grid=patch_grid,
@@ -85,4 +87,22 @@ WAN = Family(
             source=_SOURCE.format("i2v_480p"),
         ),
     ),
+)
+
+
+def causality(transformer: Any) -> str:
+    """Object to a SkyReels whose frames read only the frames before them."""
+    frames = transformer.config.num_frame_per_block
+    if frames == 1:
+        return ""
+    return f"it is causal, in blocks of {frames} frames, and plans here know no order in time"
+
+
+SKYREELS = replace(
+    WAN,
+    name="skyreels_v2",
+    title="SkyReels V2",
+    transformers=("SkyReelsV2Transformer3DModel",),
+    stock_processors=("SkyReelsV2AttnProcessor",),
+    objection=causality,
 )

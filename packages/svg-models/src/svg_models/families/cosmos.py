@@ -1,0 +1,61 @@
+"""Cosmos 1.0, Predict2 and Predict2.5: one norm per head, channels rotated in halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+
+from svg_attention import Schedule
+from svg_models.families.base import Family, VideoProcessor, patch_grid, project_qkv, split_heads
+from svg_models.recipes import Published
+
+__all__ = ["COSMOS", "SparseCosmosProcessor"]
+
+
+class SparseCosmosProcessor(VideoProcessor):
+    """Self-attention of a Cosmos block."""
+
+    def prepare(
+        self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the heads, normalise each, rotate the halves of its channels into each other."""
+        query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, hidden_states))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotation is not None:
+            query, key = (
+                apply_rotary_emb(x, rotation, use_real_unbind_dim=-2, sequence_dim=1)
+                for x in (query, key)
+            )
+        return query, key, value
+
+
+def task(transformer: Any) -> str:
+    """Name what the checkpoint was trained for; to continue a clip takes one more channel."""
+    config = transformer.config
+    return "i2v" if config.in_channels > config.out_channels else "t2v"
+
+
+COSMOS = Family(
+    name="cosmos",
+    title="Cosmos 1.0, Predict2 and Predict2.5",
+    transformers=("CosmosTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    stock_processors=("CosmosAttnProcessor2_0",),
+    processor=SparseCosmosProcessor,
+    grid=patch_grid,
+    task=task,
+    recipes=(
+        Published(
+            title="Cosmos 1.0 14B Text2World, 704 x 1280, 121 frames, 35 steps",
+            task="t2v",
+            tokens=56_320,
+            schedule=Schedule(dense_steps=0.3, dense_layers=0.03),
+            q_clusters=400,
+            k_clusters=1000,
+            svg1_density=0.25,
+            source="Sparse-VideoGen 5ce7b01, scripts/cosmos/cosmos_t2v_sap.sh and _svg.sh",
+        ),
+    ),
+)

@@ -1,0 +1,49 @@
+"""Video transformers that are left as they are, and why."""
+
+from __future__ import annotations
+
+__all__ = ["SKIPPED"]
+
+_HISTORY = (
+    "its sequence begins with a packed history of earlier frames, so its tokens form no grid of "
+    "frames, rows and columns"
+)
+_SOUND = "it denoises sound together with video, in attentions that read one from the other"
+
+SKIPPED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": (
+        "its attention is causal: a frame reads only earlier ones, through a cache or a block mask"
+    ),
+    "Cosmos3OmniTransformer": (
+        "it packs causal text, images, sound and video into one sequence, so its tokens form no "
+        "grid of frames, rows and columns"
+    ),
+    "HeliosTransformer3DModel": _HISTORY,
+    "HunyuanVideoFramepackTransformer3DModel": _HISTORY,
+    "Kandinsky5Transformer3DModel": (
+        "it brings a sparsity of its own, NABLA, which its checkpoints for long clips were "
+        "trained with"
+    ),
+    "Kandinsky6SRTransformer3DModel": (
+        "it brings a sparsity of its own, NABLA, which it was trained with"
+    ),
+    "Kandinsky6Transformer3DModel": _SOUND,
+    "LTX2VideoTransformer3DModel": _SOUND,
+    "MiniMaxH3Transformer3DModel": _SOUND,
+    "SanaVideoTransformer3DModel": (
+        "its self-attention is linear in the number of tokens, so there are no blocks to leave out"
+    ),
+    "SanaWMTransformer3DModel": (
+        "most of its self-attention is a recurrence over the tokens, so there are no blocks to "
+        "leave out"
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "it brings a sparsity of its own: a block mask lets each frame read the reference tokens "
+        "of that frame alone"
+    ),
+    "WanAnimateTransformer3DModel": (
+        "it animates short segments that each continue the one before, and what sparsity costs "
+        "there has not been measured"
+    ),
+}
+"""Class name of a transformer -> the reason, in a sentence that follows on "it stays dense:"."""
