@@ -71,6 +71,22 @@ def test_runs_of_clusters(both, device, generator, full):
     assert torch.equal(plain[1], planned[1])
 
 
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("probe_rows", [16, 128])
+def test_estimated_mass(both, device, generator, probe_rows, key_heads):
+    query = torch.randn(2, 2, 310, 16, generator=generator, device=device)
+    centroids = torch.randn(2, key_heads, 20, 16, generator=generator, device=device)
+    sizes = torch.randint(0, 20, (2, key_heads, 20), generator=generator, device=device)
+    order = torch.rand(2, 2, 300, generator=generator, device=device).argsort(-1).int()
+
+    def mass():
+        means = selection.probe_means(query, order, probe_rows)
+        return selection.estimated_mass(means, centroids, sizes, 0.5, 300, probe_rows)
+
+    plain, planned = both(mass)
+    torch.testing.assert_close(plain, planned, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("limits", [1, 2])
 def test_rounding(both, device, generator, limits):
     mass, sizes = choice(generator, device)

@@ -23,6 +23,11 @@ def each(x: Tensor) -> itertools.product:
     return itertools.product(*(range(size) for size in x.shape[:-1]))
 
 
+def order_of(query: Tensor, rows: int) -> Tensor:
+    """Return the first rows of every head in the given order."""
+    return torch.arange(rows, dtype=torch.int32).expand(*query.shape[:2], rows)
+
+
 def brute_top_p(mass: list[float], sizes: list[int], top_p: float, floor: int) -> list[bool]:
     """Take clusters of falling mass per key until they reach the share, then up to the floor."""
     worth = [m / n if n else -1.0 for m, n in zip(mass, sizes, strict=True)]
@@ -83,7 +88,7 @@ def test_one_cluster_is_always_kept() -> None:
 def test_estimated_mass_is_the_softmax_over_keys_at_their_centroids() -> None:
     means, centroids = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
     sizes = torch.tensor([[[3, 0, 1, 5], [2, 2, 2, 0]]])
-    mass = estimated_mass(means, centroids, sizes, 0.3, torch.full((3,), 128), 1)
+    mass = estimated_mass(means, centroids, sizes, 0.3, 3 * 128, 128)
     for h in range(2):
         keys = centroids[0, h].repeat_interleave(sizes[0, h], dim=0)
         share = torch.softmax(means[0, h] @ keys.T * 0.3, dim=-1)
@@ -100,7 +105,7 @@ def test_a_tile_averages_the_shares_of_its_probes(
     query, centroids = torch.randn(2, 2, 300, 8), torch.randn(2, 2, 5, 8)
     sizes = torch.randint(1, 9, (2, 2, 5))
     mass = estimated_mass(
-        probe_means(query, 290, 1), centroids, sizes, 0.7, probe_counts(290, 1, query.device), 128
+        probe_means(query, order_of(query, 290), 1), centroids, sizes, 0.7, 290, 1
     )
     weight = sizes.float().log()[:, :, None]
     rows = torch.softmax(query @ centroids.mT * 0.7 + weight, dim=-1)[:, :, :290]
@@ -116,9 +121,8 @@ def test_finer_probes_see_what_their_mean_hides() -> None:
     sizes = torch.tensor([[[8, 8, 8]]])
 
     def mass(rows: int) -> torch.Tensor:
-        counts = probe_counts(128, rows, query.device)
-        means = probe_means(query, 128, rows)
-        return estimated_mass(means, centroids, sizes, 0.5, counts, 128 // rows)[0, 0, 0]
+        means = probe_means(query, order_of(query, 128), rows)
+        return estimated_mass(means, centroids, sizes, 0.5, 128, rows)[0, 0, 0]
 
     assert torch.allclose(mass(128), torch.full((3,), 1 / 3))
     assert torch.allclose(mass(64), torch.tensor([0.5, 0.5, 0.0]), atol=1e-6)
@@ -126,15 +130,17 @@ def test_finer_probes_see_what_their_mean_hides() -> None:
 
 def test_probe_means_average_a_partial_last_probe_over_its_own_rows() -> None:
     query = torch.randn(1, 2, 300, 4)
-    means = probe_means(query, 290, 64)
+    means = probe_means(query, order_of(query, 290), 64)
     assert means.shape == (1, 2, 6, 4)
     assert torch.allclose(means[:, :, 1], query[:, :, 64:128].mean(dim=2), atol=1e-6)
     assert torch.allclose(means[:, :, 4], query[:, :, 256:290].mean(dim=2), atol=1e-6)
     assert (means[:, :, 5] == 0).all()
     counts = probe_counts(290, 64, query.device)
     assert counts.tolist() == [64, 64, 64, 64, 34, 0]
-    whole = tile_average(means, counts, 2)
-    assert torch.allclose(whole, probe_means(query, 290, 128), atol=1e-6)
+    whole = tile_average(means, 290, 64)
+    assert torch.allclose(whole, probe_means(query, order_of(query, 290), 128), atol=1e-6)
+    backwards = probe_means(query.flip(2), order_of(query, 300).flip(2)[:, :, :290], 64)
+    assert torch.equal(backwards, means)
 
 
 def brute_budget(priority: list[float], sizes: list[int], budget: float) -> list[bool]:

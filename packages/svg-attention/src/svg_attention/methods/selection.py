@@ -11,28 +11,34 @@ from torch import Tensor
 
 from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import text_tiles
-from svg_attention.plan import TILE_ROWS, count_tiles
+from svg_attention.plan import TILE_ROWS, count_tiles, match_heads
 from svg_attention.planner import device_planner
+from svg_attention.rows import take_rows
 
 # Logits held at once while probes estimate their masses.
 MASS_LOGITS = 2**26
 
 
-def probe_means(query: Tensor, length: int, probe_rows: int) -> Tensor:
-    """Average the first `length` rows, `probe_rows` at a time.
+def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:
+    """Average queries in the given order, `probe_rows` at a time.
 
     Args:
         query: `[B, H, S, D]`.
-        length: rows to look at; what follows belongs to no probe.
+        order: int32 `[B, H, N]`, rows of `query`.
         probe_rows: rows of a probe; divides a tile.
 
     Returns:
-        fp32 `[B, H, T * probes, D]`, tile by tile over the tiles that hold one of those rows. The
-        last probe with rows is averaged over its own; those after it are zero.
+        `[B, H, T * probes, D]`, tile by tile over the tiles that hold one of the `N` rows; fp32,
+        or typed as `query` where kernels plan. The last probe with rows is averaged over its own;
+        those after it are zero.
     """
-    tiles = count_tiles(length)
-    rows = query[:, :, :length].float()
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, tiles * TILE_ROWS - length))
+    planner = device_planner(query)
+    if planner is not None:
+        means: Tensor = planner.probe_means(query, order, probe_rows=probe_rows)
+        return means
+    length = order.shape[-1]
+    rows = take_rows(query, order).float()
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, count_tiles(length) * TILE_ROWS - length))
     sums = rows.unflatten(2, (-1, probe_rows)).sum(dim=3)
     return sums / probe_counts(length, probe_rows, query.device).clamp(min=1)[:, None]
 
@@ -44,26 +50,30 @@ def probe_counts(length: int, probe_rows: int, device: torch.device) -> Tensor:
     return (length - first).clamp(min=0, max=probe_rows)
 
 
-def tile_average(x: Tensor, counts: Tensor, probes: int) -> Tensor:
+def tile_average(x: Tensor, length: int, probe_rows: int) -> Tensor:
     """Average what the probes of each tile say, weighed by their rows.
 
     Args:
         x: `[B, H, T * probes, C]`.
-        counts: `[T * probes]`, rows of each probe.
-        probes: probes per tile.
+        length: rows that were probed.
+        probe_rows: rows of a probe.
 
     Returns:
         `[B, H, T, C]`.
     """
-    if probes == 1:
+    if probe_rows == TILE_ROWS:
         return x
-    weights = counts.to(x.dtype).view(-1, probes)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return torch.einsum("bhtpc,tp->bhtc", x.unflatten(2, (-1, probes)), weights)
+    counts = probe_counts(length, probe_rows, x.device).to(x.dtype)
+    return _weigh_probes(x, counts.view(-1, TILE_ROWS // probe_rows))
+
+
+def _weigh_probes(x: Tensor, counts: Tensor) -> Tensor:
+    weights = counts / counts.sum(dim=-1, keepdim=True)
+    return torch.einsum("bhtpc,tp->bhtc", x.unflatten(2, (-1, counts.shape[1])), weights)
 
 
 def estimated_mass(
-    means: Tensor, centroids: Tensor, sizes: Tensor, scale: float, counts: Tensor, probes: int
+    means: Tensor, centroids: Tensor, sizes: Tensor, scale: float, length: int, probe_rows: int
 ) -> Tensor:
     """Estimate the share of a tile's attention that goes to each cluster.
 
@@ -73,26 +83,37 @@ def estimated_mass(
     share of their mean keeps none.
 
     Args:
-        means: fp32 `[B, H, T * probes, D]`.
-        centroids: `[B, H, C, D]`.
-        sizes: integers `[B, H, C]`.
+        means: `[B, H, T * probes, D]`, from `probe_means`.
+        centroids: `[B, H_kv, C, D]`.
+        sizes: integers `[B, H_kv, C]`.
         scale: factor of the logits.
-        counts: `[T * probes]`, rows of each probe.
-        probes: probes per tile.
+        length: rows that were probed.
+        probe_rows: rows of a probe.
 
     Returns:
         fp32 `[B, H, T, C]`, 0 for an empty cluster.
     """
-    weight = sizes.float().log()[:, :, None]
-    centroids_t = centroids.float().transpose(-1, -2)
-    per_tile = means.shape[0] * means.shape[1] * sizes.shape[-1] * probes
-    step = max(MASS_LOGITS // max(per_tile, 1), 1) * probes
-    parts = [
-        tile_average(
-            torch.softmax(torch.matmul(part, centroids_t) * scale + weight, dim=-1), n, probes
+    planner = device_planner(means)
+    if planner is not None:
+        estimated: Tensor = planner.probe_mass(
+            means,
+            centroids.to(means.dtype),
+            sizes.int(),
+            length=length,
+            probe_rows=probe_rows,
+            scale=scale,
         )
-        for part, n in zip(means.split(step, dim=2), counts.split(step), strict=True)
-    ]
+        return estimated
+    heads, probes = means.shape[1], TILE_ROWS // probe_rows
+    weight = match_heads(sizes.float().log(), heads)[:, :, None]
+    centroids_t = match_heads(centroids, heads).float().transpose(-1, -2)
+    counts = probe_counts(length, probe_rows, means.device).float()
+    per_tile = means.shape[0] * heads * sizes.shape[-1] * probes
+    step = max(MASS_LOGITS // max(per_tile, 1), 1) * probes
+    parts = []
+    for part, rows in zip(means.float().split(step, dim=2), counts.split(step), strict=True):
+        shares = torch.softmax(torch.matmul(part, centroids_t) * scale + weight, dim=-1)
+        parts.append(_weigh_probes(shares, rows.view(-1, probes)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

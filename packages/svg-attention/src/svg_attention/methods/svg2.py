@@ -29,7 +29,6 @@ from svg_attention.methods.selection import (
     keep_top_p,
     key_budget,
     mass_per_key,
-    probe_counts,
     probe_means,
     tile_average,
 )
@@ -134,12 +133,9 @@ class SVG2(MethodConfig):
         queries, keys, values = query[:, :, video], key[:, :, video], value[:, :, video]
         query_clusters, key_clusters = self._cluster(queries, keys, memory, generator)
         text = valid_text(layout, text_lengths, batch, query)
-        means = probe_means(
-            take_rows(queries, query_clusters.order), layout.video_tokens, self.probe_rows
-        )
+        means = probe_means(queries, query_clusters.order, self.probe_rows)
         budget = key_budget(layout, text, self.density)[:, None, None] if self.density else None
-        rows = probe_counts(layout.video_tokens, self.probe_rows, query.device)
-        mask, summary = self._choose(means, rows, keys, values, key_clusters, budget, scale)
+        mask, summary = self._choose(means, keys, values, key_clusters, budget, scale)
         # Tiles past the video read nothing but text, unless they hold text rows themselves.
         spare = count_tiles(tokens) - mask.shape[2]
         mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
@@ -190,7 +186,6 @@ class SVG2(MethodConfig):
     def _choose(
         self,
         means: Tensor,
-        rows: Tensor,
         keys: Tensor,
         values: Tensor,
         clusters: Clusters,
@@ -201,10 +196,11 @@ class SVG2(MethodConfig):
 
         The weights of the summary are the logarithms of all cluster sizes, `[B, H, 1, C]`.
         """
-        heads, probes = means.shape[1], TILE_ROWS // self.probe_rows
+        heads, length = means.shape[1], keys.shape[2]
         sizes = match_heads(clusters.sizes, heads)
-        centroids = match_heads(clusters.centroids, heads)
-        mass = estimated_mass(means, centroids, sizes, scale, rows, probes)
+        mass = estimated_mass(
+            means, clusters.centroids, clusters.sizes, scale, length, self.probe_rows
+        )
         if budget is None:
             mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
         else:
@@ -222,15 +218,15 @@ class SVG2(MethodConfig):
                 budget = (mask * sizes[:, :, None]).sum(dim=-1)
             order = clusters.order
             errors = centroid_error(
-                means,
+                means.float(),
                 match_heads(take_rows(keys, order), heads),
                 match_heads(take_rows(values, order), heads),
-                centroids,
+                match_heads(clusters.centroids, heads),
                 match_heads(value_means, heads),
                 sizes,
                 scale,
             )
-            mask = keep_budget(tile_average(errors, rows, probes), sizes, budget)
+            mask = keep_budget(tile_average(errors, length, self.probe_rows), sizes, budget)
         return mask, summary
 
 

@@ -7,8 +7,17 @@ from torch import Tensor
 
 from svg_kernels._backends import register
 from svg_kernels.planning._tiers import choose, runs_on
+from svg_kernels.planning.probes import probe_mass, probe_means
 
-__all__ = ["keep_budget", "keep_top_p", "merge_clusters", "round_runs", "runs_on"]
+__all__ = [
+    "keep_budget",
+    "keep_top_p",
+    "merge_clusters",
+    "probe_mass",
+    "probe_means",
+    "round_runs",
+    "runs_on",
+]
 
 
 def keep_top_p(

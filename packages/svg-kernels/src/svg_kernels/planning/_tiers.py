@@ -11,19 +11,23 @@ from svg_kernels import _backends
 from svg_kernels.errors import UnsupportedError
 
 ORDER = ("triton", "reference")
+# What a plan is made of: probing the tiles, and choosing and merging what they read.
 _MODULES = {
-    "triton": "svg_kernels.planning._triton",
-    "reference": "svg_kernels.planning.reference",
+    ("probe", "triton"): "svg_kernels.planning._kernels.probes",
+    ("probe", "reference"): "svg_kernels.planning.reference_probes",
+    ("choose", "triton"): "svg_kernels.planning._triton",
+    ("choose", "reference"): "svg_kernels.planning.reference",
 }
-_chosen: dict[tuple[str, torch.device], Any] = {}
+_chosen: dict[tuple[str, str, torch.device], Any] = {}
 
 
-def choose(backend: str, device: torch.device) -> Any:
-    """Return the module that plans on `device`, or raise UnsupportedError."""
-    module = _chosen.get((backend, device))
+def choose(backend: str, device: torch.device, part: str = "choose") -> Any:
+    """Return the module that does this part of planning on `device`, or raise UnsupportedError."""
+    wanted = (part, backend, device)
+    module = _chosen.get(wanted)
     if module is None:
         name = _name(backend, device)
-        module = _chosen[backend, device] = importlib.import_module(_MODULES[name])
+        module = _chosen[wanted] = importlib.import_module(_MODULES[part, name])
     return module
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_kernels.planning._kernels.probes import on
+
 
 @triton.jit
 def larger(a, b):
@@ -173,7 +175,7 @@ def keep_top_p(
     tiles, count = priority.shape[2:]
     grid = (kept.numel() // max(count, 1),)
     if kept.numel():
-        with _on(priority.device):
+        with on(priority.device):
             top_p_kernel[grid](
                 priority.contiguous(),
                 mass.contiguous(),
@@ -195,7 +197,7 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
     tiles, count = priority.shape[2:]
     grid = (kept.numel() // max(count, 1),)
     if kept.numel():
-        with _on(priority.device):
+        with on(priority.device):
             budget_kernel[grid](
                 priority.contiguous(),
                 sizes.contiguous(),
@@ -246,7 +248,7 @@ def _merge(
     lengths = torch.empty_like(starts)
     if starts.numel():
         count += clusters
-        with _on(like.device):
+        with on(like.device):
             merge_kernel[(batch * heads * tiles,)](
                 first.view(torch.uint8) if clusters else first,
                 second,
@@ -270,7 +272,3 @@ def _merge(
 def _warps(count: int) -> int:
     """Give each thread at most 16 clusters."""
     return min(8, max(1, triton.next_power_of_2(count) // 512))
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    return torch.cuda.device(device if device.type == "cuda" else -1)

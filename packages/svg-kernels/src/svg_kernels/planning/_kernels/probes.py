@@ -1,0 +1,200 @@
+"""Probing with Triton: gather and average queries, then score them against all key clusters.
+
+The scores of a block of probes are computed twice, once for their softmax and once for the shares,
+so that only the average of a tile's probes is ever written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ROWS = 128
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def means_kernel(
+    query,
+    order,
+    means,
+    length,
+    probes,
+    blocks,
+    heads,
+    q_batch,
+    q_head,
+    q_row,
+    D,
+    PROBE_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Average the rows of `BLOCK_P` probes of one head."""
+    block = tl.program_id(0) % blocks
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    base = query + sequence // heads * q_batch + sequence % heads * q_head
+    offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    total = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    for first in range(0, PROBE_ROWS, UNROLL):
+        for step in tl.static_range(UNROLL):
+            row = offs_p * PROBE_ROWS + first + step
+            inside = row < length
+            token = tl.load(order + sequence * length + row, mask=inside, other=0).to(tl.int64)
+            total += tl.load(
+                base + token[:, None] * q_row + offs_d[None, :],
+                mask=inside[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(tl.float32)
+    count = tl.minimum(tl.maximum(length - offs_p * PROBE_ROWS, 1), PROBE_ROWS)
+    total = total / count.to(tl.float32)[:, None]
+    place = (sequence * probes + offs_p)[:, None] * D + offs_d[None, :]
+    inside = (offs_p < probes)[:, None] & mask_d[None, :]
+    tl.store(means + place, total.to(means.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION: tl.constexpr):
+    """Return the logits of probes for clusters, in units of log 2, and minus infinity for none."""
+    mask_c = offs_c < C
+    keys = tl.load(
+        centroids + offs_c[None, :] * D + offs_d[:, None],
+        mask=mask_c[None, :] & (offs_d < D)[:, None],
+        other=0.0,
+    )
+    count = tl.load(sizes + offs_c, mask=mask_c, other=0).to(tl.float32)
+    weight = tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), float("-inf"))
+    return tl.dot(q, keys, input_precision=PRECISION) * scale_log2 + weight[None, :]
+
+
+@triton.jit
+def mass_kernel(
+    means,
+    centroids,
+    sizes,
+    mass,
+    length,
+    probes,
+    blocks,
+    group,
+    C,
+    D,
+    scale_log2,
+    PROBE_ROWS: tl.constexpr,
+    PROBES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Share out the attention of the tiles of one block of probes."""
+    block = tl.program_id(0) % blocks
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        means + (sequence * probes + offs_p)[:, None] * D + offs_d[None, :],
+        mask=(offs_p < probes)[:, None] & (offs_d < D)[None, :],
+        other=0.0,
+    )
+    centroids += sequence // group * C * D
+    sizes += sequence // group * C
+    maximum = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_P], dtype=tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
+        new = tl.maximum(maximum, tl.max(logits, 1))
+        # Before the first cluster with keys: -inf - -inf is not a number.
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        maximum = new
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+    rows = tl.minimum(tl.maximum(length - offs_p * PROBE_ROWS, 0), PROBE_ROWS)
+    tile_rows = tl.minimum(tl.maximum(length - offs_p // PROBES * 128, 1), 128)
+    weight = rows.to(tl.float32) / tile_rows.to(tl.float32) / tl.maximum(total, 1e-30)
+    TILES: tl.constexpr = BLOCK_P // PROBES
+    tile = block * TILES + tl.arange(0, TILES)
+    mass += sequence * (probes // PROBES) * C
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
+        share = tl.exp2(logits - shift[:, None]) * weight[:, None]
+        share = tl.sum(tl.reshape(share, [TILES, PROBES, BLOCK_C]), 1)
+        inside = (tile < probes // PROBES)[:, None] & (offs_c < C)[None, :]
+        tl.store(mass + tile[:, None] * C + offs_c[None, :], share, mask=inside)
+
+
+def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:
+    """Launch `means_kernel`."""
+    batch, heads, _, width = query.shape
+    query = query if query.stride(3) == 1 else query.contiguous()
+    length = order.shape[2]
+    probes = (length + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
+    means = query.new_empty(batch, heads, probes, width)
+    block = 16
+    blocks = triton.cdiv(probes, block)
+    if means.numel():
+        with on(query.device):
+            means_kernel[(batch * heads * blocks,)](
+                query,
+                order.contiguous(),
+                means,
+                length,
+                probes,
+                blocks,
+                heads,
+                *query.stride()[:3],
+                width,
+                PROBE_ROWS=probe_rows,
+                UNROLL=min(probe_rows, 16),
+                BLOCK_P=block,
+                BLOCK_D=triton.next_power_of_2(width),
+                num_warps=4,
+            )
+    return means
+
+
+def probe_mass(
+    means: Tensor, centroids: Tensor, sizes: Tensor, length: int, probe_rows: int, scale: float
+) -> Tensor:
+    """Launch `mass_kernel`."""
+    batch, heads, probes, width = means.shape
+    key_heads, count = centroids.shape[1:3]
+    tiles = probes * probe_rows // TILE_ROWS
+    mass = means.new_empty(batch, heads, tiles, count, dtype=torch.float32)
+    if mass.numel():
+        block = max(64, TILE_ROWS // probe_rows)
+        blocks = triton.cdiv(probes, block)
+        with on(means.device):
+            mass_kernel[(batch * heads * blocks,)](
+                means.contiguous(),
+                centroids.contiguous(),
+                sizes.contiguous(),
+                mass,
+                length,
+                probes,
+                blocks,
+                heads // key_heads,
+                count,
+                width,
+                scale * LOG2_E,
+                PROBE_ROWS=probe_rows,
+                PROBES=TILE_ROWS // probe_rows,
+                BLOCK_P=block,
+                BLOCK_C=32 if means.dtype == torch.float32 else 64,
+                BLOCK_D=max(16, triton.next_power_of_2(width)),
+                PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
+                num_warps=4,
+            )
+    return mass
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Return a context in which kernels are launched on `device`."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,179 @@
+"""Probing, on the device, how much each tile of queries attends to each cluster of keys.
+
+A probe is `probe_rows` consecutive rows of the query order, and stands for them by their mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_kernels._backends import FLOATS, register
+from svg_kernels.planning._tiers import choose
+
+TILE_ROWS = 128
+
+
+def probe_means(
+    query: Tensor, order: Tensor, *, probe_rows: int = 16, backend: str = "auto"
+) -> Tensor:
+    """Average queries, gathered in the given order, `probe_rows` at a time.
+
+    Args:
+        query: `[B, H, S, D]`, fp16, bf16 or fp32, D at most 256; strided views are read as they
+            are.
+        order: int32 `[B, H, N]`, rows of `query`.
+        probe_rows: rows of a probe; divides 128.
+        backend: `"auto"`, `"triton"` or `"reference"`.
+
+    Returns:
+        `[B, H, T * probes, D]` typed as `query`, `T = ceil(N / 128)`, tile by tile; summed in fp32.
+        The last probe with rows is averaged over its own; those after it are 0.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape does not fit or the devices differ.
+        UnsupportedError: if `backend` cannot run on this device.
+    """
+    _check_rows("query", query, probe_rows)
+    if order.dtype != torch.int32:
+        raise TypeError(f"order must be int32, got {order.dtype}; use order.int()")
+    if order.ndim != 3 or order.shape[:2] != query.shape[:2] or order.device != query.device:
+        raise ValueError(
+            f"order must be {[*query.shape[:2], 'N']} on {query.device}, "
+            f"got {list(order.shape)} on {order.device}"
+        )
+    means: Tensor = _probe_means(query, order, probe_rows, backend)
+    return means
+
+
+def probe_mass(
+    means: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    *,
+    length: int,
+    probe_rows: int = 16,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Estimate the share of each tile's attention that goes to each cluster of keys.
+
+    A probe with mean query `q` gives cluster `j` the share
+    `n_j exp(q . k_j scale) / sum_i n_i exp(q . k_i scale)`; a tile averages its probes, weighed by
+    their rows. Products are accumulated in fp32.
+
+    Args:
+        means: `[B, H, T * probes, D]`, from `probe_means`.
+        centroids: `[B, Hk, C, D]`, typed as `means`; H is a multiple of Hk.
+        sizes: int32 `[B, Hk, C]`, keys of each cluster.
+        length: rows that were probed.
+        probe_rows: rows of a probe.
+        scale: factor of the logits.
+        backend: `"auto"`, `"triton"` or `"reference"`.
+
+    Returns:
+        fp32 `[B, H, T, C]`; sums to 1 over `C` and is 0 for an empty cluster.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape does not fit or the devices differ.
+        UnsupportedError: if `backend` cannot run on this device.
+
+    Source: Yang et al. 2025, arXiv:2505.18875, section 3.2, with several means to a tile.
+    """
+    _check_rows("means", means, probe_rows)
+    _check_clusters(means, centroids, sizes)
+    probes = (length + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
+    if means.shape[2] != probes:
+        raise ValueError(
+            f"{length} rows are {probes} probes of {probe_rows} rows, got {means.shape[2]}"
+        )
+    mass: Tensor = _probe_mass(means, centroids, sizes, length, probe_rows, float(scale), backend)
+    return mass
+
+
+def _check_rows(name: str, x: Tensor, probe_rows: int) -> None:
+    if x.ndim != 4 or not 1 <= x.shape[3] <= 256:
+        raise ValueError(f"{name} must be [B, H, N, D], D from 1 to 256, got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}; convert it first")
+    if not 1 <= probe_rows <= TILE_ROWS or TILE_ROWS % probe_rows:
+        raise ValueError(f"probe_rows must divide {TILE_ROWS}, got {probe_rows}")
+
+
+def _check_clusters(means: Tensor, centroids: Tensor, sizes: Tensor) -> None:
+    batch, heads, _, width = means.shape
+    shape = tuple(centroids.shape)
+    if (
+        len(shape) != 4
+        or (shape[0], shape[3]) != (batch, width)
+        or not shape[1]
+        or heads % shape[1]
+    ):
+        raise ValueError(
+            f"centroids must be [{batch}, Hk, C, {width}] with Hk a divisor of {heads}, "
+            f"got {list(shape)}"
+        )
+    if centroids.dtype != means.dtype or sizes.dtype != torch.int32:
+        raise TypeError(
+            f"centroids must be {means.dtype} and sizes int32, "
+            f"got {centroids.dtype} and {sizes.dtype}"
+        )
+    if tuple(sizes.shape) != shape[:3]:
+        raise ValueError(f"sizes must be {list(shape[:3])}, got {list(sizes.shape)}")
+    if centroids.device != means.device or sizes.device != means.device:
+        raise ValueError(f"centroids and sizes must be on {means.device} like means")
+
+
+def _run_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> Tensor:
+    means: Tensor = choose(backend, query.device, "probe").probe_means(query, order, probe_rows)
+    return means
+
+
+def _run_mass(
+    means: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    length: int,
+    probe_rows: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    mass: Tensor = choose(backend, means.device, "probe").probe_mass(
+        means, centroids, sizes, length, probe_rows, scale
+    )
+    return mass
+
+
+def _fake_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> Tensor:
+    probes = (order.shape[2] + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
+    return query.new_empty(*query.shape[:2], probes, query.shape[3])
+
+
+def _fake_mass(
+    means: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    length: int,
+    probe_rows: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    tiles = means.shape[2] * probe_rows // TILE_ROWS
+    return means.new_empty(*means.shape[:2], tiles, centroids.shape[2], dtype=torch.float32)
+
+
+_probe_means = register(
+    "probe_means",
+    "(Tensor query, Tensor order, int probe_rows, str backend) -> Tensor",
+    _run_means,
+    _fake_means,
+)
+_probe_mass = register(
+    "probe_mass",
+    "(Tensor means, Tensor centroids, Tensor sizes, int length, int probe_rows, float scale,"
+    " str backend) -> Tensor",
+    _run_mass,
+    _fake_mass,
+)
