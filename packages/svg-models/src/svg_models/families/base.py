@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from svg_models import operator
@@ -23,10 +24,13 @@ __all__ = [
     "VideoProcessor",
     "dense_attention",
     "patch_grid",
+    "project_heads",
     "project_out",
     "project_qkv",
     "rotate_pairs",
+    "rotate_video",
     "split_heads",
+    "torch_attention",
 ]
 
 
@@ -83,6 +87,21 @@ def dense_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, backend=backend
     )
     return out
+
+
+def torch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backend: Any = None,
+    key_lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Compute dense attention by torch, for stock processors that ask no dispatcher.
+
+    Takes and returns what `dense_attention` does; `backend` is not read.
+    """
+    return dense_attention(query, key, value, backend="native", key_lengths=key_lengths)
 
 
 def text_to_video(transformer: Any) -> str:
@@ -303,6 +322,35 @@ def project_qkv(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tenso
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """View `[B, S, H * D]` as `[B, S, H, D]`."""
     return states.unflatten(2, (heads, -1))
+
+
+def project_heads(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project tokens to query, key and value, `[B, S, H, D]`, and normalise the first two by head.
+
+    For attentions whose norms take one head at a time, of whatever kind these are.
+    """
+    query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, hidden_states))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
+def rotate_video(
+    query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor] | None, video: slice
+) -> None:
+    """Rotate neighbouring channels of the video tokens in place, by diffusers' own function.
+
+    Args:
+        query: `[B, S, H, D]`.
+        key: as `query`.
+        rotation: cosines and sines, `[S_video, D]`; None for a model without.
+        video: where the video tokens are in the sequence.
+    """
+    if rotation is not None:
+        for states in (query, key):
+            states[:, video] = apply_rotary_emb(states[:, video], rotation, sequence_dim=1)
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
