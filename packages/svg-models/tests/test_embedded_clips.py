@@ -174,6 +174,10 @@ def test_coverage_is_the_fraction_of_keys_that_hold_the_mass():
 
 
 def test_a_contact_sheet_holds_every_clip():
-    clips = np.random.default_rng(0).random((3, 5, 16, 24, 3), dtype=np.float32)
-    sheet = contact_sheet(clips, ["a", "b", "c"], shown=4)
-    assert sheet.size == (2 * (4 * 24 + 8) + 8, 2 * (16 + 24) + 8)
+    clips = np.random.default_rng(0).random((3, 5, 32, 32, 3), dtype=np.float32)
+    methods = {"dense": clips, "SVG2": np.zeros_like(clips)}
+    sheet = np.asarray(contact_sheet(methods, ["a", "b", "c"], shown=4, pixels=16))
+    assert sheet.shape == (2 * (16 + 2 * 18 + 8) + 8, 2 * (40 + 4 * 16 + 8) + 8, 3)
+    first = np.round(clips[0, 0].reshape(16, 2, 16, 2, 3).mean((1, 3)) * 255)
+    assert np.abs(sheet[8 + 16 :, 8 + 40 :][:16, :16] - first).max() <= 1.5
+    assert not sheet[8 + 16 + 18 :, 8 + 40 :][:16, :64].any()

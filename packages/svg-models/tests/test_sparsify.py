@@ -63,6 +63,19 @@ def test_dense_calls_give_the_bits_of_the_stock_processor(method, schedule, refe
     assert stats.mean_density == stats.mean_density_with_dense_calls == 1.0
 
 
+def test_autocast_rules_over_attention_as_over_the_stock_processor() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = tiny.generate(tiny.pipeline(), num_inference_steps=2)
+        pipe = tiny.pipeline()
+        with sparsify(pipe, Dense()):
+            assert torch.equal(tiny.generate(pipe, num_inference_steps=2), stock)
+        with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
+            video = tiny.generate(pipe, num_inference_steps=2)
+    assert torch.isfinite(video).all()
+    assert not torch.equal(video, stock)
+    assert run.stats().mean_density < 0.95
+
+
 def test_density_one_is_dense_within_rounding(reference) -> None:
     pipe = tiny.pipeline()
     full = SVG2(q_clusters=6, k_clusters=12, density=1.0, first_iterations=4)

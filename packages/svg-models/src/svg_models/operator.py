@@ -67,7 +67,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tens
         handle: from `make_handle`.
 
     Returns:
-        `[B, S, H, D]`, contiguous, typed as `query`. There is no backward.
+        `[B, S, H, D]`, contiguous, typed as `query`, or as autocast says. There is no backward.
 
     Raises:
         RuntimeError: if the run was restored or is gone.

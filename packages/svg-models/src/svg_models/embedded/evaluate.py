@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,23 +217,46 @@ def attention_coverage(
 
 
 def contact_sheet(
-    clips: NDArray[np.float32], titles: Sequence[str], *, shown: int = 6, columns: int = 2
+    methods: Mapping[str, NDArray[np.float32]],
+    titles: Sequence[str],
+    *,
+    shown: int = 6,
+    columns: int = 2,
+    pixels: int = 128,
 ) -> Image.Image:
-    """Lay out `shown` frames of every clip in rows under their titles."""
-    count, total, height, width, _ = clips.shape
-    rows = -(-count // columns)
-    gap, band = 8, 16
-    cell_w, cell_h = shown * width + gap, height + band + gap
+    """Lay out `shown` frames of every clip under its title, one strip per method.
+
+    Args:
+        methods: clips `[N, T, side, side, 3]` in [0, 1] by the name of what made them.
+        titles: one per clip.
+        shown: frames of a strip, evenly spaced.
+        columns: clips side by side.
+        pixels: side of a frame on the sheet.
+
+    Returns:
+        The sheet.
+    """
+    rows = -(-len(titles) // columns)
+    gap, band, margin = 8, 16, 40
+    cell_w = margin + shown * pixels + gap
+    cell_h = band + len(methods) * (pixels + 2) + gap
     sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    picked = np.linspace(0, total - 1, shown).round().astype(int)
-    for i, (clip, title) in enumerate(zip(clips, titles, strict=True)):
+    for i, title in enumerate(titles):
         x, y = gap + (i // rows) * cell_w, gap + (i % rows) * cell_h
         pen.text((x, y), title, fill="black")
-        strip = np.concatenate(list(clip[picked]), axis=1)
-        image = Image.fromarray((strip.clip(0, 1) * 255).round().astype(np.uint8))
-        sheet.paste(image, (x, y + band))
+        for j, (name, clips) in enumerate(methods.items()):
+            top = y + band + j * (pixels + 2)
+            pen.text((x, top + pixels // 2 - 6), name, fill="black")
+            sheet.paste(_strip(clips[i], shown, pixels), (x + margin, top))
     return sheet
+
+
+def _strip(clip: NDArray[np.float32], shown: int, pixels: int) -> Image.Image:
+    picked = np.linspace(0, len(clip) - 1, shown).round().astype(int)
+    frames = np.concatenate(list(clip[picked]), axis=1)
+    image = Image.fromarray((frames.clip(0, 1) * 255).round().astype(np.uint8))
+    return image.resize((shown * pixels, pixels), Image.Resampling.BOX)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -251,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only-sheet", action="store_true", help="draw the contact sheets alone")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = WanPipeline.from_pretrained(str(args.model or embedded_path())).to(args.device)
@@ -262,6 +286,10 @@ def main(argv: list[str] | None = None) -> None:
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
         for side in args.sides:
             batch = max(1, args.batch * 128**2 // side**2)
+            if args.only_sheet:
+                sheet = _draw_sheet(pipe, side=side, batch=batch, options=options)
+                sheet.save(args.out / f"sheet_{side}.png", optimize=True)
+                continue
             results[str(side)] = _evaluate_size(
                 pipe, scenes, side=side, batch=batch, out=args.out, options=options
             )
@@ -272,8 +300,9 @@ def main(argv: list[str] | None = None) -> None:
 def _evaluate_size(
     pipe: Any, scenes: Sequence[Scene], *, side: int, batch: int, out: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    sheet = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
-    contact_sheet(sheet, SHEET_PROMPTS).save(out / f"sheet_{side}.png", optimize=True)
+    _draw_sheet(pipe, side=side, batch=batch, options=options).save(
+        out / f"sheet_{side}.png", optimize=True
+    )
     prompts = [caption(scene) for scene in scenes]
     clips = generate(pipe, prompts, side=side, batch=batch, seed=100, **options)
     step = max(1, side // 128)  # judge every size at 128 pixels
@@ -283,6 +312,16 @@ def _evaluate_size(
         "reconstruction_psnr": [round(value, 2) for value in psnr],
         "attention_coverage_90": attention_coverage(pipe, SHEET_PROMPTS[:2], side=side),
     }
+
+
+def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) -> Image.Image:
+    from svg_models import sparsify
+
+    dense = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
+    with sparsify(pipe) as run:
+        sparse = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
+        print(f"SVG2 on the sheet of {side} pixels: density {run.stats().mean_density:.3f}")
+    return contact_sheet({"dense": dense, "SVG2": sparse}, SHEET_PROMPTS)
 
 
 if __name__ == "__main__":
