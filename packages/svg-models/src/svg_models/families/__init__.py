@@ -6,7 +6,10 @@ from torch import nn
 
 from svg_models.context import unwrap
 from svg_models.families.base import Family
+from svg_models.families.cogvideox import COGVIDEOX
 from svg_models.families.cosmos import COSMOS
+from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
+from svg_models.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from svg_models.families.ltx import LTX
 from svg_models.families.skipped import SKIPPED
 from svg_models.families.wan import SKYREELS, WAN
@@ -14,7 +17,15 @@ from svg_models.families.wan import SKYREELS, WAN
 __all__ = ["SKIPPED", "Family", "family_of", "known_families", "register", "transformers_of"]
 
 _SLOTS = ("transformer", "transformer_2")
-_families: list[Family] = [WAN, COSMOS, LTX, SKYREELS]
+_families: list[Family] = [
+    WAN,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    COSMOS,
+    COGVIDEOX,
+    LTX,
+    SKYREELS,
+]
 
 
 def known_families() -> tuple[Family, ...]:

@@ -1,0 +1,90 @@
+"""CogVideoX 1.0 and 1.5: text before the video, all of it valid, one norm for each head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svg_attention import Schedule
+from svg_models.families.base import (
+    Family,
+    SparseProcessor,
+    project_heads,
+    project_out,
+    rotate_video,
+    torch_attention,
+)
+from svg_models.recipes import Published
+
+__all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
+
+
+class SparseCogVideoXProcessor(SparseProcessor):
+    """Joint attention of text and video in one stream."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Compute the attention of one block; return video and text, shaped as they came."""
+        if attention_mask is not None:
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+        text = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = project_heads(attn, joint)
+        rotate_video(query, key, image_rotary_emb, slice(text, None))
+        states = project_out(attn, self.attend(query, key, value))
+        return states[:, text:], states[:, :text]
+
+
+def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the token grid of `[B, F, C, H, W]` latents; 1.5 also joins frames, the last padded."""
+    frames, _, rows, columns = arguments["hidden_states"].shape[1:]
+    config = transformer.config
+    frames = -(-frames // (config.patch_size_t or 1))
+    return frames, rows // config.patch_size, columns // config.patch_size
+
+
+def task(transformer: Any) -> str:
+    """Name what the checkpoint was trained for; one for image-to-video takes more channels."""
+    return "i2v" if transformer.config.in_channels > transformer.config.out_channels else "t2v"
+
+
+_SOURCE = (
+    "Sparse-VideoGen 5ce7b01, script cog_inference.py for SVG; the cluster counts are those of "
+    "Wan 2.1 image-to-video at 480p, since none were published for this model"
+)
+
+COGVIDEOX = Family(
+    name="cogvideox",
+    title="CogVideoX 1.0 and 1.5",
+    transformers=("CogVideoXTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    stock_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+    processor=SparseCogVideoXProcessor,
+    grid=grid,
+    task=task,
+    text_position="first",
+    dense=torch_attention,
+    recipes=(
+        Published(
+            title="CogVideoX 1.5 image-to-video, 768p, 81 frames, 50 steps",
+            task="i2v",
+            tokens=44_880,
+            schedule=Schedule(dense_steps=0.2, dense_layers=0.025),
+            q_clusters=200,
+            k_clusters=1000,
+            svg1_density=0.25,
+            source=_SOURCE,
+        ),
+    ),
+)

@@ -1,0 +1,128 @@
+"""HunyuanVideo: text after the video, in blocks with a stream for each and in blocks with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svg_attention import Schedule
+from svg_models.families.base import (
+    Family,
+    SparseProcessor,
+    patch_grid,
+    project_heads,
+    rotate_video,
+    split_heads,
+)
+from svg_models.recipes import Published
+
+__all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
+
+
+class SparseHunyuanVideoProcessor(SparseProcessor):
+    """Joint attention of a dual-stream or a single-stream block."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the attention of one block.
+
+        Args:
+            attn: the attention module.
+            hidden_states: video, `[B, S, C]`.
+            encoder_hidden_states: text, `[B, T, C]`.
+            attention_mask: not read; the run knows how much of the text is padding.
+            image_rotary_emb: cosines and sines of the video tokens.
+
+        Returns:
+            Video and text, shaped as they came.
+        """
+        dual = attn.add_q_proj is not None
+        tokens = hidden_states.shape[1]
+        if not dual:
+            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        query, key, value = project_heads(attn, hidden_states)
+        rotate_video(query, key, image_rotary_emb, slice(0, tokens))
+        if dual:
+            added = project_text(attn, encoder_hidden_states)
+            query, key, value = (
+                torch.cat(parts, dim=1) for parts in zip((query, key, value), added, strict=True)
+            )
+        states = self.attend(query, key, value).flatten(2, 3)
+        video, text = states[:, :tokens], states[:, tokens:]
+        if dual:
+            video = attn.to_out[1](attn.to_out[0](video))
+            text = attn.to_add_out(text)
+        return video, text
+
+
+def project_text(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project text to query, key and value, `[B, T, H, D]`, by the layers of a dual-stream block."""
+    query, key, value = (
+        split_heads(project(states), attn.heads)
+        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+    if attn.norm_added_q is not None:
+        query = attn.norm_added_q(query)
+    if attn.norm_added_k is not None:
+        key = attn.norm_added_k(key)
+    return query, key, value
+
+
+def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """Count the valid text tokens; the model reads its mask as a length, too."""
+    lengths: Tensor = arguments["encoder_attention_mask"].sum(dim=1)
+    return lengths
+
+
+def task(transformer: Any) -> str:
+    """Name what the checkpoint was trained for; one for image-to-video says or shows it."""
+    config = transformer.config
+    replaces = config.image_condition_type is not None
+    return "i2v" if replaces or config.in_channels > config.out_channels else "t2v"
+
+
+_SOURCE = "Sparse-VideoGen 5ce7b01, scripts hyvideo_t2v_{} for SVG and SAP"
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    title="HunyuanVideo",
+    transformers=("HunyuanVideoTransformer3DModel",),
+    attentions=(r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
+    stock_processors=("HunyuanVideoAttnProcessor2_0",),
+    processor=SparseHunyuanVideoProcessor,
+    grid=patch_grid,
+    task=task,
+    text_position="last",
+    text_lengths=text_lengths,
+    recipes=(
+        Published(
+            title="HunyuanVideo text-to-video, 720p, 129 frames, 50 steps",
+            task="t2v",
+            tokens=118_800,
+            schedule=Schedule(dense_steps=0.1, dense_layers=0.03),
+            q_clusters=400,
+            k_clusters=1000,
+            svg1_density=0.25,
+            source=_SOURCE.format("720p"),
+        ),
+        Published(
+            title="HunyuanVideo text-to-video, 480 x 720, 129 frames, 50 steps",
+            task="t2v",
+            tokens=44_550,
+            schedule=Schedule(dense_steps=0.04, dense_layers=0.0),
+            q_clusters=200,
+            k_clusters=1000,
+            svg1_density=0.2,
+            source=_SOURCE.format("480p"),
+        ),
+    ),
+)

@@ -1,0 +1,44 @@
+"""HunyuanVideo 1.5: the dual-stream blocks of HunyuanVideo, with three kinds of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from svg_models.families.base import Family, patch_grid
+from svg_models.families.hunyuan_video import SparseHunyuanVideoProcessor
+
+__all__ = ["HUNYUAN_VIDEO_15"]
+
+
+def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """Count the valid tokens of both encoders and the image, which the model puts first.
+
+    The image counts whole or, if it is all zeros in every sample, not at all.
+    """
+    image = arguments["image_embeds"]
+    lengths: Tensor = image.any() * image.shape[1]
+    for name in ("encoder_attention_mask", "encoder_attention_mask_2"):
+        lengths = lengths + arguments[name].bool().sum(dim=1)
+    return lengths
+
+
+def task(transformer: Any) -> str:
+    """Name what the checkpoint was trained for, as its configuration says."""
+    return str(transformer.config.task_type)
+
+
+HUNYUAN_VIDEO_15 = Family(
+    name="hunyuan_video15",
+    title="HunyuanVideo 1.5",
+    transformers=("HunyuanVideo15Transformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn",
+    stock_processors=("HunyuanVideo15AttnProcessor2_0",),
+    processor=SparseHunyuanVideoProcessor,
+    grid=patch_grid,
+    task=task,
+    text_position="last",
+    text_lengths=text_lengths,
+)
