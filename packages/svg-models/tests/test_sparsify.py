@@ -63,6 +63,20 @@ def test_dense_calls_give_the_bits_of_the_stock_processor(method, schedule, refe
     assert stats.mean_density == stats.mean_density_with_dense_calls == 1.0
 
 
+def test_the_operator_takes_what_autocast_leaves_in_different_dtypes() -> None:
+    class Sum:
+        def attend(self, slot, query, key, value):
+            return query + key + value
+
+    run = Sum()
+    handle = operator.make_handle(operator.register(run), 0)
+    query, value = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = operator.attention(query, query, value, handle)
+    assert out.dtype == torch.bfloat16
+    assert (out == 3).all()
+
+
 def test_autocast_rules_over_attention_as_over_the_stock_processor() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = tiny.generate(tiny.pipeline(), num_inference_steps=2)

@@ -72,6 +72,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tens
     Raises:
         RuntimeError: if the run was restored or is gone.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # it knows torch's attention, not this one
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out: Tensor = torch.ops.svg_models.self_attention(query, key, value, handle)
     return out
 
