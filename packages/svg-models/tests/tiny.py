@@ -5,6 +5,7 @@ The processes that tests start import this file too, so it holds no fixtures.
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
@@ -85,7 +86,7 @@ def transformer(seed: int = 3, **changes: Any) -> WanTransformer3DModel:
 def sharpen(model: nn.Module, factor: float = 3.0) -> None:
     """Make attention peaked, so that leaving keys out changes the result visibly."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("attn1.norm_q.weight", "attn1.norm_k.weight")):
+        if re.search(r"\.attn1?\.norm_(added_)?[qk]\.weight$", name):
             parameter.data.mul_(factor)
 
 

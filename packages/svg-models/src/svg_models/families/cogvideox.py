@@ -47,7 +47,7 @@ class SparseCogVideoXProcessor(SparseProcessor):
 
 
 def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return the token grid of `[B, F, C, H, W]` latents; 1.5 also joins frames, the last padded."""
+    """Return the token grid of `[B, F, C, H, W]` latents; the patches of 1.5 span frames, too."""
     frames, _, rows, columns = arguments["hidden_states"].shape[1:]
     config = transformer.config
     frames = -(-frames // (config.patch_size_t or 1))

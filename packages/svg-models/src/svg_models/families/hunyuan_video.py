@@ -65,7 +65,7 @@ class SparseHunyuanVideoProcessor(SparseProcessor):
 
 
 def project_text(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project text to query, key and value, `[B, T, H, D]`, by the layers of a dual-stream block."""
+    """Project text to query, key and value, `[B, T, H, D]`, by layers of its own."""
     query, key, value = (
         split_heads(project(states), attn.heads)
         for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -79,7 +79,8 @@ def project_text(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:
     """Count the valid text tokens; the model reads its mask as a length, too."""
-    lengths: Tensor = arguments["encoder_attention_mask"].sum(dim=1)
+    # Pipelines give the mask in bf16, which cannot count past 256.
+    lengths: Tensor = arguments["encoder_attention_mask"].sum(dim=1, dtype=torch.int64)
     return lengths
 
 
