@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
 from svg_attention import UnsupportedError, sparse_attention
-from svg_attention.backends import BACKENDS
+from svg_attention.backends import BACKENDS, kernels
 from svg_attention.backends.kernels import KernelsBackend, long_tiles_first
 from svg_attention.plan import KeySummary, SparsePlan
 
@@ -56,6 +57,40 @@ def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads):
         query, key, value, plan.rounded(8), scale=0.2, return_lse=False
     )
     torch.testing.assert_close(rounded, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scratch", [1, 15_000, 60_000])
+@pytest.mark.parametrize("summarised", [False, True])
+def test_groups_of_heads_compute_what_all_heads_do(monkeypatch, random_plan, scratch, summarised):
+    import svg_kernels
+
+    kernel, calls = svg_kernels.block_sparse_attention, []
+
+    def count(*args, **kwargs):
+        calls.append(args[0].shape)
+        return kernel(*args, **{**kwargs, "backend": "reference"})
+
+    monkeypatch.setattr(svg_kernels, "block_sparse_attention", count)
+    plan = random_plan(2, 6, 300, 200, key_heads=3)
+    if summarised:
+        draw = torch.Generator().manual_seed(3)
+        summary = KeySummary(
+            keys=torch.randn(2, 3, 5, 8, generator=draw),
+            values=torch.randn(2, 3, 5, 8, generator=draw),
+            log_weights=torch.randn(2, 6, plan.tiles, 5, generator=draw),
+        )
+        plan = replace(plan, summary=summary)
+    inputs = tensors(plan, key_heads=3, dim=8)
+    whole, whole_lse = KernelsBackend("cuda").run(*inputs, plan, scale=0.3, return_lse=True)
+    assert len(calls) == 1
+    monkeypatch.setattr(kernels, "SCRATCH", scratch)
+    parts, parts_lse = KernelsBackend("cuda").run(*inputs, plan, scale=0.3, return_lse=True)
+    # A head's keys and values take 12,800 bytes.
+    heads = {1: [2, 2, 2], 15_000: [2, 2, 2], 60_000: [6]}[scratch]
+    assert calls[1:] == [(1, h, 300, 8) for h in heads] * 2
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts_lse, whole_lse)
 
 
 @needs_kernels

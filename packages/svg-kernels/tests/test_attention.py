@@ -179,3 +179,22 @@ def test_the_operator_can_be_traced(generator):
         (*arguments, *order, 0.125, True, "reference"),
         test_utils=("test_schema", "test_faketensor"),
     )
+    torch.library.opcheck(
+        torch.ops.svg_kernels.block_sparse_attention_into.default,
+        (*arguments, *order, 0.125, True, "reference", torch.empty_like(arguments[0])),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_the_output_can_be_written_where_the_caller_says(generator):
+    arguments, keywords = random_call(generator, ordered=True)
+    want, want_lse = block_sparse_attention(*arguments, return_lse=True, **keywords)
+    out = torch.full_like(arguments[0], torch.nan)
+    got, lse = block_sparse_attention(*arguments, return_lse=True, out=out, **keywords)
+    assert got is out
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        block_sparse_attention(*arguments, out=out.transpose(2, 3).contiguous().mT, **keywords)
+    with pytest.raises(ValueError, match="like query"):
+        block_sparse_attention(*arguments, out=out[:, :, 1:], **keywords)

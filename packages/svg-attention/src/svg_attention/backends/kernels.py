@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.plan import KeySummary, SparsePlan, match_heads
 
 # Tiles that read this many times what their head's tiles read on average are started first.
 LONG = 1.5
 # Rows that the copy engine moves at once: runs of a multiple need no mask in the compiled kernel.
 COPY_ROWS = 8
+# Bytes that permuted keys and values may take; a call that needs more is run by groups of heads.
+SCRATCH = 2**30
 
 
 class KernelsBackend:
-    """Permute keys and values once, then attend run by run in one kernel; needs `svg_kernels`.
+    """Permute keys and values, then attend run by run; needs `svg_kernels`.
 
     Queries are gathered and outputs scattered inside the kernel. Nothing waits for the device.
+    Long sequences are computed by groups of heads, so that the permuted copies stay small.
 
     Attributes:
         name: "cuda" for the kernel written for compute capability 9.0, "triton" for the one that
@@ -59,18 +64,42 @@ class KernelsBackend:
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute attention as `plan` says; see `Backend.run`."""
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+        for batch, heads, key_heads in groups(query, key, value, plan):
+            part = plan_of_heads(plan, batch, heads, key_heads, key.shape[1])
+            part_lse = self._attend(
+                query[batch, heads],
+                key[batch, key_heads],
+                value[batch, key_heads],
+                part,
+                out[batch, heads],
+                scale=scale,
+                return_lse=return_lse,
+            )
+            if lse is not None and part_lse is not None:
+                lse[batch, heads] = part_lse
+        return out, lse
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: SparsePlan,
+        out: Tensor,
+        *,
+        scale: float,
+        return_lse: bool,
+    ) -> Tensor | None:
+        """Fill `out`; return the log-sum-exp if asked for."""
         import svg_kernels
 
         if plan.key_order is not None:
-            order = match_heads(plan.key_order, key.shape[1])
-            key, value = svg_kernels.permute_rows((key, value), order)
+            key, value = svg_kernels.permute_rows((key, value), plan.key_order)
         summary = None
         if plan.summary is not None:
-            summary = (
-                match_heads(plan.summary.keys, key.shape[1]),
-                match_heads(plan.summary.values, key.shape[1]),
-                plan.summary.log_weights,
-            )
+            summary = (plan.summary.keys, plan.summary.values, plan.summary.log_weights)
         elif self.name == "cuda" and not plan.is_full:
             plan = plan.rounded(COPY_ROWS)
         result: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention(
@@ -84,9 +113,66 @@ class KernelsBackend:
             tile_order=None if plan.is_full else long_tiles_first(plan.run_lengths),
             scale=scale,
             return_lse=return_lse,
+            out=out,
             backend=self.name,
         )
-        return (result, None) if isinstance(result, Tensor) else result
+        return None if isinstance(result, Tensor) else result[1]
+
+
+def groups(
+    query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Split a call so that the permuted keys and values of a part stay below `SCRATCH` bytes.
+
+    Yields:
+        `(batch items, query heads, key heads)`, whose tensors are contiguous in `query`.
+    """
+    batch, key_heads = key.shape[:2]
+    group = query.shape[1] // key_heads
+    head_bytes = (key.shape[2] * key.shape[3] + value.shape[2] * value.shape[3]) * key.itemsize
+    if plan.key_order is None or batch * key_heads * head_bytes <= SCRATCH:
+        yield slice(0, batch), slice(0, query.shape[1]), slice(0, key_heads)
+        return
+    step = -(-key_heads // -(-key_heads * head_bytes // SCRATCH))
+    for b in range(batch):
+        for first in range(0, key_heads, step):
+            last = min(first + step, key_heads)
+            yield slice(b, b + 1), slice(first * group, last * group), slice(first, last)
+
+
+def plan_of_heads(
+    plan: SparsePlan, batch: slice, heads: slice, key_heads: slice, key_head_count: int
+) -> SparsePlan:
+    """Return the plan of some batch items and heads.
+
+    Args:
+        plan: the whole plan.
+        batch: batch items.
+        heads: query heads.
+        key_heads: the key heads that these query heads share.
+        key_head_count: all key heads.
+    """
+
+    def of_keys(x: Tensor) -> Tensor:
+        return match_heads(x, key_head_count)[batch, key_heads]
+
+    summary = plan.summary
+    if summary is not None:
+        summary = KeySummary(
+            keys=of_keys(summary.keys),
+            values=of_keys(summary.values),
+            log_weights=summary.log_weights[batch, heads],
+        )
+    return replace(
+        plan,
+        query_order=None if plan.query_order is None else plan.query_order[batch, heads],
+        key_order=None if plan.key_order is None else of_keys(plan.key_order),
+        run_starts=plan.run_starts[batch, heads],
+        run_lengths=plan.run_lengths[batch, heads],
+        query_lengths=None if plan.query_lengths is None else plan.query_lengths[batch],
+        key_lengths=None if plan.key_lengths is None else plan.key_lengths[batch],
+        summary=summary,
+    )
 
 
 def long_tiles_first(run_lengths: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def block_sparse_attention(
     tile_order: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -46,6 +47,7 @@ def block_sparse_attention(
     tile_order: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -63,6 +65,7 @@ def block_sparse_attention(
     tile_order: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -79,6 +82,7 @@ def block_sparse_attention(
     tile_order: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend, in each tile of 128 query rows, to that tile's runs of key rows.
@@ -107,6 +111,7 @@ def block_sparse_attention(
             changes speed only.
         scale: factor of the logits, above 0; `D ** -0.5` when None.
         return_lse: also return the natural logarithm of each row's softmax denominator.
+        out: where to write the output: contiguous, shaped and typed as `query`; None allocates.
         backend: `"auto"`, `"cuda"` (compute capability 9.0, D of 64 or 128, 16-bit), `"triton"`
             or `"reference"`.
 
@@ -137,7 +142,7 @@ def block_sparse_attention(
     scale = width**-0.5 if scale is None else float(scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number above 0, got {scale}")
-    out, lse = _attend(
+    arguments = (
         query,
         key,
         value,
@@ -152,6 +157,11 @@ def block_sparse_attention(
         return_lse,
         backend,
     )
+    if out is None:
+        out, lse = _attend(*arguments)
+    else:
+        _check_out(out, query)
+        lse = _attend_into(*arguments, out)
     return (out, lse) if return_lse else out
 
 
@@ -188,6 +198,16 @@ def _check_index(name: str, x: Tensor, shape: tuple[int, ...], query: Tensor) ->
         raise ValueError(f"{name} must be on {query.device} like query, got {x.device}")
 
 
+def _check_out(out: Tensor, query: Tensor) -> None:
+    if out.shape != query.shape or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"out must be {_shape(query)}, {query.dtype}, on {query.device} like query, "
+            f"got {_shape(out)}, {out.dtype}, on {out.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+
+
 def _check_summary(
     summary: Summary | None, query: Tensor, key: Tensor, tiles: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -214,9 +234,10 @@ def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def _outputs(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _outputs(query: Tensor, return_lse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return out, torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
@@ -234,9 +255,10 @@ def _run(
     scale: float,
     return_lse: bool,
     backend: str,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tier = choose(backend, query.device, query.dtype, query.shape[-1])
-    out, lse = _outputs(query, return_lse)
+    out, lse = _outputs(query, return_lse, out)
     if out.numel():
         tier.block_sparse_attention(
             query,
@@ -254,6 +276,10 @@ def _run(
             lse if return_lse else None,
         )
     return out, lse
+
+
+def _run_into(*arguments: Any) -> Tensor:
+    return _run(*arguments)[1]
 
 
 def _fake(
@@ -274,11 +300,19 @@ def _fake(
     return _outputs(query, return_lse)
 
 
-_attend = register(
-    "block_sparse_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor run_starts, Tensor run_lengths,"
+def _fake_into(*arguments: Any) -> Tensor:
+    return _outputs(arguments[0], arguments[-3])[1]
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor run_starts, Tensor run_lengths,"
     " Tensor? query_order, Tensor? summary_keys, Tensor? summary_values, Tensor? summary_weights,"
-    " Tensor? tile_order, float scale, bool return_lse, str backend) -> (Tensor, Tensor)",
-    _run,
-    _fake,
+    " Tensor? tile_order, float scale, bool return_lse, str backend"
+)
+_attend = register("block_sparse_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _run, _fake)
+_attend_into = register(
+    "block_sparse_attention_into",
+    f"({_ARGUMENTS}, Tensor(a!) out) -> Tensor",
+    _run_into,
+    _fake_into,
 )
