@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from kmeans_member import member
 from kmeans_oracles import blobs
 
 import flash_kmeans as fk
@@ -70,55 +71,33 @@ def test_streaming_stops_once_settled_and_refuses_what_it_cannot_do() -> None:
         fk.kmeans_stream(x[None], 3, device="cpu")
 
 
-def _member(rank: int, world: int, where: str, metric: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{where}", rank=rank, world_size=world
-    )
-    x = blobs(1, 500, 6, 5)[0]
-    weight = torch.arange(500) % 4 + 0.5
-    mine = slice(0, 200) if rank == 0 else slice(200, 500)
-    given = fk.kmeans_distributed(
-        x[mine], 5, init=x[:5], metric=metric, max_iter=4, sample_weight=weight[mine]
-    )
-    drawn = fk.kmeans_distributed(
-        x[mine],
-        5,
-        metric=metric,
-        max_iter=50,
-        tol=1e-6 if metric == "euclidean" else 0.0,
-        # Only the first process's draws count.
-        generator=torch.Generator().manual_seed(3 + rank),
-    )
-    torch.save({"given": vars(given), "drawn": vars(drawn)}, f"{results}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_two_processes_equal_one(metric: str, tmp_path: Path) -> None:
-    results = tmp_path / "result"
-    mp.spawn(_member, args=(2, str(tmp_path / "meet"), metric, str(results)), nprocs=2)
-    one, two = (torch.load(f"{results}.{rank}") for rank in range(2))
-    x = blobs(1, 500, 6, 5)[0]
-    weight = torch.arange(500) % 4 + 0.5
-    whole = {
+def _whole(metric: str, device: str) -> dict[str, fk.KMeansResult]:
+    """Cluster in one process what two members share."""
+    x = blobs(1, 500, 6, 5)[0].to(device)
+    weight = (torch.arange(500) % 4 + 0.5).to(device)
+    tol = 1e-6 if metric == "euclidean" else 0.0
+    source = torch.Generator().manual_seed(3)
+    return {
         "given": fk.kmeans(x, 5, init=x[:5], metric=metric, max_iter=4, sample_weight=weight),
-        "drawn": fk.kmeans(
-            x,
-            5,
-            metric=metric,
-            max_iter=50,
-            tol=1e-6 if metric == "euclidean" else 0.0,
-            generator=torch.Generator().manual_seed(3),
-        ),
+        "drawn": fk.kmeans(x, 5, metric=metric, max_iter=50, tol=tol, generator=source),
     }
-    for name, expected in whole.items():
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("metric", METRICS)
+def test_two_processes_equal_one(metric: str, device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL wants a GPU per process, and there is one")
+    results = tmp_path / "result"
+    mp.spawn(member, args=(2, str(tmp_path / "meet"), metric, str(results), device), nprocs=2)
+    one, two = (torch.load(f"{results}.{rank}", map_location="cpu") for rank in range(2))
+    for name, expected in _whole(metric, device).items():
         assert torch.equal(one[name]["centroids"], two[name]["centroids"])
         labels = torch.cat([one[name]["labels"], two[name]["labels"]])
-        assert torch.equal(labels, expected.labels)
-        assert torch.equal(one[name]["sizes"], expected.sizes)
+        assert torch.equal(labels, expected.labels.cpu())
+        assert torch.equal(one[name]["sizes"], expected.sizes.cpu())
         assert one[name]["n_iter"] == expected.n_iter
-        torch.testing.assert_close(one[name]["centroids"], expected.centroids)
-        torch.testing.assert_close(one[name]["inertia"], expected.inertia)
+        torch.testing.assert_close(one[name]["centroids"], expected.centroids.cpu())
+        torch.testing.assert_close(one[name]["inertia"], expected.inertia.cpu())
         by_label = two[name]["labels"].sort(stable=True).indices
         assert torch.equal(two[name]["order"], by_label.int())
