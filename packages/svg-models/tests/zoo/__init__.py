@@ -5,12 +5,12 @@ Each module has the cases of one family in `CASES`.
 
 from __future__ import annotations
 
-from zoo import hunyuan_video, wan
+from zoo import cogvideox, hunyuan_video, wan
 from zoo.case import Case
 
 __all__ = ["CASES", "Case", "case"]
 
-CASES: tuple[Case, ...] = (*wan.CASES, *hunyuan_video.CASES)
+CASES: tuple[Case, ...] = (*wan.CASES, *hunyuan_video.CASES, *cogvideox.CASES)
 
 
 def case(name: str) -> Case:
