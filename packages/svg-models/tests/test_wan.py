@@ -185,53 +185,6 @@ def test_wan22_with_one_transformer_missing() -> None:
     run.restore()
 
 
-def moments(run: Any) -> list[tuple[int, str]]:
-    """Return step and branch of each forward pass of a run."""
-    return [(record.step, record.branch) for record in run.stats().records if record.layer == 0]
-
-
-def test_image_to_video_pipeline_reads_the_step_from_the_scheduler() -> None:
-    from diffusers import WanImageToVideoPipeline
-    from PIL import Image
-
-    def build() -> Any:
-        parts = tiny.pipeline(tiny.transformer(in_channels=12)).components
-        parts |= dict(image_encoder=None, image_processor=None)
-        pipe = WanImageToVideoPipeline(**parts)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    image = Image.new("RGB", (48, 48), (200, 30, 30))
-    reference = tiny.generate(build(), image=image)
-    pipe = build()
-    with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
-        assert torch.equal(tiny.generate(pipe, image=image), reference)
-    assert moments(run) == [(step, branch) for step in range(4) for branch in ("cond", "uncond")]
-    with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
-        assert not torch.equal(tiny.generate(pipe, image=image), reference)
-
-
-def test_video_to_video_pipeline_counts_from_the_step_it_enters_at() -> None:
-    from diffusers import WanVideoToVideoPipeline
-    from PIL import Image
-
-    def build() -> Any:
-        parts = tiny.pipeline().components
-        parts.pop("transformer_2")
-        pipe = WanVideoToVideoPipeline(**parts)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    clip = [Image.new("RGB", (48, 48), (20 * i, 30, 200)) for i in range(9)]
-    settings = dict(video=clip, strength=0.5, num_inference_steps=6, num_frames=None)
-    reference = tiny.generate(build(), **settings)
-    pipe = build()
-    with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
-        assert torch.equal(tiny.generate(pipe, **settings), reference)
-    calls = ("call 0", "call 1")
-    assert moments(run) == [(step, branch) for step in range(3) for branch in calls]
-
-
 def test_several_prompts_and_several_videos_of_each() -> None:
     settings = dict(
         prompt=["a red circle", "the blue square moving left"],
