@@ -5,12 +5,13 @@ Each module has the cases of one family in `CASES`.
 
 from __future__ import annotations
 
-from zoo import cogvideox, hunyuan_video, wan
+from zoo import cogvideox, hunyuan_video, hunyuan_video15, wan
 from zoo.case import Case
 
 __all__ = ["CASES", "Case", "case"]
 
-CASES: tuple[Case, ...] = (*wan.CASES, *hunyuan_video.CASES, *cogvideox.CASES)
+MODULES = (wan, hunyuan_video, hunyuan_video15, cogvideox)
+CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 
 def case(name: str) -> Case:

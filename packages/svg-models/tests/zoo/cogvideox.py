@@ -15,6 +15,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
 )
+
 from zoo import parts
 from zoo.case import Case
 
