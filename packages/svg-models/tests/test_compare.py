@@ -12,8 +12,9 @@ import tiny
 
 from svg_models.compare import DEFAULT_METHODS, Comparison, compare, parse_methods
 from svg_models.errors import SettingError
-from svg_models.generate import Settings, generate
-from svg_models.pipelines import Defaults, LoadedPipeline, load_pipeline
+from svg_models.generate import generate
+from svg_models.loading import Defaults, LoadedPipeline, load_pipeline
+from svg_models.settings import Settings
 from svg_models.specs import METHODS, MethodSpec
 
 SETTINGS: dict[str, Any] = {"steps": 5, "guidance": 2.0, "height": 48, "width": 48, "frames": 9}

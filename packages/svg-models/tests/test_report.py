@@ -16,11 +16,12 @@ import pytest
 from svg_attention import CallRecord
 from svg_models.compare import Candidate, Comparison
 from svg_models.errors import SettingError
-from svg_models.generate import Clip, Settings
+from svg_models.generate import Clip
 from svg_models.report import comparison_page, run_page, write_run_report
 from svg_models.report.grids import grids
 from svg_models.report.plots import layer_bands
 from svg_models.report.render import NBSP, percent, seconds
+from svg_models.settings import Settings
 from svg_models.specs import MethodSpec
 from svg_models.stats import RunStats
 from svg_models.video import read_video, similarity

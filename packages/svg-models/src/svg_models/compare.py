@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from svg_models.errors import SettingError
-from svg_models.generate import Clip, Settings, check_numbers, sample
-from svg_models.pipelines import LoadedPipeline, Progress, load_pipeline, quiet
+from svg_models.generate import Clip, sample
+from svg_models.loading import LoadedPipeline, Progress, load_pipeline, quiet
+from svg_models.machine import machine_facts
+from svg_models.settings import Settings, check_numbers
 from svg_models.specs import MethodSpec
 from svg_models.video import (
     Similarity,
@@ -264,43 +263,3 @@ def _warm_up(
     for spec in plan if loaded.device.startswith("cuda") else plan[:1]:
         brief = dataclasses.replace(settings, steps=1 if spec.name == "dense" else 2)
         sample(loaded, brief, spec, backend=backend)
-
-
-def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
-    """Describe what a comparison ran on."""
-    import diffusers
-
-    import svg_attention
-    import svg_models
-
-    on_gpu = loaded.device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name(loaded.device) if on_gpu else _processor(),
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "busy": None if on_gpu else _busy(),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "backend": backend,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "svg-attention": svg_attention.__version__,
-        "svg-models": svg_models.__version__,
-    }
-
-
-def _busy() -> str | None:
-    """Return how much else the processor had to do, if that spoils the times."""
-    cores = os.cpu_count() or 1
-    if not hasattr(os, "getloadavg") or os.getloadavg()[0] <= 1.5 * cores:
-        return None
-    return f"load {os.getloadavg()[0]:.0f} on {cores} cores"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-GIB = 1024**3
+from svg_models.loading.memory import GIB, machine_memory
+
 _PACKAGES = (
     "svg-models",
     "svg-attention",
@@ -72,8 +73,6 @@ def to_dict(checks: list[Check]) -> list[dict[str, Any]]:
 
 
 def _machine() -> list[Check]:
-    from svg_models.pipelines import machine_memory
-
     checks = [
         Check(
             part="machine",

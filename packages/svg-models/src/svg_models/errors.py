@@ -21,3 +21,8 @@ class ModelUnavailableError(SvgModelsError, OSError):
 
 class MachineError(SvgModelsError, RuntimeError):
     """A model that this machine is too small for."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library says, short enough for one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,62 @@
+"""The command `svg`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svg_models.cli import compare as _compare
+from svg_models.cli import generate as _generate
+from svg_models.cli.doctor import doctor
+from svg_models.cli.models import models
+from svg_models.cli.output import out
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="svg",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Generate video with sparse attention, and see what sparsity changes.\n\n"
+    "Without any option, [bold]svg generate[/] and [bold]svg compare[/] run a small model that "
+    "comes with this package: no download, no GPU.",
+    epilog="Start with [bold]svg generate[/], then [bold]svg compare[/]. Ask [bold]svg doctor[/] "
+    "what this machine can run.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import importlib.metadata as metadata
+
+    for name in ("svg-models", "svg-attention", "flash-kmeans", "svg-kernels"):
+        try:
+            out().print(f"{name} {metadata.version(name)}", highlight=False)
+        except metadata.PackageNotFoundError:
+            out().print(f"{name} not installed", highlight=False)
+    raise typer.Exit
+
+
+@app.callback()
+def svg(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Hold the options that stand before a command."""
+
+
+app.command("generate", epilog=_generate.EXAMPLES)(_generate.generate)
+app.command("compare", epilog=_compare.EXAMPLES)(_compare.compare)
+app.command("models")(models)
+app.command("doctor")(doctor)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from svg_models.cli.output import err, show_note
+
+__all__ = ["Stages", "progress_bars"]
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """Show one bar per stage on stderr, with the time left where it can be known.
+
+    The bars vanish at the end. Where stderr is no terminal there are none, only a line per clip.
+    """
+    console = err()
+    bars = Progress(
+        SpinnerColumn(finished_text="[green]✓[/]"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with _hushed_libraries(), bars:
+        yield Stages(bars)
+
+
+class Stages:
+    """Called as `(stage, done, total)`; a new stage ends the one before."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars, self._stage = bars, ""
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        """Show how far a stage is."""
+        percent = stage == "loading"  # parameters; their number tells nobody anything
+        if percent:
+            done, total = round(100 * done / max(total, 1)), 100
+        if stage != self._stage:
+            self.end()
+            self._stage = stage
+            if self._bars.disable and stage.endswith(": sampling"):
+                self._bars.console.print(stage.removesuffix(": sampling"), highlight=False)
+            self._task = self._bars.add_task(stage, total=total or None, completed=int(done))
+        elif self._task is not None:
+            self._bars.update(self._task, completed=int(done), total=total or None)
+        if self._bars.disable:
+            return
+        if stage == "downloading":  # the hub's client draws its own bars, with the time left
+            self._bars.stop()
+        elif not self._bars.live.is_started:
+            self._bars.start()
+
+    def end(self) -> None:
+        """Mark the running stage as done."""
+        if self._task is not None:
+            task = self._bars.tasks[self._task]
+            total = task.total or 1
+            self._bars.update(self._task, total=total, completed=total)
+            if task.description and not task.description.endswith(("sampling", "loading")):
+                self._bars.update(self._task, visible=False)
+
+
+@contextmanager
+def _hushed_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and warnings out of ours; what this package says stays."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    levels = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"svg_models\.")
+            warnings.showwarning = show_note
+            yield
+    finally:
+        for library, level in zip((of_diffusers, of_transformers), levels, strict=True):
+            library.enable_progress_bar()
+            library.set_verbosity(level)

@@ -1,0 +1,147 @@
+"""Find a model: the one in this package, a folder, or a model of the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from svg_models.errors import ModelUnavailableError, first_line
+from svg_models.loading.progress import Progress, quiet
+
+__all__ = ["fetch_configuration", "fetch_weights", "hub_errors", "locate", "unreachable"]
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_REACH_SECONDS = 6.0
+
+
+def locate(
+    model: str | os.PathLike[str] | None, *, progress: Progress = quiet
+) -> tuple[str, Path, bool]:
+    """Find a model.
+
+    Returns:
+        Its name, a folder with at least its configuration, and whether the weights have yet to
+        come from the hub.
+
+    Raises:
+        ModelUnavailableError: in one sentence, what is missing.
+    """
+    if model is None or str(model) == "embedded":
+        from svg_models.embedded import embedded_path
+
+        return "embedded", Path(embedded_path()), False
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(model), _checked(folder, str(folder)), False
+    text = str(model)
+    if folder.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.match(text):
+        raise ModelUnavailableError(
+            f"unknown model '{text}': expected 'embedded', an existing folder in diffusers' "
+            "format, or a hub id like Wan-AI/Wan2.1-T2V-14B-Diffusers"
+        )
+    progress("looking for the model", 0, 0)
+    return text, fetch_configuration(text), True
+
+
+def fetch_configuration(model: str) -> Path:
+    """Download what describes a model of the hub, without its weights.
+
+    Raises:
+        ModelUnavailableError: in one sentence, what is missing.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(model) as offline:
+        configs = ["model_index.json", "*/config.json"]
+        folder = Path(snapshot_download(model, allow_patterns=configs, local_files_only=offline))
+    return _checked(folder, model)
+
+
+def fetch_weights(model: str) -> Path:
+    """Download a model of the hub.
+
+    Raises:
+        ModelUnavailableError: in one sentence, what is missing.
+    """
+    from diffusers import DiffusionPipeline
+
+    with hub_errors(model) as offline:
+        return Path(DiffusionPipeline.download(model, local_files_only=offline))
+
+
+@contextmanager
+def hub_errors(model: str) -> Iterator[bool]:
+    """Turn what goes wrong on the way to the hub into one sentence.
+
+    Args:
+        model: what is fetched.
+
+    Yields:
+        Whether only the local cache can help, because the hub does not answer.
+
+    Raises:
+        ModelUnavailableError: in one sentence, what is missing.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+    )
+
+    trouble = unreachable()
+    try:
+        yield trouble is not None
+    except GatedRepoError as error:
+        raise ModelUnavailableError(
+            f"{model} asks for your consent: accept its terms on the hub, then run hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelUnavailableError(
+            f"the hub has no model '{model}' (or it is private); check the name"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:  # a file missing from the local cache included
+        raise ModelUnavailableError(
+            f"could not reach {_endpoint()} to fetch {model}, and it is not in the local cache "
+            f"({trouble or first_line(error)}); connect, or give the path of a local copy"
+        ) from error
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if (folder / "model_index.json").is_file():
+        return folder
+    raise ModelUnavailableError(f"{name} is not a diffusers pipeline: it has no model_index.json")
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def unreachable() -> str | None:
+    """Return why the hub cannot be reached, or None if it answers.
+
+    One request with a short time limit: the hub's own client would retry for half a minute.
+    """
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    request = urllib.request.Request(_endpoint(), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None  # it answered
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return None  # reached; the hub's client has certificates of its own
+        return str(getattr(reason, "strerror", None) or reason)
+    return None

@@ -1,0 +1,74 @@
+"""Time a denoising loop step by step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from svg_models.loading import LoadedPipeline, Progress
+
+__all__ = ["StepTimer"]
+
+
+class StepTimer:
+    """Time the denoising loop from its first forward pass to the end of its last step."""
+
+    def __init__(
+        self, loaded: LoadedPipeline, steps: int, progress: Progress, *, exact: bool
+    ) -> None:
+        self._loaded, self._steps, self._progress = loaded, steps, progress
+        self._exact = exact
+        self._times: list[float] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> StepTimer:
+        for name in ("transformer", "transformer_2"):
+            network = getattr(self._loaded.pipe, name, None)
+            if network is not None:
+                self._hooks.append(network.register_forward_pre_hook(self._begin))
+        self._progress("reading the prompt", 0, 0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def seconds(self) -> float:
+        """Time of the loop."""
+        return self._times[-1] - self._times[0] if self._times else 0.0
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """Time of each step."""
+        pairs = zip(self._times, self._times[1:], strict=False)
+        return tuple(later - earlier for earlier, later in pairs)
+
+    @property
+    def last(self) -> float:
+        """When the last step ended."""
+        return self._times[-1] if self._times else time.perf_counter()
+
+    def now(self) -> float:
+        """Return the time once the device has finished what it was given."""
+        if self._loaded.device.startswith("cuda"):
+            torch.cuda.synchronize(self._loaded.device)
+        return time.perf_counter()
+
+    def _begin(self, *_: object) -> None:
+        if not self._times:
+            self._times.append(self.now())
+            self._progress("sampling", 0, self._steps)
+
+    def step_done(
+        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Count a step; diffusers calls this."""
+        done = step + 1 >= self._steps
+        self._times.append(self.now() if done or self._exact else time.perf_counter())
+        self._progress("sampling", step + 1, self._steps)
+        if done:
+            self._progress("decoding", 0, 0)
+        return tensors
