@@ -152,6 +152,7 @@ class Family:
         grid: latent frames, rows and columns of tokens, from the transformer and the arguments of
             its forward pass by name.
         task: names what a transformer was trained for, `"t2v"` or `"i2v"`: which recipes fit it.
+        checkpoints: names on the hub of those whose attentions were checked.
         recipes: published settings; without any, those that most models share.
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
         text_lengths: valid text tokens of each sample, integers `[B]` on the model's device, from
@@ -170,6 +171,7 @@ class Family:
     processor: type[SparseProcessor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
     task: Callable[[Any], str] = text_to_video
+    checkpoints: tuple[str, ...] = ()
     recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
     text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding

@@ -73,6 +73,13 @@ COGVIDEOX = Family(
     processor=SparseCogVideoXProcessor,
     grid=grid,
     task=task,
+    checkpoints=(
+        "zai-org/CogVideoX-2b",
+        "zai-org/CogVideoX-5b",
+        "zai-org/CogVideoX-5b-I2V",
+        "zai-org/CogVideoX1.5-5B",
+        "zai-org/CogVideoX1.5-5B-I2V",
+    ),
     text_position="first",
     dense=torch_attention,
     recipes=(

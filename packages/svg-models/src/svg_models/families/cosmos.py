@@ -46,6 +46,16 @@ COSMOS = Family(
     processor=SparseCosmosProcessor,
     grid=patch_grid,
     task=task,
+    checkpoints=(
+        "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
+        "nvidia/Cosmos-1.0-Diffusion-7B-Video2World",
+        "nvidia/Cosmos-1.0-Diffusion-14B-Text2World",
+        "nvidia/Cosmos-1.0-Diffusion-14B-Video2World",
+        "nvidia/Cosmos-Predict2-2B-Video2World",
+        "nvidia/Cosmos-Predict2-14B-Video2World",
+        "nvidia/Cosmos-Predict2.5-2B",
+        "nvidia/Cosmos-Predict2.5-14B",
+    ),
     recipes=(
         Published(
             title="Cosmos 1.0 14B Text2World, 704 x 1280, 121 frames, 35 steps",

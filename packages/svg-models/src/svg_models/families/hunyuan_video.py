@@ -102,6 +102,11 @@ HUNYUAN_VIDEO = Family(
     processor=SparseHunyuanVideoProcessor,
     grid=patch_grid,
     task=task,
+    checkpoints=(
+        "hunyuanvideo-community/HunyuanVideo",
+        "hunyuanvideo-community/HunyuanVideo-I2V-33ch",
+        "hunyuanvideo-community/HunyuanVideo-I2V",
+    ),
     text_position="last",
     text_lengths=text_lengths,
     recipes=(

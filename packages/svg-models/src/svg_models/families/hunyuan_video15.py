@@ -39,6 +39,12 @@ HUNYUAN_VIDEO_15 = Family(
     processor=SparseHunyuanVideoProcessor,
     grid=patch_grid,
     task=task,
+    checkpoints=(
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v",
+    ),
     text_position="last",
     text_lengths=text_lengths,
 )

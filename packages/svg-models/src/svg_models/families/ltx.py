@@ -46,4 +46,5 @@ LTX = Family(
     stock_processors=("LTXVideoAttnProcessor",),
     processor=SparseLTXProcessor,
     grid=grid,
+    checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
 )

@@ -55,6 +55,17 @@ WAN = Family(
     processor=SparseWanProcessor,
     grid=patch_grid,
     task=task,
+    checkpoints=(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+        "Wan-AI/Wan2.1-VACE-14B-diffusers",
+    ),
     recipes=(
         Published(
             title="Wan 2.1 14B text-to-video, 720p, 81 frames, 50 steps",
@@ -104,5 +115,12 @@ SKYREELS = replace(
     title="SkyReels V2",
     transformers=("SkyReelsV2Transformer3DModel",),
     stock_processors=("SkyReelsV2AttnProcessor",),
+    checkpoints=(
+        "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
+        "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
+        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+    ),
     objection=causality,
 )
