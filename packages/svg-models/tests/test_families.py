@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
+from difflib import SequenceMatcher
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +174,28 @@ def test_a_family_without_recipes_gets_the_shared_one_and_a_note() -> None:
     assert "nearest published settings" in recipe.note
 
 
+def code_lines(path: Path) -> list[str]:
+    """Return the lines of a module that are neither blank nor part of an import."""
+    text = path.read_text(encoding="utf-8")
+    imports = {
+        number
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(text.splitlines(), start=1)
+    return [line.strip() for number, line in lines if line.strip() and number not in imports]
+
+
+def test_no_two_families_share_a_run_of_more_than_six_lines() -> None:
+    seen: dict[tuple[str, ...], str] = {}
+    for path in sorted(Path(families.__file__).parent.glob("*.py")):
+        lines = code_lines(path)
+        for start in range(len(lines) - 6):
+            run = tuple(lines[start : start + 7])
+            assert seen.setdefault(run, path.name) == path.name, "\n".join((path.name, *run))
+
+
 def test_a_name_or_transformer_that_is_taken_is_refused(registry: list[Family]) -> None:
     before = families.known_families()
     for clash in (replace(WAN, transformers=("Other",)), replace(WAN, name="other")):
@@ -193,3 +218,35 @@ def test_a_family_whose_attentions_are_missing_says_so(registry: list[Family]) -
     registry[0] = replace(WAN, attentions=r"layers\.\d+\.attention")
     with pytest.raises(ValueError, match=r"no module matching .*layers"):
         sparsify(tiny.transformer(), Dense())
+
+
+def longest_shared_run(first: Path, second: Path) -> list[str]:
+    """Return the longest run of lines, blank ones apart, that stands in both files."""
+    a, b = (
+        [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for path in (first, second)
+    )
+    match = SequenceMatcher(None, a, b, autojunk=False).find_longest_match()
+    return a[match.a : match.a + match.size]
+
+
+def family_files() -> list[Path]:
+    folder = Path(families.__file__).parent
+    return [p for p in sorted(folder.glob("*.py")) if p.name not in ("__init__.py", "base.py")]
+
+
+def test_every_file_of_the_package_is_compared() -> None:
+    names = {path.stem for path in family_files()}
+    assert {"cogvideox", "cosmos", "hunyuan_video", "hunyuan_video15", "ltx", "wan"} <= names
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(*pair, id=" and ".join(path.stem for path in pair))
+        for pair in combinations(family_files(), 2)
+    ],
+)
+def test_no_family_file_repeats_another(first: Path, second: Path) -> None:
+    shared = longest_shared_run(first, second)
+    assert len(shared) <= 6, "\n".join(["these belong into families/base.py:", *shared])

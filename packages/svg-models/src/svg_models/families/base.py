@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -20,6 +20,7 @@ from svg_models.recipes import Published
 __all__ = [
     "DenseKernel",
     "Family",
+    "JointProcessor",
     "SparseProcessor",
     "VideoProcessor",
     "dense_attention",
@@ -136,6 +137,11 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
     return frames // patch[0], rows // patch[1], columns // patch[2]
 
 
+def nothing_unusual(transformer: Any) -> Mapping[str, Any]:
+    """Leave what a clip is like by default to the pipeline."""
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that one kind of transformer has of its own.
@@ -159,6 +165,8 @@ class Family:
             the transformer and the arguments of its forward pass by name; None if all count. The
             valid ones come first.
         dense: the kernel of dense steps.
+        usual: what the model makes by default where diffusers' pipeline does not say it or says it for
+            another checkpoint: fields of `svg_models.loading.Defaults`, from the transformer.
         objection: says in one sentence why a certain transformer of these classes cannot be made
             sparse; empty where nothing speaks against it.
     """
@@ -176,6 +184,7 @@ class Family:
     text_position: Literal["first", "last"] | None = None
     text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding
     dense: DenseKernel = dense_attention
+    usual: Callable[[Any], Mapping[str, Any]] = nothing_unusual
     objection: Callable[[Any], str] = no_objection
 
     def __post_init__(self) -> None:
@@ -294,6 +303,58 @@ class VideoProcessor(SparseProcessor, ABC):
         return project_out(attn, self.attend(query, key, value).type_as(query))
 
 
+class JointProcessor(SparseProcessor, ABC):
+    """Attention of text and video in one sequence.
+
+    Attributes:
+        mask_is_padding: whether an attention mask only cuts off padded text, of which the run knows
+            by `Family.text_lengths`; otherwise a masked call goes to the processor it replaced.
+    """
+
+    mask_is_padding: ClassVar[bool] = False
+
+    @abstractmethod
+    def prepare(
+        self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value as `[B, S, H, D]`, normalised and the video part rotated.
+
+        Args:
+            attn: the attention module.
+            video: `[B, S_video, C]`.
+            text: `[B, S_text, C]`.
+            rotation: cosines and sines of the video tokens, or None.
+        """
+
+    @abstractmethod
+    def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Part what attention returned into video and text and project both.
+
+        Args:
+            attn: the attention module.
+            states: `[B, S, H, D]`.
+            text: how many of the tokens are text.
+        """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Compute the attention of one block; return video and text, shaped as they came."""
+        if attention_mask is not None and not self.mask_is_padding:
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+        query, key, value = self.prepare(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        )
+        return self.finish(attn, self.attend(query, key, value), encoder_hidden_states.shape[1])
+
+
 def _attend_over_ranks(
     query: Tensor, key: Tensor, value: Tensor, handle: Tensor, config: Any
 ) -> Tensor:
@@ -326,12 +387,20 @@ def split_heads(states: Tensor, heads: int) -> Tensor:
     return states.unflatten(2, (heads, -1))
 
 
-def project_heads(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Project tokens to query, key and value, `[B, S, H, D]`, and normalise the first two by head.
 
     For attentions whose norms take one head at a time, of whatever kind these are.
+
+    Args:
+        attn: the attention module.
+        *streams: one or more `[B, S_i, C]`, joined in this order.
+
+    Returns:
+        Three tensors `[B, S, H, D]`.
     """
-    query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, hidden_states))
+    states = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+    query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, states))
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import (
     Family,
-    SparseProcessor,
+    JointProcessor,
     project_heads,
     project_out,
     rotate_video,
@@ -22,27 +21,20 @@ from svg_models.recipes import Published
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
 
 
-class SparseCogVideoXProcessor(SparseProcessor):
+class SparseCogVideoXProcessor(JointProcessor):
     """Joint attention of text and video in one stream."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        """Compute the attention of one block; return video and text, shaped as they came."""
-        if attention_mask is not None:
-            return self.original(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-        text = encoder_hidden_states.shape[1]
-        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = project_heads(attn, joint)
-        rotate_video(query, key, image_rotary_emb, slice(text, None))
-        states = project_out(attn, self.attend(query, key, value))
+    def prepare(
+        self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise each head of the joined tokens; 1.0 for text has no rotation."""
+        query, key, value = project_heads(attn, text, video)
+        rotate_video(query, key, rotation, slice(text.shape[1], None))
+        return query, key, value
+
+    def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Part text from the beginning."""
+        states = project_out(attn, states)
         return states[:, text:], states[:, :text]
 
 

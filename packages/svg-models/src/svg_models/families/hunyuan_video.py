@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_attention import Schedule
 from svg_models.families.base import (
     Family,
-    SparseProcessor,
+    JointProcessor,
     patch_grid,
     project_heads,
     rotate_video,
@@ -22,46 +22,34 @@ from svg_models.recipes import Published
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
 
 
-class SparseHunyuanVideoProcessor(SparseProcessor):
-    """Joint attention of a dual-stream or a single-stream block."""
+class SparseHunyuanVideoProcessor(JointProcessor):
+    """Joint attention of a dual-stream or a single-stream block; the latter projects elsewhere."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the attention of one block.
+    mask_is_padding = True
 
-        Args:
-            attn: the attention module.
-            hidden_states: video, `[B, S, C]`.
-            encoder_hidden_states: text, `[B, T, C]`.
-            attention_mask: not read; the run knows how much of the text is padding.
-            image_rotary_emb: cosines and sines of the video tokens.
+    def prepare(
+        self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise each head; text has layers of its own in a dual-stream block."""
+        if attn.add_q_proj is None:
+            query, key, value = project_heads(attn, video, text)
+            rotate_video(query, key, rotation, slice(0, video.shape[1]))
+            return query, key, value
+        query, key, value = project_heads(attn, video)
+        rotate_video(query, key, rotation, slice(None))
+        more = project_text(attn, text)
+        query, key, value = (
+            torch.cat(both, dim=1) for both in zip((query, key, value), more, strict=True)
+        )
+        return query, key, value
 
-        Returns:
-            Video and text, shaped as they came.
-        """
-        dual = attn.add_q_proj is not None
-        tokens = hidden_states.shape[1]
-        if not dual:
-            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        query, key, value = project_heads(attn, hidden_states)
-        rotate_video(query, key, image_rotary_emb, slice(0, tokens))
-        if dual:
-            added = project_text(attn, encoder_hidden_states)
-            query, key, value = (
-                torch.cat(parts, dim=1) for parts in zip((query, key, value), added, strict=True)
-            )
-        states = self.attend(query, key, value).flatten(2, 3)
-        video, text = states[:, :tokens], states[:, tokens:]
-        if dual:
-            video = attn.to_out[1](attn.to_out[0](video))
-            text = attn.to_add_out(text)
-        return video, text
+    def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Part text from the end."""
+        states = states.flatten(2, 3)
+        video, rest = states[:, :-text], states[:, -text:]
+        if attn.add_q_proj is None:
+            return video, rest
+        return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(rest)
 
 
 def project_text(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
