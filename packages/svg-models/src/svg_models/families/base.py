@@ -165,8 +165,8 @@ class Family:
             the transformer and the arguments of its forward pass by name; None if all count. The
             valid ones come first.
         dense: the kernel of dense steps.
-        usual: what the model makes by default where diffusers' pipeline does not say it or says it for
-            another checkpoint: fields of `svg_models.loading.Defaults`, from the transformer.
+        usual: what a clip is like by default, from the transformer, where the pipeline's call does
+            not say it or says it for another checkpoint; fields of `svg_models.loading.Defaults`.
         objection: says in one sentence why a certain transformer of these classes cannot be made
             sparse; empty where nothing speaks against it.
     """

@@ -51,6 +51,19 @@ def task(transformer: Any) -> str:
     return "i2v" if transformer.config.in_channels > transformer.config.out_channels else "t2v"
 
 
+def usual(transformer: Any) -> dict[str, Any]:
+    """Return size and frame rate: 1.0 makes six seconds of 8 frames, 1.5 five of 16."""
+    config = transformer.config
+    first = config.patch_size_t is None
+    return {
+        "height": config.sample_height * 8,
+        "width": config.sample_width * 8,
+        "frames": 49 if first else 81,
+        "fps": 8 if first else 16,
+        "one_size": first,
+    }
+
+
 _SOURCE = (
     "Sparse-VideoGen 5ce7b01, script cog_inference.py for SVG; the cluster counts are those of "
     "Wan 2.1 image-to-video at 480p, since none were published for this model"
@@ -65,6 +78,7 @@ COGVIDEOX = Family(
     processor=SparseCogVideoXProcessor,
     grid=grid,
     task=task,
+    usual=usual,
     checkpoints=(
         "zai-org/CogVideoX-2b",
         "zai-org/CogVideoX-5b",

@@ -81,6 +81,12 @@ def task(transformer: Any) -> str:
 
 _SOURCE = "Sparse-VideoGen 5ce7b01, scripts hyvideo_t2v_{} for SVG and SAP"
 
+
+def usual(transformer: Any) -> dict[str, Any]:
+    """Return the frame rate."""
+    return {"fps": 24}
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     title="HunyuanVideo",
@@ -90,6 +96,7 @@ HUNYUAN_VIDEO = Family(
     processor=SparseHunyuanVideoProcessor,
     grid=patch_grid,
     task=task,
+    usual=usual,
     checkpoints=(
         "hunyuanvideo-community/HunyuanVideo",
         "hunyuanvideo-community/HunyuanVideo-I2V-33ch",

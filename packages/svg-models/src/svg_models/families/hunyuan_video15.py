@@ -30,6 +30,12 @@ def task(transformer: Any) -> str:
     return str(transformer.config.task_type)
 
 
+def usual(transformer: Any) -> dict[str, Any]:
+    """Return size and frame rate; 640 stands for 480p, 960 for 720p."""
+    size = {"height": 720, "width": 1280} if transformer.config.target_size == 960 else {}
+    return {"fps": 24} | size
+
+
 HUNYUAN_VIDEO_15 = Family(
     name="hunyuan_video15",
     title="HunyuanVideo 1.5",
@@ -39,6 +45,7 @@ HUNYUAN_VIDEO_15 = Family(
     processor=SparseHunyuanVideoProcessor,
     grid=patch_grid,
     task=task,
+    usual=usual,
     checkpoints=(
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",

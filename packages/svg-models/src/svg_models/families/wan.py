@@ -43,6 +43,13 @@ def task(transformer: Any) -> str:
     return "i2v" if takes_image else "t2v"
 
 
+def usual(transformer: Any) -> dict[str, Any]:
+    """Return size and frame rate of Wan 2.2 5B, which is known by its wide latents."""
+    if transformer.config.in_channels != 48:
+        return {}
+    return {"height": 704, "width": 1280, "frames": 121, "fps": 24}
+
+
 _SOURCE = "Sparse-VideoGen 5ce7b01, scripts/wan/wan_{}_sap.sh and _svg.sh"
 
 WAN = Family(
@@ -55,6 +62,7 @@ WAN = Family(
     processor=SparseWanProcessor,
     grid=patch_grid,
     task=task,
+    usual=usual,
     checkpoints=(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
@@ -115,6 +123,7 @@ SKYREELS = replace(
     title="SkyReels V2",
     transformers=("SkyReelsV2Transformer3DModel",),
     stock_processors=("SkyReelsV2AttnProcessor",),
+    usual=lambda transformer: {"fps": 24},
     checkpoints=(
         "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
         "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
