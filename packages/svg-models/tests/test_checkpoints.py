@@ -14,7 +14,7 @@ from torch import nn
 from svg_attention import Dense
 from svg_models import sparsify
 from svg_models.families import family_of, known_families
-from svg_models.families.base import SparseProcessor
+from svg_models.families.processors import SparseProcessor
 
 
 @pytest.fixture(params=CHECKPOINTS, ids=lambda checkpoint: checkpoint.names[0])

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from svg_attention import SVG1, SVG2, Dense, Schedule
 from svg_models import sparsify
-from svg_models.families.base import project_out, project_qkv, rotate_pairs, split_heads
+from svg_models.families.steps import project_out, project_qkv, rotate_pairs, split_heads
 from svg_models.families.wan import WAN, SparseWanProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")

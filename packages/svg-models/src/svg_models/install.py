@@ -15,7 +15,7 @@ from svg_attention import UnsupportedError
 from svg_models import operator
 from svg_models.context import ContextProbe, ForwardContext, Moment, place_probe
 from svg_models.families import Family
-from svg_models.families.base import SparseProcessor
+from svg_models.families.processors import SparseProcessor
 
 __all__ = ["Installation", "Slot"]
 

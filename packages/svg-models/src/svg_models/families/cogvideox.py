@@ -8,14 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from svg_attention import Schedule
-from svg_models.families.base import (
-    Family,
-    JointProcessor,
-    project_heads,
-    project_out,
-    rotate_video,
-    torch_attention,
-)
+from svg_models.families.base import Family
+from svg_models.families.dense import torch_attention
+from svg_models.families.processors import JointProcessor
+from svg_models.families.steps import project_heads, project_out, rotate_video
 from svg_models.recipes import Published
 
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]

@@ -8,7 +8,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from svg_attention import Schedule
-from svg_models.families.base import Family, VideoProcessor, patch_grid, project_qkv, split_heads
+from svg_models.families.base import Family, patch_grid
+from svg_models.families.processors import VideoProcessor
+from svg_models.families.steps import project_qkv, split_heads
 from svg_models.recipes import Published
 
 __all__ = ["COSMOS", "SparseCosmosProcessor"]

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from svg_attention import Schedule
-from svg_models.families.base import (
-    Family,
-    JointProcessor,
-    patch_grid,
-    project_heads,
-    rotate_video,
-    split_heads,
-)
+from svg_models.families.base import Family, patch_grid
+from svg_models.families.processors import JointProcessor
+from svg_models.families.steps import project_heads, rotate_video, split_heads
 from svg_models.recipes import Published
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]

@@ -8,7 +8,9 @@ from typing import Any
 from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor
 
-from svg_models.families.base import Family, VideoProcessor, project_qkv, split_heads
+from svg_models.families.base import Family
+from svg_models.families.processors import VideoProcessor
+from svg_models.families.steps import project_qkv, split_heads
 
 __all__ = ["LTX", "SparseLTXProcessor"]
 

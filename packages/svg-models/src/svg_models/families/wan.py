@@ -8,14 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from svg_attention import Schedule
-from svg_models.families.base import (
-    Family,
-    VideoProcessor,
-    patch_grid,
-    project_qkv,
-    rotate_pairs,
-    split_heads,
-)
+from svg_models.families.base import Family, patch_grid
+from svg_models.families.processors import VideoProcessor
+from svg_models.families.steps import project_qkv, rotate_pairs, split_heads
 from svg_models.recipes import Published
 
 __all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]

@@ -1,0 +1,159 @@
+"""Attention processors: what they have in common, for attention to video alone and with text."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from svg_models import operator
+from svg_models.families.steps import project_out
+
+__all__ = ["JointProcessor", "SparseProcessor", "VideoProcessor"]
+
+
+class SparseProcessor:
+    """Base of the attention processors that ask a sparse run what to compute.
+
+    It stands in front of the processor it replaced: settings that diffusers keeps on processors
+    (attention backend, parallel configuration) are read from and written to that one, so they
+    survive `restore`. A deep copy of the model gets a copy of the replaced processor, so that it is
+    a plain dense model.
+
+    Args:
+        original: the processor it replaces.
+        handle: names the run and the attention, from `svg_models.operator.make_handle`.
+    """
+
+    def __init__(self, original: Any, handle: Tensor) -> None:
+        self.original = original
+        self.handle = handle
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
+        parallel = getattr(self.original, "_parallel_config", None)
+        if parallel is None:
+            return operator.attention(query, key, value, self.handle)
+        return _attend_over_ranks(query, key, value, self.handle, parallel)
+
+
+class VideoProcessor(SparseProcessor, ABC):
+    """Self-attention over video tokens alone; any other call goes to the processor it replaced."""
+
+    @abstractmethod
+    def prepare(
+        self, attn: Any, hidden_states: Tensor, rotation: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value as `[B, S, H, D]`, normalised and rotated.
+
+        Args:
+            attn: the attention module.
+            hidden_states: `[B, S, C]`.
+            rotation: what the model hands to its attentions, usually cosines and sines; or None.
+        """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        """Compute the attention of one block, `[B, S, C]` in and out."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            out: Tensor = self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return out
+        query, key, value = self.prepare(attn, hidden_states, image_rotary_emb)
+        return project_out(attn, self.attend(query, key, value).type_as(query))
+
+
+class JointProcessor(SparseProcessor, ABC):
+    """Attention of text and video in one sequence.
+
+    Attributes:
+        mask_is_padding: whether an attention mask only cuts off padded text, of which the run knows
+            by `Family.text_lengths`; otherwise a masked call goes to the processor it replaced.
+    """
+
+    mask_is_padding: ClassVar[bool] = False
+
+    @abstractmethod
+    def prepare(
+        self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value as `[B, S, H, D]`, normalised and the video part rotated.
+
+        Args:
+            attn: the attention module.
+            video: `[B, S_video, C]`.
+            text: `[B, S_text, C]`.
+            rotation: cosines and sines of the video tokens, or None.
+        """
+
+    @abstractmethod
+    def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Part what attention returned into video and text and project both.
+
+        Args:
+            attn: the attention module.
+            states: `[B, S, H, D]`.
+            text: how many of the tokens are text.
+        """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Compute the attention of one block; return video and text, shaped as they came."""
+        if attention_mask is not None and not self.mask_is_padding:
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+        query, key, value = self.prepare(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        )
+        return self.finish(attn, self.attend(query, key, value), encoder_hidden_states.shape[1])
+
+
+def _attend_over_ranks(
+    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, config: Any
+) -> Tensor:
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    def local_heads(
+        _: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any
+    ) -> Tensor:
+        return operator.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle)
+
+    out: Tensor = _templated_context_parallel_attention(
+        query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config
+    )
+    return out
