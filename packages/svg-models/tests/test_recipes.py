@@ -7,10 +7,11 @@ import tiny
 import torch
 from diffusers import WanTransformer3DModel
 
-from svg_attention import SVG2, Dense, Schedule
+from svg_attention import SVG1, SVG2, Dense, Schedule
 from svg_models import recipe_for, sparsify
+from svg_models.families import Family, known_families
 from svg_models.families.wan import WAN
-from svg_models.recipes import FEW_STEPS, choose, cluster_counts
+from svg_models.recipes import FEW_STEPS, SHARED, cluster_counts, nearest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,16 +42,53 @@ def test_image_to_video_has_its_own_rows(tokens: int, q_clusters: int, dense_ste
 
 
 def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
-    recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
+    recipe = recipe_for(published(num_layers=1), 60_000, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
     assert "720p" in recipe.note
-    assert "32,760" in recipe.note
+    assert "60,000" in recipe.note
 
 
-def test_a_short_clip_compensates_for_what_it_leaves_out() -> None:
-    recipe = choose(WAN.recipes, "t2v", 3_328, width=256, num_steps=50)
-    assert recipe.method == SVG2(q_clusters=52, k_clusters=208, compensate=True)
+def test_fewer_tokens_than_published_are_compensated() -> None:
+    recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
     assert recipe.note.endswith("and compensation")
+
+
+def test_a_smaller_model_of_the_published_size_is_compensated_and_told() -> None:
+    small = published(num_layers=1, num_attention_heads=12)
+    recipe = recipe_for(small, 75_600, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
+    assert "Wan 2.1 14B" in recipe.note
+
+
+def test_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
+    tiny_width = published(num_layers=1, num_attention_heads=2)
+    recipe = recipe_for(tiny_width, 3_328, num_steps=50)
+    assert recipe.method == SVG2(q_clusters=52, k_clusters=208, compensate=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density"), [(75_600, 0.3), (60_000, 0.378), (32_760, 0.5), (151_200, 0.3)]
+)
+def test_svg1_keeps_its_band_as_wide_as_published(tokens: int, density: float) -> None:
+    recipe = recipe_for(published(num_layers=1), tokens, method="svg1")
+    assert isinstance(recipe.method, SVG1)
+    assert recipe.method.density == pytest.approx(density)
+    assert (recipe.note == "") is (tokens == 75_600)
+
+
+@pytest.mark.parametrize("family", known_families(), ids=lambda family: family.name)
+def test_each_published_row_is_found_by_its_own_size(family: Family) -> None:
+    for row in family.recipes:
+        assert nearest(family.recipes, row.task, row.tokens) is row
+        assert row.source.startswith("Sparse-VideoGen")
+        assert row.width > 0
+
+
+def test_rows_of_another_task_are_better_than_none() -> None:
+    only = (WAN.recipes[0],)
+    assert nearest(only, "i2v", 75_600) is only[0]
+    assert nearest((), "t2v", 75_600) is SHARED
 
 
 @pytest.mark.parametrize(
@@ -63,21 +101,33 @@ def test_cluster_counts_shrink_with_the_sequence(tokens: int, expected: tuple[in
 
 def test_few_steps_stay_dense_and_say_so() -> None:
     for steps, method in ((FEW_STEPS, Dense), (FEW_STEPS + 1, SVG2)):
-        recipe = choose(WAN.recipes, "t2v", 75_600, width=5120, num_steps=steps)
+        recipe = recipe_for(published(num_layers=1), 75_600, num_steps=steps)
         assert type(recipe.method) is method
     assert "8 denoising steps" in recipe_for(published(num_layers=1), 75_600, num_steps=8).note
 
 
+def test_a_single_frame_stays_dense_and_says_so() -> None:
+    recipe = recipe_for(published(num_layers=1), 14_400, num_frames=1)
+    assert isinstance(recipe.method, Dense)
+    assert "a single frame is an image" in recipe.note
+
+
 @pytest.mark.parametrize(
-    ("tokens", "width", "sparse"),
-    [(8_959, 5120, False), (8_960, 5120, True), (3_328, 256, True), (1_023, 256, False)],
+    ("tokens", "heads", "sparse"),
+    [(8_959, 40, False), (8_960, 40, True), (3_328, 2, True), (1_023, 2, False)],
 )
 def test_short_clips_stay_dense_where_attention_is_little_of_the_work(
-    tokens: int, width: int, sparse: bool
+    tokens: int, heads: int, sparse: bool
 ) -> None:
-    recipe = choose(WAN.recipes, "t2v", tokens, width=width, num_steps=50)
+    model = published(num_layers=1, num_attention_heads=heads)
+    recipe = recipe_for(model, tokens, num_steps=50)
     assert isinstance(recipe.method, SVG2) is sparse
     assert sparse or "too short" in recipe.note
+
+
+def test_a_method_without_recipes_is_refused() -> None:
+    with pytest.raises(ValueError, match="recipes are for method 'svg1' or 'svg2', got 'dense'"):
+        recipe_for(tiny.transformer(), 75_600, method="dense")  # type: ignore[arg-type]
 
 
 def test_tokens_must_be_positive() -> None:

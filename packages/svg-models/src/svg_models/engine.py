@@ -103,7 +103,12 @@ class Engine:
         if self._method is not None and self._schedule is not None:
             return Recipe(method=self._method, schedule=self._schedule, source="user")
         tokens = math.prod(context.grid)
-        recipe = recipe_for(self._pipe(), tokens, num_steps=context.moment.num_steps)
+        recipe = recipe_for(
+            self._pipe(),
+            tokens,
+            num_steps=context.moment.num_steps,
+            num_frames=context.grid[0],
+        )
         if self._method is not None:
             return Recipe(method=self._method, schedule=recipe.schedule, source="user")
         if isinstance(recipe.method, Dense):

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 import svg_attention
-from svg_attention import Dense, Method, Schedule
+from svg_attention import SVG1, Dense, Method, Schedule
 
-__all__ = ["Published", "Recipe", "choose", "cluster_counts", "recipe_for"]
+__all__ = ["Published", "Recipe", "cluster_counts", "nearest", "recipe_for"]
 
 TOKENS_PER_QUERY_CLUSTER = 64
 TOKENS_PER_KEY_CLUSTER = 16
 FEW_STEPS = 8
 SMALLEST_SEQUENCE = 1024
 SMALLEST_SHARE = 1.75
+SMALL = 0.75
+LARGEST_SVG1_DENSITY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Published:
         k_clusters: key clusters of SVG2 per head.
         svg1_density: share of the keys that SVG1 keeps.
         source: where it was published.
+        width: channels of that checkpoint's transformer; 0 if it does not matter.
         top_p: share of the estimated attention mass that SVG2 keeps.
         min_keep: share of the key clusters that SVG2 keeps at least.
     """
@@ -49,6 +52,7 @@ class Published:
     k_clusters: int
     svg1_density: float
     source: str
+    width: int = 0
     top_p: float = 0.9
     min_keep: float = 0.1
 
@@ -62,6 +66,7 @@ SHARED = Published(
     k_clusters=1000,
     svg1_density=0.3,
     source="Sparse-VideoGen 5ce7b01, scripts/wan/wan_t2v_720p_sap.sh",
+    width=5120,
 )
 """What a family without published settings gets."""
 
@@ -114,75 +119,100 @@ def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, 
     )
 
 
-def recipe_for(pipe: object, tokens: int, *, num_steps: int | None = None) -> Recipe:
-    """Choose method and schedule for a pipeline and a clip.
+def recipe_for(
+    pipe: object,
+    tokens: int,
+    *,
+    num_steps: int | None = None,
+    num_frames: int | None = None,
+    method: Literal["svg1", "svg2"] = "svg2",
+) -> Recipe:
+    """Choose settings and schedule for a pipeline and a clip.
 
     Args:
         pipe: a diffusers pipeline of a known family, or its transformer.
         tokens: video tokens of the clip: frames times rows times columns after patching.
         num_steps: denoising steps, if known.
+        num_frames: latent frames, if known.
+        method: which method to choose settings for.
 
     Returns:
-        SVG2 with the nearest published settings, its cluster counts fitted to `tokens`; `Dense()`
-        with a note for clips too short and runs too few-stepped to gain.
+        The method with the nearest published settings, adjusted where model or clip is smaller;
+        `Dense()` with a note for single frames, clips too short and runs too few-stepped to gain.
 
     Raises:
-        ValueError: if the family is unknown or `tokens` is not positive.
+        ValueError: if the family or the method is unknown, or `tokens` is not positive.
     """
     from svg_models.families import family_of, transformers_of
 
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
+    if method not in ("svg1", "svg2"):
+        raise ValueError(f"recipes are for method 'svg1' or 'svg2', got {method!r}")
     transformer = next(iter(transformers_of(pipe).values()))
     family = family_of(transformer)
-    width = _width(transformer)
-    return choose(
-        family.recipes, family.task(transformer), tokens, width=width, num_steps=num_steps
+    task, width = family.task(transformer), _width(transformer)
+    row = nearest(family.recipes, task, tokens)
+    dense = _why_dense(tokens, width, num_steps, num_frames)
+    if dense:
+        return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
+    adjusted, words = (_svg1 if method == "svg1" else _svg2)(row, tokens, width)
+    known = bool(family.recipes) and (row.task, row.tokens) == (task, tokens)
+    note = (
+        f"nearest published settings, those of {row.title} ({row.tokens:,} tokens), for "
+        f"{tokens:,} tokens with {words}"
+    )
+    exact = known and row.width in (0, width)
+    return Recipe(
+        method=adjusted, schedule=row.schedule, source=row.source, note="" if exact else note
     )
 
 
-def choose(
-    rows: tuple[Published, ...], task: str, tokens: int, *, width: int, num_steps: int | None
-) -> Recipe:
-    """Turn published rows into a recipe; see `recipe_for`.
+def nearest(rows: tuple[Published, ...], task: str, tokens: int) -> Published:
+    """Return the published row for the clip size nearest to `tokens`.
 
     Args:
         rows: published settings of the family; empty for `SHARED`.
-        task: rows of this task are preferred.
+        task: rows of this task come first.
         tokens: video tokens of the clip.
-        width: channels of the transformer, 0 if unknown.
-        num_steps: denoising steps, if known.
 
     Returns:
-        The recipe.
+        One of the rows.
     """
     same_task = [row for row in rows if row.task == task] or rows or (SHARED,)
-    row = min(same_task, key=lambda r: abs(math.log(r.tokens / tokens)))
-    dense = _why_dense(tokens, width, num_steps)
-    if dense:
-        return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
+    return min(same_task, key=lambda row: abs(math.log(row.tokens / tokens)))
+
+
+def _svg2(row: Published, tokens: int, width: int) -> tuple[Method, str]:
     q_clusters, k_clusters = cluster_counts(tokens, row.q_clusters, row.k_clusters)
-    # A short sequence has fewer and coarser clusters, so what is left out weighs more; the means
-    # that stand in for it cost little.
-    short = (q_clusters, k_clusters) != (row.q_clusters, row.k_clusters)
+    # Fewer tokens make fewer and coarser clusters and a smaller model has fewer heads, so what is
+    # left out weighs more; users report so for 480p and for models of 1.3B. The means that stand in
+    # for it cost little.
+    small = tokens < SMALL * row.tokens or 0 < width < SMALL * row.width
     method = svg_attention.SVG2(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         top_p=row.top_p,
         min_keep=row.min_keep,
-        compensate=short,
+        compensate=small,
     )
-    note = ""
-    if not rows or (row.task, row.tokens) != (task, tokens):
-        note = (
-            f"nearest published settings, those of {row.title} ({row.tokens:,} tokens), for "
-            f"{tokens:,} tokens with {q_clusters} query and {k_clusters} key clusters"
-            f"{' and compensation' if short else ''}"
+    words = f"{q_clusters} query and {k_clusters} key clusters"
+    return method, words + (" and compensation" if small else "")
+
+
+def _svg1(row: Published, tokens: int, width: int) -> tuple[Method, str]:
+    # A shorter sequence keeps the band as wide in tokens as it was published, up to a limit.
+    widened = min(LARGEST_SVG1_DENSITY, row.svg1_density * row.tokens / tokens)
+    method = SVG1(density=max(row.svg1_density, widened))
+    return method, f"density {method.density:.2f}"
+
+
+def _why_dense(tokens: int, width: int, num_steps: int | None, num_frames: int | None) -> str:
+    if num_frames == 1:
+        return (
+            "a single frame is an image, for which no sparse settings were published; "
+            "pass a method to run it anyway"
         )
-    return Recipe(method=method, schedule=row.schedule, source=row.source, note=note)
-
-
-def _why_dense(tokens: int, width: int, num_steps: int | None) -> str:
     if num_steps is not None and num_steps <= FEW_STEPS:
         return (
             f"{num_steps} denoising steps are too few to make sparse: each step of a few-step "

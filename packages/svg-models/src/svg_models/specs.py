@@ -112,13 +112,14 @@ class MethodSpec:
         """Return the `svg_attention` method.
 
         Args:
-            base: the recipe's method; its cluster counts and other settings are kept for the
-                svg2 family, which this name then modifies.
+            base: the recipe's method; its settings are kept where it is of the same family, and
+                this name then modifies them.
         """
         if self.name == "dense":
             return Dense()
         if self.name == "svg1":
-            return SVG1() if self.density is None else SVG1(density=self.density)
+            band = base if isinstance(base, SVG1) else SVG1()
+            return band if self.density is None else SVG1(density=self.density)
         if self.name == "random":
             return RandomBlocks() if self.density is None else RandomBlocks(density=self.density)
         method = base if isinstance(base, SVG2) else SVG2()
