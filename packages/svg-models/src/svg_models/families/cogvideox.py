@@ -94,6 +94,7 @@ COGVIDEOX = Family(
             k_clusters=1000,
             svg1_density=0.25,
             source=_SOURCE,
+            width=3072,
         ),
     ),
 )

@@ -68,6 +68,7 @@ COSMOS = Family(
             k_clusters=1000,
             svg1_density=0.25,
             source="Sparse-VideoGen 5ce7b01, scripts/cosmos/cosmos_t2v_sap.sh and _svg.sh",
+            width=5120,
         ),
     ),
 )

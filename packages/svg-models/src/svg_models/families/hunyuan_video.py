@@ -109,6 +109,7 @@ HUNYUAN_VIDEO = Family(
             k_clusters=1000,
             svg1_density=0.25,
             source=_SOURCE.format("720p"),
+            width=3072,
         ),
         Published(
             title="HunyuanVideo text-to-video, 480 x 720, 129 frames, 50 steps",
@@ -119,6 +120,7 @@ HUNYUAN_VIDEO = Family(
             k_clusters=1000,
             svg1_density=0.2,
             source=_SOURCE.format("480p"),
+            width=3072,
         ),
     ),
 )

@@ -46,6 +46,7 @@ def usual(transformer: Any) -> dict[str, Any]:
 
 
 _SOURCE = "Sparse-VideoGen 5ce7b01, scripts/wan/wan_{}_sap.sh and _svg.sh"
+_BOTH = _SOURCE + "; the same clusters for Wan 2.2 A14B in arXiv:2603.08982"
 
 WAN = Family(
     name="wan",
@@ -78,7 +79,8 @@ WAN = Family(
             q_clusters=300,
             k_clusters=1000,
             svg1_density=0.3,
-            source=_SOURCE.format("t2v_720p"),
+            source=_BOTH.format("t2v_720p"),
+            width=5120,
         ),
         Published(
             title="Wan 2.1 14B image-to-video, 720p, 81 frames, 40 steps",
@@ -88,7 +90,8 @@ WAN = Family(
             q_clusters=300,
             k_clusters=1000,
             svg1_density=0.3,
-            source=_SOURCE.format("i2v_720p"),
+            source=_BOTH.format("i2v_720p"),
+            width=5120,
         ),
         Published(
             title="Wan 2.1 14B image-to-video, 480p, 81 frames, 40 steps",
@@ -99,6 +102,7 @@ WAN = Family(
             k_clusters=1000,
             svg1_density=0.3,
             source=_SOURCE.format("i2v_480p"),
+            width=5120,
         ),
     ),
 )
