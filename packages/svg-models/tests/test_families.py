@@ -170,7 +170,7 @@ def test_a_transformer_nobody_knows_is_told_what_is_known() -> None:
 
 def test_a_family_without_recipes_gets_the_shared_one_and_a_note() -> None:
     recipe = recipe_for(tiny_ltx(), 75_600)
-    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
     assert "nearest published settings" in recipe.note
 
 
