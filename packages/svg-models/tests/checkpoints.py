@@ -142,32 +142,22 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         config=SMALL_WAN | dict(vace_layers=list(range(0, 30, 2))),
     ),
     wan("Wan2.1-VACE-14B-diffusers", transformer="WanVACETransformer3DModel", layers=8 + 40),
-    Checkpoint(
-        names=(
-            "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
-            "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
-            "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
-            "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
-        ),
-        family="skyreels_v2",
-        task="t2v",
-        transformer="SkyReelsV2Transformer3DModel",
-        layers=40,
-        heads=40,
-        head_dim=128,
-        source="convert_skyreelsv2_to_diffusers.py",
-        config=dict(num_attention_heads=40, num_layers=40, ffn_dim=13_824),
-    ),
-    Checkpoint(
-        names=("Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",),
-        family="skyreels_v2",
-        task="t2v",
-        transformer="SkyReelsV2Transformer3DModel",
-        layers=30,
-        heads=12,
-        head_dim=128,
-        source="convert_skyreelsv2_to_diffusers.py",
-        config=SMALL_WAN | dict(inject_sample_info=True),
+    *(
+        Checkpoint(
+            names=tuple(
+                f"Skywork/SkyReels-V2-{task.upper()}-14B-{size}-Diffusers"
+                for size in ("540P", "720P")
+            ),
+            family="skyreels_v2",
+            task=task,
+            transformer="SkyReelsV2Transformer3DModel",
+            layers=40,
+            heads=40,
+            head_dim=128,
+            source="convert_skyreelsv2_to_diffusers.py",
+            config=dict(num_attention_heads=40, num_layers=40, ffn_dim=13_824) | more,
+        )
+        for task, more in (("t2v", {}), ("i2v", FIRST_IMAGE))
     ),
     hunyuan("HunyuanVideo", task="t2v"),
     hunyuan(

@@ -146,6 +146,13 @@ def test_causal_attention_stays_with_the_stock_processor() -> None:
         sparsify(model, Dense())
 
 
+def test_diffusion_forcing_is_refused() -> None:
+    model = like_wan(SkyReelsV2Transformer3DModel)
+    inputs = tiny.forward_inputs() | dict(enable_diffusion_forcing=True)
+    with sparsify(model, Dense()), pytest.raises(ValueError, match="each frame at a step of its"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", families.SKIPPED)
 def test_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
     kind = getattr(diffusers, name)

@@ -5,12 +5,12 @@ Each module has the cases of one family in `CASES`.
 
 from __future__ import annotations
 
-from zoo import cogvideox, cosmos, hunyuan_video, hunyuan_video15, ltx, wan
+from zoo import cogvideox, cosmos, hunyuan_video, hunyuan_video15, ltx, skyreels, wan
 from zoo.case import Case
 
 __all__ = ["CASES", "Case", "case"]
 
-MODULES = (wan, hunyuan_video, hunyuan_video15, cogvideox, cosmos, ltx)
+MODULES = (wan, hunyuan_video, hunyuan_video15, cogvideox, cosmos, ltx, skyreels)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 

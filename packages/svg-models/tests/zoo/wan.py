@@ -43,15 +43,8 @@ def two_text_to_video() -> Any:
     return tiny.pipeline(first, second, boundary_ratio=0.9)
 
 
-def image_to_video(*models: Any, encoder: Any = None, **options: Any) -> Any:
-    parts = tiny.pipeline(*models).components
-    # This processor needs no torchvision.
-    processor = None if encoder is None else CLIPImageProcessorPil(size=32, crop_size=32)
-    parts |= dict(image_encoder=encoder, image_processor=processor)
-    return quiet(WanImageToVideoPipeline(**parts, **options))
-
-
-def first_image_to_video() -> Any:
+def vision() -> dict[str, Any]:
+    """Return what encodes an image for the cross-attention; this processor needs no torchvision."""
     torch.manual_seed(5)
     config = CLIPVisionConfig(
         hidden_size=8,
@@ -62,8 +55,20 @@ def first_image_to_video() -> Any:
         intermediate_size=16,
         patch_size=16,
     )
+    return dict(
+        image_encoder=CLIPVisionModel(config).eval(),
+        image_processor=CLIPImageProcessorPil(size=32, crop_size=32),
+    )
+
+
+def image_to_video(*models: Any, **options: Any) -> Any:
+    parts = dict(image_encoder=None, image_processor=None) | options
+    return quiet(WanImageToVideoPipeline(**(tiny.pipeline(*models).components | parts)))
+
+
+def first_image_to_video() -> Any:
     settings = dict(in_channels=12, image_dim=8, added_kv_proj_dim=24, num_layers=2)
-    return image_to_video(tiny.transformer(**settings), encoder=CLIPVisionModel(config).eval())
+    return image_to_video(tiny.transformer(**settings), **vision())
 
 
 def two_image_to_video() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -116,19 +117,29 @@ def causality(transformer: Any) -> str:
     return f"it is causal, in blocks of {frames} frames, and plans here know no order in time"
 
 
+def synchronous_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the token grid; refuse frames that are each at a denoising step of their own."""
+    if arguments.get("enable_diffusion_forcing"):
+        raise ValueError(
+            "diffusion forcing denoises each frame at a step of its own, so no step tells when "
+            "attention may be sparse; SkyReelsV2Pipeline and SkyReelsV2ImageToVideoPipeline can be"
+        )
+    return patch_grid(transformer, arguments)
+
+
 SKYREELS = replace(
     WAN,
     name="skyreels_v2",
     title="SkyReels V2",
     transformers=("SkyReelsV2Transformer3DModel",),
     stock_processors=("SkyReelsV2AttnProcessor",),
+    grid=synchronous_grid,
     usual=lambda transformer: {"fps": 24},
     checkpoints=(
         "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
         "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
-        "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
-        "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
-        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+        "Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-I2V-14B-720P-Diffusers",
     ),
     objection=causality,
 )
