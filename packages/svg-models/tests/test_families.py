@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import list_models
 import pytest
 import tiny
 import torch
@@ -177,8 +178,16 @@ def test_a_transformer_nobody_knows_is_told_what_is_known() -> None:
 
 def test_a_family_without_recipes_gets_the_shared_one_and_a_note() -> None:
     recipe = recipe_for(tiny_ltx(), 75_600)
-    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
+    assert isinstance(recipe.method, SVG2)
+    assert (recipe.method.q_clusters, recipe.method.k_clusters) == (300, 1000)
     assert "nearest published settings" in recipe.note
+
+
+def test_the_page_about_models_is_what_the_registry_says() -> None:
+    if not PAGE.exists():
+        pytest.skip("the documentation is not part of this checkout")
+    text = list_models.PAGE.read_text(encoding="utf-8")
+    assert list_models.filled(text) == text, "run python tools/list_models.py"
 
 
 def code_lines(path: Path) -> list[str]:

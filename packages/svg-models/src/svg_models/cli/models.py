@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from svg_models.cli.output import escaped, out, spoken_errors
+from svg_models.cli.output import out, spoken_errors
 
 
 def models() -> None:
@@ -15,6 +15,13 @@ def models() -> None:
         out().print(
             "[bold]embedded[/]  a small Wan model of moving shapes in this package; the default\n"
         )
+        known = Table(title="Families, and checkpoints that were checked", title_justify="left")
+        for name in ("family", "covers", "checkpoints"):
+            known.add_column(name)
+        for family in known_families():
+            known.add_row(f"[bold]{family.name}[/]", family.title, "\n".join(family.checkpoints))
+            known.add_section()
+        out().print(known)
         table = Table(title="Published settings by family", title_justify="left")
         for name in ("family", "settings published for", "clusters", "dense first"):
             table.add_column(name)
@@ -30,9 +37,8 @@ def models() -> None:
                 )
             table.add_section()
         out().print(table)
-        titles = "; ".join(f"{f.name}: {f.title}" for f in known_families())
         out().print(
-            f"Any diffusers pipeline of these families loads with --model ({escaped(titles)}). "
-            "Short clips get fewer clusters.",
+            "Any diffusers pipeline of these families loads with --model. A family without "
+            "settings of its own runs with those of Wan 2.1 14B; short clips get fewer clusters.",
             highlight=False,
         )

@@ -141,5 +141,6 @@ SKYREELS = replace(
         "Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
         "Skywork/SkyReels-V2-I2V-14B-720P-Diffusers",
     ),
+    recipes=(),
     objection=causality,
 )
