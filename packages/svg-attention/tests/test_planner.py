@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from svg_attention import runs
-from svg_attention.methods import selection
+from svg_attention.methods import routing, selection
+from svg_attention.methods.clustering import Clusters
 from svg_attention.planner import device_planner
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,7 @@ def both(monkeypatch):
 
         results = []
         for planner in (None, planning):
-            for module in (runs, selection):
+            for module in (runs, selection, routing):
                 monkeypatch.setattr(module, "device_planner", lambda _, planner=planner: planner)
             results.append(function(*args, **kwargs))
         return results
@@ -85,6 +86,40 @@ def test_estimated_mass(both, device, generator, probe_rows, key_heads):
 
     plain, planned = both(mass)
     torch.testing.assert_close(plain, planned, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_error_of_the_centroids(both, device, generator, key_heads):
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    sizes = torch.randint(0, 20, (2, key_heads, 20), generator=generator, device=device).int()
+    rows = int(sizes.sum(-1).max())
+    sizes[..., 5] += rows - sizes.sum(-1).int()
+    order = torch.rand(2, key_heads, rows, generator=generator, device=device).argsort(-1).int()
+    found = Clusters(
+        labels=torch.empty_like(order),
+        centroids=normal(2, key_heads, 20, 16) * 0.2,
+        sizes=sizes,
+        order=order,
+    )
+    keys, values = normal(2, key_heads, rows, 16), normal(2, key_heads, rows, 8)
+    # Constants are taken from the clusters' means, so those have to be true.
+    owner = torch.arange(20, device=device).expand(2, key_heads, 20).flatten(0, 1)
+    owner = torch.stack(
+        [o.repeat_interleave(n) for o, n in zip(owner, sizes.flatten(0, 1), strict=True)]
+    )
+    share = torch.nn.functional.one_hot(owner, 20).float().mT
+    share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    sorted_values = values.gather(2, order.long()[..., None].expand_as(values))
+    value_means = share.view(2, key_heads, 20, rows) @ sorted_values
+    means = normal(2, 2, 24, 16)
+
+    def errors():
+        return routing.centroid_error(means, keys, values, found, value_means, 0.5, 300, 16)
+
+    plain, planned = both(errors)
+    torch.testing.assert_close(plain, planned, rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("limits", [1, 2])

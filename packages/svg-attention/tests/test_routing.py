@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from svg_attention.methods import routing
-from svg_attention.methods.routing import centroid_error
+from svg_attention.methods.routing import probe_error
 
 
 def example(spread: float = 1.0) -> tuple[Tensor, ...]:
@@ -25,12 +25,10 @@ def example(spread: float = 1.0) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("probe", [1, 2**24])
-def test_centroid_error_equals_the_sum_over_keys(
-    probe: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_equals_the_sum_over_keys(probe: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "PROBE_LOGITS", probe)
     means, keys, values, centroids, value_means, sizes, owner = example()
-    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    found = probe_error(means, keys, values, centroids, value_means, sizes, 0.5)
     constant = values.mean(dim=2, keepdim=True)
     values, value_means = values - constant, value_means - constant
     for h in range(2):
@@ -53,20 +51,20 @@ def test_centroid_error_equals_the_sum_over_keys(
 
 def test_errors_vanish_where_centroids_are_exact() -> None:
     means, keys, values, centroids, value_means, sizes, _ = example(spread=0.0)
-    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    found = probe_error(means, keys, values, centroids, value_means, sizes, 0.5)
     assert found.max() < 1e-6
 
 
 def test_large_logits_do_not_overflow() -> None:
     means, keys, values, centroids, value_means, sizes, _ = example()
-    found = centroid_error(means * 1e3, keys, values, centroids, value_means, sizes, 1.0)
+    found = probe_error(means * 1e3, keys, values, centroids, value_means, sizes, 1.0)
     assert found.isfinite().all()
     assert (found.amax(dim=-1) > 0).any()
 
 
 def test_a_constant_added_to_every_value_changes_nothing() -> None:
     means, keys, values, centroids, value_means, sizes, _ = example()
-    found = centroid_error(means, keys, values, centroids, value_means, sizes, 0.5)
+    found = probe_error(means, keys, values, centroids, value_means, sizes, 0.5)
     shift = torch.tensor([3.0, -2.0, 5.0])
-    moved = centroid_error(means, keys, values + shift, centroids, value_means + shift, sizes, 0.5)
+    moved = probe_error(means, keys, values + shift, centroids, value_means + shift, sizes, 0.5)
     assert torch.allclose(moved, found, atol=1e-4)

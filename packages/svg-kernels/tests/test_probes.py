@@ -70,6 +70,12 @@ def test_mass_is_the_average_share_of_every_key_at_its_centroid(
         want.index_add_(0, owner, row_share.mean(0))
         torch.testing.assert_close(mass[b, h, t].double(), want, rtol=2e-4, atol=1e-6)
         assert (mass[b, h, t][size == 0] == 0).all()
+    worth = planning.probe_mass(
+        *(means, centroids, sizes), length=length, probe_rows=probe_rows, scale=0.4, per_key=True,
+        backend=tier,
+    )  # fmt: skip
+    counts = sizes.clamp(min=1).repeat_interleave(2 // key_heads, dim=1)[:, :, None]
+    torch.testing.assert_close(worth, mass / counts)
 
 
 def test_logits_of_magnitude_a_thousand_stay_finite(tier, device, generator):

@@ -5,11 +5,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg_attention.methods.clustering import Clusters
+from svg_attention.methods.selection import tile_average
+from svg_attention.plan import match_heads
+from svg_attention.planner import device_planner
+from svg_attention.rows import take_rows
+
 # Logits held at once while probing every key.
 PROBE_LOGITS = 2**24
 
 
 def centroid_error(
+    means: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    clusters: Clusters,
+    value_means: Tensor,
+    scale: float,
+    length: int,
+    probe_rows: int,
+) -> Tensor:
+    """Estimate each tile's squared error, per key, of replacing a cluster by its centroid.
+
+    Args:
+        means: `[B, H, T * probes, D]`, from `probe_means`.
+        keys: `[B, H_kv, N, D]`.
+        values: `[B, H_kv, N, D_v]`.
+        clusters: clusters of the keys.
+        value_means: `[B, H_kv, C, D_v]`.
+        scale: factor of the logits.
+        length: query rows that were probed.
+        probe_rows: rows of a probe.
+
+    Returns:
+        fp32 `[B, H, T, C]`, 0 for an empty cluster; see `probe_error`.
+    """
+    planner = device_planner(means)
+    if planner is not None:
+        errors: Tensor = planner.probe_errors(
+            means,
+            keys,
+            values,
+            clusters.order,
+            clusters.centroids,
+            value_means,
+            clusters.sizes,
+            length=length,
+            probe_rows=probe_rows,
+            scale=scale,
+        )
+        return errors
+    heads = means.shape[1]
+    per_probe = probe_error(
+        means,
+        match_heads(take_rows(keys, clusters.order), heads),
+        match_heads(take_rows(values, clusters.order), heads),
+        match_heads(clusters.centroids, heads),
+        match_heads(value_means, heads),
+        match_heads(clusters.sizes, heads),
+        scale,
+    )
+    return tile_average(per_probe, length, probe_rows)
+
+
+def probe_error(
     means: Tensor,
     keys: Tensor,
     values: Tensor,

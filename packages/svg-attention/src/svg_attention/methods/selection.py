@@ -73,7 +73,14 @@ def _weigh_probes(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def estimated_mass(
-    means: Tensor, centroids: Tensor, sizes: Tensor, scale: float, length: int, probe_rows: int
+    means: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    scale: float,
+    length: int,
+    probe_rows: int,
+    *,
+    per_key: bool = False,
 ) -> Tensor:
     """Estimate the share of a tile's attention that goes to each cluster.
 
@@ -89,6 +96,7 @@ def estimated_mass(
         scale: factor of the logits.
         length: rows that were probed.
         probe_rows: rows of a probe.
+        per_key: divide each cluster's mass by its keys: what reading one of them is worth.
 
     Returns:
         fp32 `[B, H, T, C]`, 0 for an empty cluster.
@@ -102,6 +110,7 @@ def estimated_mass(
             length=length,
             probe_rows=probe_rows,
             scale=scale,
+            per_key=per_key,
         )
         return estimated
     heads, probes = means.shape[1], TILE_ROWS // probe_rows
@@ -114,7 +123,8 @@ def estimated_mass(
     for part, rows in zip(means.float().split(step, dim=2), counts.split(step), strict=True):
         shares = torch.softmax(torch.matmul(part, centroids_t) * scale + weight, dim=-1)
         parts.append(_weigh_probes(shares, rows.view(-1, probes)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    mass = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return mass_per_key(mass, match_heads(sizes, heads)) if per_key else mass
 
 
 def mass_per_key(mass: Tensor, sizes: Tensor) -> Tensor:

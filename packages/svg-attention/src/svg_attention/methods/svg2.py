@@ -28,12 +28,9 @@ from svg_attention.methods.selection import (
     keep_budget,
     keep_top_p,
     key_budget,
-    mass_per_key,
     probe_means,
-    tile_average,
 )
 from svg_attention.plan import TILE_ROWS, KeySummary, SparsePlan, count_tiles, match_heads
-from svg_attention.rows import take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +124,58 @@ class SVG2(MethodConfig):
                 f"{most} clusters cannot be made of {layout.video_tokens} video tokens; "
                 f"ask for at most {layout.video_tokens} (a good number is a hundredth of them)"
             )
+        video = slice(layout.video_start, layout.video_start + layout.video_tokens)
+        query_clusters, key_clusters = self._cluster(
+            query[:, :, video], key[:, :, video], memory, generator
+        )
+        return self.plan_clusters(
+            query,
+            key,
+            value,
+            query_clusters,
+            key_clusters,
+            layout=layout,
+            text_lengths=text_lengths,
+            scale=scale,
+        )
+
+    def plan_clusters(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_clusters: Clusters,
+        key_clusters: Clusters,
+        *,
+        layout: TokenLayout,
+        text_lengths: Tensor | None = None,
+        scale: float | None = None,
+    ) -> SparsePlan:
+        """Choose and build the plan of a call whose video tokens are clustered.
+
+        Args:
+            query: as for `plan`.
+            key: as for `plan`.
+            value: as for `plan`.
+            query_clusters: clusters of the video rows of `query`.
+            key_clusters: clusters of the video rows of `key`.
+            layout: as for `plan`.
+            text_lengths: as for `plan`.
+            scale: as for `plan`.
+        """
         batch, heads, tokens, width = query.shape
         scale = width**-0.5 if scale is None else scale
         video = slice(layout.video_start, layout.video_start + layout.video_tokens)
-        queries, keys, values = query[:, :, video], key[:, :, video], value[:, :, video]
-        query_clusters, key_clusters = self._cluster(queries, keys, memory, generator)
         text = valid_text(layout, text_lengths, batch, query)
-        means = probe_means(queries, query_clusters.order, self.probe_rows)
+        means = probe_means(query[:, :, video], query_clusters.order, self.probe_rows)
         budget = key_budget(layout, text, self.density)[:, None, None] if self.density else None
-        mask, summary = self._choose(means, keys, values, key_clusters, budget, scale)
+        mask, summary = self._choose(
+            means, key[:, :, video], value[:, :, video], key_clusters, budget, scale
+        )
         # Tiles past the video read nothing but text, unless they hold text rows themselves.
         spare = count_tiles(tokens) - mask.shape[2]
-        mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
+        if spare:
+            mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
         full = text_tiles(layout, text)[:, None]
         lengths = valid_tokens(layout, text_lengths, batch, query)
         return SparsePlan.from_cluster_mask(
@@ -199,12 +236,18 @@ class SVG2(MethodConfig):
         heads, length = means.shape[1], keys.shape[2]
         sizes = match_heads(clusters.sizes, heads)
         mass = estimated_mass(
-            means, clusters.centroids, clusters.sizes, scale, length, self.probe_rows
+            means,
+            clusters.centroids,
+            clusters.sizes,
+            scale,
+            length,
+            self.probe_rows,
+            per_key=budget is not None,
         )
         if budget is None:
             mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
         else:
-            mask = keep_budget(mass_per_key(mass, sizes), sizes, budget)
+            mask = keep_budget(mass, sizes, budget)
         if not self.compensate:
             return mask, None
         value_means = mean_values(values, clusters)
@@ -216,17 +259,10 @@ class SVG2(MethodConfig):
         if self.route == "error":
             if budget is None:
                 budget = (mask * sizes[:, :, None]).sum(dim=-1)
-            order = clusters.order
             errors = centroid_error(
-                means.float(),
-                match_heads(take_rows(keys, order), heads),
-                match_heads(take_rows(values, order), heads),
-                match_heads(clusters.centroids, heads),
-                match_heads(value_means, heads),
-                sizes,
-                scale,
+                means, keys, values, clusters, value_means, scale, length, self.probe_rows
             )
-            mask = keep_budget(tile_average(errors, length, self.probe_rows), sizes, budget)
+            mask = keep_budget(errors, sizes, budget)
         return mask, summary
 
 

@@ -15,6 +15,8 @@ ORDER = ("triton", "reference")
 _MODULES = {
     ("probe", "triton"): "svg_kernels.planning._kernels.probes",
     ("probe", "reference"): "svg_kernels.planning.reference_probes",
+    ("errors", "triton"): "svg_kernels.planning._kernels.errors",
+    ("errors", "reference"): "svg_kernels.planning.reference_probes",
     ("choose", "triton"): "svg_kernels.planning._triton",
     ("choose", "reference"): "svg_kernels.planning.reference",
 }

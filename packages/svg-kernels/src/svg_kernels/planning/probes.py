@@ -35,7 +35,7 @@ def probe_means(
         ValueError: if a shape does not fit or the devices differ.
         UnsupportedError: if `backend` cannot run on this device.
     """
-    _check_rows("query", query, probe_rows)
+    check_rows("query", query, probe_rows)
     if order.dtype != torch.int32:
         raise TypeError(f"order must be int32, got {order.dtype}; use order.int()")
     if order.ndim != 3 or order.shape[:2] != query.shape[:2] or order.device != query.device:
@@ -55,6 +55,7 @@ def probe_mass(
     length: int,
     probe_rows: int = 16,
     scale: float,
+    per_key: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Estimate the share of each tile's attention that goes to each cluster of keys.
@@ -70,10 +71,11 @@ def probe_mass(
         length: rows that were probed.
         probe_rows: rows of a probe.
         scale: factor of the logits.
+        per_key: divide each share by the keys of its cluster.
         backend: `"auto"`, `"triton"` or `"reference"`.
 
     Returns:
-        fp32 `[B, H, T, C]`; sums to 1 over `C` and is 0 for an empty cluster.
+        fp32 `[B, H, T, C]`; sums to 1 over `C` (unless `per_key`) and is 0 for an empty cluster.
 
     Raises:
         TypeError: if a dtype does not fit.
@@ -82,18 +84,16 @@ def probe_mass(
 
     Source: Yang et al. 2025, arXiv:2505.18875, section 3.2, with several means to a tile.
     """
-    _check_rows("means", means, probe_rows)
-    _check_clusters(means, centroids, sizes)
-    probes = (length + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
-    if means.shape[2] != probes:
-        raise ValueError(
-            f"{length} rows are {probes} probes of {probe_rows} rows, got {means.shape[2]}"
-        )
-    mass: Tensor = _probe_mass(means, centroids, sizes, length, probe_rows, float(scale), backend)
+    check_rows("means", means, probe_rows)
+    check_clusters(means, centroids, sizes, length, probe_rows)
+    mass: Tensor = _probe_mass(
+        means, centroids, sizes, length, probe_rows, float(scale), per_key, backend
+    )
     return mass
 
 
-def _check_rows(name: str, x: Tensor, probe_rows: int) -> None:
+def check_rows(name: str, x: Tensor, probe_rows: int) -> None:
+    """Raise unless `x` is `[B, H, N, D]` and a probe can have so many rows."""
     if x.ndim != 4 or not 1 <= x.shape[3] <= 256:
         raise ValueError(f"{name} must be [B, H, N, D], D from 1 to 256, got {list(x.shape)}")
     if x.dtype not in FLOATS:
@@ -102,8 +102,14 @@ def _check_rows(name: str, x: Tensor, probe_rows: int) -> None:
         raise ValueError(f"probe_rows must divide {TILE_ROWS}, got {probe_rows}")
 
 
-def _check_clusters(means: Tensor, centroids: Tensor, sizes: Tensor) -> None:
-    batch, heads, _, width = means.shape
+def check_clusters(
+    means: Tensor, centroids: Tensor, sizes: Tensor, length: int, probe_rows: int
+) -> None:
+    """Raise unless means, centroids and sizes fit each other and the rows that were probed."""
+    batch, heads, found, width = means.shape
+    probes = (length + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
+    if found != probes:
+        raise ValueError(f"{length} rows are {probes} probes of {probe_rows} rows, got {found}")
     shape = tuple(centroids.shape)
     if (
         len(shape) != 4
@@ -138,10 +144,11 @@ def _run_mass(
     length: int,
     probe_rows: int,
     scale: float,
+    per_key: bool,
     backend: str,
 ) -> Tensor:
     mass: Tensor = choose(backend, means.device, "probe").probe_mass(
-        means, centroids, sizes, length, probe_rows, scale
+        means, centroids, sizes, length, probe_rows, scale, per_key
     )
     return mass
 
@@ -158,6 +165,7 @@ def _fake_mass(
     length: int,
     probe_rows: int,
     scale: float,
+    per_key: bool,
     backend: str,
 ) -> Tensor:
     tiles = means.shape[2] * probe_rows // TILE_ROWS
@@ -173,7 +181,7 @@ _probe_means = register(
 _probe_mass = register(
     "probe_mass",
     "(Tensor means, Tensor centroids, Tensor sizes, int length, int probe_rows, float scale,"
-    " str backend) -> Tensor",
+    " bool per_key, str backend) -> Tensor",
     _run_mass,
     _fake_mass,
 )

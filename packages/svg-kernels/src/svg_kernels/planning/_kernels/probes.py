@@ -87,6 +87,7 @@ def mass_kernel(
     scale_log2,
     PROBE_ROWS: tl.constexpr,
     PROBES: tl.constexpr,
+    PER_KEY: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,6 +127,9 @@ def mass_kernel(
         logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
         share = tl.exp2(logits - shift[:, None]) * weight[:, None]
         share = tl.sum(tl.reshape(share, [TILES, PROBES, BLOCK_C]), 1)
+        if PER_KEY:
+            count = tl.load(sizes + offs_c, mask=offs_c < C, other=1)
+            share = share / tl.maximum(count, 1).to(tl.float32)[None, :]
         inside = (tile < probes // PROBES)[:, None] & (offs_c < C)[None, :]
         tl.store(mass + tile[:, None] * C + offs_c[None, :], share, mask=inside)
 
@@ -161,7 +165,13 @@ def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:
 
 
 def probe_mass(
-    means: Tensor, centroids: Tensor, sizes: Tensor, length: int, probe_rows: int, scale: float
+    means: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    length: int,
+    probe_rows: int,
+    scale: float,
+    per_key: bool,
 ) -> Tensor:
     """Launch `mass_kernel`."""
     batch, heads, probes, width = means.shape
@@ -186,6 +196,7 @@ def probe_mass(
                 scale * LOG2_E,
                 PROBE_ROWS=probe_rows,
                 PROBES=TILE_ROWS // probe_rows,
+                PER_KEY=per_key,
                 BLOCK_P=block,
                 BLOCK_C=32 if means.dtype == torch.float32 else 64,
                 BLOCK_D=max(16, triton.next_power_of_2(width)),

@@ -1,0 +1,126 @@
+"""Estimating, on the device, what it would cost to replace clusters of keys by their means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_kernels._backends import register
+from svg_kernels.planning._tiers import choose
+from svg_kernels.planning.probes import TILE_ROWS, check_clusters, check_rows
+
+
+def probe_errors(
+    means: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    centroids: Tensor,
+    value_means: Tensor,
+    sizes: Tensor,
+    *,
+    length: int,
+    probe_rows: int = 16,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Estimate each tile's squared error, per key, of replacing a cluster by its centroid.
+
+    A probe with mean query `q` gives cluster `c`, with mean key `k_c` and mean value `v_c`,
+
+    `1 / n_c * sum_(j in c) | exp(q . k_c scale) v_c - exp(q . k_j scale) v_j |^2 / Z^2`,
+
+    `Z = sum_j exp(q . k_j scale)` over all keys; a tile averages its probes, weighed by their rows.
+    Values are taken relative to their mean over the head, since a constant added to every value
+    changes no error of a softmax.
+
+    Args:
+        means: `[B, H, T * probes, D]`, from `probe_means`.
+        key: `[B, Hk, N, D]`, typed as `means`; H is a multiple of Hk.
+        value: `[B, Hk, N, Dv]`, typed as `means`, Dv at most 256.
+        order: int32 `[B, Hk, N]`, rows of `key` sorted by cluster.
+        centroids: `[B, Hk, C, D]`, typed as `means`.
+        value_means: `[B, Hk, C, Dv]`, typed as `means`.
+        sizes: int32 `[B, Hk, C]`, keys of each cluster.
+        length: rows that were probed.
+        probe_rows: rows of a probe.
+        scale: factor of the logits, above 0.
+        backend: `"auto"`, `"triton"` or `"reference"`.
+
+    Returns:
+        fp32 `[B, H, T, C]`, 0 for an empty cluster.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape does not fit or the devices differ.
+        UnsupportedError: if `backend` cannot run on this device.
+
+    Source: SVG-EAR, arXiv:2603.08982 (value-aware relaxed error), per probe of a query tile.
+    """
+    check_rows("means", means, probe_rows)
+    check_clusters(means, centroids, sizes, length, probe_rows)
+    batch, heads, count, width = centroids.shape
+    rows, depth = order.shape[-1], value.shape[-1]
+    for name, x, shape in (
+        ("key", key, (batch, heads, rows, width)),
+        ("value", value, (batch, heads, rows, depth)),
+        ("value_means", value_means, (batch, heads, count, depth)),
+        ("order", order, (batch, heads, rows)),
+    ):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+        wanted = torch.int32 if name == "order" else means.dtype
+        if x.dtype != wanted:
+            raise TypeError(f"{name} must be {wanted}, got {x.dtype}; convert it first")
+        if x.device != means.device:
+            raise ValueError(f"{name} must be on {means.device} like means, got {x.device}")
+    if not 1 <= depth <= 256:
+        raise ValueError(f"values must have 1 to 256 channels, got {depth}")
+    tensors = (means, key, value, order, centroids, value_means, sizes)
+    errors: Tensor = _probe_errors(*tensors, length, probe_rows, float(scale), backend)
+    return errors
+
+
+def _run(
+    means: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    centroids: Tensor,
+    value_means: Tensor,
+    sizes: Tensor,
+    length: int,
+    probe_rows: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    errors: Tensor = choose(backend, means.device, "errors").probe_errors(
+        means, key, value, order, centroids, value_means, sizes, length, probe_rows, scale
+    )
+    return errors
+
+
+def _fake(
+    means: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    centroids: Tensor,
+    value_means: Tensor,
+    sizes: Tensor,
+    length: int,
+    probe_rows: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    tiles = means.shape[2] * probe_rows // TILE_ROWS
+    return means.new_empty(*means.shape[:2], tiles, centroids.shape[2], dtype=torch.float32)
+
+
+_probe_errors = register(
+    "probe_errors",
+    "(Tensor means, Tensor key, Tensor value, Tensor order, Tensor centroids, Tensor value_means,"
+    " Tensor sizes, int length, int probe_rows, float scale, str backend) -> Tensor",
+    _run,
+    _fake,
+)

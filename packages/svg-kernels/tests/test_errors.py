@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svg_kernels import planning
+
+
+@pytest.fixture(
+    params=["reference", "triton", pytest.param("gpu", marks=pytest.mark.gpu)],
+)
+def tier(request):
+    """Return a backend's name: in plain torch, interpreted, or compiled on a GPU."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
+    return "triton" if request.param == "gpu" else request.param
+
+
+def example(generator, device, *, heads=2, key_heads=1, length=150, probe_rows=16, spread=1.0):
+    """Draw clusters with 0, 1, 63, 64, 65 keys and more, and probes."""
+    size = torch.tensor([0, 1, 63, 64, 65, 5, 0, 30], device=device)
+    keys, width, depth = int(size.sum()), 12, 8
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    sizes = size.expand(1, key_heads, -1).int().contiguous()
+    owner = torch.arange(len(size), device=device).repeat_interleave(size)
+    base_key, base_value = normal(1, key_heads, 8, width), normal(1, key_heads, 8, depth)
+    key = base_key[:, :, owner] + spread * normal(1, key_heads, keys, width)
+    value = base_value[:, :, owner] + spread * normal(1, key_heads, keys, depth)
+    share = torch.nn.functional.one_hot(owner, 8).float().T
+    share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    order = torch.rand(1, key_heads, keys, generator=generator, device=device).argsort(-1)
+    place = order.argsort(-1)[..., None]
+    # Row order[i] of the shuffled tensors is key i of the sorted ones.
+    shuffled = [x.gather(2, place.expand_as(x)) for x in (key, value)]
+    tiles = (length + 127) // 128
+    means = normal(1, heads, tiles * 128 // probe_rows, width)
+    return (means, *shuffled, order.int(), share @ key, share @ value, sizes), (key, value, owner)
+
+
+def by_key(means, key, value, owner, centroids, value_means, sizes, scale):
+    """Return the error of every probe and cluster, key by key in fp64: `[P, C]`."""
+    means, key, value, centroids, value_means = (
+        x.double() for x in (means, key, value, centroids, value_means)
+    )
+    constant = value.mean(0)
+    logits = means @ key.T * scale
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    centre = torch.exp(means @ centroids.T * scale - lse)[:, owner]
+    weights = torch.exp(logits - lse)
+    gap = centre[..., None] * (value_means[owner] - constant) - weights[..., None] * (
+        value - constant
+    )
+    out = torch.zeros(len(means), len(sizes), dtype=torch.float64, device=means.device)
+    return out.index_add(1, owner, gap.square().sum(-1)) / sizes.clamp(min=1)
+
+
+@pytest.mark.parametrize(("length", "probe_rows"), [(150, 16), (300, 128), (128, 4)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 1), (2, 2)])
+def test_errors_are_the_sums_over_keys(
+    tier, device, generator, length, probe_rows, heads, key_heads
+):
+    arguments, (key, value, owner) = example(
+        generator, device, heads=heads, key_heads=key_heads, length=length, probe_rows=probe_rows
+    )
+    means, _, _, _, centroids, value_means, sizes = arguments
+    errors = planning.probe_errors(
+        *arguments, length=length, probe_rows=probe_rows, scale=0.3, backend=tier
+    )
+    tiles = (length + 127) // 128
+    assert errors.shape == (1, heads, tiles, 8)
+    for h in range(heads):
+        k = h * key_heads // heads
+        probes = by_key(
+            means[0, h], key[0, k], value[0, k], owner, centroids[0, k], value_means[0, k],
+            sizes[0, k], 0.3,
+        )  # fmt: skip
+        rows = probes.repeat_interleave(probe_rows, dim=0)[:length]
+        want = torch.stack([part.mean(0) for part in rows.split(128)])
+        torch.testing.assert_close(errors[0, h].double(), want, rtol=2e-3, atol=1e-9)
+        assert (errors[0, h][:, sizes[0, k] == 0] == 0).all()
+
+
+def test_errors_vanish_where_centroids_are_exact(tier, device, generator):
+    arguments, _ = example(generator, device, spread=0.0)
+    errors = planning.probe_errors(*arguments, length=150, scale=0.3, backend=tier)
+    assert errors.max() < 1e-6
+
+
+def test_logits_of_magnitude_a_thousand_stay_finite(tier, device, generator):
+    arguments, _ = example(generator, device)
+    errors = planning.probe_errors(
+        arguments[0] * 300, *arguments[1:], length=150, scale=1.0, backend=tier
+    )
+    assert errors.isfinite().all()
+    assert (errors.amax(-1) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    sizes = torch.randint(0, 150, (1, 2, 100), generator=generator, device=device).int()
+    rows = int(sizes.sum(-1).max())
+    sizes[..., -1] += rows - sizes.sum(-1).int()
+    order = torch.rand(1, 2, rows, generator=generator, device=device).argsort(-1).int()
+    arguments = (
+        normal(1, 4, 80, 128), normal(1, 2, rows, 128), normal(1, 2, rows, 128), order,
+        normal(1, 2, 100, 128) * 0.1, normal(1, 2, 100, 128) * 0.1, sizes,
+    )  # fmt: skip
+    keywords = {"length": 1200, "scale": 128**-0.5}
+    got = planning.probe_errors(*arguments, backend="triton", **keywords)
+    want = planning.probe_errors(*arguments, backend="reference", **keywords)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-9)
+
+
+def test_wrong_arguments_are_named(generator):
+    arguments, _ = example(generator, torch.device("cpu"))
+    keywords = {"length": 150, "scale": 1.0}
+    with pytest.raises(ValueError, match="value_means must be"):
+        planning.probe_errors(*arguments[:5], arguments[5][:, :, 1:], arguments[6], **keywords)
+    with pytest.raises(TypeError, match=r"order must be torch\.int32"):
+        planning.probe_errors(*arguments[:3], arguments[3].long(), *arguments[4:], **keywords)
+    with pytest.raises(ValueError, match="key must be"):
+        planning.probe_errors(arguments[0], arguments[1][:, :, 1:], *arguments[2:], **keywords)
