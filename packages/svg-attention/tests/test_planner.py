@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from svg_attention import runs
-from svg_attention.methods import routing, selection
+from svg_attention import TokenLayout, runs
+from svg_attention.methods import profile, routing, selection
+from svg_attention.methods.band import Band
 from svg_attention.methods.clustering import Clusters
 from svg_attention.planner import device_planner
 
@@ -27,7 +28,7 @@ def both(monkeypatch):
 
         results = []
         for planner in (None, planning):
-            for module in (runs, selection, routing):
+            for module in (runs, selection, routing, profile):
                 monkeypatch.setattr(module, "device_planner", lambda _, planner=planner: planner)
             results.append(function(*args, **kwargs))
         return results
@@ -120,6 +121,22 @@ def test_error_of_the_centroids(both, device, generator, key_heads):
 
     plain, planned = both(errors)
     torch.testing.assert_close(plain, planned, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_profile_of_the_bands(both, device, generator, position):
+    layout = TokenLayout(grid=(5, 8, 9), text_tokens=7, text_position=position)
+    query, key, value = (
+        torch.randn(2, h, layout.tokens, 16, generator=generator, device=device) for h in (4, 2, 2)
+    )
+    text = torch.tensor([3, 7], dtype=torch.int32, device=device)
+    bands = tuple(
+        Band(layout=layout, temporal=t, text=text, width=torch.tensor([40, 9], device=device))
+        for t in (False, True)
+    )
+    rows = torch.randint(layout.video_tokens, (20,), generator=generator, device=device)
+    plain, planned = both(profile.pattern_errors, query, key, value, rows, bands, 0.3)
+    torch.testing.assert_close(torch.stack(plain), torch.stack(planned), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("limits", [1, 2])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from svg_attention.methods.band import Band
 from svg_attention.plan import match_heads
+from svg_attention.planner import device_planner
 
 # Logits held at once, over all heads.
 PROFILE_LOGITS = 2**26
@@ -35,6 +36,13 @@ def pattern_errors(
     batch, heads, tokens, _ = query.shape
     place = torch.arange(tokens, device=query.device) - layout.text_start
     padding = (place >= text[:, None]) & (place < layout.text_tokens)
+    planner = device_planner(query)
+    if planner is not None and len(bands) == 2:
+        sampled = query.index_select(2, rows + layout.video_start)
+        reads = (~padding[:, None]).byte()
+        for bit, band in zip((2, 4), bands, strict=True):
+            reads = reads + bit * band.reads(rows).byte()
+        return list(planner.pattern_errors(sampled, key, value, reads, scale=scale))
     keys = match_heads(key, heads).float().transpose(-1, -2)
     values = match_heads(value, heads).float()
     totals = [torch.zeros(batch, heads, device=query.device) for _ in bands]

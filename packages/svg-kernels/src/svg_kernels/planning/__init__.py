@@ -8,12 +8,14 @@ from torch import Tensor
 from svg_kernels._backends import register
 from svg_kernels.planning._tiers import choose, runs_on
 from svg_kernels.planning.errors import probe_errors
+from svg_kernels.planning.patterns import pattern_errors
 from svg_kernels.planning.probes import probe_mass, probe_means
 
 __all__ = [
     "keep_budget",
     "keep_top_p",
     "merge_clusters",
+    "pattern_errors",
     "probe_errors",
     "probe_mass",
     "probe_means",

@@ -11,12 +11,14 @@ from svg_kernels import _backends
 from svg_kernels.errors import UnsupportedError
 
 ORDER = ("triton", "reference")
-# What a plan is made of: probing the tiles, and choosing and merging what they read.
+# What planning is made of; choosing is also merging what was chosen.
 _MODULES = {
     ("probe", "triton"): "svg_kernels.planning._kernels.probes",
     ("probe", "reference"): "svg_kernels.planning.reference_probes",
     ("errors", "triton"): "svg_kernels.planning._kernels.errors",
     ("errors", "reference"): "svg_kernels.planning.reference_probes",
+    ("patterns", "triton"): "svg_kernels.planning._kernels.patterns",
+    ("patterns", "reference"): "svg_kernels.planning.reference_probes",
     ("choose", "triton"): "svg_kernels.planning._triton",
     ("choose", "reference"): "svg_kernels.planning.reference",
 }

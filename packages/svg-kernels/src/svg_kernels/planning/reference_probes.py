@@ -97,3 +97,21 @@ def _relative_weights(q: Tensor, keys: Tensor, centroids: Tensor) -> tuple[Tenso
     logits = q @ keys.T
     denominator = torch.logsumexp(logits, dim=-1, keepdim=True)
     return torch.exp(logits - denominator), torch.exp(q @ centroids.T - denominator)
+
+
+def pattern_errors(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scale: float) -> Tensor:
+    """Attend three times under a mask, head by head, in fp32."""
+    batch, heads = rows.shape[:2]
+    group = heads // key.shape[1]
+    errors = rows.new_empty(2, batch, heads, dtype=torch.float32)
+    for b in range(batch):
+        for h in range(heads):
+            logits = rows[b, h].float() @ key[b, h // group].float().T * scale
+            outs = [
+                torch.softmax(logits.masked_fill((reads[b] & bit) == 0, -torch.inf), dim=-1)
+                @ value[b, h // group].float()
+                for bit in (1, 2, 4)
+            ]
+            for i in range(2):
+                errors[i, b, h] = (outs[i + 1] - outs[0]).square().mean()
+    return errors
