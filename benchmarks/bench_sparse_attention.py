@@ -1,28 +1,35 @@
-"""Measure block-sparse attention on a GPU: the kernels alone, and whole SVG2 calls.
+"""Measure block-sparse attention on a GPU: kernels beside their peers, and whole calls.
 
     python benchmarks/bench_sparse_attention.py run --gpu h200
     python benchmarks/bench_sparse_attention.py table --gpu h200
 
-`run` checks sampled tiles against fp64 before it times anything; callables take turns with cuDNN's
-dense attention. Speeds are effective: `4 * heads * tokens^2 * head_dim * density / time`, where
-density counts the rows that are really read. `table` fills `docs/sparse-attention-kernel.md`.
+`run` checks sampled rows against fp64 before it times anything; callables take turns, each with a
+cold L2. Speeds are effective: `4 * heads * tokens^2 * head_dim * density / time`, where density
+counts the pairs that are really computed. `table` fills `docs/sparse-attention-kernel.md` and draws
+its figures.
 
 Data is structured, not noise, so that clusters are what they are in a video model: queries and
 keys are `cos(F p + phase)` of each token's place `p` in the clip, with random frequencies `F` for
-each head and channel, plus noise. Peers that are not installed are listed as not run.
+each head and channel, plus noise; clusters come from 50 rounds of our k-means on them. Peers read
+what is nearest to our plan in their own terms: FlashInfer the clusters that each query cluster's
+centroid ranks highest, FlashAttention 4 and FastVideo the fixed blocks whose means do, all on rows
+sorted by cluster, text left out. Peers that are not installed are listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
+import gc
+import subprocess
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import _sparse_calls as calls
+import _sparse_figures as figures
+import _sparse_peers as peers
 import torch
-import torch.nn.functional as F
 from _harness import (
     RESULTS,
     ROOT,
@@ -35,127 +42,34 @@ from _harness import (
     summary,
     table,
 )
+from _sparse_workloads import HEAD_DIM, WORKLOADS, Workload, check_plan, dense, structured
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import svg_kernels
-from svg_attention import SVG2, LayerMemory, SparsePlan, TokenLayout, sparse_attention
-from svg_attention.backends.kernels import long_tiles_first
-from svg_kernels.attention.reference import read_mask
+from svg_attention import SVG2, LayerMemory, SparsePlan
+from svg_attention.backends.kernels import COPY_ROWS, long_tiles_first
 
-HEAD_DIM = 128
 DENSITIES = (0.10, 0.15, 0.25, 0.40, 1.0)
 PAGE = ROOT / "docs" / "sparse-attention-kernel.md"
-PEERS = {
-    "flashinfer": "FlashInfer",
-    "flash_attn.cute": "FlashAttention 4",
-    "fastvideo": "FastVideo",
-}
+PEERS = ("FlashInfer", "FlashAttention 4", "FastVideo")
+KERNELS = ("cuda", "triton", *PEERS, "cuDNN dense")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One model's self-attention."""
-
-    name: str
-    heads: int
-    layout: TokenLayout
-    clusters: tuple[int, int]
-
-
-WORKLOADS = (
-    Workload(
-        name="Wan 720p", heads=40, layout=TokenLayout(grid=(21, 45, 80)), clusters=(300, 1000)
-    ),
-    Workload(
-        name="HunyuanVideo 720p",
-        heads=24,
-        layout=TokenLayout(grid=(33, 45, 80), text_tokens=256),
-        clusters=(300, 1000),
-    ),
-    Workload(name="Wan 480p", heads=40, layout=TokenLayout(grid=(21, 30, 52)), clusters=(100, 500)),
-)
-
-
-def structured(work: Workload, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw queries, keys and values whose attention follows the place in the clip."""
-    draw = torch.Generator(device="cuda").manual_seed(seed)
-    layout = work.layout
-    axes = [torch.arange(n, device="cuda") / n for n in layout.grid]
-    place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 3)
-    shape = (1, work.heads, layout.tokens, HEAD_DIM)
-    query, key, value = (
-        torch.randn(shape, device="cuda", generator=draw).to(torch.bfloat16) for _ in range(3)
-    )
-    video = slice(layout.video_start, layout.video_start + layout.video_tokens)
-    for head in range(work.heads):
-        frequency = torch.randn(3, HEAD_DIM, device="cuda", generator=draw) * (2 + head % 8)
-        phase = torch.rand(HEAD_DIM, device="cuda", generator=draw) * 2 * math.pi
-        base = 1.5 * torch.cos(place @ frequency * math.pi + phase)
-        for x in (query, key):
-            x[0, head, video] = (base + 0.7 * x[0, head, video].float()).to(x.dtype)
-    return query, key, value
-
-
-def check(query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, out: Tensor) -> None:
-    """Compare sampled tiles with fp64."""
-    for head in (0, plan.heads - 1):
-        for tile in (0, plan.tiles // 2, plan.tiles - 1):
-            rows = slice(tile * plan.tile_rows, (tile + 1) * plan.tile_rows)
-            tokens = plan.query_order[0, head, rows].long()
-            starts, lengths = (x[0, head, tile] for x in (plan.run_starts, plan.run_lengths))
-            read = read_mask(starts, lengths, plan.key_length)
-            keys = plan.key_order[0, head].long()[read]
-            want = F.scaled_dot_product_attention(
-                query[0, head, tokens][None].double(),
-                key[0, head, keys][None].double(),
-                value[0, head, keys][None].double(),
-            )[0]
-            error = (out[0, head, tokens].double() - want).norm() / want.norm()
-            if not error < 5e-3:
-                raise RuntimeError(f"head {head}, tile {tile}: relative error {error:.2e}")
-
-
-def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(query, key, value)
-
-
-def measure(work: Workload, samples: int) -> list[dict[str, Any]]:
-    """Time one workload at every density."""
-    query, key, value = structured(work)
-    rows = []
-    for density in DENSITIES:
-        row = measure_density(work, density, query, key, value, samples)
-        rows.append(row)
-        speeds = {n: round(s) for n, s in speed(row).items()}
-        print(work.name, density, f"mean run {row['mean_run']:.0f}", speeds, flush=True)
-    return rows
-
-
-def measure_density(
-    work: Workload, density: float, query: Tensor, key: Tensor, value: Tensor, samples: int
-) -> dict[str, Any]:
-    """Time the kernels on one plan, and the whole call that builds it."""
-    tokens = work.layout.tokens
-    queries, keys = work.clusters
-    # A budget that fills every tile makes a full list of runs, not a call to a dense kernel.
-    method = SVG2(q_clusters=queries, k_clusters=keys, density=min(density, 0.9999))
-    memory = LayerMemory()
-    draw = torch.Generator(device="cuda").manual_seed(0)
-
-    def planned() -> SparsePlan:
-        return method.plan(query, key, value, layout=work.layout, memory=memory, generator=draw)
-
-    plan = planned().rounded(8)
-    moved_key, moved_value = svg_kernels.permute_rows((key, value), plan.key_order)
-    first = long_tiles_first(plan.run_lengths)
+def kernels(
+    query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+) -> dict[str, Callable[[], Tensor]]:
+    """Return our kernels, each on one plan and keys already in its order."""
+    plan = plan if plan.is_full else plan.rounded(COPY_ROWS)
+    if plan.key_order is not None:
+        key, value = svg_kernels.permute_rows((key, value), plan.key_order)
+    first = None if plan.is_full else long_tiles_first(plan.run_lengths)
+    device = query.device
 
     def kernel(backend: str) -> Callable[[], Tensor]:
         return lambda: svg_kernels.block_sparse_attention(
             query,
-            moved_key,
-            moved_value,
+            key,
+            value,
             plan.run_starts,
             plan.run_lengths,
             query_order=plan.query_order,
@@ -163,71 +77,158 @@ def measure_density(
             backend=backend,
         )
 
-    functions = {name: kernel(name) for name in backends()}
-    for function in functions.values():
-        check(query, key, value, plan, function())
-    functions["cudnn dense"] = lambda: dense(query, key, value)
-    functions["plan"] = planned
-    functions["call"] = lambda: sparse_attention(query, key, value, planned())
-    times = interleave(functions, samples=samples, warmup=2)
-    used = plan.run_lengths > 0
+    unsupported = svg_kernels.attention.unsupported
+    names = [n for n in ("cuda", "triton") if unsupported(n, device, query.dtype, HEAD_DIM) is None]
+    return {name: kernel(name) for name in names}
+
+
+def measure(
+    work: Workload, samples: int, missing: dict[str, str], kmeans: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time one workload at every density, and its whole calls."""
+    tensors = structured(work)
+    memory = LayerMemory()
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    first = SVG2(q_clusters=work.clusters[0], k_clusters=work.clusters[1], density=0.25)
+    first.plan(*tensors, layout=work.layout, memory=memory, generator=draw)
+    clusters = calls.clusters(work, tensors, memory)
+    rows = []
+    for density in DENSITIES:
+        row = measure_density(work, density, tensors, clusters, samples, missing)
+        rows.append(row)
+        text = {n: round(s) for n, s in speed(row).items()}
+        print(work.name, work.clusters, density, text, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    whole = calls.measure(work, tensors, memory, clusters, samples, missing, kmeans)
+    for call in whole:
+        print(work.name, call, flush=True)
+    return rows, whole
+
+
+def measure_density(
+    work: Workload,
+    density: float,
+    tensors: tuple[Tensor, ...],
+    clusters: calls.Pair,
+    samples: int,
+    missing: dict[str, str],
+) -> dict[str, Any]:
+    """Time the kernels and their peers at one density."""
+    method = SVG2(q_clusters=work.clusters[0], k_clusters=work.clusters[1], density=density)
+    if density < 1.0:
+        plan = method.plan_clusters(*tensors, *clusters, layout=work.layout)
+    else:
+        plan = method.plan(*tensors, layout=work.layout, memory=LayerMemory())
+    functions: dict[str, Callable[[], Any]] = dict(kernels(*tensors, plan))
+    rounded = plan if plan.is_full else plan.rounded(COPY_ROWS)
+    for name, function in functions.items():
+        check_plan(name, *tensors, rounded, function())
+    shares = dict.fromkeys(functions, rounded.density().mean().item())
+    video = tuple(x[:, :, : work.layout.video_tokens] for x in tensors)
+    for name in PEERS:
+        try:
+            prepared, share = prepare(name, video, clusters, density)
+        except UNAVAILABLE as error:
+            missing.setdefault(name, reason(error))
+        else:
+            functions |= prepared
+            shares |= share
+    if density >= 1.0:
+        functions["cuDNN dense"] = lambda: dense(*tensors)
+        shares["cuDNN dense"] = 1.0
+    times = interleave(functions, samples=samples, warmup=1)
+    used = rounded.run_lengths > 0
     return {
         "workload": work.name,
-        "tokens": tokens,
+        "tokens": work.layout.tokens,
         "heads": work.heads,
         "clusters": list(work.clusters),
         "data": "structured",
-        "density": plan.density().mean().item(),
-        "mean_run": (plan.run_lengths.sum() / used.sum()).item(),
+        "density": shares.get("cuda", density),
+        "densities": shares,
+        "mean_run": (rounded.run_lengths.sum() / used.sum()).item(),
+        "peer_tokens": work.layout.video_tokens,
         "ms": {name: summary(values) for name, values in times.items()},
     }
 
 
-def backends() -> list[str]:
-    """Return the kernels that run here."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    return [
-        name
-        for name in ("cuda", "triton")
-        if svg_kernels.attention.unsupported(name, device, torch.bfloat16, HEAD_DIM) is None
-    ]
+# What an absent package, a missing compiler or a kernel that refuses its input raises.
+UNAVAILABLE = (
+    *(ImportError, RuntimeError, OSError, ValueError, AttributeError, TypeError),
+    *(AssertionError, subprocess.SubprocessError),
+)
 
 
-def missing_peers() -> list[str]:
-    """Name the peers that are not installed here."""
-    found = {n: importlib.util.find_spec(n.split(".")[0]) is not None for n in PEERS}
-    return [title for name, title in PEERS.items() if not found[name]]
+def reason(error: BaseException) -> str:
+    """Return the first line of an error; the whole goes to the log."""
+    traceback.print_exception(error)
+    if isinstance(error, ImportError):
+        return f"not installed ({error})"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+
+
+def prepare(
+    name: str, tensors: tuple[Tensor, ...], clusters: calls.Pair, density: float
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """Return what to time of one peer, empty where it has nothing for this density."""
+    if name == "FlashInfer":
+        if density > peers.DENSEST_TOKEN_LIST:
+            return {}, {}
+        return peers.prepare_flashinfer(*tensors, *clusters, density)
+    if name == "FlashAttention 4":
+        return peers.prepare_flash_attention(tensors, clusters, density)
+    return ({}, {}) if density >= 1.0 else peers.prepare_fastvideo(tensors, clusters, density)
 
 
 def speed(row: dict[str, Any]) -> dict[str, float]:
     """Return effective TFLOP/s of the kernels of a row."""
-    dense_flops = 4 * row["heads"] * row["tokens"] ** 2 * HEAD_DIM
-    work = {"cuda": row["density"], "triton": row["density"], "cudnn dense": 1.0}
-    return {
-        name: dense_flops * share / row["ms"][name]["median"] / 1e9
-        for name, share in work.items()
-        if name in row["ms"]
-    }
+    found = {}
+    for name, share in row.get("densities", dense_shares(row)).items():
+        if name in row["ms"]:
+            tokens = row.get("peer_tokens", 0) if name in PEERS else row["tokens"]
+            flops = 4 * row["heads"] * tokens**2 * HEAD_DIM * share
+            found[name] = flops / row["ms"][name]["median"] / 1e9
+    return found
 
 
-def run(gpu: str, samples: int, commit: str | None) -> None:
-    """Measure every workload; write `sparse_attention.json`."""
-    with torch.no_grad():
-        rows = [row for work in WORKLOADS for row in measure(work, samples)]
-    result = {
+def dense_shares(row: dict[str, Any]) -> dict[str, float]:
+    """Return the densities of the kernels of a row that was stored before there were peers."""
+    return {"cuda": row["density"], "triton": row["density"], "cuDNN dense": 1.0}
+
+
+def run(
+    gpu: str, samples: int, commit: str | None, folder: Path | None, only: list[int] | None
+) -> None:
+    """Measure every workload; write `sparse_attention.json` after each."""
+    missing: dict[str, str] = {}
+    try:
+        kmeans = peers.load(folder, "flash_kmeans") if folder else None
+    except ImportError as error:
+        kmeans, missing["flash-kmeans 0.3.1"] = None, reason(error)
+    result: dict[str, Any] = {
         "environment": environment(commit),
         "samples": samples,
-        "not_run": [f"{name}: not installed" for name in missing_peers()],
-        "rows": rows,
+        "not_run": [],
+        "rows": [],
+        "calls": [],
     }
-    store(RESULTS / gpu / "sparse_attention.json", result)
+    with torch.no_grad():
+        for work in [w for i, w in enumerate(WORKLOADS) if not only or i in only]:
+            rows, whole = measure(work, samples, missing, kmeans)
+            result["rows"] += rows
+            result["calls"] += whole
+            result["not_run"] = [f"{name}: {why}" for name, why in missing.items()]
+            store(RESULTS / gpu / "sparse_attention.json", result)
 
 
 def write_table(gpu: str) -> None:
-    """Fill the table of the kernel's page from the stored result."""
+    """Fill the tables of the kernel's page from the stored result, and draw its figures."""
     result = load(gpu, "sparse_attention")
-    head = ["workload", "data", "density", "mean run", "cuda", "triton", "cuDNN dense", "call"]
-    notes = [*result.get("notes", []), f"Not run: {'; '.join(result['not_run'])}."]
+    head = ["workload", "clusters", "density", "mean run", *KERNELS]
+    notes = [*result.get("notes", [])]
+    if result["not_run"]:
+        notes.append(f"Not run: {'; '.join(result['not_run'])}.")
     text = (
         f"{conditions(result['environment'])} Milliseconds and, in brackets, effective TFLOP/s.\n\n"
         + table(head, [line(row) for row in result["rows"]])
@@ -235,6 +236,9 @@ def write_table(gpu: str) -> None:
         + "\n".join(notes)
     )
     replace_between(PAGE, "sparse attention kernels", text)
+    if result.get("calls"):
+        replace_between(PAGE, "whole calls", calls.write(result["calls"]))
+        figures.draw(result, speed, ROOT / "docs" / "assets")
 
 
 def line(row: dict[str, Any]) -> list[str]:
@@ -243,16 +247,15 @@ def line(row: dict[str, Any]) -> list[str]:
 
     def cell(name: str) -> str:
         if name not in row["ms"]:
-            return "not run"
-        ms = f"{row['ms'][name]['median']:.1f}"
-        return f"{ms} ({speeds[name]:.0f})" if name in speeds else ms
+            return ""
+        return f"{row['ms'][name]['median']:.1f} ({speeds[name]:.0f})"
 
     return [
         f"{row['workload']}, {row['heads']} x {row['tokens']:,}",
-        row["data"],
+        "{} x {}".format(*row["clusters"]),
         f"{row['density']:.1%}",
         f"{row['mean_run']:.0f}",
-        *(cell(name) for name in ("cuda", "triton", "cudnn dense", "call")),
+        *(cell(name) for name in KERNELS),
     ]
 
 
@@ -262,9 +265,11 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200", help="folder of the stored result")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--commit", help="recorded where there is no git")
+    parser.add_argument("--kmeans", type=Path, help="folder of the unpacked flash-kmeans 0.3.1")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the workloads, from 0")
     args = parser.parse_args()
     if args.action == "run":
-        run(args.gpu, args.samples, args.commit)
+        run(args.gpu, args.samples, args.commit, args.kmeans, args.only)
     else:
         write_table(args.gpu)
 
