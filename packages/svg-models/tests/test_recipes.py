@@ -16,6 +16,9 @@ from svg_models.recipes import FEW_STEPS, SHARED, cluster_counts, nearest
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SMALL = {"density": 0.3, "compensate": True, "route": "error", "first_iterations": 10}
+
+
 def published(**config: object) -> WanTransformer3DModel:
     """Return a transformer of the published 14B shape, without memory behind it."""
     with torch.device("meta"):
@@ -50,21 +53,21 @@ def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
 
 def test_fewer_tokens_than_published_are_compensated() -> None:
     recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
-    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
-    assert recipe.note.endswith("and compensation")
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **SMALL)
+    assert recipe.note.endswith("density 0.3, compensation and routing by error")
 
 
 def test_a_smaller_model_of_the_published_size_is_compensated_and_told() -> None:
     small = published(num_layers=1, num_attention_heads=12)
     recipe = recipe_for(small, 75_600, num_steps=50)
-    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, compensate=True)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **SMALL)
     assert "Wan 2.1 14B" in recipe.note
 
 
 def test_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
     tiny_width = published(num_layers=1, num_attention_heads=2)
     recipe = recipe_for(tiny_width, 3_328, num_steps=50)
-    assert recipe.method == SVG2(q_clusters=52, k_clusters=208, compensate=True)
+    assert recipe.method == SVG2(q_clusters=52, k_clusters=208, **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""Measure which settings of a compensated SVG2 serve the short clips of the embedded model best.
+
+    python benchmarks/quality_settings.py --output benchmarks/results/h200/quality_settings.json
+
+The recipes of short clips and small models rest on this: a budget for every tile against one that
+follows the attention mass, routing by mass or by error, and rounds of k-means at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import quality
+import torch
+
+from svg_attention import SVG2, Schedule
+from svg_models import embedded_path, sparsify
+from svg_models.embedded.clips import caption
+from svg_models.embedded.evaluate import held_out_scenes
+from svg_models.recipes import cluster_counts
+
+SCHEDULE = Schedule(dense_steps=0.2, dense_layers=0.03)
+
+
+def settings(tokens: int) -> Iterator[dict[str, Any]]:
+    """Yield what is compared, as arguments of SVG2."""
+    q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
+    base: dict[str, Any] = {
+        "q_clusters": q_clusters,
+        "k_clusters": k_clusters,
+        "compensate": True,
+    }
+    budgets = ({"top_p": 0.9}, {"top_p": 0.9, "min_keep": 0.2}, {"density": 0.33})
+    for budget in budgets:
+        for route in ("mass", "error"):
+            yield base | budget | {"route": route}
+    for rounds in (25, 10, 5, 3):
+        yield base | {"top_p": 0.9, "first_iterations": rounds}
+    for rounds in (10, 5):
+        yield base | {"top_p": 0.9, "route": "error", "first_iterations": rounds}
+    yield base | {"density": 0.33, "route": "error", "first_iterations": 10}
+    yield base | {"density": 0.25, "route": "error"}
+
+
+def main() -> None:
+    """Measure and store."""
+    from diffusers import WanPipeline
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--backend", default="auto", help="see `svg doctor`")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--commit", default="", help="stored where there is no git")
+    args = parser.parse_args()
+    pipe = WanPipeline.from_pretrained(embedded_path(), torch_dtype=getattr(torch, args.dtype))
+    pipe = pipe.to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [caption(scene) for scene in held_out_scenes(args.prompts)]
+    dense = quality.sample(pipe, prompts, args.side, args)
+    tokens = 13 * (args.side // pipe.vae_scale_factor_spatial) ** 2
+    rows: list[dict[str, Any]] = []
+    for chosen in settings(tokens):
+        with sparsify(pipe, SVG2(**chosen), SCHEDULE, backend=args.backend) as run:
+            close = quality.closeness(quality.sample(pipe, prompts, args.side, args), dense)
+            density = round(run.stats().mean_density, 3)
+        means = {name: round(sum(values) / len(values), 2) for name, values in close.items()}
+        rows.append({"settings": chosen, "density": density, **means})
+        print(rows[-1], flush=True)
+        stored = {"environment": quality.environment(args), "side": args.side, "rows": rows}
+        args.output.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
