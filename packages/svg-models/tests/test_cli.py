@@ -12,16 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from click.testing import Result
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from typer.testing import CliRunner
 
+from svg_models import embedded_path
 from svg_models.cli import app
 from svg_models.loading import Geometry
-from svg_models.video import read_video
+from svg_models.video import read_video, write_video
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--size", "48x48", "--frames", "9", "--steps", "5", "--guidance", "2"]
 
 
@@ -69,6 +75,13 @@ def refusal(*words: str) -> str:
         (["--output", "clip.gif"], "clips are written as mp4, got 'clip.gif'"),
         (["--device", "toaster"], "device must be auto, cpu, cuda or cuda:N, got 'toaster'"),
         (["--dtype", "int4"], "dtype must be one of auto, float32"),
+        (["--offload", "disk"], "offload must be one of none, model, group, sequential"),
+        (["--offload", "model", "--device", "cpu"], "this runs on the CPU; leave --offload out"),
+        (["--strength", "0"], "strength must be above 0"),
+        (["--strength", "1.2"], "strength must be at most 1, got 1.2"),
+        (["--image", "no.png"], "cannot read no.png as an image (no such file or directory)"),
+        (["--video", "no.mp4"], "cannot read no.mp4 as a video"),
+        (["--lora", "no.safetensors:0.8"], "no LoRA at 'no.safetensors'"),
     ],
 )
 def test_generate_refuses_bad_options_before_it_loads(
@@ -211,6 +224,33 @@ def test_generate_writes_the_clip(folder: str, tmp_path: Path) -> None:
     assert frames.shape == (9, 48, 48, 3)
     assert fps == 12
     assert [p.name for p in output.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_the_embedded_model_redraws_a_video_with_a_lora(tmp_path: Path) -> None:
+    transformer = WanTransformer3DModel.from_pretrained(embedded_path(), subfolder="transformer")
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(transformer)
+    WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    write_video(np.full((12, 40, 60, 3), 90, np.uint8), tmp_path / "grey.mp4", fps=16)
+
+    words = ["--video", str(tmp_path / "grey.mp4"), "--strength", "0.5", "--steps", "4"]
+    words += ["--size", "64x64", "--density", "0.5"]
+    clips = []
+    for lora in ([], ["--lora", f"{tmp_path}:0.5"]):
+        output = str(tmp_path / f"{len(lora)}.mp4")
+        result = svg("generate", "a red circle", *words, *lora, "-o", output)
+        assert result.exit_code == 0, result.output
+        clips.append(read_video(output)[0])
+    assert clips[0].shape == (9, 64, 64, 3), "12 frames give 9"
+    assert (clips[0] != clips[1]).any()
+
+
+def test_an_image_for_a_model_that_takes_none_is_refused(folder: str, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 48)).save(tmp_path / "black.png")
+    words = ["--image", str(tmp_path / "black.png"), "-o", str(tmp_path / "clip.mp4")]
+    for command in ("generate", "compare"):
+        sentence = refusal(command, "-m", folder, *words)
+        assert "cannot start from an image (WanPipeline takes none); leave --image out" in sentence
 
 
 def test_compare_writes_the_page_the_numbers_and_the_clips(folder: str, tmp_path: Path) -> None:

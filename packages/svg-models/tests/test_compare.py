@@ -17,6 +17,7 @@ from svg_models.loading import Defaults, LoadedPipeline, load_pipeline
 from svg_models.settings import Settings
 from svg_models.specs import METHODS, MethodSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"steps": 5, "guidance": 2.0, "height": 48, "width": 48, "frames": 9}
 
 

@@ -101,6 +101,7 @@ def clip(method: str, shift: int, took: float) -> Clip:
         ),
         method=spec,
         model="embedded",
+        loras=(),
         config={"method": {"name": "SVG2"}},
         seconds=took,
         step_seconds=(took / 5,) * 5,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from svg_models.errors import SettingError
-from svg_models.generate import Clip, sample
-from svg_models.loading import LoadedPipeline, Progress, load_pipeline, quiet
+from svg_models.generate import Clip, prepare, sample
+from svg_models.loading import LoadedPipeline, Progress, quiet
 from svg_models.machine import machine_facts
-from svg_models.settings import Settings, check_numbers
+from svg_models.media import Media
+from svg_models.settings import Settings
 from svg_models.specs import MethodSpec
 from svg_models.video import (
     Similarity,
@@ -74,6 +75,7 @@ class Comparison:
         return {
             "format": "svg-compare/1",
             "model": self.dense.model,
+            "loras": list(self.dense.loras),
             "tokens": self.dense.tokens,
             "settings": asdict(self.dense.settings),
             "machine": self.machine,
@@ -185,8 +187,12 @@ def compare(
     methods: Sequence[str | MethodSpec] | None = None,
     density: float | None = None,
     model: str | os.PathLike[str] | LoadedPipeline | None = None,
+    image: str | os.PathLike[str] | None = None,
+    video: str | os.PathLike[str] | None = None,
+    loras: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "none",
     backend: str = "auto",
     progress: Progress = quiet,
     **settings: Any,
@@ -201,8 +207,12 @@ def compare(
         methods: such as `"svg2"` or `"svg1@0.3"`; `None` takes `DEFAULT_METHODS`.
         density: share of query-key pairs computed on sparse calls by methods that name none.
         model: what `load_pipeline` takes, or a pipeline it returned.
+        image: see `generate`.
+        video: see `generate`.
+        loras: see `generate`.
         device: see `load_pipeline`.
         dtype: see `load_pipeline`.
+        offload: see `load_pipeline`.
         backend: kernel of the sparse attention, see `svg doctor`.
         progress: called as `progress(stage, done, total)`; the stage starts with the method.
         **settings: fields of `Settings`; what is missing or `None` comes from the model.
@@ -216,19 +226,26 @@ def compare(
     ready = [m for m in methods or () if isinstance(m, MethodSpec)]
     named = [m for m in methods or () if not isinstance(m, MethodSpec)]
     specs = tuple(ready) if ready and not named else parse_methods(named, density=density)
-    check_numbers(**{k: v for k, v in settings.items() if isinstance(v, int | float)})
-    loaded = (
-        model
-        if isinstance(model, LoadedPipeline)
-        else load_pipeline(model, device=device, dtype=dtype, progress=progress)
+    loaded, wanted, media = prepare(
+        prompt,
+        model=model,
+        image=image,
+        video=video,
+        loras=loras,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        progress=progress,
+        **settings,
     )
-    wanted = Settings.resolve(loaded.defaults, prompt=prompt, **settings)
     plan = (MethodSpec(name="dense"), *specs)
-    _warm_up(loaded, wanted, plan, backend, progress)
+    _warm_up(loaded, wanted, media, plan, backend, progress)
     clips = []
     for index, spec in enumerate(plan, start=1):
         step = _named(progress, f"{index} of {len(plan)}  {spec.label}")
-        clips.append(sample(loaded, wanted, spec, backend=backend, profile=True, progress=step))
+        clips.append(
+            sample(loaded, wanted, spec, media=media, backend=backend, profile=True, progress=step)
+        )
     dense = clips[0]
     candidates = []
     for clip in clips[1:]:
@@ -251,6 +268,7 @@ def _named(progress: Progress, name: str) -> Progress:
 def _warm_up(
     loaded: LoadedPipeline,
     settings: Settings,
+    media: Media,
     plan: Sequence[MethodSpec],
     backend: str,
     progress: Progress,
@@ -258,8 +276,9 @@ def _warm_up(
     import dataclasses
 
     progress("warming up", 0, 0)
-    brief = dataclasses.replace(settings, steps=1)
+    strength = None if settings.strength is None else 1.0
     # Kernels that are compiled at first use belong to the methods; a CPU has none.
     for spec in plan if loaded.device.startswith("cuda") else plan[:1]:
-        brief = dataclasses.replace(settings, steps=1 if spec.name == "dense" else 2)
-        sample(loaded, brief, spec, backend=backend)
+        steps = 1 if spec.name == "dense" else 2
+        brief = dataclasses.replace(settings, steps=steps, strength=strength)
+        sample(loaded, brief, spec, media=media, backend=backend)

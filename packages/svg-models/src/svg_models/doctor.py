@@ -217,6 +217,6 @@ def _models(device: str) -> list[Check]:
             have = torch.cuda.get_device_properties(device).total_memory / GIB
             works = have > need * 1.15
             detail = f"weights take about {need} GiB of {have:.0f} GiB"
-            detail += "" if works else "; try --offload"
+            detail += "" if works else "; try --offload model"
         checks.append(Check(part="models", name=name, works=works, detail=detail))
     return checks

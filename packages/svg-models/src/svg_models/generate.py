@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from svg_attention import SVG2, UnsupportedError
+from svg_attention import SVG2, Dense, UnsupportedError
 from svg_models.errors import SettingError
-from svg_models.loading import LoadedPipeline, Progress, load_pipeline, quiet
+from svg_models.loading import LoadedPipeline, Lora, Progress, load_pipeline, quiet
+from svg_models.media import NOTHING, Media, read_media
 from svg_models.settings import Settings, check_numbers
 from svg_models.specs import MethodSpec
 from svg_models.timer import StepTimer
@@ -21,7 +23,7 @@ from svg_models.video import to_frames, write_video
 if TYPE_CHECKING:
     from svg_models.stats import RunStats
 
-__all__ = ["Clip", "check_backend", "generate", "sample"]
+__all__ = ["Clip", "check_backend", "generate", "prepare", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +35,7 @@ class Clip:
         settings: what was asked for.
         method: what attention was asked for.
         model: name of the model.
+        loras: adapters that it had, each with its weight.
         config: the attention method and schedule in full and where they come from, as plain values.
         seconds: time of the denoising loop.
         step_seconds: time of each step; exact only if profiled, else a device may lag behind.
@@ -45,6 +48,7 @@ class Clip:
     settings: Settings
     method: MethodSpec
     model: str
+    loras: tuple[str, ...]
     config: dict[str, Any]
     seconds: float
     step_seconds: tuple[float, ...]
@@ -62,8 +66,12 @@ def generate(
     *,
     model: str | os.PathLike[str] | LoadedPipeline | None = None,
     method: str | MethodSpec = "svg2",
+    image: str | os.PathLike[str] | None = None,
+    video: str | os.PathLike[str] | None = None,
+    loras: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "none",
     backend: str = "auto",
     profile: bool = False,
     progress: Progress = quiet,
@@ -75,8 +83,13 @@ def generate(
         prompt: what it shows; `None` takes the model's own example.
         model: what `load_pipeline` takes, or a pipeline it returned.
         method: an attention method such as `"svg2"`, `"svg2-error@0.25"`, `"dense"`.
-        device: see `load_pipeline`; unused when a loaded pipeline is given.
-        dtype: see `load_pipeline`; unused when a loaded pipeline is given.
+        image: a picture to start from, for models that take one.
+        video: a video to start from, for models that take one.
+        loras: adapters for the transformer, each a path or hub id, with `:WEIGHT` if you like;
+            unused, as the next three, when a loaded pipeline is given.
+        device: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+        offload: see `load_pipeline`.
         backend: kernel of the sparse attention, see `svg doctor`.
         profile: time every attention call.
         progress: called as `progress(stage, done, total)`.
@@ -92,14 +105,63 @@ def generate(
         UnsupportedError: if `backend` cannot run here; it lists every backend's reason.
     """
     spec = method if isinstance(method, MethodSpec) else MethodSpec.parse(method)
-    check_numbers(**{k: v for k, v in settings.items() if isinstance(v, int | float)})
-    loaded = (
-        model
-        if isinstance(model, LoadedPipeline)
-        else load_pipeline(model, device=device, dtype=dtype, progress=progress)
+    loaded, wanted, media = prepare(
+        prompt,
+        model=model,
+        image=image,
+        video=video,
+        loras=loras,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        progress=progress,
+        **settings,
     )
-    wanted = Settings.resolve(loaded.defaults, prompt=prompt, **settings)
-    return sample(loaded, wanted, spec, backend=backend, profile=profile, progress=progress)
+    return sample(
+        loaded, wanted, spec, media=media, backend=backend, profile=profile, progress=progress
+    )
+
+
+def prepare(
+    prompt: str | None,
+    *,
+    model: str | os.PathLike[str] | LoadedPipeline | None,
+    image: str | os.PathLike[str] | None,
+    video: str | os.PathLike[str] | None,
+    loras: Sequence[str],
+    device: str,
+    dtype: str,
+    offload: str,
+    progress: Progress,
+    **settings: Any,
+) -> tuple[LoadedPipeline, Settings, Media]:
+    """Check everything that can be checked, load the model, and settle every setting.
+
+    Takes what `generate` takes, and raises what it raises.
+
+    Returns:
+        The model, complete settings, and what the clip starts from.
+    """
+    check_numbers(**{k: v for k, v in settings.items() if isinstance(v, int | float)})
+    adapters = [Lora.parse(text) for text in loras]
+    media = read_media(image, video)
+    given = {"image": image is not None, "video": video is not None}
+    if isinstance(model, LoadedPipeline):
+        model.inputs.check(model.name, **given)
+        loaded = model
+    else:
+        loaded = load_pipeline(
+            model,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            loras=adapters,
+            progress=progress,
+            **given,
+        )
+    settings |= media.shape(loaded, settings)
+    settings |= {"image": image and str(image), "video": video and str(video)}
+    return loaded, Settings.resolve(loaded.defaults, prompt=prompt, **settings), media
 
 
 def sample(
@@ -107,6 +169,7 @@ def sample(
     settings: Settings,
     spec: MethodSpec,
     *,
+    media: Media = NOTHING,
     backend: str = "auto",
     profile: bool = False,
     progress: Progress = quiet,
@@ -119,11 +182,11 @@ def sample(
     loaded.geometry.check(**size)
     check_backend(backend, loaded)
     tokens = loaded.geometry.tokens(**size)
-    recipe = recipe_for(loaded.pipe, tokens)
+    recipe = recipe_for(loaded.pipe, tokens, method="svg1" if spec.name == "svg1" else "svg2")
     q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
     fitted = SVG2(q_clusters=q_clusters, k_clusters=k_clusters)
-    method = spec.build(recipe.method if isinstance(recipe.method, SVG2) else fitted)
-    timer = StepTimer(loaded, settings.steps, progress, exact=profile)
+    method = spec.build(fitted if isinstance(recipe.method, Dense) else recipe.method)
+    timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
         sparsify(
             loaded.pipe,
@@ -135,7 +198,7 @@ def sample(
         ) as run,
         timer,
     ):
-        output = loaded.pipe(**_call(loaded, settings), callback_on_step_end=timer.step_done)
+        output = loaded.pipe(**_call(loaded, settings), **media.arguments(loaded, settings))
         finished = timer.now()
         stats = run.stats()
     return Clip(
@@ -143,6 +206,7 @@ def sample(
         settings=settings,
         method=spec,
         model=loaded.name,
+        loras=tuple(str(lora) for lora in loaded.loras),
         config={
             "method": _described(method),
             "schedule": recipe.schedule.to_dict(),
@@ -182,18 +246,27 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _call(loaded: LoadedPipeline, settings: Settings) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "prompt": settings.prompt,
+    guider = getattr(loaded.pipe, "guider", None)
+    if guider is not None:  # guidance is a component of such a pipeline, no argument of its call
+        loaded.pipe.guider = guider.new(guidance_scale=settings.guidance)
+    optional: dict[str, Any] = {
         "height": settings.height,
         "width": settings.width,
         "num_frames": settings.frames,
-        "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
+        "negative_prompt": settings.negative_prompt,
+        "max_sequence_length": settings.max_sequence_length,
+        "strength": settings.strength,
+        "fps": round(settings.fps),
+        "frame_rate": round(settings.fps),
+    }
+    return {
+        "prompt": settings.prompt,
+        "num_inference_steps": settings.steps,
         "generator": torch.Generator("cpu").manual_seed(settings.seed),
         "output_type": "np",
+    } | {
+        name: value
+        for name, value in optional.items()
+        if value is not None and loaded.accepts(name)
     }
-    for name in ("negative_prompt", "max_sequence_length"):
-        value = getattr(settings, name)
-        if value is not None and loaded.accepts(name):
-            arguments[name] = value
-    return arguments

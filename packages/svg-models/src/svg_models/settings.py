@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from svg_models.errors import SettingError
@@ -27,6 +27,10 @@ class Settings:
         fps: frames a second of the file.
         seed: of the initial noise, drawn on the CPU so that it is the same on every device.
         max_sequence_length: text tokens the pipeline pads to; `None` leaves it to the pipeline.
+        image: file of a picture that the clip starts from, or `None`.
+        video: file of a video that the clip starts from, or `None`.
+        strength: share of the steps that are run on a video that is redrawn, above 0 and up to 1:
+            1 keeps nothing of it; `None` if none is redrawn.
 
     Raises:
         SettingError: if a number is out of its range.
@@ -42,6 +46,9 @@ class Settings:
     fps: float
     seed: int
     max_sequence_length: int | None = None
+    image: str | None = None
+    video: str | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -52,15 +59,26 @@ class Settings:
             height=self.height,
             width=self.width,
             frames=self.frames,
+            strength=self.strength,
         )
+        if self.steps_to_run < 1:
+            raise SettingError(
+                f"strength {self.strength:g} of {self.steps} steps leaves none to run; raise one"
+            )
+
+    @property
+    def steps_to_run(self) -> int:
+        """Denoising steps that run: all of them, unless a video is redrawn."""
+        return self.steps if self.strength is None else int(self.steps * self.strength)
 
     @classmethod
     def resolve(cls, defaults: Defaults, **given: Any) -> Settings:
         """Fill what was not given (or given as `None`) from a model's defaults."""
-        values = asdict(defaults) | {"seed": 0}
-        unknown = set(given) - set(values)
+        known = {field.name for field in fields(cls)}
+        values = {k: v for k, v in asdict(defaults).items() if k in known} | {"seed": 0}
+        unknown = set(given) - known
         if unknown:
-            raise TypeError(f"unknown settings {sorted(unknown)}; known are {sorted(values)}")
+            raise TypeError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
         return cls(**values | {key: value for key, value in given.items() if value is not None})
 
 
@@ -78,6 +96,10 @@ def check_numbers(**numbers: float | None) -> None:
         value = numbers.get(name)
         if value is not None and not value >= least:
             raise SettingError(f"{name} must be {least} or more, got {value:g}")
-    fps = numbers.get("fps")
-    if fps is not None and not fps > 0:
-        raise SettingError(f"fps must be above 0, got {fps:g}")
+    for name in ("fps", "strength"):
+        value = numbers.get(name)
+        if value is not None and not value > 0:
+            raise SettingError(f"{name} must be above 0, got {value:g}")
+    strength = numbers.get("strength")
+    if strength is not None and strength > 1:
+        raise SettingError(f"strength must be at most 1, got {strength:g}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,18 +24,22 @@ class StepTimer:
         self._exact = exact
         self._times: list[float] = []
         self._hooks: list[Any] = []
+        self._scheduler = loaded.pipe.scheduler
 
     def __enter__(self) -> StepTimer:
         for name in ("transformer", "transformer_2"):
             network = getattr(self._loaded.pipe, name, None)
             if network is not None:
                 self._hooks.append(network.register_forward_pre_hook(self._begin))
+        # Not every pipeline calls back after a step, but each calls its scheduler.
+        self._scheduler.step = self._counting(self._scheduler.step)
         self._progress("reading the prompt", 0, 0)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        del self._scheduler.step  # the class's own is there again
 
     @property
     def seconds(self) -> float:
@@ -62,13 +68,19 @@ class StepTimer:
             self._times.append(self.now())
             self._progress("sampling", 0, self._steps)
 
-    def step_done(
-        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Count a step; diffusers calls this."""
-        done = step + 1 >= self._steps
+    def _counting(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def counted(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            self._step_done()
+            return result
+
+        return counted
+
+    def _step_done(self) -> None:
+        count = len(self._times)  # the first is when the loop began
+        done = count >= self._steps
         self._times.append(self.now() if done or self._exact else time.perf_counter())
-        self._progress("sampling", step + 1, self._steps)
+        self._progress("sampling", count, self._steps)
         if done:
             self._progress("decoding", 0, 0)
-        return tensors

@@ -15,6 +15,8 @@ from svg_models.cli.options import (
     Dtype,
     Fps,
     Guidance,
+    Image,
+    Loras,
     Model,
     Negative,
     NumFrames,
@@ -23,6 +25,8 @@ from svg_models.cli.options import (
     Seed,
     Size,
     Steps,
+    Strength,
+    Video,
     read_size,
 )
 from svg_models.cli.output import escaped, out, spoken_errors
@@ -43,6 +47,10 @@ def compare(
     prompt: Prompt = None,
     model: Model = None,
     negative_prompt: Negative = None,
+    image: Image = None,
+    video: Video = None,
+    strength: Strength = None,
+    lora: Loras = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
@@ -74,35 +82,32 @@ def compare(
     ] = "svg-compare",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    offload: Offload = False,
+    offload: Offload = "none",
 ) -> None:
     """Generate one clip dense and sparse, measure the difference, and make a page of it."""
     with spoken_errors():
         from svg_models.compare import compare as run
         from svg_models.compare import parse_methods
-        from svg_models.loading import load_pipeline
         from svg_models.settings import check_numbers
         from svg_models.video import writable_folder
 
         specs = parse_methods(method, density=density)
-        settings = read_size(size) | {
-            "steps": steps,
-            "guidance": guidance,
-            "fps": fps,
-            "seed": seed,
-        }
-        settings |= {"frames": frames}
+        settings = read_size(size) | {"frames": frames, "fps": fps, "strength": strength}
+        settings |= {"steps": steps, "guidance": guidance, "seed": seed}
         check_numbers(**settings)
         folder = writable_folder(output)
         with progress_bars() as progress:
-            loaded = load_pipeline(
-                model, device=device, dtype=dtype, offload=offload, progress=progress
-            )
             comparison = run(
                 prompt,
                 methods=specs,
-                model=loaded,
+                model=model,
+                image=image,
+                video=video,
+                loras=lora or (),
                 backend=backend,
+                device=device,
+                dtype=dtype,
+                offload=offload,
                 negative_prompt=negative_prompt,
                 progress=progress,
                 **settings,

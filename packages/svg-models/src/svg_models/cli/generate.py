@@ -14,6 +14,8 @@ from svg_models.cli.options import (
     Dtype,
     Fps,
     Guidance,
+    Image,
+    Loras,
     Model,
     Negative,
     NumFrames,
@@ -22,6 +24,8 @@ from svg_models.cli.options import (
     Seed,
     Size,
     Steps,
+    Strength,
+    Video,
     read_size,
 )
 from svg_models.cli.output import err, escaped, out, spoken_errors
@@ -43,6 +47,10 @@ def generate(
     prompt: Prompt = None,
     model: Model = None,
     negative_prompt: Negative = None,
+    image: Image = None,
+    video: Video = None,
+    strength: Strength = None,
+    lora: Loras = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
@@ -90,12 +98,11 @@ def generate(
     ] = "video.mp4",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    offload: Offload = False,
+    offload: Offload = "none",
 ) -> None:
     """Generate one clip with sparse attention and write it as an mp4."""
     with spoken_errors():
         from svg_models.generate import generate as run
-        from svg_models.loading import load_pipeline
         from svg_models.settings import check_numbers
         from svg_models.specs import MethodSpec
         from svg_models.video import check_suffix, writable_path
@@ -105,23 +112,21 @@ def generate(
         spec = MethodSpec.parse(method, density=density, top_p=top_p)
         if compensate:
             spec = spec.compensated()
-        settings = read_size(size) | {
-            "steps": steps,
-            "guidance": guidance,
-            "fps": fps,
-            "seed": seed,
-        }
-        settings |= {"frames": frames}
+        settings = read_size(size) | {"frames": frames, "fps": fps, "strength": strength}
+        settings |= {"steps": steps, "guidance": guidance, "seed": seed}
         check_numbers(**settings)
         with progress_bars() as progress:
-            loaded = load_pipeline(
-                model, device=device, dtype=dtype, offload=offload, progress=progress
-            )
             clip = run(
                 prompt,
-                model=loaded,
+                model=model,
+                image=image,
+                video=video,
+                loras=lora or (),
                 method=spec,
                 backend=backend,
+                device=device,
+                dtype=dtype,
+                offload=offload,
                 negative_prompt=negative_prompt,
                 progress=progress,
                 **settings,
@@ -135,7 +140,7 @@ def generate(
 def _tell_clip(clip: Clip, path: str) -> None:
     settings = clip.settings
     text = (
-        f"{settings.frames} frames of {settings.width} x {settings.height} in "
+        f"{len(clip.frames)} frames of {settings.width} x {settings.height} in "
         f"{clip.seconds:.1f} s with {clip.method.label}"
     )
     if clip.stats.sparse_records:

@@ -40,7 +40,11 @@ Size = Annotated[
 ]
 NumFrames = Annotated[
     int | None,
-    typer.Option("--frames", help="Video frames, a multiple of 4 plus 1.", rich_help_panel=WHAT),
+    typer.Option(
+        "--frames",
+        help="Video frames, for most models a multiple of 4 plus 1.",
+        rich_help_panel=WHAT,
+    ),
 ]
 Fps = Annotated[float | None, typer.Option("--fps", help="Frames a second.", rich_help_panel=WHAT)]
 Seed = Annotated[
@@ -66,11 +70,47 @@ Dtype = Annotated[
     ),
 ]
 Offload = Annotated[
-    bool,
+    str,
     typer.Option(
         "--offload",
-        help="Keep on the GPU only the part of the model that runs.",
+        help="What waits in memory until the GPU needs it: none, model (components), group or "
+        "sequential (layers).",
         rich_help_panel=WHERE,
+    ),
+]
+Image = Annotated[
+    str | None,
+    typer.Option(
+        "--image",
+        metavar="PATH",
+        help="A picture to start from, for image-to-video models.",
+        rich_help_panel=WHAT,
+    ),
+]
+Video = Annotated[
+    str | None,
+    typer.Option(
+        "--video",
+        metavar="PATH",
+        help="A video to start from: redrawn, followed or continued, as the model does.",
+        rich_help_panel=WHAT,
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help="How much of the video is redrawn, above 0 and up to 1.",
+        rich_help_panel=WHAT,
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:WEIGHT]",
+        help="A LoRA, by path or hub id; repeat for more.",
+        rich_help_panel=WHAT,
     ),
 ]
 

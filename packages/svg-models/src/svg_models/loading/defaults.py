@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
+from svg_models.families import family_of
+
 __all__ = ["Defaults", "defaults_for"]
+
+# field -> the argument of diffusers' pipelines whose default says it
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "steps": ("num_inference_steps",),
+    "guidance": ("guidance_scale",),
+    "height": ("height",),
+    "width": ("width",),
+    "frames": ("num_frames",),
+    "fps": ("fps", "frame_rate"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +33,9 @@ class Defaults:
         height: pixels.
         width: pixels.
         frames: video frames.
-        fps: frames a second when written to a file.
+        fps: frames a second when written to a file, and what a model that asks is told.
         max_sequence_length: text tokens the pipeline pads to; `None` leaves it to the pipeline.
+        one_size: other sizes than this are not what the model was trained on.
     """
 
     prompt: str = "A red fox runs through fresh snow, camera moving alongside, golden light"
@@ -31,35 +45,49 @@ class Defaults:
     height: int = 480
     width: int = 832
     frames: int = 81
-    fps: int = 16
+    fps: float = 16
     max_sequence_length: int | None = None
+    one_size: bool = False
 
 
 def defaults_for(name: str, pipe: Any) -> Defaults:
     """Return what a model generates when nothing else is said.
 
+    In order: what the embedded model was trained on, what the family says of the checkpoint, the
+    defaults of the pipeline's own call, those of `Defaults`.
+
     Args:
         name: "embedded" for the embedded model.
-        pipe: the pipeline; its class decides for the others.
+        pipe: the pipeline.
     """
-    known = {
-        "WanPipeline": Defaults(),
-        "HunyuanVideoPipeline": Defaults(guidance=6.0, height=720, width=1280, frames=129, fps=24),
-        "CogVideoXPipeline": Defaults(guidance=6.0, height=480, width=720, frames=49, fps=8),
-        "CosmosTextToWorldPipeline": Defaults(
-            steps=36, guidance=7.0, height=704, width=1280, frames=121, fps=30
-        ),
-    }
-    defaults = known.get(type(pipe).__name__, Defaults())
+    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    usual = _of_call(type(pipe)) | dict(family_of(transformer).usual(transformer))
+    guider = getattr(pipe, "guider", None)
+    if guider is not None:
+        usual["guidance"] = guider.guidance_scale
+    defaults = replace(Defaults(), **usual)
     if name != "embedded":
         return defaults
     from svg_models.embedded.evaluate import GUIDANCE, SHEET_PROMPTS, STEPS
 
-    return Defaults(
+    return replace(
+        defaults,
         prompt=SHEET_PROMPTS[0],
         steps=STEPS,
         guidance=GUIDANCE,
         height=128,
         width=128,
         frames=49,
+        one_size=True,
     )
+
+
+def _of_call(pipeline: type[Any]) -> dict[str, Any]:
+    arguments = inspect.signature(pipeline.__call__).parameters
+    found = {}
+    for field, names in _ARGUMENTS.items():
+        for name in names:
+            value = arguments[name].default if name in arguments else None
+            if isinstance(value, int | float):
+                found[field] = value
+    return found

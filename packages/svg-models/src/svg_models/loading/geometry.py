@@ -20,32 +20,54 @@ class Geometry:
         time: video frames per latent frame, the first frame excepted.
         patch: latent frames, rows and columns per token.
         multiple: what height and width must be divisible by.
+        frame_step: frames must be a multiple of this plus 1.
+        only: the one height and width that the model knows, or None.
     """
 
     space: int
     time: int
     patch: tuple[int, int, int]
     multiple: int
+    frame_step: int
+    only: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, pipe: Any) -> Geometry:
         """Read the sizes from a loaded pipeline."""
-        space = int(getattr(pipe, "vae_scale_factor_spatial", 8))
-        time = int(getattr(pipe, "vae_scale_factor_temporal", 4))
-        transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
-        patch = transformer.config.get("patch_size", (1, 2, 2))
+        space = _factor(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+        time = _factor(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+        config = (getattr(pipe, "transformer", None) or pipe.transformer_2).config
+        patch = config.get("patch_size", (1, 2, 2))
         if isinstance(patch, int):
-            patch = (int(transformer.config.get("patch_size_t") or 1), patch, patch)
-        # diffusers' pipelines ask for 16 whatever the VAE
-        step = space * max(patch[1:])
-        multiple = math.lcm(16, step)
-        return cls(space=space, time=time, patch=tuple(patch), multiple=multiple)
+            patch = (int(config.get("patch_size_t") or 1), patch, patch)
+        learned = config.get("use_learned_positional_embeddings", False)
+        return cls(
+            space=space,
+            time=time,
+            patch=tuple(patch),
+            # diffusers' pipelines ask for 16 whatever the VAE
+            multiple=math.lcm(16, space * max(patch[1:])),
+            # CogVideoX's VAE works on pairs of latent frames after the first
+            frame_step=time * getattr(pipe.vae, "num_latent_frames_batch_size", 1),
+            only=(config.sample_height * space, config.sample_width * space) if learned else None,
+        )
 
     def tokens(self, *, height: int, width: int, frames: int) -> int:
         """Return the number of video tokens of a clip."""
         latent = (frames - 1) // self.time + 1
         t, h, w = self.patch
-        return (latent // t) * (height // self.space // h) * (width // self.space // w)
+        return math.ceil(latent / t) * (height // self.space // h) * (width // self.space // w)
+
+    def nearest_size(self, *, height: float, width: float) -> dict[str, int]:
+        """Return the valid height and width that are nearest."""
+        if self.only is not None:
+            return dict(zip(("height", "width"), self.only, strict=True))
+        sides = {"height": height, "width": width}
+        return {n: max(1, round(s / self.multiple)) * self.multiple for n, s in sides.items()}
+
+    def most_frames(self, limit: int) -> int:
+        """Return the largest valid number of frames up to `limit`, at least 1."""
+        return max(0, limit - 1) // self.frame_step * self.frame_step + 1
 
     def check(self, *, height: int, width: int, frames: int) -> None:
         """Refuse sizes that the pipeline would round.
@@ -53,16 +75,22 @@ class Geometry:
         Raises:
             SettingError: names the nearest sizes that are valid.
         """
-        bad = [s for s in (height, width) if s < self.multiple or s % self.multiple]
-        if bad:
-            near = [max(1, round(s / self.multiple)) * self.multiple for s in (height, width)]
+        near = self.nearest_size(height=height, width=width)
+        if near != {"height": height, "width": width}:
+            rule = f"multiples of {self.multiple} (VAE factor {self.space})"
+            if self.only is not None:
+                rule = f"{self.only[0]} and {self.only[1]}, the one size this model knows"
             raise SettingError(
-                f"height and width must be multiples of {self.multiple} (VAE factor {self.space}), "
-                f"got {height} x {width}; the nearest valid size is {near[0]} x {near[1]}"
+                f"height and width must be {rule}, got {height} x {width}; the nearest valid size "
+                f"is {near['height']} x {near['width']}"
             )
-        if frames < 1 or (frames - 1) % self.time:
-            near_frames = max(0, round((frames - 1) / self.time)) * self.time + 1
+        if frames < 1 or (frames - 1) % self.frame_step:
+            near_frames = max(0, round((frames - 1) / self.frame_step)) * self.frame_step + 1
             raise SettingError(
-                f"frames must be a multiple of {self.time} plus 1, got {frames}; "
+                f"frames must be a multiple of {self.frame_step} plus 1, got {frames}; "
                 f"the nearest valid number is {near_frames}"
             )
+
+
+def _factor(pipe: Any, *names: str) -> int:
+    return next(int(getattr(pipe, name)) for name in names if hasattr(pipe, name))

@@ -11,9 +11,9 @@ from pathlib import Path
 from svg_models.errors import ModelUnavailableError, first_line
 from svg_models.loading.progress import Progress, quiet
 
-__all__ = ["fetch_configuration", "fetch_weights", "hub_errors", "locate", "unreachable"]
+__all__ = ["HUB_ID", "fetch_configuration", "fetch_weights", "hub_errors", "locate", "unreachable"]
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _REACH_SECONDS = 6.0
 
 
@@ -37,7 +37,7 @@ def locate(
     if folder.is_dir():
         return str(model), _checked(folder, str(folder)), False
     text = str(model)
-    if folder.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.match(text):
+    if folder.is_absolute() or text.startswith((".", "~")) or not HUB_ID.match(text):
         raise ModelUnavailableError(
             f"unknown model '{text}': expected 'embedded', an existing folder in diffusers' "
             "format, or a hub id like Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -26,7 +26,7 @@ def check_memory(
     dtype: torch.dtype,
     *,
     explicit_cpu: bool = False,
-    offload: bool = False,
+    offload: str = "none",
 ) -> None:
     """Refuse a model that this machine cannot hold, before any weight is read.
 
@@ -36,7 +36,7 @@ def check_memory(
         device: where it would run.
         dtype: of the weights.
         explicit_cpu: the person asked for the CPU, so only memory counts, not time.
-        offload: only the largest component has to fit the GPU.
+        offload: a key of `svg_models.loading.placement.OFFLOAD`: what has to fit the GPU.
 
     Raises:
         MachineError: with an estimate of what is needed.
@@ -60,9 +60,13 @@ def check_memory(
             )
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    need = max(gpu_bytes.values(), default=0) if offload else sum(gpu_bytes.values())
+    need = {
+        "none": sum(gpu_bytes.values()),
+        "model": max(gpu_bytes.values(), default=0),
+    }.get(offload, 0)  # the others hold a few layers at a time
     if need > 0.95 * total:
-        hint = "use a larger GPU" if offload else "add --offload, or use a larger GPU"
+        hint = "group" if offload == "model" or max(gpu_bytes.values()) > 0.95 * total else "model"
+        hint = f"add --offload {hint}, or use a larger GPU"
         raise MachineError(
             f"{what}, which take {_gib(need)}, and the GPU has {_gib(total)}; {hint}"
         )

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from svg_models.loading.defaults import Defaults, defaults_for
 from svg_models.loading.device import pick_device, pick_dtype
 from svg_models.loading.geometry import Geometry
 from svg_models.loading.hub import fetch_weights, locate
+from svg_models.loading.inputs import Inputs, choose_pipeline
+from svg_models.loading.lora import Lora, load_loras
 from svg_models.loading.memory import check_memory
+from svg_models.loading.placement import check_offload, place
 from svg_models.loading.progress import Progress, quiet
 
 __all__ = ["LoadedPipeline", "load_pipeline"]
@@ -35,24 +39,40 @@ class LoadedPipeline:
     Args:
         pipe: the diffusers pipeline.
         name: what the person called it.
+        inputs: what it can start from.
         defaults: what it generates when nothing else is said.
         geometry: sizes it accepts.
         device: where it runs.
         dtype: of the transformer.
+        loras: adapters in the transformer.
         seconds: time that loading took.
     """
 
     pipe: Any
     name: str
+    inputs: Inputs
     defaults: Defaults
     geometry: Geometry
     device: str
     dtype: torch.dtype
+    loras: tuple[Lora, ...]
     seconds: float
 
     def accepts(self, argument: str) -> bool:
         """Return whether the pipeline's call takes this argument."""
         return argument in inspect.signature(self.pipe.__call__).parameters
+
+    def default(self, argument: str) -> Any:
+        """Return what the pipeline's call takes if this argument is left out."""
+        return inspect.signature(self.pipe.__call__).parameters[argument].default
+
+    def size_of_image(self, *, height: int, width: int) -> dict[str, int]:
+        """Return the size of the clip that a pipeline makes of an image, if only it can choose."""
+        pipe = self.pipe
+        rows, columns = pipe.video_processor.calculate_default_height_width(
+            height=height, width=width, target_size=pipe.target_size
+        )
+        return {"height": rows, "width": columns}
 
 
 def load_pipeline(
@@ -60,7 +80,10 @@ def load_pipeline(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    offload: bool = False,
+    offload: str = "none",
+    image: bool = False,
+    video: bool = False,
+    loras: Sequence[Lora] = (),
     progress: Progress = quiet,
 ) -> LoadedPipeline:
     """Load a video pipeline.
@@ -71,7 +94,11 @@ def load_pipeline(
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16", "float16".
             The VAE stays in float32.
-        offload: keep components in CPU memory until they are needed.
+        offload: what waits in CPU memory until it is needed: "none", "model" (components),
+            "group" or "sequential" (layers), see `svg_models.loading.placement`.
+        image: a clip will start from an image, so the pipeline must take one.
+        video: a clip will start from a video.
+        loras: adapters to load into the transformer.
         progress: called while components load.
 
     Returns:
@@ -80,38 +107,45 @@ def load_pipeline(
     Raises:
         ModelUnavailableError: if the model cannot be found, reached or read.
         MachineError: if this machine is too small, or has no GPU where one is needed.
-        SettingError: if `device` or `dtype` is unknown.
+        SettingError: if `device`, `dtype` or `offload` is unknown, or the model cannot start from
+            what is given.
     """
     started = time.perf_counter()
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
+    check_offload(offload, target)
     name, folder, on_hub = locate(model, progress=progress)
     check_family(name, folder)
+    pipeline = choose_pipeline(name, folder, image=image, video=video)
     sizes = component_parameters(folder)
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
         progress("downloading", 0, 0)
         folder = fetch_weights(name)
-    pipe = _assemble(folder, sizes, kind, progress)
+    pipe = _assemble(pipeline, folder, sizes, kind, progress)
     pipe.set_progress_bar_config(disable=True)
-    if offload and target != "cpu":
-        pipe.enable_model_cpu_offload(device=target)
-    else:
-        pipe.to(target)
+    load_loras(pipe, loras)
+    place(pipe, target, offload)
     return LoadedPipeline(
         pipe=pipe,
         name=name,
+        inputs=Inputs.of(pipeline),
         defaults=defaults_for(name, pipe),
         geometry=Geometry.of(pipe),
         device=target,
         dtype=kind,
+        loras=tuple(loras),
         seconds=time.perf_counter() - started,
     )
 
 
-def _assemble(folder: Path, sizes: dict[str, int], dtype: torch.dtype, progress: Progress) -> Any:
-    from diffusers import DiffusionPipeline
-
+def _assemble(
+    pipeline: type[Any],
+    folder: Path,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Any:
     parts = components(folder)
     total, done = sum(sizes.values()), 0
     loaded = {}
@@ -125,6 +159,17 @@ def _assemble(folder: Path, sizes: dict[str, int], dtype: torch.dtype, progress:
             loaded[name] = kind.from_pretrained(folder / name, **{argument: precision})
             done += sizes[name]
             progress("loading", done, total)
-        return DiffusionPipeline.from_pretrained(folder, **loaded)
-    except (OSError, ValueError) as error:
+        pipe = pipeline.from_pretrained(folder, **loaded)
+    except (OSError, ValueError, ImportError) as error:
         raise ModelUnavailableError(f"cannot load {folder}: {first_line(error)}") from error
+    _correct_scale(pipe)
+    return pipe
+
+
+def _correct_scale(pipe: Any) -> None:
+    # Some of diffusers' pipelines for Wan count the stages of the VAE, and so miss that it may
+    # also join neighbouring pixels.
+    space = getattr(pipe.vae.config, "scale_factor_spatial", None)
+    if space and getattr(pipe, "vae_scale_factor_spatial", space) != space:
+        pipe.vae_scale_factor_spatial = space
+        pipe.video_processor.register_to_config(vae_scale_factor=space)

@@ -251,6 +251,8 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
         ("guidance", f"{settings.guidance:g}"),
         ("frames a second", f"{settings.fps:g}"),
     ]
+    pairs += [("starts from", path) for path in (settings.image, settings.video) if path]
+    pairs += [("LoRA", lora) for lora in comparison.dense.loras]
     pairs += [(name, f"{value}") for name, value in comparison.machine.items() if value is not None]
     return pairs
 
@@ -268,6 +270,12 @@ def _command(comparison: Comparison) -> str:
     words += ["--seed", str(settings.seed), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--frames", str(settings.frames)]
     words += ["--size", f"{settings.width}x{settings.height}"]
-    if settings.negative_prompt is not None:
-        words += ["--negative-prompt", settings.negative_prompt]
+    optional = {
+        "--negative-prompt": settings.negative_prompt,
+        "--image": settings.image,
+        "--video": settings.video,
+        "--strength": None if settings.strength is None else f"{settings.strength:g}",
+    }
+    words += [word for name, value in optional.items() if value for word in (name, value)]
+    words += [word for lora in dense.loras for word in ("--lora", lora)]
     return shlex.join(words)

@@ -1,0 +1,159 @@
+"""Which pipeline class makes a clip of what was given: a prompt, an image, a video."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from svg_models.errors import ModelUnavailableError, SettingError
+from svg_models.loading.checkpoint import components
+
+__all__ = ["SIBLINGS", "Inputs", "choose_pipeline"]
+
+IMAGE_ARGUMENTS = ("image", "reference_images")
+EITHER = ("CosmosVideoToWorldPipeline", "Cosmos2VideoToWorldPipeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sibling:
+    """Another diffusers pipeline that runs the same weights.
+
+    Attributes:
+        name: its class.
+        takes: what it wants beside a prompt, `"image"` or `"video"`.
+        only_if: key of `model_index.json` that must be true for the weights to fit.
+    """
+
+    name: str
+    takes: Literal["image", "video"]
+    only_if: str = ""
+
+
+SIBLINGS: dict[str, tuple[Sibling, ...]] = {
+    "WanPipeline": (
+        Sibling(name="WanImageToVideoPipeline", takes="image", only_if="expand_timesteps"),
+        Sibling(name="WanVideoToVideoPipeline", takes="video"),
+    ),
+    "CogVideoXPipeline": (Sibling(name="CogVideoXVideoToVideoPipeline", takes="video"),),
+    "LTXPipeline": (Sibling(name="LTXImageToVideoPipeline", takes="image"),),
+}
+"""Class that a checkpoint names -> what else its weights can do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the call of a pipeline class takes beside a prompt.
+
+    Attributes:
+        name: of the class.
+        image: name of the argument for an image; empty if there is none.
+        video: what it does with a video: `"redraw"` it from noise laid over it, `"follow"` it as a
+            guide for each frame, `"continue"` it; empty if it takes none.
+        needs: nothing, `"image"`, `"video"`, or `"image or video"`.
+    """
+
+    name: str
+    image: str = ""
+    video: Literal["", "redraw", "follow", "continue"] = ""
+    needs: str = ""
+
+    @classmethod
+    def of(cls, pipeline: type) -> Inputs:
+        """Read the signature of a pipeline class."""
+        arguments = inspect.signature(pipeline.__call__).parameters
+        image = next((name for name in IMAGE_ARGUMENTS if name in arguments), "")
+        video: Literal["", "redraw", "follow", "continue"] = ""
+        if "video" in arguments:
+            video = "redraw" if "num_frames" not in arguments else "continue"
+            video = "follow" if "mask" in arguments else video
+        needs = "video" if video == "redraw" else ""
+        if image == "image" and not video:
+            needs = "image"
+        if pipeline.__name__ in EITHER:
+            needs = "image or video"
+        return cls(name=pipeline.__name__, image=image, video=video, needs=needs)
+
+    def check(self, model: str, *, image: bool, video: bool) -> None:
+        """Refuse what the pipeline cannot take, and what it lacks.
+
+        Args:
+            model: its name for people.
+            image: whether an image is given.
+            video: whether a video is given.
+
+        Raises:
+            SettingError: says what to give instead.
+        """
+        if image and not self.image:
+            raise SettingError(
+                f"{model} cannot start from an image ({self.name} takes none); leave --image out, "
+                "or choose an image-to-video model"
+            )
+        if video and not self.video:
+            raise SettingError(
+                f"{model} cannot start from a video ({self.name} takes none); leave --video out, "
+                "or choose a model with a video-to-video pipeline"
+            )
+        if image and video and self.video != "follow":
+            raise SettingError(f"{model} starts from an image or from a video; give one of them")
+        wanted = self.needs.split(" or ") if self.needs else []
+        given = {"image": image, "video": video}
+        if wanted and not any(given[what] for what in wanted):
+            options = " or ".join(f"--{what} PATH" for what in wanted)
+            raise SettingError(f"{model} does not start from a prompt alone; add {options}")
+
+
+def choose_pipeline(model: str, folder: Path, *, image: bool, video: bool) -> type[Any]:
+    """Return the pipeline class that runs a checkpoint on what is given.
+
+    Args:
+        model: its name for people.
+        folder: the checkpoint in diffusers' format.
+        image: whether an image is given.
+        video: whether a video is given.
+
+    Returns:
+        The class that the checkpoint names, or a sibling that runs the same weights.
+
+    Raises:
+        SettingError: if no class takes what is given, or what is needed was not given.
+        ModelUnavailableError: if diffusers has no such class.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    own = _pipeline_class(model, str(index.get("_class_name")))
+    inputs = Inputs.of(own)
+    if (image and not inputs.image) or (video and not inputs.video):
+        for sibling in SIBLINGS.get(own.__name__, ()):
+            given = {"image": image, "video": video}[sibling.takes]
+            fits = not sibling.only_if or index.get(sibling.only_if)
+            if given and fits:
+                own = _fitting(model, _pipeline_class(model, sibling.name), components(folder))
+                inputs = Inputs.of(own)
+    inputs.check(model, image=image, video=video)
+    return own
+
+
+def _pipeline_class(model: str, name: str) -> type[Any]:
+    import diffusers
+
+    try:
+        kind: type[Any] = getattr(diffusers, name)
+    except AttributeError as error:
+        raise ModelUnavailableError(
+            f"{model} needs diffusers.{name}, which diffusers {diffusers.__version__} does not have"
+        ) from error
+    return kind
+
+
+def _fitting(model: str, kind: type[Any], parts: dict[str, tuple[str, str]]) -> type[Any]:
+    known = inspect.signature(kind.__init__).parameters
+    lost = sorted(set(parts) - set(known))
+    if lost:
+        raise SettingError(
+            f"{model} has {', '.join(lost)}, which diffusers.{kind.__name__} would leave out; "
+            "choose a model without"
+        )
+    return kind

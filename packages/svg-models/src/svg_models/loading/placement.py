@@ -1,0 +1,59 @@
+"""Put a pipeline on its device, whole or in parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from svg_models.errors import SettingError
+
+__all__ = ["OFFLOAD", "check_offload", "place"]
+
+OFFLOAD: dict[str, str] = {
+    "none": "everything stays on the GPU",
+    "model": "the component that runs is on the GPU; fast, and needs room for the largest one",
+    "group": "layers come to the GPU while the ones before them compute; little memory",
+    "sequential": "one layer at a time; least memory, slow",
+}
+
+
+def check_offload(offload: str, device: str) -> None:
+    """Refuse an offloading that does not exist or makes no sense.
+
+    Args:
+        offload: a key of `OFFLOAD`.
+        device: where the pipeline runs.
+
+    Raises:
+        SettingError: if it is unknown, or there is no GPU to keep free.
+    """
+    if offload not in OFFLOAD:
+        raise SettingError(f"offload must be one of {', '.join(OFFLOAD)}, got '{offload}'")
+    if offload != "none" and torch.device(device).type == "cpu":
+        raise SettingError(
+            f"offload '{offload}' moves weights between a GPU and memory, and this runs on the "
+            "CPU; leave --offload out"
+        )
+
+
+def place(pipe: Any, device: str, offload: str = "none") -> None:
+    """Put a pipeline on its device.
+
+    Args:
+        pipe: a diffusers pipeline in CPU memory.
+        device: where it runs.
+        offload: a key of `OFFLOAD`.
+    """
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(
+            torch.device(device),
+            offload_type="leaf_level",
+            use_stream=torch.device(device).type == "cuda",
+        )
+    else:
+        pipe.to(device)

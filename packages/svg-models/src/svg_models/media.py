@@ -1,0 +1,206 @@
+"""The image or the video that a clip starts from."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svg_models.errors import SettingError
+from svg_models.loading import LoadedPipeline
+from svg_models.video import read_video
+
+__all__ = ["NOTHING", "Media", "read_media"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Media:
+    """What a clip starts from beside its prompt.
+
+    Attributes:
+        image: a PIL image in RGB, or None.
+        video: uint8 `[F, H, W, 3]`, or None.
+        fps: frames a second of the video.
+    """
+
+    image: Any = None
+    video: np.ndarray | None = None
+    fps: float = 0.0
+
+    def shape(self, loaded: LoadedPipeline, given: dict[str, Any]) -> dict[str, Any]:
+        """Choose size, frames and strength where nobody has.
+
+        The size keeps the shape of the image or video at about the number of pixels of the model's
+        default, unless the model was trained on one size only. A video that is redrawn or followed
+        gives at most the frames it has.
+
+        Args:
+            loaded: the model.
+            given: settings that somebody chose; `None` means not given.
+
+        Returns:
+            More settings, to be merged with those.
+
+        Raises:
+            SettingError: if the video is shorter than the frames asked for, or `strength` has no
+                meaning here.
+        """
+        settings: dict[str, Any] = {}
+        redraws = self.video is not None and loaded.inputs.video == "redraw"
+        strength = given.get("strength")
+        if strength is not None and not redraws:
+            raise SettingError(
+                "strength says how much of a video is redrawn, and nothing is redrawn here; "
+                "leave it out, or give --video to a model that redraws"
+            )
+        if redraws and strength is None:
+            settings["strength"] = loaded.default("strength")
+        source = self._source_size()
+        if source is not None and (given.get("height"), given.get("width")) == (None, None):
+            settings |= size_of(loaded, *source)
+        if self.video is not None and loaded.inputs.video in ("redraw", "follow"):
+            fps = given.get("fps") or loaded.defaults.fps
+            have = len(resampled(self.video, self.fps, fps))
+            settings["frames"] = frames_of(loaded, have, given.get("frames"), fps)
+        return settings
+
+    def _source_size(self) -> tuple[int, int] | None:
+        if self.image is not None:
+            return int(self.image.height), int(self.image.width)
+        return None if self.video is None else self.video.shape[1:3]
+
+    def arguments(self, loaded: LoadedPipeline, settings: Any) -> dict[str, Any]:
+        """Return arguments for the call of the pipeline.
+
+        Args:
+            loaded: the model.
+            settings: complete, so that sizes are known.
+        """
+        size = (settings.width, settings.height)
+        arguments: dict[str, Any] = {}
+        if self.image is not None:
+            name = loaded.inputs.image
+            image = covering(self.image, size)
+            arguments[name] = image if name == "image" else [image]
+        if self.video is not None:
+            frames = resampled(self.video, self.fps, settings.fps)
+            if loaded.inputs.video == "continue":
+                frames = frames[-(loaded.geometry.time + 1) :]  # two latent frames
+            else:
+                frames = frames[: settings.frames]
+            arguments["video"] = [covering(_picture(frame), size) for frame in frames]
+        return arguments
+
+
+NOTHING = Media()
+
+
+def read_media(
+    image: str | os.PathLike[str] | None = None, video: str | os.PathLike[str] | None = None
+) -> Media:
+    """Read the image or the video that a clip starts from.
+
+    Args:
+        image: a picture that Pillow reads.
+        video: a video that ffmpeg reads.
+
+    Raises:
+        SettingError: if one cannot be read.
+    """
+    frames, fps = (None, 0.0) if video is None else read_video(video)
+    return Media(image=None if image is None else read_image(image), video=frames, fps=fps)
+
+
+def read_image(path: str | os.PathLike[str]) -> Any:
+    """Read a picture as a PIL image in RGB, upright as its camera noted.
+
+    Raises:
+        SettingError: if it cannot be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(Path(path).expanduser()) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise SettingError(f"cannot read {path} as an image (unknown format)") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SettingError(f"cannot read {path} as an image ({reason})") from error
+
+
+def resampled(frames: np.ndarray, fps: float, to: float) -> np.ndarray:
+    """Take the frames that are shown at a steady rate.
+
+    Args:
+        frames: `[F, ...]`.
+        fps: frames a second of `frames`; 0 if unknown, which leaves them as they are.
+        to: frames a second wanted.
+
+    Returns:
+        The frame shown at `i / to` seconds, for each `i` while the video lasts.
+    """
+    if not fps or fps == to:
+        return frames
+    count = math.floor((len(frames) - 1) / fps * to) + 1
+    index = np.floor(np.arange(count) / to * fps + 1e-6).astype(int)
+    return frames[index]
+
+
+def size_of(loaded: LoadedPipeline, height: int, width: int) -> dict[str, int]:
+    """Choose the size of a clip that starts from a picture.
+
+    Args:
+        loaded: the model.
+        height: of the picture.
+        width: of the picture.
+
+    Returns:
+        Height and width: what the pipeline makes of it, if only it can choose; the model's default,
+        if it knows one size only; else the picture's shape at the default's number of pixels.
+    """
+    usual = loaded.defaults
+    if not loaded.accepts("height"):
+        return loaded.size_of_image(height=height, width=width)
+    if usual.one_size:
+        return {"height": usual.height, "width": usual.width}
+    ratio = math.sqrt(usual.height * usual.width / (height * width))
+    return loaded.geometry.nearest_size(height=height * ratio, width=width * ratio)
+
+
+def frames_of(loaded: LoadedPipeline, have: int, asked: int | None, fps: float) -> int:
+    """Choose how many frames of a video to use.
+
+    Args:
+        loaded: the model.
+        have: frames of the video at `fps`.
+        asked: frames that somebody chose, or None.
+        fps: frames a second of the clip.
+
+    Raises:
+        SettingError: if more were asked for than there are.
+    """
+    most = loaded.geometry.most_frames(min(have, asked or loaded.defaults.frames))
+    if asked is not None and asked > have:
+        raise SettingError(
+            f"the video gives {have} frames at {fps:g} a second, and {asked} were asked for; "
+            f"ask for {most}"
+        )
+    return asked or most
+
+
+def covering(image: Any, size: tuple[int, int]) -> Any:
+    """Scale a PIL image until it covers `size` (width, height), and cut off what stands out."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
+
+
+def _picture(frame: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(frame)
