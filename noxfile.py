@@ -64,9 +64,11 @@ def checkout(*names: str, extra: str = "") -> list[str]:
     ]
 
 
-def pytest(session: nox.Session, *arguments: str) -> None:
+def pytest(session: nox.Session, *arguments: str, parallel: bool = False) -> None:
     """Run pytest as a module, so that processes which a test spawns find its module again."""
-    session.run("python", "-m", "pytest", *arguments)
+    processes = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadscope") if parallel else ()
+    threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
+    session.run("python", "-m", "pytest", *processes, *arguments, env=threads)
 
 
 @nox.session
@@ -95,7 +97,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests with nothing installed but what it declares."""
     install(session, *group("test"), *checkout(package, extra="test"))
-    pytest(session, f"packages/{package}/tests", *session.posargs)
+    pytest(session, f"packages/{package}/tests", *session.posargs, parallel=True)
 
 
 @nox.session(requires=["torch"])
