@@ -20,6 +20,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     SkyReelsV2Transformer3DModel,
 )
+from packaging.version import Version
 
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import families, sparsify
@@ -156,8 +157,10 @@ def test_diffusion_forcing_is_refused() -> None:
 
 @pytest.mark.parametrize("name", families.SKIPPED)
 def test_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
-    kind = getattr(diffusers, name)
-    model = torch.nn.Module.__new__(kind)
+    old = Version(diffusers.__version__) < Version("0.42")
+    if old and not hasattr(diffusers, name):
+        pytest.skip("this transformer came with diffusers 0.42")
+    model = torch.nn.Module.__new__(getattr(diffusers, name))
     with pytest.raises(
         ValueError, match=re.escape(f"{name} stays dense: {families.SKIPPED[name]}")
     ):
