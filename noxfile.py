@@ -100,6 +100,13 @@ def tests(session: nox.Session, package: str) -> None:
     pytest(session, f"packages/{package}/tests", *session.posargs, parallel=True)
 
 
+@nox.session(default=False, requires=["torch"])
+def composition(session: nox.Session) -> None:
+    """Run svg-models with every feature of diffusers and write the table of the documentation."""
+    install(session, *group("test"), *checkout("svg-models", extra="test"))
+    session.run("python", "tools/composition_matrix.py", *session.posargs)
+
+
 @nox.session(requires=["torch"])
 def repository(session: nox.Session) -> None:
     """Run the tests that belong to no single package."""

@@ -1,7 +1,14 @@
-"""One of two processes that share a sequence; started by `test_compat.py`, over gloo on the CPU."""
+"""One of two processes that share a sequence, over gloo on the CPU.
+
+Started by `composition.ulysses_cells`, which reads the last line: the cells of all families.
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
+import composition
 import pytest
 import tiny
 import torch
@@ -58,6 +65,21 @@ def ring() -> None:
         sparsify(model, Dense())
 
 
+def share(player: composition.Player) -> None:
+    """Share a player's sequence, if diffusers can play the stock model so."""
+    player.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    try:
+        player.play()
+    except RuntimeError as error:
+        name = type(player.transformer).__name__
+        raise NotImplementedError(f"the stock {name} fails with it: {error}") from error
+
+
+def cell(family: str) -> composition.Cell:
+    """Run the cell of a family."""
+    return composition.check(family, composition.Feature(title="Ulysses", apply=share))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # diffusers takes the rank modulo the number of accelerators, of which there are none here.
@@ -65,5 +87,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     ulysses()
     ring()
-    print("agrees")
+    cells = {family: asdict(cell(family)) for family in composition.CASES}
+    if dist.get_rank() == 0:
+        print(json.dumps(cells))
     dist.destroy_process_group()

@@ -1,0 +1,88 @@
+"""A sparse run under the compiler, and the operator that makes it one graph.
+
+What else diffusers can do to a model is in `test_composition.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from svg_attention import SVG2, Dense, Schedule
+from svg_models import sparsify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
+SPARSE = SVG2(q_clusters=6, k_clusters=12, top_p=0.6, first_iterations=2)
+
+
+def graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_repeated_blocks_compile_to_one_graph(fresh_compiler: None) -> None:
+    model, inputs = tiny.transformer(num_layers=10), tiny.forward_inputs()
+
+    def forward(step: int) -> Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=step, num_inference_steps=4):
+            return model(**inputs)[0]
+
+    expected = forward(0)
+    with sparsify(model, SPARSE, ALWAYS_SPARSE):
+        eager = [forward(step) for step in range(2)]
+    with sparsify(model, SPARSE, Schedule(dense_steps=0.5, dense_layers=0.0)) as run:
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(forward(0), expected, rtol=0.0, atol=1e-6)
+        forward(1), forward(2), forward(3)  # steps 2 and 3 are sparse
+        assert graphs() == 1
+        assert {r.method for r in run.stats().records if r.step == 3} == {"SVG2"}
+    with sparsify(model, SPARSE, ALWAYS_SPARSE):
+        compiled = [forward(step) for step in range(2)]
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward(0), expected, rtol=0.0, atol=1e-6)
+
+
+def test_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
+    pipe = tiny.pipeline()
+    reference = tiny.generate(pipe, num_inference_steps=2)
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+    with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
+        video = tiny.generate(pipe, num_inference_steps=2)
+        assert [record.step for record in run.stats().records] == [0] * 6 + [1] * 6
+    torch.testing.assert_close(video, reference, rtol=0.0, atol=1e-5)
+
+
+def test_the_operator_is_well_formed() -> None:
+    class Answer:
+        def attend(self, slot: int, query: Tensor, *others: Tensor) -> Tensor:
+            return query.flip(1) * slot
+
+    from svg_models import operator
+
+    answer = Answer()
+    handle = operator.make_handle(operator.register(answer), 3)
+    query, key, value = torch.randn(3, 2, 7, 2, 4).unbind(0)
+    assert torch.equal(operator.attention(query, key, value, handle), query.flip(1) * 3)
+    torch.library.opcheck(
+        torch.ops.svg_models.self_attention.default,
+        (query, key, value, handle),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
