@@ -45,6 +45,33 @@ def test_the_halves_of_a_head_are_rotated_into_each_other() -> None:
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1))
 
 
+def test_what_cosmos_transfer_adds_is_left_alone() -> None:
+    settings = dict(img_context_dim_in=8, img_context_dim_out=36, controlnet_block_every_n=1)
+    model = cosmos.transformer(4, extra_pos_embed_type=None, **settings)
+    source = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=source)
+
+    inputs = dict(
+        hidden_states=draw(1, 4, 3, 16, 16),
+        timestep=torch.tensor([0.5]),
+        encoder_hidden_states=(draw(1, 12, 32), draw(1, 5, 8)),
+        block_controlnet_hidden_states=[draw(1, 192, 36), draw(1, 192, 36)],
+        return_dict=False,
+    )
+    with torch.no_grad():
+        (stock,) = model(**inputs)
+        with sparsify(model, Dense(), Schedule(dense_steps=0.0)) as run:
+            assert [slot.path for slot in run._engine.slots] == [
+                "transformer_blocks.0.attn1",
+                "transformer_blocks.1.attn1",
+            ]
+            with pytest.warns(UserWarning, match="cannot tell the denoising step"):
+                (video,) = model(**inputs)
+    assert torch.equal(video, stock)
+
+
 def test_each_step_counts_once_though_timesteps_repeat_in_bf16() -> None:
     case = zoo.case("cosmos predict2 v2w")
     pipe = case.build().to(dtype=torch.bfloat16)
