@@ -1,7 +1,7 @@
 """Measure how close sparse clips of the embedded model are to dense ones, per method and density.
 
     python benchmarks/quality.py run --device cuda --output benchmarks/results/h100/quality.json
-    python benchmarks/quality.py table benchmarks/results/h100/quality.json --docs docs
+    python benchmarks/quality.py table benchmarks/results/h100/quality.json
 
 Every method gets the same prompts, the same noise, the same schedule and the same budget of
 query-key pairs on its sparse calls. The dense clips come twice, by two dense kernels: what one
@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from _harness import ROOT, replace_between
 from torch import Tensor
 
 from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
@@ -215,14 +216,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Turn stored results into a Markdown fragment and a plot."""
+    """Write stored results into the documentation, as a table and a plot."""
     results = json.loads(args.results.read_text())
     env = results["environment"]
     lines = [
         f"{len(results['prompts'])} held-out prompts, {results['steps']} steps, guidance "
         f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
-        f"{env['commit']}. Mean ± standard deviation over prompts; the realised density of the "
-        "sparse calls in brackets.",
+        f"{env['commit']}. Mean ± standard deviation over prompts, at equal density of the "
+        "sparse calls; where a method missed it by a point or more, its own stands in brackets.",
         "",
     ]
     for size, part in results["sizes"].items():
@@ -236,12 +237,8 @@ def table(args: argparse.Namespace) -> None:
         ]
         for metric, digits in (("psnr", 1), ("ssim", 3)):
             lines += [*_grid(part["rows"], metric, digits), ""]
-    target = args.docs / "assets" / "quality.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _plot(results, target)
-    page = args.docs / "_quality_table.md"
-    page.write_text("\n".join(lines) + "\n")
-    print(f"wrote {page} and {target}")
+    _plot(results, ROOT / "docs" / "assets" / "quality.png")
+    replace_between(ROOT / "docs" / "embedded-model.md", "quality", "\n".join(lines))
 
 
 def _spread(numbers: dict[str, float | None], digits: int) -> str:
@@ -258,11 +255,15 @@ def _grid(rows: list[dict[str, Any]], metric: str, digits: int) -> list[str]:
     out = [head, "|---|" + "---|" * len(densities)]
     for name in names:
         row = [
-            f"{_spread(cells[name, d][metric], digits)} ({cells[name, d]['realised_density']:.0%})"
+            _spread(cells[name, d][metric], digits) + _missed(d, cells[name, d]["realised_density"])
             for d in densities
         ]
         out.append(f"| {name} | " + " | ".join(row) + " |")
     return out
+
+
+def _missed(wanted: float, realised: float) -> str:
+    return f" ({realised:.0%})" if abs(wanted - realised) >= 0.01 else ""
 
 
 def _plot(results: dict[str, Any], target: Path) -> None:
@@ -288,8 +289,9 @@ def _plot(results: dict[str, Any], target: Path) -> None:
         axis.set(title=f"{size} clip", xlabel="density of sparse calls, %")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PSNR against dense, dB")
-    figure.axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, ncols=3, loc="lower center")
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(target, dpi=130)
 
 
@@ -312,7 +314,6 @@ def main() -> None:
     runner.set_defaults(call=run)
     tables = commands.add_parser("table", help="write the table and the plot")
     tables.add_argument("results", type=Path)
-    tables.add_argument("--docs", type=Path, default=Path("docs"))
     tables.set_defaults(call=table)
     args = parser.parse_args()
     args.call(args)

@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = max(1, args.batch * 128**2 // side**2)
             if args.only_sheet:
                 sheet = _draw_sheet(pipe, side=side, batch=batch, options=options)
-                sheet.save(args.out / f"sheet_{side}.png", optimize=True)
+                sheet.save(args.out / f"sheet_{side}.jpg", quality=88)
                 continue
             results[str(side)] = _evaluate_size(
                 pipe, scenes, side=side, batch=batch, out=args.out, options=options
@@ -301,7 +301,7 @@ def _evaluate_size(
     pipe: Any, scenes: Sequence[Scene], *, side: int, batch: int, out: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
     _draw_sheet(pipe, side=side, batch=batch, options=options).save(
-        out / f"sheet_{side}.png", optimize=True
+        out / f"sheet_{side}.jpg", quality=88
     )
     prompts = [caption(scene) for scene in scenes]
     clips = generate(pipe, prompts, side=side, batch=batch, seed=100, **options)
