@@ -323,17 +323,6 @@ def test_a_stopped_run_leaves_nothing_behind(number: int, folder: str, tmp_path:
     assert list(place.iterdir()) == []
 
 
-def test_models_lists_the_embedded_model_and_every_family() -> None:
-    from svg_models.families import known_families
-
-    output = svg("models").stdout
-    assert "embedded" in output
-    for family in known_families():
-        assert family.name in output
-        for recipe in family.recipes:
-            assert recipe.title[:20] in output
-
-
 def test_help_shows_examples_and_panels() -> None:
     output = svg("generate", "--help").stdout
     assert "Examples" in output

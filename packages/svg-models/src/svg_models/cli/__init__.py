@@ -8,8 +8,8 @@ import typer
 
 from svg_models.cli import compare as _compare
 from svg_models.cli import generate as _generate
+from svg_models.cli import models as _models
 from svg_models.cli.doctor import doctor
-from svg_models.cli.models import models
 from svg_models.cli.output import out
 
 __all__ = ["app"]
@@ -55,7 +55,7 @@ def svg(
 
 app.command("generate", epilog=_generate.EXAMPLES)(_generate.generate)
 app.command("compare", epilog=_compare.EXAMPLES)(_compare.compare)
-app.command("models")(models)
+app.command("models", epilog=_models.EXAMPLES)(_models.models)
 app.command("doctor")(doctor)
 
 if __name__ == "__main__":

@@ -2,43 +2,119 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich import box
 from rich.table import Table
 
-from svg_models.cli.output import out, spoken_errors
+from svg_models.cli.output import escaped, out, spoken_errors
+from svg_models.cli.progress import hushed_libraries
+
+EXAMPLES = "[bold]Examples[/]\n\nsvg models\n\nsvg models cosmos\n\nsvg models --json"
 
 
-def models() -> None:
-    """List the models: the embedded one, and the families that can be made sparse."""
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A family, or one of its checkpoints. [dim]Default: all.[/]"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for a program to read.")
+    ] = False,
+) -> None:
+    """List what can be made sparse: families, checkpoints, and their published settings."""
     with spoken_errors():
-        from svg_models.families import known_families
+        from svg_models.catalog import catalog, describe, find_family
 
+        with hushed_libraries():
+            found = catalog() if name is None else [describe(find_family(name))]
+        if as_json:
+            json.dump(found, sys.stdout, indent=1)
+            sys.stdout.write("\n")
+            return
+        if name is None:
+            out().print(
+                "[bold]embedded[/]  a small Wan model of moving shapes in this package; the "
+                "default\n"
+            )
+        for family in found:
+            _print_family(family)
+        if name is not None:
+            out().print(_pipelines(found[0]))
+        _print_recipes(found)
+        if name is None:
+            out().print(
+                "Any pipeline of these families loads with --model; svg models FAMILY tells more."
+            )
+
+
+def _print_family(family: dict[str, Any]) -> None:
+    starts = {word for pipeline in family["pipelines"] for word in _starts(pipeline)}
+    words = [word for word in ("text", "image", "video") if word in starts]
+    what = f"[bold]{family['name']}[/]  {escaped(family['title'])}"
+    out().print(what + (f"; from {', '.join(words)}" if words else ""), highlight=False)
+    for checkpoint in family["checkpoints"]:
+        out().print(f"  {escaped(checkpoint)}", highlight=False)
+    out().print()
+
+
+def _starts(pipeline: dict[str, Any]) -> list[str]:
+    words = [] if pipeline["needs"] else ["text"]
+    words += ["image"] if pipeline["image"] else []
+    return words + (["video"] if pipeline["video"] else [])
+
+
+def _pipelines(family: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("pipeline of diffusers", "starts from", "steps", "guidance", "size", "frames"):
+        table.add_column(column, overflow="fold")
+    for pipeline in family["pipelines"]:
+        usual = pipeline["defaults"]
+        words = " or ".join(_starts(pipeline))
+        if pipeline["video"]:
+            words += f" ({pipeline['video']})"
+        size = f"{usual['width']} x {usual['height']}" if "width" in usual else ""
+        numbers = (str(usual.get(key, "")) for key in ("steps", "guidance"))
+        table.add_row(pipeline["name"], words, *numbers, size, str(usual.get("frames", "")))
+    return table
+
+
+def _print_recipes(found: list[dict[str, Any]]) -> None:
+    rows = [row for family in found for row in family["recipes"]]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    if rows:
+        out().print(_recipes(rows, sources))
+        for number, source in enumerate(sources, start=1):
+            out().print(f"\\[{number}] {escaped(source)}", highlight=False)
+        out().print()
+    without = [family["name"] for family in found if not family["recipes"]]
+    if without:
         out().print(
-            "[bold]embedded[/]  a small Wan model of moving shapes in this package; the default\n"
-        )
-        known = Table(title="Families, and checkpoints that were checked", title_justify="left")
-        for name in ("family", "covers", "checkpoints"):
-            known.add_column(name)
-        for family in known_families():
-            known.add_row(f"[bold]{family.name}[/]", family.title, "\n".join(family.checkpoints))
-            known.add_section()
-        out().print(known)
-        table = Table(title="Published settings by family", title_justify="left")
-        for name in ("family", "settings published for", "clusters", "dense first"):
-            table.add_column(name)
-        table.add_column("tokens", justify="right")
-        for family in known_families():
-            for index, row in enumerate(family.recipes):
-                table.add_row(
-                    f"[bold]{family.name}[/]" if index == 0 else "",
-                    row.title,
-                    f"{row.q_clusters} x {row.k_clusters}",
-                    f"{row.schedule.dense_steps:.0%} of steps",
-                    f"{row.tokens:,}",
-                )
-            table.add_section()
-        out().print(table)
-        out().print(
-            "Any diffusers pipeline of these families loads with --model. A family without "
-            "settings of its own runs with those of Wan 2.1 14B; short clips get fewer clusters.",
+            f"Nothing is published for {', '.join(without)}: settings that most models share.",
             highlight=False,
         )
+
+
+def _recipes(rows: list[dict[str, Any]], sources: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption = (
+        "clusters of queries x keys and attention mass that SVG2 keeps; share of the keys in "
+        "SVG1's band; share of the steps, the first, that stay dense"
+    )
+    table.caption_justify = "left"
+    table.add_column("published settings for", overflow="fold", min_width=30)
+    for column in ("tokens", "clusters", "mass", "band", "dense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{escaped(row['published_for'])} \\[{sources.index(row['source']) + 1}]",
+            f"{row['tokens']:,}",
+            f"{row['q_clusters']} x {row['k_clusters']}",
+            f"{row['top_p']:.0%}",
+            f"{row['svg1_density']:.0%}",
+            f"{row['schedule']['dense_steps']:.0%}",
+        )
+    return table

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from svg_models.cli.output import err, show_note
 
-__all__ = ["Stages", "progress_bars"]
+__all__ = ["Stages", "hushed_libraries", "progress_bars"]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def progress_bars() -> Iterator[Any]:
         transient=True,
         disable=not console.is_terminal,
     )
-    with _hushed_libraries(), bars:
+    with hushed_libraries(), bars:
         yield Stages(bars)
 
 
@@ -84,7 +84,7 @@ class Stages:
 
 
 @contextmanager
-def _hushed_libraries() -> Iterator[None]:
+def hushed_libraries() -> Iterator[None]:
     """Keep the libraries' own bars and warnings out of ours; what this package says stays."""
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers

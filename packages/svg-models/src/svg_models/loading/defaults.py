@@ -8,7 +8,7 @@ from typing import Any
 
 from svg_models.families import family_of
 
-__all__ = ["Defaults", "defaults_for"]
+__all__ = ["Defaults", "defaults_for", "of_call"]
 
 # field -> the argument of diffusers' pipelines whose default says it
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
         pipe: the pipeline.
     """
     transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
-    usual = _of_call(type(pipe)) | dict(family_of(transformer).usual(transformer))
+    usual = of_call(type(pipe)) | dict(family_of(transformer).usual(transformer))
     guider = getattr(pipe, "guider", None)
     if guider is not None:
         usual["guidance"] = guider.guidance_scale
@@ -82,7 +82,8 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
     )
 
 
-def _of_call(pipeline: type[Any]) -> dict[str, Any]:
+def of_call(pipeline: type[Any]) -> dict[str, Any]:
+    """Return the fields of `Defaults` that the call of a pipeline class says."""
     arguments = inspect.signature(pipeline.__call__).parameters
     found = {}
     for field, names in _ARGUMENTS.items():
