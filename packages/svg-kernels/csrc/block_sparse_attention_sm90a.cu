@@ -356,7 +356,9 @@ class Consumer {
     }
   }
 
+  // Every lane has read what the stage holds before one of them gives it back.
   __device__ __forceinline__ void release(uint64_t* barrier) {
+    __syncwarp();
     if (lane_ == 0) barrier_arrive(barrier);
   }
 
