@@ -126,15 +126,14 @@ def main(gpu: str) -> None:
     """Fill what is marked in the documentation."""
     page = DOCS / "flash-kmeans.md"
     result = _harness.load(gpu, "kmeans_tiles")
-    for path in (page, README):
-        _harness.replace_between(path, "kmeans-assign", assign_table(result))
+    _harness.replace_between(page, "kmeans-assign", assign_table(result))
     _harness.replace_between(page, "kmeans-update", update_table(result))
     if (_harness.RESULTS / gpu / "kmeans.json").exists():
         result = _harness.load(gpu, "kmeans")
         rounds = peer_table(result, ("video", "public")) + fastkmeans_line(result)
         for path in (page, README):
             _harness.replace_between(path, "kmeans-rounds", rounds)
-        _harness.replace_between(page, "kmeans-halves", halves_table(result))
+            _harness.replace_between(path, "kmeans-halves", halves_table(result))
         draw(result, DOCS / "assets" / "kmeans-time.png")
 
 
