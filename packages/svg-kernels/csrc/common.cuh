@@ -15,9 +15,7 @@ struct Raw {
 
 __host__ __device__ inline int size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-__device__ __forceinline__ void store_stream(void* p, uint4 v) {
-  __stcs(reinterpret_cast<uint4*>(p), v);
-}
+__device__ __forceinline__ void store_quad(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
 
 __device__ __forceinline__ const char* at(const void* base, int64_t element, int dtype) {
   return static_cast<const char*>(base) + element * size_of(dtype);
@@ -26,8 +24,8 @@ __device__ __forceinline__ const char* at(const void* base, int64_t element, int
 __device__ __forceinline__ Raw load_raw(const void* base, int64_t element, int dtype) {
   const char* p = at(base, element, dtype);
   Raw r;
-  r.lo = load_stream(p);
-  if (dtype == kFloat32) r.hi = load_stream(p + 16);
+  r.lo = load_quad(p);
+  if (dtype == kFloat32) r.hi = load_quad(p + 16);
   return r;
 }
 
@@ -61,16 +59,16 @@ __device__ __forceinline__ void store_vec(void* base, int64_t element, int dtype
                                           const float (&v)[kVec]) {
   char* p = static_cast<char*>(base) + element * size_of(dtype);
   if (dtype == kFloat32) {
-    store_stream(p, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                               __float_as_uint(v[3])));
-    store_stream(p + 16, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]),
-                                    __float_as_uint(v[6]), __float_as_uint(v[7])));
+    store_quad(p, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                             __float_as_uint(v[3])));
+    store_quad(p + 16, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]),
+                                  __float_as_uint(v[6]), __float_as_uint(v[7])));
   } else if (dtype == kBFloat16) {
-    store_stream(p, make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                               pack_bf16(v[6], v[7])));
+    store_quad(p, make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                             pack_bf16(v[6], v[7])));
   } else {
-    store_stream(p, make_uint4(pack_f16(v[0], v[1]), pack_f16(v[2], v[3]), pack_f16(v[4], v[5]),
-                               pack_f16(v[6], v[7])));
+    store_quad(p, make_uint4(pack_f16(v[0], v[1]), pack_f16(v[2], v[3]), pack_f16(v[4], v[5]),
+                             pack_f16(v[6], v[7])));
   }
 }
 

@@ -1,23 +1,23 @@
-// The library's only exported symbols: typed functions on integers, floats and raw pointers.
+// The library's only exported symbols: functions on DLPack tensors, which Python passes as they are.
 //
-// Pointers and the stream arrive as integers, so the library knows neither torch nor DLPack; the
-// Python launchers allocate and keep the tensors alive.
+// Each returns whether it has launched; false asks Python to convert the arguments, or to say what
+// is wrong with them. Attention takes its addresses as integers instead.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
-#include "launch.h"
+#include "arguments.h"
 
 namespace {
 
-using svg::Rows;
+using Maybe = tvm::ffi::Optional<DLTensor*>;  // None where absent
 
 template <typename T>
 T* ptr(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Rows rows(int64_t data, int dtype, int64_t outer_stride, int64_t inner_stride) {
-  return {ptr<const void>(data), outer_stride, inner_stride, dtype};
-}
+const DLTensor* get(const Maybe& tensor) { return tensor.has_value() ? *tensor : nullptr; }
 
 // Makes `device` current for one launch.
 class OnDevice {
@@ -51,103 +51,76 @@ void launch(cudaError_t (*run)(const Args&, cudaStream_t), const Args& args, int
   if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << cudaGetErrorString(error);
 }
 
-void norm(int64_t x, int x_dtype, int64_t x_outer, int64_t x_inner, int64_t y, int y_dtype,
-          int64_t weight, int weight_dtype, int64_t bias, int bias_dtype, int64_t scale,
-          int scale_dtype, int64_t scale_outer, int64_t scale_inner, int64_t shift, int shift_dtype,
-          int64_t shift_outer, int64_t shift_inner, int64_t outer, int64_t inner, int width,
-          double eps, bool center, int device, int64_t stream) {
+// Launches on the stream that the caller has made current for the device of `on`.
+template <typename Args>
+bool launch(cudaError_t (*run)(const Args&, cudaStream_t), const Args& args, const DLTensor& on) {
+  const DLDevice device = on.device;
+  const TVMFFIStreamHandle stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
+  launch(run, args, device.device_id, reinterpret_cast<int64_t>(stream));
+  return true;
+}
+
+bool norm(DLTensor* x, Maybe weight, Maybe bias, Maybe scale, Maybe shift, DLTensor* y,
+          double eps, bool center) {
   svg::NormArgs args{};
-  args.x = rows(x, x_dtype, x_outer, x_inner);
-  args.y = ptr<void>(y);
-  args.y_dtype = y_dtype;
-  args.weight = rows(weight, weight_dtype, 0, 0);
-  args.bias = rows(bias, bias_dtype, 0, 0);
-  args.scale = rows(scale, scale_dtype, scale_outer, scale_inner);
-  args.shift = rows(shift, shift_dtype, shift_outer, shift_inner);
-  args.outer = outer;
-  args.inner = inner;
-  args.width = width;
-  args.eps = static_cast<float>(eps);
-  args.center = center;
-  launch(svg::norm, args, device, stream);
+  return svg::read_norm(*x, get(weight), get(bias), get(scale), get(shift), *y, eps, center,
+                        &args) &&
+         launch(svg::norm, args, *x);
 }
 
-void gate_residual(int64_t residual, int residual_dtype, int64_t residual_outer,
-                   int64_t residual_inner, int64_t x, int x_dtype, int64_t x_outer, int64_t x_inner,
-                   int64_t gate, int gate_dtype, int64_t gate_outer, int64_t gate_inner, int64_t y,
-                   int y_dtype, int64_t outer, int64_t inner, int width, int device,
-                   int64_t stream) {
+bool gate_residual(DLTensor* residual, DLTensor* x, DLTensor* gate,
+                   DLTensor* y) {
   svg::GateArgs args{};
-  args.residual = rows(residual, residual_dtype, residual_outer, residual_inner);
-  args.x = rows(x, x_dtype, x_outer, x_inner);
-  args.gate = rows(gate, gate_dtype, gate_outer, gate_inner);
-  args.y = ptr<void>(y);
-  args.y_dtype = y_dtype;
-  args.outer = outer;
-  args.inner = inner;
-  args.width = width;
-  launch(svg::gate_residual, args, device, stream);
+  return svg::read_gate(*residual, *x, *gate, *y, &args) &&
+         launch(svg::gate_residual, args, *residual);
 }
 
-svg::Tables tables(int64_t cos, int64_t sin, int64_t batch_stride, int64_t row_stride,
-                   int pair_stride, int64_t start, int64_t length) {
-  return {ptr<const float>(cos), ptr<const float>(sin), batch_stride, row_stride, pair_stride,
-          start, length};
-}
-
-void rope(int64_t x, int64_t xb, int64_t xh, int64_t xs, int64_t y, int64_t yb, int64_t yh,
-          int64_t ys, int dtype, int64_t batch, int heads, int64_t tokens, int dim, bool half,
-          int64_t cos, int64_t sin, int64_t batch_stride, int64_t row_stride, int pair_stride,
-          int64_t start, int64_t length, int device, int64_t stream) {
+bool rope(DLTensor* x, DLTensor* y, DLTensor* cos, Maybe sin, bool half,
+          int64_t start) {
   svg::RopeArgs args{};
-  args.x = ptr<const void>(x);
-  args.y = ptr<void>(y);
-  args.xb = xb, args.xh = xh, args.xs = xs;
-  args.yb = yb, args.yh = yh, args.ys = ys;
-  args.dtype = dtype;
-  args.batch = batch, args.tokens = tokens, args.heads = heads, args.dim = dim;
-  args.half = half;
-  args.tables = tables(cos, sin, batch_stride, row_stride, pair_stride, start, length);
-  launch(svg::rope, args, device, stream);
+  return svg::read_rope(*x, *y, *cos, get(sin), half, start, &args) &&
+         launch(svg::rope, args, *x);
 }
 
-// `described` holds 11 integers for q, then 11 for k: x, weight, y, strides, heads, weight dtype,
-// across.
-svg::QkTensor qk_tensor(const int64_t* d) {
-  return {ptr<const void>(d[0]), ptr<const void>(d[1]), ptr<void>(d[2]), d[3], d[4], d[5], d[6],
-          d[7], static_cast<int>(d[8]), static_cast<int>(d[9]), d[10] != 0};
-}
-
-void qk_norm_rope(int64_t described, int dtype, int64_t batch, int64_t tokens, int dim, double eps,
-                  bool half, int64_t cos, int64_t sin, int64_t batch_stride, int64_t row_stride,
-                  int pair_stride, int64_t start, int64_t length, int device, int64_t stream) {
+bool qk_norm_rope(DLTensor* query, DLTensor* key, DLTensor* query_weight,
+                  DLTensor* key_weight, DLTensor* query_out, DLTensor* key_out,
+                  Maybe cos, Maybe sin, double eps, bool half, int64_t start) {
   svg::QkArgs args{};
-  const int64_t* d = ptr<const int64_t>(described);
-  args.tensor[0] = qk_tensor(d);
-  args.tensor[1] = qk_tensor(d + 11);
-  args.dtype = dtype;
-  args.batch = batch, args.tokens = tokens, args.dim = dim;
-  args.eps = static_cast<float>(eps);
-  args.half = half;
-  args.tables = tables(cos, sin, batch_stride, row_stride, pair_stride, start, length);
-  launch(svg::qk_norm_rope, args, device, stream);
+  return svg::read_qk({query, key}, {query_weight, key_weight}, {query_out, key_out}, get(cos),
+                      get(sin), eps, half, start, &args) &&
+         launch(svg::qk_norm_rope, args, *query);
 }
 
-// `described` holds 11 integers for each tensor, in the order of svg::PermuteTensor.
-void permute_rows(int64_t described, int count, int64_t batch, int heads, bool inverse, int device,
-                  int64_t stream) {
-  svg::PermuteArgs args{};
-  if (count > svg::kMaxPermuted) TVM_FFI_THROW(ValueError) << "too many tensors";
-  const int64_t* d = ptr<const int64_t>(described);
-  for (int i = 0; i < count; ++i, d += 11) {
-    args.tensor[i] = {ptr<const void>(d[0]), ptr<void>(d[1]), ptr<const int32_t>(d[2]), d[3], d[4],
-                      d[5], d[6], d[7], d[8], d[9], d[10]};
+// One launch for all tensors of the same batch and head count; unused places are None.
+bool permute_rows(bool inverse, DLTensor* x0, DLTensor* order0, DLTensor* y0,
+                  Maybe x1, Maybe order1, Maybe y1, Maybe x2, Maybe order2, Maybe y2, Maybe x3,
+                  Maybe order3, Maybe y3) {
+  const DLTensor* xs[] = {x0, get(x1), get(x2), get(x3)};
+  const DLTensor* orders[] = {order0, get(order1), get(order2), get(order3)};
+  const DLTensor* ys[] = {y0, get(y1), get(y2), get(y3)};
+  svg::PermuteTensor tensors[svg::kMaxPermuted];
+  int count = 0;
+  for (; count < svg::kMaxPermuted && xs[count] != nullptr; ++count) {
+    if (!svg::read_permuted(*xs[count], *orders[count], *ys[count], inverse, &tensors[count]) ||
+        !svg::same_device(*xs[count], *x0)) {
+      return false;
+    }
   }
-  args.count = count;
-  args.batch = batch;
-  args.heads = heads;
-  args.inverse = inverse;
-  launch(svg::permute_rows, args, device, stream);
+  bool done[svg::kMaxPermuted] = {};
+  for (int first = 0; first < count; ++first) {
+    if (done[first]) continue;
+    svg::PermuteArgs args{};
+    args.batch = xs[first]->shape[0];
+    args.heads = static_cast<int>(xs[first]->shape[1]);
+    args.inverse = inverse;
+    for (int i = first; i < count; ++i) {
+      if (xs[i]->shape[0] != args.batch || xs[i]->shape[1] != args.heads) continue;
+      args.tensor[args.count++] = tensors[i];
+      done[i] = true;
+    }
+    launch(svg::permute_rows, args, *x0);
+  }
+  return true;
 }
 
 // `described` holds 31 integers in the order of svg::AttentionArgs, up to its scale.

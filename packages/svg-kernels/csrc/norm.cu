@@ -1,22 +1,36 @@
 // RMSNorm, LayerNorm and LayerNorm with modulation: one read and one write of the tensor.
 //
 // A row stays in registers; the variance is a second pass over them. Narrow rows share a warp. Wide
-// rows get a block, which walks over many rows: it keeps weight and modulation in registers and
-// loads the next row while it works on this one. `norm_any` takes what vectors cannot serve.
+// rows get a block, which walks over many rows: it keeps weight and modulation in registers while
+// the next rows are on their way to shared memory. `norm_any` takes what vectors cannot serve.
 //
 // These kernels would be bound by instructions, not by memory, if dtypes were run-time values, so
 // DTYPE names the common ones (input and output alike) at compile time; kAnyDType reads them.
+#include <algorithm>
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace svg {
 namespace {
 
-constexpr int kThreads = 256;      // of blocks whose warps hold several rows
-constexpr int kWideThreads = 320;  // of a block that holds a row of up to 5120
-constexpr int kMaxThreads = 512;   // of a block that holds a longer row
-constexpr int kVecs = 2;           // vectors of a wide row per thread
-constexpr int kRows = 4;           // narrow rows in flight per thread
+constexpr int kThreads = 256;  // of blocks whose warps hold several rows
+constexpr int kRows = 4;       // narrow rows in flight per thread
 constexpr int kAnyDType = -1;
+
+// Blocks that hold wide rows, of up to VECS * THREADS vectors; a processor works on as many blocks
+// as fill `kResident` threads. Measured on an H200 at 75,600 x 5120 and 118,806 x 3072, 2026-11-22:
+// more blocks, or more rows on their way, are slower.
+struct Common {  // one 16-bit dtype, rows of up to 5120
+  static constexpr int kVecs = 4, kThreads = 160, kDepth = 2, kBlocks = 2, kResident = 384;
+};
+struct Mixed {  // any dtypes, up to 5120
+  static constexpr int kVecs = 2, kThreads = 320, kDepth = 2, kBlocks = 1, kResident = 640;
+};
+struct Long {  // any dtypes, up to 8192
+  static constexpr int kVecs = 2, kThreads = 512, kDepth = 1, kBlocks = 1, kResident = 512;
+};
+constexpr int kLongest = Long::kVecs * Long::kThreads;
 
 struct Row {
   int64_t outer, inner;
@@ -24,7 +38,9 @@ struct Row {
 
 __device__ __forceinline__ Row row_of(const NormArgs& a, int64_t row) {
   if (a.outer == 1) return {0, row};
-  const int64_t outer = row / a.inner;
+  const bool small = (row | a.inner) >> 32 == 0;  // 64-bit division takes a hundred instructions
+  const int64_t outer =
+      small ? static_cast<uint32_t>(row) / static_cast<uint32_t>(a.inner) : row / a.inner;
   return {outer, row - outer * a.inner};
 }
 
@@ -92,8 +108,8 @@ __device__ __forceinline__ float group_sum(float v) {
   return v;
 }
 
-// LANES lanes own kRows rows, one vector of each per lane; no modulation.
-template <int DTYPE, bool CENTER, int LANES>
+// LANES lanes own ROWS rows, one vector of each per lane; no modulation.
+template <int DTYPE, bool CENTER, int LANES, int ROWS>
 __global__ void __launch_bounds__(kThreads) norm_narrow(const NormArgs a) {
   constexpr int kGroups = 32 / LANES;
   const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
@@ -107,16 +123,16 @@ __global__ void __launch_bounds__(kThreads) norm_narrow(const NormArgs a) {
   float gain[kVec], lift[kVec];
   affine(a, {0, 0}, column, gain, lift);
   // All lanes of a warp take the same trips: they meet in shuffles.
-  for (int64_t base = warp * kGroups * kRows; base < rows; base += warps * kGroups * kRows) {
+  for (int64_t base = warp * kGroups * ROWS; base < rows; base += warps * kGroups * ROWS) {
     const int64_t first = base + (threadIdx.x & 31) / LANES;
-    Raw raw[kRows];
+    Raw raw[ROWS];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       const int64_t row = first + r * kGroups;
       if (inside && row < rows) raw[r] = load_raw(a.x.data, offset(a.x, row_of(a, row)) + column, in);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       const int64_t row = first + r * kGroups;
       float x[kVec] = {};
       if (inside && row < rows) unpack(raw[r], in, x);
@@ -136,92 +152,138 @@ __global__ void __launch_bounds__(kThreads) norm_narrow(const NormArgs a) {
   }
 }
 
-// Sums over the block. Three buffers in turn: a thread may write one while others still read the one
-// before, but not the one before that, since all have passed a barrier since.
-template <int THREADS>
-struct BlockSum {
-  static constexpr int kWarps = (THREADS / 32 + 3) / 4 * 4;
-  float buffer[3][kWarps];
+// What a warp knows of its part of a row: mean, sum of squared deviations from it, elements.
+struct alignas(16) Part {
+  float mean, rest, square, count;  // the mean is `mean + rest`, rounded on its own
 };
 
 template <int THREADS>
-__device__ __forceinline__ float block_sum(float v, BlockSum<THREADS>& shared, int& turn) {
-  v = group_sum<32>(v);
-  float* mine = shared.buffer[turn];
-  turn = turn == 2 ? 0 : turn + 1;
-  if ((threadIdx.x & 31) == 0) mine[threadIdx.x >> 5] = v;
-  __syncthreads();
-  float total = 0.f;
-  const int warps = blockDim.x >> 5;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; ++w) total += w < warps ? mine[w] : 0.f;
-  return total;
-}
+struct Parts {
+  // Used in turn: a thread may write one while others still read the one before, but not the one
+  // before that, since all have passed a barrier since.
+  Part part[2][THREADS / 32];
+};
 
-template <int DTYPE>
-__device__ __forceinline__ void load_row(const NormArgs& a, int64_t row, Raw (&raw)[kVecs]) {
-  const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
-  const int64_t base = offset(a.x, row_of(a, row));
-#pragma unroll
-  for (int j = 0; j < kVecs; ++j) {
-    const int column = (threadIdx.x + j * blockDim.x) * kVec;
-    if (column < a.width) raw[j] = load_raw(a.x.data, base + column, in);
+// Sums of `square` over the block, and for CENTER what to subtract from this warp's values so that
+// the row's mean is 0. One barrier: partial means and deviations merge (Chan, Golub & LeVeque 1983)
+// where a mean first and deviations later would take two.
+template <bool CENTER, int THREADS>
+__device__ __forceinline__ void merge(const Part& mine, Part (&parts)[THREADS / 32], float inverse,
+                                      float& rest, float& square) {
+  static_assert(THREADS <= 512, "half a warp reads the parts");
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = mine;
+  __syncthreads();
+  const int warp = threadIdx.x & 15;
+  Part other{};
+  if (warp < blockDim.x >> 5) other = parts[warp];
+  if (CENTER) {
+    const float base = parts[0].mean;
+    const float apart = (other.mean - base) + other.rest;
+    const float sum = group_sum<16>(other.count * apart);
+    const float shift = sum * inverse;
+    square = group_sum<16>(fmaf(other.count * apart, apart, other.square)) - sum * shift;
+    rest = shift - (mine.mean - base);
+  } else {
+    square = group_sum<16>(other.square);
   }
 }
 
-// A block owns a row at a time, kVecs vectors of it per thread.
-template <int DTYPE, bool CENTER, int THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS == kWideThreads && DTYPE != kAnyDType ? 2 : 1)
-    norm_wide(const NormArgs a) {
-  __shared__ BlockSum<THREADS> shared;
+// A block owns a row at a time. SHAPE::kDepth further rows are on their way to shared memory
+// meanwhile: a thread reads back what it asked for itself, so no barrier is needed.
+template <int DTYPE, bool CENTER, typename SHAPE>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) norm_wide(const NormArgs a) {
+  constexpr int VECS = SHAPE::kVecs, THREADS = SHAPE::kThreads, DEPTH = SHAPE::kDepth;
+  constexpr int kWords = DTYPE == kAnyDType ? 2 : 1;  // of 16 bytes, per vector
+  __shared__ uint4 ring[DEPTH][VECS][kWords][THREADS];
+  __shared__ Parts<THREADS> shared;
   const int in = DTYPE == kAnyDType ? a.x.dtype : DTYPE;
   const int out = DTYPE == kAnyDType ? a.y_dtype : DTYPE;
   const int64_t rows = a.outer * a.inner;
   const float inverse = 1.f / a.width;
-  float gain[kVecs][kVec], lift[kVecs][kVec];
+
+  const auto request = [&](int64_t row, int slot) {
+    if (row < rows) {
+      const int64_t base = offset(a.x, row_of(a, row));
+#pragma unroll
+      for (int j = 0; j < VECS; ++j) {
+        const int column = (threadIdx.x + j * blockDim.x) * kVec;
+        if (column < a.width) {
+          const char* from = at(a.x.data, base + column, in);
+          copy_async(&ring[slot][j][0][threadIdx.x], from);
+          if (kWords == 2 && in == kFloat32) {
+            copy_async(&ring[slot][j][kWords - 1][threadIdx.x], from + 16);
+          }
+        }
+      }
+    }
+    commit_copies();
+  };
+
+  // Elements of this warp, the same in every row.
+  float count = 0.f;
+#pragma unroll
+  for (int j = 0; j < VECS; ++j) {
+    if ((threadIdx.x + j * blockDim.x) * kVec < a.width) count += kVec;
+  }
+  count = group_sum<32>(count);
+  const float inverse_count = count > 0.f ? 1.f / count : 0.f;
+
+  float gain[VECS][kVec], lift[VECS][kVec];
   int64_t key = -1;
-  int turn = 0;
-  Raw next[kVecs];
-  load_row<DTYPE>(a, blockIdx.x, next);
+  int slot = 0, turn = 0;
+#pragma unroll
+  for (int ahead = 0; ahead < DEPTH; ++ahead) {
+    request(blockIdx.x + static_cast<int64_t>(ahead) * gridDim.x, ahead);
+  }
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Row at_row = row_of(a, row);
     const int64_t wanted = affine_key(a, at_row, row);
     if (wanted != key) {
 #pragma unroll
-      for (int j = 0; j < kVecs; ++j) {
+      for (int j = 0; j < VECS; ++j) {
         affine(a, at_row, (threadIdx.x + j * blockDim.x) * kVec, gain[j], lift[j]);
       }
       key = wanted;
     }
-    float x[kVecs][kVec];
-    float mean = 0.f, rest = 0.f, square = 0.f;
+    float x[VECS][kVec];
+    wait_copies<DEPTH - 1>();
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) {
+    for (int j = 0; j < VECS; ++j) {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) x[j][k] = 0.f;
-      if ((threadIdx.x + j * blockDim.x) * kVec < a.width) unpack(next[j], in, x[j]);
+      if ((threadIdx.x + j * blockDim.x) * kVec < a.width) {
+        Raw raw;
+        raw.lo = ring[slot][j][0][threadIdx.x];
+        if (kWords == 2 && in == kFloat32) raw.hi = ring[slot][j][kWords - 1][threadIdx.x];
+        unpack(raw, in, x[j]);
+      }
     }
-    if (row + gridDim.x < rows) load_row<DTYPE>(a, row + gridDim.x, next);
+    request(row + static_cast<int64_t>(DEPTH) * gridDim.x, slot);
+    slot = slot == DEPTH - 1 ? 0 : slot + 1;
+    Part mine{0.f, 0.f, 0.f, count};
     if (CENTER) {
 #pragma unroll
-      for (int j = 0; j < kVecs; ++j) mean += sum_of(x[j]);
-      mean = block_sum(mean, shared, turn) * inverse;
+      for (int j = 0; j < VECS; ++j) mine.mean += sum_of(x[j]);
+      mine.mean = group_sum<32>(mine.mean) * inverse_count;
 #pragma unroll
-      for (int j = 0; j < kVecs; ++j) {
-        if ((threadIdx.x + j * blockDim.x) * kVec < a.width) subtract(x[j], mean);
+      for (int j = 0; j < VECS; ++j) {
+        if ((threadIdx.x + j * blockDim.x) * kVec < a.width) subtract(x[j], mine.mean);
       }
-      if (in == kFloat32) {
+      if (in == kFloat32) {  // 16-bit inputs cannot have a mean so large that this matters
 #pragma unroll
-        for (int j = 0; j < kVecs; ++j) rest += sum_of(x[j]);
-        rest = block_sum(rest, shared, turn) * inverse;
+        for (int j = 0; j < VECS; ++j) mine.rest += sum_of(x[j]);
+        mine.rest = group_sum<32>(mine.rest) * inverse_count;
       }
     }
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) square += square_sum_of(x[j]);
-    square = block_sum(square, shared, turn) * inverse - rest * rest;
-    const float rstd = rsqrtf(fmaxf(square, 0.f) + a.eps);
+    for (int j = 0; j < VECS; ++j) mine.square += square_sum_of(x[j]);
+    mine.square = group_sum<32>(mine.square) - count * mine.rest * mine.rest;
+    float rest = 0.f, square;
+    merge<CENTER, THREADS>(mine, shared.part[turn], inverse, rest, square);
+    turn ^= 1;
+    const float rstd = rsqrtf(fmaxf(square * inverse, 0.f) + a.eps);
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) {
+    for (int j = 0; j < VECS; ++j) {
       const int column = (threadIdx.x + j * blockDim.x) * kVec;
       if (column < a.width) {
         finish<CENTER>(x[j], rstd, rest, gain[j], lift[j]);
@@ -275,32 +337,48 @@ using Kernel = void (*)(NormArgs);
 // One vector of a row per lane; modulation is left to the wide kernels.
 bool narrow(const NormArgs& a) { return a.width <= 32 * kVec && a.scale.data == nullptr; }
 
-// Lanes per narrow row. Dtypes without kernels of their own get fewer choices.
-int lanes_for(int vectors, bool any_dtype) {
-  int lanes = any_dtype ? 8 : 4;
-  while (lanes < vectors) lanes *= any_dtype ? 4 : 2;
-  return lanes;
+struct Plan {
+  Kernel kernel;
+  int threads;
+  int64_t blocks;
+};
+
+template <int DTYPE, bool CENTER, int LANES>
+Plan plan_narrow(int64_t rows, int processors) {
+  const int64_t blocks = ceil_div(rows, kThreads / LANES * kRows);
+  return {norm_narrow<DTYPE, CENTER, LANES, kRows>, kThreads,
+          std::min(blocks, int64_t{32} * processors)};
 }
 
+template <int DTYPE, bool CENTER, typename SHAPE>
+Plan plan_wide(int64_t rows, int vectors, int processors) {
+  const int threads = static_cast<int>(ceil_div(vectors, SHAPE::kVecs * 32)) * 32;
+  const int64_t most = SHAPE::kResident / threads * static_cast<int64_t>(processors);
+  return {norm_wide<DTYPE, CENTER, SHAPE>, threads, std::min(rows, most)};
+}
+
+// Mixed dtypes get fewer kernels.
 template <int DTYPE, bool CENTER>
-Kernel kernel_of(const NormArgs& a) {
-  constexpr bool any = DTYPE == kAnyDType;
+Plan plan(const NormArgs& a, int processors) {
+  constexpr bool mixed = DTYPE == kAnyDType;
+  const int64_t rows = a.outer * a.inner;
   const int vectors = a.width / kVec;
   if (narrow(a)) {
-    switch (lanes_for(vectors, any)) {
-      case 4: return norm_narrow<DTYPE, CENTER, any ? 8 : 4>;
-      case 8: return norm_narrow<DTYPE, CENTER, 8>;
-      case 16: return norm_narrow<DTYPE, CENTER, any ? 32 : 16>;
-      default: return norm_narrow<DTYPE, CENTER, 32>;
-    }
+    if (vectors > 16) return plan_narrow<DTYPE, CENTER, 32>(rows, processors);
+    if (vectors > 8) return plan_narrow<DTYPE, CENTER, mixed ? 32 : 16>(rows, processors);
+    if (vectors > 4) return plan_narrow<DTYPE, CENTER, 8>(rows, processors);
+    return plan_narrow<DTYPE, CENTER, mixed ? 8 : 4>(rows, processors);
   }
-  if (vectors <= kVecs * kWideThreads) return norm_wide<DTYPE, CENTER, kWideThreads>;
-  return norm_wide<kAnyDType, CENTER, kMaxThreads>;
+  if (vectors > Common::kVecs * Common::kThreads) {
+    return plan_wide<kAnyDType, CENTER, Long>(rows, vectors, processors);
+  }
+  return plan_wide<DTYPE, CENTER, std::conditional_t<mixed, Mixed, Common>>(rows, vectors,
+                                                                            processors);
 }
 
 template <int DTYPE>
-Kernel kernel_of(const NormArgs& a) {
-  return a.center ? kernel_of<DTYPE, true>(a) : kernel_of<DTYPE, false>(a);
+Plan plan(const NormArgs& a, int processors) {
+  return a.center ? plan<DTYPE, true>(a, processors) : plan<DTYPE, false>(a, processors);
 }
 
 int common_dtype(const NormArgs& a) {
@@ -313,7 +391,7 @@ cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
   const int64_t rows = a.outer * a.inner;
   if (rows == 0 || a.width == 0) return cudaSuccess;
   const int vectors = a.width / kVec;
-  const bool vector = a.width % kVec == 0 && vectors <= kVecs * kMaxThreads && aligned(a.y) &&
+  const bool vector = a.width % kVec == 0 && vectors <= kLongest && aligned(a.y) &&
                       vector_rows(a.x) && vector_rows(a.weight) && vector_rows(a.bias) &&
                       vector_rows(a.scale) && vector_rows(a.shift);
   if (!vector) {
@@ -326,21 +404,10 @@ cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int dtype = common_dtype(a);
-  const Kernel kernel = dtype == kBFloat16  ? kernel_of<kBFloat16>(a)
-                        : dtype == kFloat16 ? kernel_of<kFloat16>(a)
-                                            : kernel_of<kAnyDType>(a);
-  int64_t blocks, most;
-  int threads = kThreads;
-  if (narrow(a)) {
-    const int lanes = lanes_for(vectors, dtype == kAnyDType);
-    blocks = ceil_div(rows, kThreads / lanes * kRows);
-    most = static_cast<int64_t>(processors) * 32;
-  } else {
-    threads = static_cast<int>(ceil_div(vectors, kVecs * 32)) * 32;
-    blocks = rows;
-    most = static_cast<int64_t>(processors) * (2048 / threads);
-  }
-  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), threads, 0, stream>>>(a);
+  const Plan p = dtype == kBFloat16  ? plan<kBFloat16>(a, processors)
+                 : dtype == kFloat16 ? plan<kFloat16>(a, processors)
+                                     : plan<kAnyDType>(a, processors);
+  p.kernel<<<static_cast<unsigned>(p.blocks), p.threads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

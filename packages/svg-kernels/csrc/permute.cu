@@ -7,10 +7,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kUnroll = 4;
 
-__device__ __forceinline__ uint4 load_word(const uint4* p) { return load_stream(p); }
+__device__ __forceinline__ uint4 load_word(const uint4* p) { return load_quad(p); }
 __device__ __forceinline__ unsigned load_word(const unsigned* p) { return *p; }
 __device__ __forceinline__ unsigned char load_word(const unsigned char* p) { return *p; }
-__device__ __forceinline__ void store_word(uint4* p, uint4 v) { store_stream(p, v); }
+__device__ __forceinline__ void store_word(uint4* p, uint4 v) { store_quad(p, v); }
 __device__ __forceinline__ void store_word(unsigned* p, unsigned v) { *p = v; }
 __device__ __forceinline__ void store_word(unsigned char* p, unsigned char v) { *p = v; }
 

@@ -4,7 +4,7 @@
 namespace svg {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kHeads = 2;  // heads in flight per thread
 
 // Block b works on `kThreads / lanes` tokens and one share of the heads.
@@ -88,8 +88,8 @@ template <bool HALF>
 cudaError_t launch(const RopeArgs& a, cudaStream_t stream, int lanes) {
   const Kernel kernel = kernel_for<HALF>(a.dtype);
   const int64_t tiles = ceil_div(a.tokens, kThreads / lanes);
-  int shares = 1;  // split the heads until the grid fills a large GPU several times
-  while (tiles * a.batch * shares < 2048 && shares * 2 * kHeads <= a.heads) shares *= 2;
+  int shares = 1;  // split the heads until the grid fills a large GPU; each reads the tables again
+  while (tiles * a.batch * shares < 1024 && shares * 2 * kHeads <= a.heads) shares *= 2;
   const int64_t blocks = tiles * a.batch * shares;
   if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, lanes, shares, tiles);

@@ -14,7 +14,8 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 EMULATOR = Path(__file__).parent / "emulator"
 KERNELS = ("norm", "gate", "rope", "qk_norm_rope", "permute")
 _LAUNCH = re.compile(
-    r"([A-Za-z_]\w*(?:<[\w, ]*>)?(?:\(\w+\))?)<<<(.+?),\s*(\w+),\s*0,\s*stream>>>\(([^;]*)\);",
+    r"([A-Za-z_][\w.]*(?:<[\w, ]*>)?(?:\(\w+\))?)<<<(.+?),\s*([\w.]+),\s*0,\s*stream>>>"
+    r"\(([^;]*)\);",
     re.DOTALL,
 )
 
@@ -30,7 +31,7 @@ def missing() -> str:
 
 def build(folder: Path) -> Path:
     """Translate the launches, compile everything, and return the library."""
-    for header in (*SOURCES.glob("*.cuh"), SOURCES / "launch.h"):
+    for header in (*SOURCES.glob("*.cuh"), SOURCES / "launch.h", SOURCES / "arguments.h"):
         shutil.copy(header, folder)
     shutil.copy(EMULATOR / "ptx.cuh", folder)  # found first: it lies beside who includes it
     files = [SOURCES / "exports.cc"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import emulate
 import pytest
 import torch
 
 import svg_kernels
-from svg_kernels import _backends
+from svg_kernels import _backends, _cuda
 
 pytestmark = pytest.mark.timeout(900)  # compiling takes half a minute on two idle cores
 CPU = torch.device("cpu")
@@ -18,33 +16,20 @@ DTYPES = [BF16, FP16, FP32]
 ULP = {BF16: 2**-7, FP16: 2**-10, FP32: 2e-6}  # one step: two roundings may part ways
 
 
-class Library:
-    """The emulated launchers; a CPU tensor has no device index, and no stream."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._module, name)
-        return lambda *args: function(*(0 if arg is None else arg for arg in args))
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     tvm_ffi = pytest.importorskip("tvm_ffi")
     if reason := emulate.missing():
         pytest.skip(reason)
     path = emulate.build(tmp_path_factory.mktemp("emulated"))
-    return Library(tvm_ffi.load_module(str(path)))
+    return tvm_ffi.load_module(str(path))
 
 
 @pytest.fixture(autouse=True)
 def emulated(library, monkeypatch):
-    from svg_kernels import _cuda
-
     monkeypatch.setattr(_cuda, "_lib", library)
-    monkeypatch.setattr(_cuda, "_stream", lambda device: 0)
     monkeypatch.setitem(_backends._chosen, ("cuda", CPU), _cuda)
+    monkeypatch.setitem(_backends._launchers, ("cuda", CPU), library)
 
 
 def normal(shape, dtype, generator, mean=0.0):
@@ -52,7 +37,8 @@ def normal(shape, dtype, generator, mean=0.0):
 
 
 def both(function, *args, **kwargs):
-    got = function(*args, backend="cuda", **kwargs)
+    with torch.no_grad():  # straight to the launchers
+        got = function(*args, backend="cuda", **kwargs)
     want = function(*args, backend="reference", **kwargs)
     pairs = [(got, want)] if isinstance(got, torch.Tensor) else zip(got, want, strict=True)
     for a, b in pairs:
@@ -169,3 +155,68 @@ def test_blocks_that_walk_over_many_rows(generator):
         both(svg_kernels.layer_norm, x, weight, bias)
         if width > 256:
             both(svg_kernels.layer_norm_modulate, x, scale, shift, weight=weight, bias=bias)
+
+
+def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
+    for name in ("rms_norm", "layer_norm_modulate", "gate_residual", "rope", "rope_",
+                 "qk_norm_rope", "permute_rows"):  # fmt: skip
+        monkeypatch.delattr(_cuda, name)
+    x = normal((2, 5, 64), BF16, generator)
+    scale = torch.nn.Parameter(normal((2, 64), FP32, generator))
+    table = torch.rand(5, 32, generator=generator)
+    order = torch.arange(5).int().flip(0)
+    both(svg_kernels.rms_norm, x[:, ::2])
+    both(svg_kernels.layer_norm_modulate, x, scale, scale)
+    both(svg_kernels.gate_residual, x, x, scale)
+    both(svg_kernels.rope, x[:, None], table, table)
+    both(svg_kernels.qk_norm_rope, x, x, scale[0], scale[0], table, table, heads=1)
+    both(svg_kernels.permute_rows, (x[:, None], x[:1, None].float()), order)
+
+
+def test_what_needs_a_conversion_is_converted(generator):
+    x = normal((2, 3, 5, 8), BF16, generator)
+    flipped = x.transpose(-1, -2).contiguous().transpose(-1, -2)  # the last axis is strided
+    theta = torch.rand(5, 4, generator=generator, dtype=torch.float64)
+    turns = torch.polar(torch.ones_like(theta), theta)
+    both(svg_kernels.rms_norm, flipped)
+    both(svg_kernels.layer_norm, x.permute(2, 1, 0, 3))  # no two strides describe its rows
+    both(svg_kernels.rope, flipped, theta.cos(), theta.sin())
+    both(svg_kernels.rope, x, theta.cos().float(), theta.sin().float().T.contiguous().T)
+    both(svg_kernels.rope, x, turns)
+    both(svg_kernels.rope, x, turns.to(torch.complex64).conj())
+    both(svg_kernels.rope, x, turns.real.float(), turns.to(torch.complex64).conj().imag)
+    order = torch.arange(5).int()[:, None].expand(5, 2).contiguous()[:, 0]  # strided
+    moved = svg_kernels.permute_rows(flipped, order, backend="cuda")
+    assert torch.equal(moved, x)
+    small = x.to(torch.float8_e4m3fn)
+    with torch.no_grad():
+        moved = svg_kernels.permute_rows(small, order.flip(0).contiguous(), backend="cuda")
+    assert torch.equal(moved.view(torch.uint8), small.view(torch.uint8).flip(2))
+
+
+def test_refusals_are_the_same_sentences():
+    x, vector = torch.ones(1, 4, 8), torch.ones(8)
+    table = torch.ones(5, 4)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"weight must be \[8\] .* got \[7\]"):
+            svg_kernels.rms_norm(x, torch.ones(7), backend="cuda")
+        with pytest.raises(TypeError, match="out_dtype must be"):
+            svg_kernels.layer_norm(x, out_dtype=torch.float64, backend="cuda")
+        with pytest.raises(ValueError, match=r"scale must be \[1, 8\]"):
+            svg_kernels.layer_norm_modulate(x, torch.ones(2, 8), vector[None], backend="cuda")
+        with pytest.raises(ValueError, match=r"x must be \[1, 4, 8\] like residual"):
+            svg_kernels.gate_residual(x, x[:, :3], vector[None], backend="cuda")
+        with pytest.raises(ValueError, match="the tables cover tokens 0 to 4, but x has 4"):
+            svg_kernels.rope(x[None], table, table, backend="cuda")
+        with pytest.raises(ValueError, match="sin was given without cos"):
+            svg_kernels.qk_norm_rope(x, x, vector, vector, sin=table, heads=1, backend="cuda")
+        with pytest.raises(ValueError, match="heads must divide 8, got 9"):
+            svg_kernels.qk_norm_rope(x, x, vector, vector, heads=9, backend="cuda")
+        with pytest.raises(ValueError, match="head_dim must be even"):
+            svg_kernels.qk_norm_rope(x, x, vector, vector, heads=8, backend="cuda")
+        with pytest.raises(TypeError, match="order must be int32"):
+            svg_kernels.permute_rows(x[None], torch.arange(4), backend="cuda")
+        with pytest.raises(ValueError, match="order must name each of the 4 rows"):
+            svg_kernels.unpermute_rows(x[None], torch.arange(3).int(), backend="cuda")
+    with pytest.raises(RuntimeError, match="did not take arguments"):
+        _cuda.gate_residual(x.long(), x, vector[None], FP32)

@@ -27,6 +27,7 @@ _MODULES = {
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _chosen: dict[tuple[str, torch.device], Any] = {}
+_launchers: dict[tuple[str, torch.device], Any] = {}  # of devices that the compiled tier serves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,22 @@ def _choose(backend: str, device: torch.device) -> Any:
             notes = {t.name: ("can run; " if t.available else "") + t.note for t in _tiers(device)}
             raise UnsupportedError(f"svg_kernels backend {backend!r} on {device}", notes)
         name = backend
+    if name == "cuda":
+        _launchers[backend, device] = _library.functions()
     return importlib.import_module(_MODULES[name])
+
+
+def launchers(backend: str, x: Any) -> Any | None:
+    """Return the compiled launchers if a call on `x` can go straight to them, else None.
+
+    It can where nobody listens to torch's dispatcher (plain tensors, no gradients, nothing
+    compiling or tracing) and an earlier call has chosen the compiled tier for this device. The
+    launchers check their arguments and return whether they launched; the operations check in words,
+    convert and go through the dispatcher only where that fails. This saves 10 us of a call or more.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(x):
+        return None
+    return _launchers.get((backend, x.device))
 
 
 def auto(device: torch.device) -> str:
@@ -109,8 +125,7 @@ def register(
     """Register `svg_kernels::name` with torch; return a function that calls it.
 
     `define` + `impl` costs a third of what `custom_op` adds to every call. Where nobody listens
-    to torch's dispatcher (plain tensors, no gradients, nothing compiling or tracing) the function
-    skips it as well, which saves 4 to 11 us of the host's time, the more the more arguments.
+    to torch's dispatcher (as in `launchers`) the function skips it as well.
     """
     qualified = f"svg_kernels::{name}"
     torch.library.define(qualified, schema)

@@ -59,29 +59,28 @@ def pair_views(cos: Tensor, sin: Tensor | None, dim: int, half: bool) -> tuple[T
     return _view(cos, dim, half, 0), _view(sin, dim, half, 1)
 
 
-def describe(
-    cos: Tensor, sin: Tensor | None, dim: int, half: bool, start: int
-) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, int, int, int, int]]:
-    """Return tensors to keep alive, and what the kernels need to know of them.
-
-    That is: both addresses, the strides of batch, token and pair in floats, start and length.
-    """
+def pending(cos: Tensor | None, sin: Tensor | None) -> bool:
+    """Return whether torch still owes the tables a conjugation or a change of sign."""
+    if cos is None:
+        return False
     if sin is None:
-        cos = cos if cos.dtype == torch.complex64 else cos.to(torch.complex64)
-        unit, first, second = 2, cos.data_ptr(), cos.data_ptr() + 4
-    else:
-        cos, sin = _single(cos), _single(sin)
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        unit, first, second = 1, cos.data_ptr(), sin.data_ptr()
-    shape, stride = cos.shape, cos.stride()
-    batch, token, pair = _axes(cos)
-    step = stride[pair] * unit
-    if shape[pair] == dim and not half and sin is not None:
-        second += 4 * step  # each value twice: sin is read from the pair's second channel
-        step *= 2
-    batch_step = stride[batch] * unit if batch >= 0 and shape[batch] > 1 else 0
-    return (cos, sin), (first, second, batch_step, stride[token] * unit, step, start, shape[token])
+        return cos.is_conj()
+    return sin.is_neg() or cos.is_neg()
+
+
+def resolve(cos: Tensor, sin: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the tables with nothing `pending`."""
+    if sin is None:
+        return cos.resolve_conj(), None
+    return cos.resolve_neg(), sin.resolve_neg()
+
+
+def single(cos: Tensor, sin: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return complex64, or two fp32 tables of equal strides, which is what the kernels read."""
+    if sin is None:
+        return cos.to(torch.complex64), None
+    cos, sin = _single(cos), _single(sin)
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
 def _axes(table: Tensor) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import register, select
+from svg_kernels._backends import launchers, register, select
 from svg_kernels._checks import (
     check_companion,
     check_modulation,
@@ -50,13 +50,19 @@ def layer_norm_modulate(
 
     Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2 (adaLN).
     """
+    y: Tensor
+    compiled = launchers(backend, x)
+    if compiled is not None:
+        y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+        if compiled.norm(x, weight, bias, scale, shift, y, eps, True):
+            return y
     check_rows("x", x, out_dtype)
     check_tokens(x)
     check_vector("weight", weight, x)
     check_vector("bias", bias, x)
     check_modulation("scale", scale, x)
     check_modulation("shift", shift, x)
-    y: Tensor = _layer_norm_modulate(x, scale, shift, weight, bias, eps, out_dtype, backend)
+    y = _layer_norm_modulate(x, scale, shift, weight, bias, eps, out_dtype, backend)
     return y
 
 
@@ -89,6 +95,12 @@ def gate_residual(
 
     Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2 (adaLN-Zero).
     """
+    y: Tensor
+    compiled = launchers(backend, residual)
+    if compiled is not None:
+        y = torch.empty_like(residual, dtype=out_dtype, memory_format=torch.contiguous_format)
+        if compiled.gate_residual(residual, x, gate, y):
+            return y
     check_rows("residual", residual, out_dtype)
     check_rows("x", x)
     check_tokens(residual)
@@ -96,7 +108,7 @@ def gate_residual(
         raise ValueError(f"x must be {list(residual.shape)} like residual, got {list(x.shape)}")
     check_companion("x", x, residual)
     check_modulation("gate", gate, residual)
-    y: Tensor = _gate_residual(residual, x, gate, out_dtype, backend)
+    y = _gate_residual(residual, x, gate, out_dtype, backend)
     return y
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import register, select
+from svg_kernels._backends import launchers, register, select
 from svg_kernels._checks import check_companion, check_device, check_rows
-from svg_kernels._tables import check_range, check_tables
+from svg_kernels._tables import check_range, check_tables, pending, resolve
 
 Pairing = Literal["interleaved", "half"]
 
@@ -51,18 +51,25 @@ def rope(
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
     """
+    half = _is_half(pairing)
+    y: Tensor
+    compiled = launchers(backend, x)
+    if compiled is not None and not pending(cos, sin):
+        y = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
+        if compiled.rope(x, y, cos, sin, half, start):
+            return y
     check_rows("x", x)
     if x.ndim != 4:
         raise ValueError(f"x must be [batch, heads, tokens, head_dim], got {list(x.shape)}")
     _, _, tokens, dim = x.shape
     if dim % 2:
         raise ValueError(f"head_dim must be even, got {dim}")
-    half = _is_half(pairing)
     check_range(start, check_tables(cos, sin, x, dim), tokens)
+    cos, sin = resolve(cos, sin)
     if inplace:
         _rope_(x, cos, sin, half, start, backend)
         return x
-    y: Tensor = _rope(x, cos, sin, half, start, backend)
+    y = _rope(x, cos, sin, half, start, backend)
     return y
 
 
@@ -112,11 +119,19 @@ def qk_norm_rope(
     Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4, and Su et al. 2021, arXiv:2104.09864,
     eq. 34.
     """
+    half = _is_half(pairing)
+    compiled = launchers(backend, query)
+    if compiled is not None and not pending(cos, sin):
+        outs = _quick_outputs(query, key, heads) if out is None else out
+        if outs is not None and compiled.qk_norm_rope(
+            query, key, query_weight, key_weight, *outs, cos, sin, eps, half, start
+        ):
+            return outs
     dim = _check_projections(query, key, heads)
     _check_weights(query, key, query_weight, key_weight, dim)
-    half = _is_half(pairing)
     if cos is not None:
         check_range(start, check_tables(cos, sin, query, dim), query.shape[1])
+        cos, sin = resolve(cos, sin)
     elif sin is not None:
         raise ValueError("sin was given without cos; pass both tables or neither")
     common = (query, key, query_weight, key_weight, cos, sin, heads, eps, half, start, backend)
@@ -216,6 +231,19 @@ def _outputs(query: Tensor, key: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty(key_shape, dtype=dtype, device=device),
     )
+
+
+def _quick_outputs(query: Tensor, key: Tensor, heads: int) -> tuple[Tensor, Tensor] | None:
+    """Return `_outputs` of arguments that nobody has checked yet, None if they cannot be right."""
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 3 or len(key_shape) != 3 or not 0 < heads <= shape[2]:
+        return None
+    batch, tokens, width = shape
+    q = query.new_empty((batch, heads, tokens, width // heads))
+    if key_shape == shape:
+        return q, torch.empty_like(q)
+    dim = width // heads
+    return q, key.new_empty((key_shape[0], key_shape[2] // dim, key_shape[1], dim))
 
 
 def _run_qk_norm_rope(

@@ -4,7 +4,15 @@
 
 namespace svg {
 
-inline uint4 load_stream(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+inline uint4 load_quad(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+
+// The copies arrive at once, which a correct kernel cannot tell from later.
+inline void copy_async(void* shared, const void* global) {
+  *static_cast<uint4*>(shared) = __ldg(static_cast<const uint4*>(global));
+}
+inline void commit_copies() {}
+template <int PENDING>
+void wait_copies() {}
 
 inline float half_bits(unsigned short bits) {
   _Float16 h;
