@@ -18,6 +18,13 @@ _TILE = 4096  # elements of a tile, unless one row is longer
 
 
 @triton.jit
+def _rstd(square, count, eps):
+    # `/` and `tl.sqrt` are approximate on NVIDIA GPUs, several units in the last place together.
+    zero = tl.zeros_like(square)
+    return tl.div_rn(zero + 1.0, tl.sqrt_rn(tl.div_rn(square, zero + count) + eps))
+
+
+@triton.jit
 def _norm(
     x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     rows, inner, width, eps,
@@ -34,7 +41,7 @@ def _norm(
     if CENTER:
         x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
         x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    y = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps))[:, None]
+    y = x * _rstd(tl.sum(x * x, 1), width, eps)[:, None]
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
@@ -110,10 +117,10 @@ def _qk(
     b = tl.load(x + second_offset, mask, 0.0).to(tl.float32)
     square = tl.sum(a * a + b * b, 1)
     if ACROSS:
-        rstd = 1.0 / tl.sqrt(tl.sum(square, 0) / (heads * pairs * 2) + eps)
+        rstd = _rstd(tl.sum(square, 0, keep_dims=True), heads * pairs * 2, eps)[:, None]
         w = weight_ptr + column
     else:
-        rstd = 1.0 / tl.sqrt(square[:, None] / (pairs * 2) + eps)
+        rstd = _rstd(square, pairs * 2, eps)[:, None]
         w = weight_ptr + pair * first_step + head * 0
     a = a * rstd * tl.load(w, mask, 0.0).to(tl.float32)
     b = b * rstd * tl.load(w + second_offset, mask, 0.0).to(tl.float32)
