@@ -182,6 +182,8 @@ def sample(
     loaded.geometry.check(**size)
     check_backend(backend, loaded)
     tokens = loaded.geometry.tokens(**size)
+    if media.image is not None and loaded.inputs.image == "reference_images":
+        tokens += loaded.geometry.tokens(**size | {"frames": 1})  # it is denoised as one frame more
     recipe = recipe_for(loaded.pipe, tokens, method="svg1" if spec.name == "svg1" else "svg2")
     q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
     fitted = SVG2(q_clusters=q_clusters, k_clusters=k_clusters)

@@ -39,6 +39,7 @@ EXAMPLES = (
     "svg generate\n\n"
     'svg generate "a large red star moving right" --seed 3 -o star.mp4\n\n'
     "svg generate --method svg2-error --density 0.2\n\n"
+    'svg generate "a blue circle moving up" --video star.mp4 --strength 0.6\n\n'
     'svg generate "a fox in the snow" -m Wan-AI/Wan2.1-T2V-14B-Diffusers --size 1280x720'
 )
 
