@@ -52,7 +52,7 @@ from svg_attention.backends.kernels import COPY_ROWS, long_tiles_first
 DENSITIES = (0.10, 0.15, 0.25, 0.40, 1.0)
 PAGE = ROOT / "docs" / "sparse-attention-kernel.md"
 PEERS = ("FlashInfer", "FlashAttention 4", "FastVideo")
-KERNELS = ("cuda", "triton", *PEERS, "cuDNN dense")
+COLUMNS = ("cuda", "triton", "FlashInfer", "FlashInfer plan", *PEERS[1:], "cuDNN dense")
 
 
 def kernels(
@@ -225,7 +225,7 @@ def run(
 def write_table(gpu: str) -> None:
     """Fill the tables of the kernel's page from the stored result, and draw its figures."""
     result = load(gpu, "sparse_attention")
-    head = ["workload", "clusters", "density", "mean run", *KERNELS]
+    head = ["workload", "clusters", "density", "mean run", *COLUMNS]
     notes = [*result.get("notes", [])]
     if result["not_run"]:
         notes.append(f"Not run: {'; '.join(result['not_run'])}.")
@@ -248,14 +248,15 @@ def line(row: dict[str, Any]) -> list[str]:
     def cell(name: str) -> str:
         if name not in row["ms"]:
             return ""
-        return f"{row['ms'][name]['median']:.1f} ({speeds[name]:.0f})"
+        ms = f"{row['ms'][name]['median']:.1f}"
+        return f"{ms} ({speeds[name]:.0f})" if name in speeds else ms
 
     return [
         f"{row['workload']}, {row['heads']} x {row['tokens']:,}",
         "{} x {}".format(*row["clusters"]),
         f"{row['density']:.1%}",
         f"{row['mean_run']:.0f}",
-        *(cell(name) for name in KERNELS),
+        *(cell(name) for name in COLUMNS),
     ]
 
 
