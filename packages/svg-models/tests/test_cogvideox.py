@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
 from torch import Tensor
 from zoo import cogvideox
 
-from svg_attention import SVG2, Dense, Schedule
+from svg_attention import SVG1, SVG2, Dense, Schedule
 from svg_models import sparsify
 from svg_models.families.cogvideox import COGVIDEOX
+from svg_models.recipes import recipe_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -100,3 +102,13 @@ def test_the_grid_counts_a_padded_frame(version: Any, frames: int, expected: int
     model = cogvideox.transformer(**version)
     latents = torch.zeros(1, frames, 4, 8, 6)
     assert COGVIDEOX.grid(model, {"hidden_states": latents}) == (expected, 8, 6)
+
+
+def test_a_checkpoint_gets_the_nearest_settings_and_a_note() -> None:
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42)
+    recipe = recipe_for(model, 17_550)
+    assert isinstance(recipe.method, SVG2)
+    assert recipe.schedule == Schedule(dense_steps=0.2, dense_layers=0.025)
+    assert "nearest published settings, those of CogVideoX 1.5" in recipe.note
+    assert recipe_for(model, 44_880, method="svg1").method == SVG1(density=0.25)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 from zoo import hunyuan_video, hunyuan_video15
 
@@ -15,6 +16,7 @@ from svg_attention import SVG1, SVG2, Dense, Method, Schedule, UnsupportedError
 from svg_models import sparsify
 from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
 from svg_models.families.hunyuan_video15 import HUNYUAN_VIDEO_15
+from svg_models.recipes import recipe_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -138,6 +140,34 @@ def test_dual_and_single_blocks_are_layers_in_the_order_they_run() -> None:
         *(f"transformer_blocks.{i}.attn" for i in range(2)),
         *(f"single_transformer_blocks.{i}.attn" for i in range(3)),
     ]
+
+
+def test_arguments_by_position() -> None:
+    model = hunyuan_video.transformer(guidance_embeds=False)
+    arguments = inputs(LENGTHS[:1])
+    expected = sparse_forward(model, arguments, SPARSE)
+    order = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+    positional = [arguments[name] for name in order]
+    rest = dict(pooled_projections=arguments["pooled_projections"], return_dict=False)
+    with sparsify(model, SPARSE, ALWAYS_SPARSE), torch.no_grad():
+        with model.cache_context("cond", step_index=0, num_inference_steps=4):
+            assert torch.equal(model(*positional, **rest)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "clusters", "dense_steps"), [(118_800, 400, 0.1), (44_550, 200, 0.04)]
+)
+def test_published_sizes_get_their_own_settings(
+    tokens: int, clusters: int, dense_steps: float
+) -> None:
+    with torch.device("meta"):
+        model = HunyuanVideoTransformer3DModel()
+    recipe = recipe_for(model, tokens)
+    assert recipe.method == SVG2(q_clusters=clusters, k_clusters=1000)
+    assert recipe.schedule.dense_steps == dense_steps
+    assert recipe.note == ""
+    assert "hyvideo" in recipe.source
+    assert "nearest published settings" in recipe_for(model, tokens - 1).note
 
 
 def test_lengths_are_exact_in_bf16() -> None:

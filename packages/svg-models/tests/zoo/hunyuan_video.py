@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -75,10 +76,10 @@ def shared_parts(**changes: Any) -> dict[str, Any]:
     )
 
 
-def text_to_video() -> Any:
+def text_encoded(kind: Any, **changes: Any) -> Any:
     torch.manual_seed(1)
     encoder = LlamaModel(LlamaConfig(**parts.LLAMA)).eval()
-    pipe = HunyuanVideoPipeline(**shared_parts(guidance_embeds=True), text_encoder=encoder)
+    pipe = kind(**shared_parts(guidance_embeds=True, **changes), text_encoder=encoder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -145,7 +146,7 @@ CASES = (
     Case(
         name="hunyuan_video t2v",
         task="t2v",
-        build=text_to_video,
+        build=lambda: text_encoded(HunyuanVideoPipeline),
         arguments=ARGUMENTS,
         **SHARED,
     ),
@@ -163,6 +164,14 @@ CASES = (
         build=lambda: image_to_video("token_replace", guidance_embeds=True),
         arguments=IMAGE_ARGUMENTS | dict(negative_prompt=None),
         branches=("call 0",),
+        **SHARED,
+    ),
+    Case(
+        name="hunyuan_video i2v skyreels",
+        task="i2v",
+        build=lambda: text_encoded(HunyuanSkyreelsImageToVideoPipeline, in_channels=8),
+        arguments=ARGUMENTS | dict(image=parts.IMAGE),
+        branches=("call 0", "call 1"),
         **SHARED,
     ),
 )
