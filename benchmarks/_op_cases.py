@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,10 @@ def rms_norm(rows: int, width: int, compiled: bool) -> Case:
             return F.rms_norm(x, (width,), weight, 1e-6)
 
         peers["torch.compile"] = partial(torch.compile(plain, dynamic=False), x, weight)
+    if flashinfer_here():
+        from flashinfer.norm import rmsnorm
+
+        peers["FlashInfer"] = partial(rmsnorm, x, weight, 1e-6)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         want = svg_kernels.rms_norm(x[-LAST:], weight, backend="reference")
@@ -111,6 +116,10 @@ def layer_norm(rows: int, width: int, compiled: bool) -> Case:
             return F.layer_norm(x, (width,), weight, bias, 1e-6)
 
         peers["torch.compile"] = partial(torch.compile(plain, dynamic=False), x, weight, bias)
+    if flashinfer_here():
+        from flashinfer.norm import layernorm
+
+        peers["FlashInfer"] = partial(layernorm, x, weight.float(), bias.float(), 1e-6)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         want = svg_kernels.layer_norm(x[-LAST:], weight, bias, backend="reference")
@@ -294,6 +303,10 @@ def permute(*, inverse: bool) -> Case:
         checks=checks,
         peers={"torch": stock},
     )
+
+
+def flashinfer_here() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

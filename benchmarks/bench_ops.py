@@ -141,6 +141,7 @@ def write_table(gpu: str) -> None:
         "SVG2 prints",
         "over torch",
         "over torch.compile",
+        "over FlashInfer",
     ]
     calls = result["host_us_per_call"]
     base = calls["empty operator"]
@@ -176,6 +177,7 @@ def line(row: dict[str, Any], copy: float) -> list[str]:
         f"{printed:.2f}x" if printed else "",
         ratio("torch"),
         ratio("torch.compile"),
+        ratio("FlashInfer"),
     ]
 
 
