@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from svg_attention import TokenLayout, runs
+from svg_attention import TokenLayout, planner, runs
 from svg_attention.methods import profile, routing, selection
 from svg_attention.methods.band import Band
 from svg_attention.methods.clustering import Clusters
-from svg_attention.planner import device_planner
+from svg_attention.planner import device_planner, device_prober
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("svg_kernels") is None, reason="svg-kernels is not installed"
@@ -27,9 +27,11 @@ def both(monkeypatch):
         from svg_kernels import planning
 
         results = []
-        for planner in (None, planning):
+        for found in (None, planning):
             for module in (runs, selection, routing, profile):
-                monkeypatch.setattr(module, "device_planner", lambda _, planner=planner: planner)
+                for name in ("device_planner", "device_prober"):
+                    if hasattr(module, name):
+                        monkeypatch.setattr(module, name, lambda _, found=found: found)
             results.append(function(*args, **kwargs))
         return results
 
@@ -45,6 +47,14 @@ def choice(generator, device, *, heads=2, tiles=3, count=50):
 
 def test_a_cpu_plans_in_plain_torch():
     assert device_planner(torch.zeros(1)) is None
+    assert device_prober(torch.zeros(1, 64)) is None
+
+
+def test_rows_that_no_kernel_takes_are_probed_in_plain_torch(monkeypatch):
+    monkeypatch.setattr(planner, "device_planner", lambda _: planner)
+    assert device_prober(torch.zeros(1, 256)) is planner
+    assert device_prober(torch.zeros(1, 257)) is None
+    assert device_prober(torch.zeros(1, 64, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("min_keep", [0.0, 0.1])

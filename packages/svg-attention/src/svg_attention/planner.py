@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+# Channels of a head that the probing kernels take.
+WIDEST = 256
 _found: dict[torch.device, ModuleType | None] = {}
 
 
@@ -22,6 +24,12 @@ def device_planner(x: Tensor) -> ModuleType | None:
     if x.device not in _found:
         _found[x.device] = _find(x.device)
     return _found[x.device]
+
+
+def device_prober(rows: Tensor) -> ModuleType | None:
+    """Return the planner of the device if its kernels take rows of this type and width."""
+    narrow = rows.shape[-1] <= WIDEST and rows.dtype != torch.float64
+    return device_planner(rows) if narrow else None
 
 
 def _find(device: torch.device) -> ModuleType | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svg_attention.methods.band import Band
 from svg_attention.plan import match_heads
-from svg_attention.planner import device_planner
+from svg_attention.planner import device_prober
 
 # Logits held at once, over all heads.
 PROFILE_LOGITS = 2**26
@@ -36,7 +36,7 @@ def pattern_errors(
     batch, heads, tokens, _ = query.shape
     place = torch.arange(tokens, device=query.device) - layout.text_start
     padding = (place >= text[:, None]) & (place < layout.text_tokens)
-    planner = device_planner(query)
+    planner = device_prober(query)
     if planner is not None and len(bands) == 2:
         sampled = query.index_select(2, rows + layout.video_start)
         reads = (~padding[:, None]).byte()

@@ -8,7 +8,7 @@ from torch import Tensor
 from svg_attention.methods.clustering import Clusters
 from svg_attention.methods.selection import tile_average
 from svg_attention.plan import match_heads
-from svg_attention.planner import device_planner
+from svg_attention.planner import device_prober
 from svg_attention.rows import take_rows
 
 # Logits held at once while probing every key.
@@ -40,7 +40,7 @@ def centroid_error(
     Returns:
         fp32 `[B, H, T, C]`, 0 for an empty cluster; see `probe_error`.
     """
-    planner = device_planner(means)
+    planner = device_prober(means)
     if planner is not None:
         errors: Tensor = planner.probe_errors(
             means,

@@ -12,7 +12,7 @@ from torch import Tensor
 from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import text_tiles
 from svg_attention.plan import TILE_ROWS, count_tiles, match_heads
-from svg_attention.planner import device_planner
+from svg_attention.planner import device_planner, device_prober
 from svg_attention.rows import take_rows
 
 # Logits held at once while probes estimate their masses.
@@ -32,7 +32,7 @@ def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:
         or typed as `query` where kernels plan. The last probe with rows is averaged over its own;
         those after it are zero.
     """
-    planner = device_planner(query)
+    planner = device_prober(query)
     if planner is not None:
         means: Tensor = planner.probe_means(query, order, probe_rows=probe_rows)
         return means
@@ -101,7 +101,7 @@ def estimated_mass(
     Returns:
         fp32 `[B, H, T, C]`, 0 for an empty cluster.
     """
-    planner = device_planner(means)
+    planner = device_prober(means)
     if planner is not None:
         estimated: Tensor = planner.probe_mass(
             means,

@@ -14,8 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels.planning._kernels.probes import LOG2_E, TILE_ROWS, on
+from svg_kernels.planning._kernels.probes import LOG2_E, TILE_ROWS, Blocks, on, table_key
 
+# (bytes of an element, head size) -> blocks of probes and of keys, as `probes.MASS`.
+BLOCKS = {
+    (2, 64): Blocks(rows=128, columns=64, warps=8),
+    (2, 128): Blocks(rows=128, columns=64, warps=8),
+    (2, 256): Blocks(rows=64, columns=32, stages=2),
+    (4, 64): Blocks(rows=32, columns=32, stages=2),
+    (4, 128): Blocks(rows=32, columns=32, stages=2),
+    (4, 256): Blocks(rows=32, columns=16, stages=2),
+}
+# Clusters whose sums are put together at a time.
+TOGETHER = 16
 # Programs per multiprocessor; each has scratch of its own.
 PROGRAMS = 2
 
@@ -108,7 +119,7 @@ def errors_kernel(
     PROBES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TOGETHER: tl.constexpr,
     ALL_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -184,15 +195,15 @@ def errors_kernel(
         share /= denominator * denominator
         tile = block * TILES + tl.arange(0, TILES)
         target = errors + sequence * (probes // PROBES) * C
-        for c in range(0, C, BLOCK_C):
-            offs_c = c + tl.arange(0, BLOCK_C)
+        for c in range(0, C, TOGETHER):
+            offs_c = c + tl.arange(0, TOGETHER)
             mask_c = (offs_c < C)[:, None]
             spot = offs_c[:, None] * BLOCK_P + lane[None, :]
             part = tl.load(found + spot, mask=mask_c, other=0.0)
             fade2 = tl.exp2(tl.load(under + spot, mask=mask_c, other=0.0) - maximum[None, :])
             # Multiplied in this order so that neither factor overflows the other.
             part = part * fade2 * share[None, :] * fade2
-            part = tl.sum(tl.reshape(part, [BLOCK_C, TILES, PROBES]), 2)
+            part = tl.sum(tl.reshape(part, [TOGETHER, TILES, PROBES]), 2)
             inside = mask_c & (tile < probes // PROBES)[None, :]
             tl.store(target + tile[None, :] * C + offs_c[:, None], part, mask=inside)
         tl.debug_barrier()
@@ -226,7 +237,8 @@ def probe_errors(
     agreement = torch.empty_like(energy)
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     widths = max(16, triton.next_power_of_2(width)), triton.next_power_of_2(depth)
-    block = max(128 if means.dtype != torch.float32 else 32, TILE_ROWS // probe_rows)
+    chosen = BLOCKS[table_key(means)]
+    block = max(chosen.rows, TILE_ROWS // probe_rows)
     blocks = triton.cdiv(probes, block)
     total = batch * heads * blocks
     programs = min(total, PROGRAMS * _multiprocessors(means.device))
@@ -242,10 +254,10 @@ def probe_errors(
             means.contiguous(), rows, energy, agreement, starts, errors, scratch, length, keys,
             probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
             PROBE_ROWS=probe_rows, PROBES=TILE_ROWS // probe_rows, BLOCK_P=block,
-            BLOCK_N=64 if means.dtype != torch.float32 else 32, BLOCK_C=16,
+            BLOCK_N=chosen.columns, TOGETHER=TOGETHER,
             ALL_C=triton.next_power_of_2(count), BLOCK_D=widths[0],
             PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
-            num_warps=8 if block >= 128 else 4,
+            num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return errors
 

@@ -7,8 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels.planning._kernels.probes import LOG2_E, on
+from svg_kernels.planning._kernels.probes import LOG2_E, Blocks, on, table_key
 
+# (bytes of an element, head size) -> blocks of query rows and of keys, as `probes.MASS`.
+BLOCKS = {
+    (2, 64): Blocks(rows=64, columns=64, warps=8, stages=2),
+    (2, 128): Blocks(rows=64, columns=64, warps=8, stages=2),
+    (2, 256): Blocks(rows=32, columns=32, warps=8, stages=1),
+    (4, 64): Blocks(rows=32, columns=32, warps=8, stages=2),
+    (4, 128): Blocks(rows=32, columns=32, warps=8, stages=1),
+    (4, 256): Blocks(rows=16, columns=16, warps=8, stages=1),
+}
 # Programs to start, so that a GPU of any size is filled about evenly.
 PROGRAMS = 1024
 
@@ -121,7 +130,8 @@ def pattern_errors(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scal
     length, depth = value.shape[2:]
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     wide = rows.dtype == torch.float32
-    block, step = 64 if not wide else 32, 64 if not wide else 32
+    chosen = BLOCKS[table_key(rows if width >= depth else value)]
+    block, step = chosen.rows, chosen.columns
     blocks = triton.cdiv(count, block)
     spans = max(1, min(PROGRAMS // max(batch * heads * blocks, 1), triton.cdiv(length, step)))
     span = triton.cdiv(triton.cdiv(length, spans), step) * step
@@ -137,7 +147,8 @@ def pattern_errors(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scal
             span, spans, blocks, sequences, width, depth, scale * LOG2_E,
             BLOCK_R=block, BLOCK_N=step, BLOCK_D=max(16, triton.next_power_of_2(width)),
             BLOCK_DV=max(16, triton.next_power_of_2(depth)),
-            PRECISION="ieee" if wide else "tf32", num_warps=8, num_stages=2,
+            PRECISION="ieee" if wide else "tf32", num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )  # fmt: skip
     fade = torch.exp2(tops - tops.amax(dim=1, keepdim=True))
     total = (sums * fade).sum(dim=2).clamp_min(torch.finfo(torch.float32).tiny)
