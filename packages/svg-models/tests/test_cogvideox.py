@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import composition
 import pytest
 import torch
 import zoo
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, FasterCacheConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
 from torch import Tensor
@@ -112,3 +113,20 @@ def test_a_checkpoint_gets_the_nearest_settings_and_a_note() -> None:
     assert recipe.schedule == Schedule(dense_steps=0.2, dense_layers=0.025)
     assert "nearest published settings, those of CogVideoX 1.5" in recipe.note
     assert recipe_for(model, 44_880, method="svg1").method == SVG1(density=0.25)
+
+
+def test_a_cache_that_halves_the_batch() -> None:
+    def config(player: composition.Player) -> FasterCacheConfig:
+        return FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 850),
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(-1, 850),
+            attention_weight_callback=lambda module: 0.5,
+            current_timestep_callback=lambda: player.current_timestep,
+            tensor_format="BFCHW",
+        )
+
+    feature = composition.Feature(
+        title="FasterCache", apply=composition.caching(config), steps=6, changes=True, skips=True
+    )
+    assert composition.check("CogVideoX", feature).verdict == "yes"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +164,28 @@ def test_each_layer_branch_and_step_is_recorded_once(case: Case, outcome: Outcom
         for layer in range(max(layers))
     ]
     assert {r.transformer for r in records} == set(case.layers)
+
+
+def test_density_is_told_by_step_and_layer(case: Case, outcome: Outcome) -> None:
+    stats = json.loads(json.dumps(outcome.stats.to_dict()))
+    assert list(stats["density_by_step"]) == [str(step) for step in range(case.steps)]
+    assert len(stats["density_by_layer"]) == max(case.layers.values())
+    densities = [*stats["density_by_step"].values(), *stats["density_by_layer"].values()]
+    assert all(0.0 < density <= 1.0 for density in densities)
+
+
+@pytest.mark.parametrize(
+    "one", {case.family: case for case in CASES}.values(), ids=lambda case: case.family
+)
+def test_the_report_of_each_family(one: Case, tmp_path: Path) -> None:
+    own = one.build()
+    with sparsify(own, METHODS["SVG2"][0], ALWAYS_SPARSE, profile=True) as run:
+        one.run(own)
+    page = run.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{run.stats().records[0].tokens:,} tokens" in page
+    assert f"{one.steps} steps" in page
+    assert f"{max(one.layers.values())} layers" in page
+    assert f"branches: {', '.join(sorted(one.branches))}" in page
 
 
 def test_the_family_is_recognised(case: Case, pipe: Any) -> None:
