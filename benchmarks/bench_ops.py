@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _harness import (
+    RESULTS,
     ROOT,
     conditions,
     copy_bandwidth,
@@ -50,6 +51,7 @@ PRINTED = {
     "rope 4x32x4096x64": 19.85,
     "rope 4x32x16384x64": 20.00,
 }
+PEERS = ("torch", "torch.compile", "FlashInfer")
 # Share of the copy bandwidth that counts as done.
 AIMS = {"rope": 0.80, "qk_norm_rope": 0.80, "permute_rows": 0.75, "unpermute_rows": 0.75}
 NORM_AIM = 0.85
@@ -130,6 +132,7 @@ def write_table(gpu: str) -> None:
     """Fill the tables of `docs/kernels.md` from the stored result."""
     result = load(gpu, "ops")
     copy = result["copy_gb_s"]
+    peers = [name for name in PEERS if any(name in row["ms"] for row in result["rows"])]
     head = [
         "operation",
         "shape, bf16",
@@ -139,9 +142,7 @@ def write_table(gpu: str) -> None:
         "aim",
         "over diffusers",
         "SVG2 prints",
-        "over torch",
-        "over torch.compile",
-        "over FlashInfer",
+        *(f"over {name}" for name in peers),
     ]
     calls = result["host_us_per_call"]
     base = calls["empty operator"]
@@ -149,14 +150,37 @@ def write_table(gpu: str) -> None:
     text = (
         f"{conditions(result['environment'])} A device-to-device copy moved {copy:,.0f} GB/s in "
         "the same run.\n\n"
-        + table(head, [line(row, copy) for row in result["rows"]])
+        + table(head, [line(row, copy, peers) for row in result["rows"]])
         + "\nHost time of one call:\n\n"
         + table(["call", "us", "over an empty operator"], host)
     )
     replace_between(ROOT / "docs" / "kernels.md", "ops", text)
 
 
-def line(row: dict[str, Any], copy: float) -> list[str]:
+def write_variants(gpu: str) -> None:
+    """Fill the table of what a sweep over cache hints and blocks found, if there was one."""
+    if not (RESULTS / gpu / "ops_variants.json").exists():
+        return
+    result = load(gpu, "ops_variants")
+    earlier = {(row["op"], row["shape"]): row for row in load(gpu, "ops")["rows"]}
+    copy = load(gpu, "ops")["copy_gb_s"]
+    head = ["operation", "shape, bf16", "table above", "rows in flight", "no hints", "blocks"]
+
+    def share(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.0%}" if name in row else ""
+
+    rows = []
+    for row in result["rows"]:
+        first = earlier[row["op"], row["shape"]]
+        before = first["bytes"] / first["ms"]["ours"]["median"] / 1e6 / copy
+        names = ("hints", "no_hints", "final_blocks")
+        shares = [share(row, name) for name in names]
+        rows.append([f"`{row['op']}`", row["shape"], f"{before:.0%}", *shares])
+    text = f"{conditions(result['environment'])} Shares of the copy bandwidth.\n\n"
+    replace_between(ROOT / "docs" / "kernels.md", "ops-variants", text + table(head, rows))
+
+
+def line(row: dict[str, Any], copy: float, peers: list[str]) -> list[str]:
     """Return one row of the table."""
     ms = row["ms"]
     ours = ms["ours"]["median"]
@@ -175,9 +199,7 @@ def line(row: dict[str, Any], copy: float) -> list[str]:
         aim(row),
         ratio("diffusers"),
         f"{printed:.2f}x" if printed else "",
-        ratio("torch"),
-        ratio("torch.compile"),
-        ratio("FlashInfer"),
+        *map(ratio, peers),
     ]
 
 
@@ -201,6 +223,7 @@ def main() -> None:
         run(args.output, args.samples, not args.no_compile, args.commit)
     else:
         write_table(args.gpu)
+        write_variants(args.gpu)
 
 
 if __name__ == "__main__":
