@@ -23,7 +23,7 @@ def tensors(plan, *, key_heads=2, dim=32, seed=1):
 
 
 def test_the_fastest_backend_comes_first():
-    assert list(BACKENDS) == ["cuda", "triton", "reference"]
+    assert list(BACKENDS)[:3] == ["cuda", "triton", "reference"]
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -1,7 +1,8 @@
 """Backends compute a plan; they meet the methods only in the plan.
 
 A backend is an object with `name`, `unsupported(...)` and `run(...)`. `BACKENDS` lists them from
-the fastest to the one that runs everywhere.
+the fastest to the one that runs everywhere, which "auto" never passes; after it come other people's
+kernels, which are taken by name only, since they wait for the device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from svg_attention.backends.flash_attn import FlashAttentionBackend
+from svg_attention.backends.flashinfer import FlashInferBackend
 from svg_attention.backends.kernels import KernelsBackend
 from svg_attention.backends.reference import ReferenceBackend
 from svg_attention.errors import UnsupportedError
@@ -44,7 +47,13 @@ class Backend(Protocol):
         ...
 
 
-_ALL: tuple[Backend, ...] = (KernelsBackend("cuda"), KernelsBackend("triton"), ReferenceBackend())
+_ALL: tuple[Backend, ...] = (
+    KernelsBackend("cuda"),
+    KernelsBackend("triton"),
+    ReferenceBackend(),
+    FlashInferBackend(),
+    FlashAttentionBackend(),
+)
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 

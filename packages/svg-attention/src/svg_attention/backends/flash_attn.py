@@ -1,0 +1,144 @@
+"""FlashAttention 4: dense, and over blocks of 128 x 128 keys. Asked for by name only."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svg_attention.backends.blocks import clear_empty_rows, not_on_cuda
+from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.rows import put_rows, take_rows
+
+HEAD_DIMS = (64, 128)
+BLOCK = 128
+
+
+class FlashAttentionBackend:
+    """Attend with FlashAttention 4 where a plan is full or made of blocks of 128 keys.
+
+    Needs `flash-attn-4`. Whether runs are whole blocks is read from the device, so asking for this
+    backend waits for it. Kernels are compiled at first use.
+    """
+
+    name = "flash_attn"
+
+    def unsupported(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
+    ) -> str | None:
+        """Return one sentence saying why this call cannot run here, or None if it can."""
+        reason = not_on_cuda(query, (9, 0))
+        if reason:
+            return reason
+        if not installed():
+            return "flash_attn.cute is not installed; pip install flash-attn-4"
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            return f"query must be fp16 or bf16, got {query.dtype}"
+        if query.shape[-1] not in HEAD_DIMS or value.shape[-1] != query.shape[-1]:
+            return (
+                f"head_dim must be one of {HEAD_DIMS} for keys and values alike, "
+                f"got {query.shape[-1]} and {value.shape[-1]}"
+            )
+        return not_in_blocks(plan)
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: SparsePlan,
+        *,
+        scale: float,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention as `plan` says; see `Backend.run`."""
+        interface: Any = importlib.import_module("flash_attn.cute.interface")
+        if plan.is_full:
+            # The order of keys changes nothing, and that of queries only where rows go.
+            tokens_first = [x.transpose(1, 2) for x in (query, key, value)]
+            out, lse = interface.flash_attn_func(
+                *tokens_first, softmax_scale=scale, return_lse=True
+            )
+            return out.transpose(1, 2).contiguous(), lse
+        heads = plan.heads
+        key, value = match_heads(key, heads), match_heads(value, heads)
+        if plan.query_order is not None:
+            query = take_rows(query, plan.query_order)
+        if plan.key_order is not None:
+            order = match_heads(plan.key_order, heads)
+            key, value = take_rows(key, order), take_rows(value, order)
+        sparsity: Any = importlib.import_module("flash_attn.cute.block_sparsity")
+        counts, index = block_lists(plan)
+        operand = sparsity.BlockSparseTensorsTorch(
+            mask_block_cnt=torch.zeros_like(counts),
+            mask_block_idx=torch.zeros_like(index),
+            full_block_cnt=counts,
+            full_block_idx=index,
+            block_size=(plan.tile_rows, BLOCK),
+        )
+        out, lse = interface.flash_attn_func(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            softmax_scale=scale,
+            block_sparse_tensors=operand,
+            return_lse=True,
+        )
+        out = clear_empty_rows(out.transpose(1, 2), plan)
+        lse = clear_empty_rows(lse, plan, -torch.inf)
+        if plan.query_order is None:
+            return out.contiguous(), lse
+        out, lse = out.contiguous(), lse.contiguous()
+        return put_rows(out, plan.query_order), put_rows(lse, plan.query_order)
+
+
+def installed() -> bool:
+    """Return whether FlashAttention 4 can be imported; older versions have no `cute`."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    return importlib.util.find_spec("flash_attn.cute") is not None
+
+
+def not_in_blocks(plan: SparsePlan) -> str | None:
+    """Say why a plan is neither full nor made of whole blocks of keys, or None if it is.
+
+    Waits for the device unless the plan is full.
+    """
+    if plan.summary is not None:
+        return "a plan with a summary weighs its centroids, which FlashAttention cannot"
+    if plan.is_full:
+        if plan.key_lengths is not None:
+            return "keys are padded; cut the padding off or use another backend"
+        return None
+    if plan.tile_rows != BLOCK or plan.key_length % BLOCK or plan.query_length % BLOCK:
+        return (
+            f"tiles must have {BLOCK} rows, and queries and keys be whole blocks of {BLOCK}; got "
+            f"{plan.tile_rows}, {plan.query_length} and {plan.key_length}"
+        )
+    ragged = (plan.run_starts % BLOCK != 0) | (plan.run_lengths % BLOCK != 0)
+    if bool(ragged.any()):
+        return f"every run must begin and end at a multiple of {BLOCK} keys, and this plan's do not"
+    return None
+
+
+def block_lists(plan: SparsePlan) -> tuple[Tensor, Tensor]:
+    """List the blocks of 128 keys that each tile reads.
+
+    Args:
+        plan: one whose runs are whole blocks.
+
+    Returns:
+        How many, int32 `[B, H, T]`, and which, ascending, int32 `[B, H, T, blocks]`; entries past
+        a tile's own are blocks that it does not read.
+    """
+    starts, ends = plan.run_starts // BLOCK, (plan.run_starts + plan.run_lengths) // BLOCK
+    blocks = plan.key_length // BLOCK
+    shape = (*starts.shape[:3], blocks + 1)
+    change = torch.zeros(shape, dtype=torch.int32, device=plan.device)
+    used = (plan.run_lengths > 0).to(torch.int32)
+    change.scatter_add_(-1, starts.long(), used)
+    change.scatter_add_(-1, ends.long(), -used)
+    read = change.cumsum(dim=-1)[..., :blocks] > 0
+    index = read.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return read.sum(dim=-1, dtype=torch.int32), index.to(torch.int32)
