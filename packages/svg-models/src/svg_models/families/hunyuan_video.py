@@ -74,7 +74,7 @@ def task(transformer: Any) -> str:
     return "i2v" if replaces or config.in_channels > config.out_channels else "t2v"
 
 
-_SOURCE = "Sparse-VideoGen 5ce7b01, scripts hyvideo_t2v_{} for SVG and SAP"
+_SOURCE = "Sparse-VideoGen 5ce7b01, scripts/hyvideo/hyvideo_t2v_{}_sap.sh and _svg.sh"
 
 
 def usual(transformer: Any) -> dict[str, Any]:
