@@ -61,8 +61,8 @@ def usual(transformer: Any) -> dict[str, Any]:
 
 
 _SOURCE = (
-    "Sparse-VideoGen 5ce7b01, defaults of cog_inference.py for SVG; the cluster counts are those of "
-    "Wan 2.1 image-to-video at 480p, since none were published for this model"
+    "Sparse-VideoGen 5ce7b01, defaults of cog_inference.py for SVG; the cluster counts are those "
+    "of Wan 2.1 image-to-video at 480p, since none were published for this model"
 )
 
 COGVIDEOX = Family(
