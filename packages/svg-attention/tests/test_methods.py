@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from svg_attention import (
     RandomBlocks,
     TokenLayout,
     method_from_dict,
+    sparse_attention,
 )
 
 METHODS = [
@@ -127,3 +129,34 @@ def test_planning_can_be_captured_in_a_graph(method: Any, device: torch.device) 
     graph.replay()
     torch.cuda.synchronize()
     assert 0.0 < density.min() <= density.max() <= 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, SVG2)], ids=repr)
+def test_a_whole_call_is_captured_and_replayed_with_new_data(
+    method: Any, device: torch.device
+) -> None:
+    layout = TokenLayout(grid=(5, 16, 20), text_tokens=30)
+    draw = torch.Generator(device=device).manual_seed(0)
+    shape = (3, 1, 4, layout.tokens, 64)
+    data = torch.randn(shape, device=device, generator=draw).to(torch.bfloat16)
+    first = LayerMemory()
+    method.plan(*data, layout=layout, memory=first, generator=draw)
+
+    def call() -> torch.Tensor:
+        # Every call starts from the same centroids, as a step does from those of the one before.
+        memory = replace(first)
+        return sparse_attention(*data, method.plan(*data, layout=layout, memory=memory))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    data.copy_(torch.randn(shape, device=device, generator=draw))
+    out.fill_(torch.nan)
+    graph.replay()
+    replayed = out.clone()
+    assert torch.equal(replayed, call())
