@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from svg_kernels import _library
@@ -71,7 +72,12 @@ def launchers(backend: str, x: Any) -> Any | None:
     launchers check their arguments and return whether they launched; the operations check in words,
     convert and go through the dispatcher only where that fails. This saves 10 us of a call or more.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(x):
+    if (
+        type(x) is not Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+    ):
         return None
     return _launchers.get((backend, x.device))
 
