@@ -193,3 +193,27 @@ def write(rows: Sequence[dict[str, Any]]) -> str:
         ratio = [row["ms"]["cuDNN dense"]["median"] / row["ms"][call]["median"] for row in rows]
         lines.append([f"cuDNN dense / {call}", *(f"{r:.2f}" for r in ratio)])
     return table(head, lines)
+
+
+def brief(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what whole calls take beside dense attention, and how many times faster they are."""
+    names = ("FlashInfer + flash-kmeans call", "SVG2 call", "SVG1 call")
+    head = ["milliseconds a call", "cuDNN dense", *(f"{name} (times faster)" for name in names)]
+
+    def cell(ms: dict[str, Any], name: str) -> str:
+        if name not in ms:
+            return ""
+        time = ms[name]["median"]
+        return f"{time:.1f} ({ms['cuDNN dense']['median'] / time:.2f})"
+
+    return table(
+        [x.replace(" call (", " (") for x in head],
+        [
+            [
+                f"{row['workload']}, {row['tokens']:,} tokens",
+                f"{row['ms']['cuDNN dense']['median']:.1f}",
+                *(cell(row["ms"], name) for name in names),
+            ]
+            for row in rows
+        ],
+    )

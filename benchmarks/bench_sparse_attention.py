@@ -51,6 +51,7 @@ from svg_attention.backends.kernels import COPY_ROWS, long_tiles_first
 
 DENSITIES = (0.10, 0.15, 0.25, 0.40, 1.0)
 PAGE = ROOT / "docs" / "sparse-attention-kernel.md"
+README = ROOT / "packages" / "svg-attention" / "README.md"
 PEERS = ("FlashInfer", "FlashAttention 4", "FastVideo")
 COLUMNS = ("cuda", "triton", "FlashInfer", "FlashInfer plan", *PEERS[1:], "cuDNN dense")
 
@@ -238,6 +239,8 @@ def write_table(gpu: str) -> None:
     replace_between(PAGE, "sparse attention kernels", text)
     if result.get("calls"):
         replace_between(PAGE, "whole calls", calls.write(result["calls"]))
+        text = f"{conditions(result['environment'])}\n\n{calls.brief(result['calls'])}"
+        replace_between(README, "whole calls", text)
         figures.draw(result, speed, ROOT / "docs" / "assets")
 
 
