@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import emulate
 import pytest
 import torch
@@ -17,12 +21,16 @@ ULP = {BF16: 2**-7, FP16: 2**-10, FP32: 2e-6}  # one step: two roundings may par
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    tvm_ffi = pytest.importorskip("tvm_ffi")
+def library_path(tmp_path_factory):
+    pytest.importorskip("tvm_ffi")
     if reason := emulate.missing():
         pytest.skip(reason)
-    path = emulate.build(tmp_path_factory.mktemp("emulated"))
-    return tvm_ffi.load_module(str(path))
+    return emulate.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def library(library_path):
+    return pytest.importorskip("tvm_ffi").load_module(str(library_path))
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +228,10 @@ def test_refusals_are_the_same_sentences():
             svg_kernels.unpermute_rows(x[None], torch.arange(3).int(), backend="cuda")
     with pytest.raises(RuntimeError, match="did not take arguments"):
         _cuda.gate_residual(x.long(), x, vector[None], FP32)
+
+
+def test_nothing_outside_the_tensors_is_touched(library_path):
+    script = Path(__file__).with_name("run_guarded.py")
+    command = [sys.executable, str(script), str(library_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
