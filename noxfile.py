@@ -14,6 +14,7 @@ nox.options.error_on_external_run = True
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("flash-kmeans", "svg-kernels", "svg-attention", "svg-models")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 CONSTRAINTS = os.environ.get("CONSTRAINTS", "tools/constraints.txt")
 
 # Packages are installed without compiling their files to bytecode, which takes longer than the
@@ -133,6 +134,15 @@ def build(session: nox.Session) -> None:
     """Build every sdist and wheel; install and import each wheel alone in a fresh environment."""
     install(session, *group("build"))
     session.run("python", "tools/check_wheels.py", *(session.posargs or PACKAGES))
+
+
+@nox.session(default=False, python=PYTHONS)
+def wheels(session: nox.Session) -> None:
+    """Install and import the wheels that `build -- --dist dist` kept, on every Python there is."""
+    session.install(
+        "--no-compile", "--constraint", CONSTRAINTS, "pip", "packaging", "torch", "numpy"
+    )
+    session.run("python", "tools/check_wheels.py", "--built", "dist", *session.posargs)
 
 
 @nox.session

@@ -3,10 +3,14 @@
 Alone means: in a fresh environment that sees torch, what the wheel declares, and nothing else.
 The environment that runs this script needs `build` and sees torch; the fresh ones look for torch
 in the same place, where nothing else may be but what torch itself needs.
+
+    python tools/check_wheels.py svg-kernels --dist dist   # build all, check one, keep all in dist/
+    python tools/check_wheels.py --built dist              # check those, on another Python
 """
 
 from __future__ import annotations
 
+import argparse
 import email
 import email.message
 import importlib.util
@@ -126,21 +130,43 @@ def import_alone(package: str, wheels: dict[str, Path], folder: Path) -> None:
         raise WheelError(f"{package} does not import alone:\n{done.stdout}{done.stderr}")
 
 
-def main(packages: list[str]) -> int:
-    """Build all packages, then check those named, or all."""
+def built(folder: Path) -> dict[str, Path]:
+    """Return the wheels that an earlier run kept in a folder."""
+    wheels = {p: next((folder / p).glob("*.whl"), None) for p in package_names()}
+    missing = [package for package, wheel in wheels.items() if wheel is None]
+    if missing:
+        raise WheelError(f"{folder} has no wheel of {missing}; build them with --dist {folder}")
+    return {package: wheel.resolve() for package, wheel in wheels.items() if wheel}
+
+
+def check(packages: list[str], dist: Path | None, kept: Path | None, folder: Path) -> None:
+    """Build all packages, or take them from `kept`, then check those named, or all."""
+    start = time.monotonic()
+    if kept is None:
+        wheels = {p: build(p, (dist or folder / "dist").resolve() / p) for p in package_names()}
+        print(f"built {len(wheels)} packages in {time.monotonic() - start:.0f} s")
+    else:
+        wheels = built(kept)
+    for package in packages or wheels:
+        start = time.monotonic()
+        inspect(package, wheels[package])
+        import_alone(package, wheels, folder)
+        size = wheels[package].stat().st_size / 1e6
+        passed = time.monotonic() - start
+        python = ".".join(map(str, sys.version_info[:2]))
+        print(f"{wheels[package].name}: {size:.2f} MB, alone on {python} in {passed:.0f} s")
+
+
+def main() -> int:
+    """Read the command line, check, and say what is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("packages", nargs="*", help="those to check; all by default")
+    parser.add_argument("--dist", type=Path, help="folder to keep what is built")
+    parser.add_argument("--built", type=Path, help="folder of an earlier --dist: build nothing")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         try:
-            start = time.monotonic()
-            wheels = {p: build(p, folder / "dist" / p) for p in package_names()}
-            print(f"built {len(wheels)} packages in {time.monotonic() - start:.0f} s")
-            for package in packages or wheels:
-                start = time.monotonic()
-                inspect(package, wheels[package])
-                import_alone(package, wheels, folder)
-                size = wheels[package].stat().st_size / 1e6
-                passed = time.monotonic() - start
-                print(f"{wheels[package].name}: {size:.2f} MB, alone in {passed:.0f} s")
+            check(args.packages, args.dist, args.built, Path(name))
         except WheelError as error:
             print(error, file=sys.stderr)
             return 1
@@ -148,4 +174,4 @@ def main(packages: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
