@@ -220,6 +220,12 @@ FEATURES = (
     Feature(title="Group offload by leaf", apply=group_offload("leaf_level")),
     Feature(title="fp8 layerwise casting", apply=layerwise_casting, changes=True),
     Feature(
+        title="bf16 autocast",
+        apply=lambda player: None,
+        around=lambda: torch.autocast("cpu", torch.bfloat16),
+        tolerance=1e-2,
+    ),
+    Feature(
         title="`set_attention_backend`",
         apply=lambda p: p.transformer.set_attention_backend("_native_math"),
         # diffusers also sets the backend for the whole process; this puts it back.
