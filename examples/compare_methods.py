@@ -10,8 +10,8 @@ def main() -> None:
     comparison = svg_models.compare(
         "a blue circle moving up on a tiled sand background",
         methods=["svg2@0.3", "random@0.3"],
-        frames=33,
-        steps=10,
+        frames=17,
+        steps=8,
         seed=0,
     )
     for candidate in comparison.candidates:

@@ -17,7 +17,7 @@ def main() -> None:
             "a large red star moving right on a plain navy background",
             height=128,
             width=128,
-            num_frames=33,
+            num_frames=17,
             num_inference_steps=10,
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(0),

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from svg_models import embedded_path
 from svg_models.cli import app
+from svg_models.cli.progress import Stages
 from svg_models.loading import Geometry
 from svg_models.video import read_video, write_video
 
@@ -291,8 +292,24 @@ app()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_stopped_run_leaves_nothing_behind(number: int, folder: str, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_behind(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = Stages.__call__
+
+    def interrupted(self: Stages, stage: str, done: float, total: float) -> None:
+        show(self, stage, done, total)
+        if stage == "sampling" and done >= 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Stages, "__call__", interrupted)
+    result = svg("generate", "-m", folder, *SMALL, "-o", str(tmp_path / "clip.mp4"))
+    assert result.exit_code == 130, result.output
+    assert "stopped: nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stopped_from_outside_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
     place, marker = tmp_path / "out", tmp_path / "marker"
     place.mkdir()
     words: Sequence[str] = [
@@ -304,14 +321,12 @@ def test_a_stopped_run_leaves_nothing_behind(number: int, folder: str, tmp_path:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
         while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -130,12 +130,13 @@ def _meta(comparison: Comparison) -> list[str]:
     settings, machine = comparison.dense.settings, comparison.machine
     name = "embedded model" if comparison.dense.model == "embedded" else comparison.dense.model
     count = machine.get("threads")
+    run = settings.steps_to_run
     threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     return [
         name,
         f"{settings.frames} frames of {settings.width} × {settings.height}",
         f"{comparison.dense.tokens:,} tokens",
-        f"{settings.steps} steps",
+        f"{settings.steps} steps" if run == settings.steps else f"{run} of {settings.steps} steps",
         f"seed {settings.seed}",
         f"{machine['device']}{threads}, {machine['dtype']}",
     ]
