@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svg_kernels import _library
+from svg_kernels.attention.operands import Operands
 
 _lib = _library.functions()
 _CODES = {torch.float16: 1, torch.bfloat16: 2}
@@ -15,36 +16,23 @@ _VECTOR = 8  # elements of 16 bytes
 _stream = torch._C._cuda_getCurrentRawStream
 
 
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    run_starts: Tensor,
-    run_lengths: Tensor,
-    query_order: Tensor | None,
-    summary_keys: Tensor | None,
-    summary_values: Tensor | None,
-    summary_weights: Tensor | None,
-    tile_order: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
+def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Launch the kernel on the current stream; see `sparse.block_sparse_attention`."""
     # Copies must outlive the launch, so they keep a name until it returns.
-    query, key, value = _vectors(query), _sequences(key), _sequences(value)
-    indices = [_packed(x) for x in (query_order, run_starts, run_lengths, tile_order)]
-    summary = [_packed(x) for x in (summary_keys, summary_values, summary_weights)]
-    pointers = (query, key, value, out, lse, *indices, *summary)
+    query, key = _vectors(operands.query), _sequences(operands.key)
+    value = _sequences(operands.value)
+    starts, lengths, order, *summary, tiles = (_packed(x) for x in operands[3:10])
+    pointers = (query, key, value, out, lse, order, starts, lengths, tiles, *summary)
+    summaries = 0 if summary[0] is None else summary[0].shape[2]
     described = array("q", [0 if x is None else x.data_ptr() for x in pointers])
     described.extend(query.stride()[:3])
     described.extend(out.stride()[:3])
     described.extend((*_steps(key), *_steps(value)))
     described.extend((query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2]))
-    described.extend((run_starts.shape[-1], 0 if summary[0] is None else summary[0].shape[2]))
+    described.extend((operands.run_starts.shape[-1], summaries))
     described.extend((query.shape[3], _CODES[query.dtype]))
     device = query.device.index
-    _lib.block_sparse_attention(described.buffer_info()[0], scale, device, _stream(device))
+    _lib.block_sparse_attention(described.buffer_info()[0], operands.scale, device, _stream(device))
 
 
 def _packed(x: Tensor | None) -> Tensor | None:

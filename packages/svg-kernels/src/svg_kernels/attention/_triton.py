@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ROWS = 128
+from svg_kernels.attention.operands import TILE_ROWS, Operands
+
 COUNT_TILES = 32  # tiles that one program of `count_chunks` looks after
 
 
@@ -219,22 +220,9 @@ def attend_tile(
         tl.store(lse + sequence * query_length + token, logsum, mask=mask_m)
 
 
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    run_starts: Tensor,
-    run_lengths: Tensor,
-    query_order: Tensor | None,
-    summary_keys: Tensor | None,
-    summary_values: Tensor | None,
-    summary_weights: Tensor | None,
-    tile_order: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
+def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Launch both kernels on the current stream; see `sparse.block_sparse_attention`."""
+    query, key, value, run_starts, run_lengths, *others, scale = operands
     _, heads, length, width = query.shape
     runs = run_starts.shape[-1]
     if runs == 0:
@@ -243,9 +231,8 @@ def block_sparse_attention(
     blocks = blocks_for(_capability(query.device), query.element_size(), width)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     run_starts, run_lengths = run_starts.contiguous(), run_lengths.contiguous()
-    query_order, tile_order, summary_keys, summary_values, summary_weights = (
-        None if x is None else x.contiguous()
-        for x in (query_order, tile_order, summary_keys, summary_values, summary_weights)
+    query_order, summary_keys, summary_values, summary_weights, tile_order = (
+        None if x is None else x.contiguous() for x in others
     )
     total = run_starts.numel() // runs
     counts = torch.empty(total, dtype=torch.int32, device=query.device)

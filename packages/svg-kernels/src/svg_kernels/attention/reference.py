@@ -5,52 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE_ROWS = 128
+from svg_kernels.attention.operands import TILE_ROWS, Operands
+
 # Logits held at once: tiles of one head are computed in groups of about this many.
 GROUP_LOGITS = 2**24
 
 
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    run_starts: Tensor,
-    run_lengths: Tensor,
-    query_order: Tensor | None,
-    summary_keys: Tensor | None,
-    summary_values: Tensor | None,
-    summary_weights: Tensor | None,
-    tile_order: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
+def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Fill `out` and, unless None, `lse`; arithmetic is in fp32, or fp64 for fp64 inputs.
 
     Every tile is multiplied with every key, and what it does not read is masked.
     """
+    query, key, value, starts, lengths, order, more_keys, more_values, weights, _, scale = operands
     batch, heads = query.shape[:2]
     group = heads // key.shape[1]
     for b in range(batch):
         for h in range(heads):
             rows = query[b, h]
-            if query_order is not None:
-                rows = rows[query_order[b, h].long()]
+            if order is not None:
+                rows = rows[order[b, h].long()]
             keys, values = _wide(key[b, h // group]), _wide(value[b, h // group])
-            mask = read_mask(run_starts[b, h], run_lengths[b, h], keys.shape[0])
+            mask = read_mask(starts[b, h], lengths[b, h], keys.shape[0])
             bias = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device)
             bias.masked_fill_(~mask, -torch.inf)
-            if not (summary_keys is None or summary_values is None or summary_weights is None):
-                keys = torch.cat((keys, _wide(summary_keys[b, h // group])))
-                values = torch.cat((values, _wide(summary_values[b, h // group])))
-                bias = torch.cat((bias, summary_weights[b, h].to(bias.dtype)), dim=-1)
+            if more_keys is not None and more_values is not None and weights is not None:
+                keys = torch.cat((keys, _wide(more_keys[b, h // group])))
+                values = torch.cat((values, _wide(more_values[b, h // group])))
+                bias = torch.cat((bias, weights[b, h].to(bias.dtype)), dim=-1)
             result, denominator = _attend(_wide(rows), keys, values, bias, scale)
-            if query_order is None:
+            if order is None:
                 out[b, h] = result.to(out.dtype)
             else:
-                out[b, h].index_copy_(0, query_order[b, h].long(), result.to(out.dtype))
+                out[b, h].index_copy_(0, order[b, h].long(), result.to(out.dtype))
             if lse is not None:
-                places = slice(None) if query_order is None else query_order[b, h].long()
+                places = slice(None) if order is None else order[b, h].long()
                 lse[b, h, places] = denominator.to(lse.dtype)
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import FLOATS, register
-from svg_kernels.attention._tiers import MAX_HEAD_DIM, choose
-
-TILE_ROWS = 128
-
-Summary = tuple[Tensor, Tensor, Tensor]
+from svg_kernels._backends import register
+from svg_kernels.attention._tiers import choose
+from svg_kernels.attention.operands import Operands, Summary, check_operands, check_out
 
 
 @overload
@@ -128,110 +124,15 @@ def block_sparse_attention(
     Source: Yang et al. 2025, arXiv:2505.18875, section 3.3 (variable block sizes); online softmax
     of Dao 2023, arXiv:2307.08691.
     """
-    _check_tensors(query, key, value)
-    batch, heads, length, width = query.shape
-    tiles = (length + TILE_ROWS - 1) // TILE_ROWS
-    runs = run_starts.shape[-1] if run_starts.ndim else 0
-    _check_index("run_starts", run_starts, (batch, heads, tiles, runs), query)
-    _check_index("run_lengths", run_lengths, (batch, heads, tiles, runs), query)
-    if query_order is not None:
-        _check_index("query_order", query_order, (batch, heads, length), query)
-    if tile_order is not None:
-        _check_index("tile_order", tile_order, (batch * heads * tiles,), query)
-    keys, values, weights = _check_summary(summary, query, key, tiles)
-    scale = width**-0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number above 0, got {scale}")
-    arguments = (
-        query,
-        key,
-        value,
-        run_starts,
-        run_lengths,
-        query_order,
-        keys,
-        values,
-        weights,
-        tile_order,
-        scale,
-        return_lse,
-        backend,
+    operands = check_operands(
+        query, key, value, run_starts, run_lengths, query_order, summary, tile_order, scale
     )
     if out is None:
-        out, lse = _attend(*arguments)
+        out, lse = _attend(*operands, return_lse, backend)
     else:
-        _check_out(out, query)
-        lse = _attend_into(*arguments, out)
+        check_out(out, query)
+        lse = _attend_into(*operands, return_lse, backend, out)
     return (out, lse) if return_lse else out
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got {_shape(x)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}; convert it first")
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must be {query.dtype} like query, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {x.device}")
-    batch, heads, _, width = query.shape
-    if not 1 <= width <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {width}")
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != width:
-        raise ValueError(
-            f"key and value must both be [{batch}, Hk, Sk, {width}] for query {_shape(query)}, "
-            f"got {_shape(key)} and {_shape(value)}"
-        )
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"{heads} query heads are not a multiple of {key.shape[1]} key heads")
-    if key.shape[2] == 0:
-        raise ValueError("key must have at least one row, got none")
-
-
-def _check_index(name: str, x: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
-    if x.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {x.dtype}; use {name}.int()")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {_shape(x)}")
-    if x.device != query.device:
-        raise ValueError(f"{name} must be on {query.device} like query, got {x.device}")
-
-
-def _check_out(out: Tensor, query: Tensor) -> None:
-    if out.shape != query.shape or out.dtype != query.dtype or out.device != query.device:
-        raise ValueError(
-            f"out must be {_shape(query)}, {query.dtype}, on {query.device} like query, "
-            f"got {_shape(out)}, {out.dtype}, on {out.device}"
-        )
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
-
-
-def _check_summary(
-    summary: Summary | None, query: Tensor, key: Tensor, tiles: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if summary is None:
-        return None, None, None
-    keys, values, weights = summary
-    batch, key_heads, _, width = key.shape
-    count = keys.shape[2] if keys.ndim == 4 else 0
-    for name, x, shape, dtype in (
-        ("summary keys", keys, (batch, key_heads, count, width), query.dtype),
-        ("summary values", values, (batch, key_heads, count, width), query.dtype),
-        ("summary log_weights", weights, (*query.shape[:2], tiles, count), torch.float32),
-    ):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {_shape(x)}")
-        if x.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {x.device}")
-    return (keys, values, weights) if count else (None, None, None)
-
-
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)
 
 
 def _outputs(query: Tensor, return_lse: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -241,67 +142,34 @@ def _outputs(query: Tensor, return_lse: bool, out: Tensor | None = None) -> tupl
     return out, torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    run_starts: Tensor,
-    run_lengths: Tensor,
-    query_order: Tensor | None,
-    summary_keys: Tensor | None,
-    summary_values: Tensor | None,
-    summary_weights: Tensor | None,
-    tile_order: Tensor | None,
-    scale: float,
-    return_lse: bool,
-    backend: str,
-    out: Tensor | None = None,
+def _compute(
+    operands: Operands, return_lse: bool, backend: str, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    query = operands.query
     tier = choose(backend, query.device, query.dtype, query.shape[-1])
     out, lse = _outputs(query, return_lse, out)
     if out.numel():
-        tier.block_sparse_attention(
-            query,
-            key,
-            value,
-            run_starts,
-            run_lengths,
-            query_order,
-            summary_keys,
-            summary_values,
-            summary_weights,
-            tile_order,
-            scale,
-            out,
-            lse if return_lse else None,
-        )
+        tier.block_sparse_attention(operands, out, lse if return_lse else None)
     return out, lse
 
 
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, return_lse, backend = arguments
+    return _compute(Operands(*operands), return_lse, backend)
+
+
 def _run_into(*arguments: Any) -> Tensor:
-    return _run(*arguments)[1]
+    *operands, return_lse, backend, out = arguments
+    return _compute(Operands(*operands), return_lse, backend, out)[1]
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    run_starts: Tensor,
-    run_lengths: Tensor,
-    query_order: Tensor | None,
-    summary_keys: Tensor | None,
-    summary_values: Tensor | None,
-    summary_weights: Tensor | None,
-    tile_order: Tensor | None,
-    scale: float,
-    return_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(query, return_lse)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, return_lse, _ = arguments
+    return _outputs(Operands(*operands).query, return_lse)
 
 
 def _fake_into(*arguments: Any) -> Tensor:
-    return _outputs(arguments[0], arguments[-3])[1]
+    return _fake(*arguments[:-1])[1]
 
 
 _ARGUMENTS = (
