@@ -7,6 +7,7 @@ from pathlib import Path
 
 import composition
 import pytest
+import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STORED = Path(__file__).with_name("composition.json")
@@ -25,7 +26,7 @@ def test_the_table_is_true(family: str, title: str, stored: dict) -> None:
 
 
 def test_two_processes_share_the_heads_and_ring_attention_is_refused(stored: dict) -> None:
-    if not composition.torch.distributed.is_available():
+    if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
     cells = composition.ulysses_cells()
     expected = {f: cell["verdict"] for f, cell in stored[composition.ULYSSES].items()}

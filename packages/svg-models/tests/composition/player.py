@@ -1,0 +1,88 @@
+"""A pipeline reduced to the calls that its transformer gets."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor
+
+from svg_models.families import transformers_of
+
+STEPS = 6
+CASES = {
+    "Wan": "wan t2v",
+    "HunyuanVideo": "hunyuan_video t2v",
+    "HunyuanVideo 1.5": "hunyuan_video15 t2v",
+    "Cosmos": "cosmos predict2 v2w",
+    "CogVideoX": "cogvideox 1.5 t2v",
+    "LTX-Video": "ltx t2v",
+}
+"""One case of the zoo for each family whose processor differs from the others'."""
+
+
+class Player:
+    """A pipeline reduced to its denoising loop: a transformer, and the calls it gets.
+
+    Attributes:
+        transformer: the model; a copy may be put in its place.
+        steps: how many of the recorded steps to play.
+    """
+
+    def __init__(self, transformer: Any, calls: list[dict[str, Any]], branch: str) -> None:
+        self.transformer = transformer
+        self.steps = len(calls)
+        self._calls, self._branch = calls, branch
+        self._current_timestep: float | None = None
+
+    @property
+    def _num_timesteps(self) -> int:
+        return self.steps
+
+    @property
+    def current_timestep(self) -> float | None:
+        """Return the timestep as PAB wants to know it."""
+        return self._current_timestep
+
+    def fresh(self, steps: int) -> Player:
+        """Return a player with a model of its own."""
+        return Player(copy.deepcopy(self.transformer), self._calls[:steps], self._branch)
+
+    def play(self) -> Tensor:
+        """Return what the model answers to each call, stacked."""
+        outputs = []
+        for step, call in enumerate(self._calls):
+            self._current_timestep = 900.0 - 100.0 * step
+            with torch.no_grad(), self._announce(step):
+                outputs.append(self.transformer(**call)[0])
+        return torch.stack(outputs)
+
+    def _announce(self, step: int) -> Any:
+        if not hasattr(self.transformer, "cache_context"):
+            return nullcontext()
+        return self.transformer.cache_context(
+            self._branch, step_index=step, num_inference_steps=self.steps
+        )
+
+
+@cache
+def recorded(family: str) -> Player:
+    """Record the first guidance branch of a pipeline of the zoo, once for each family."""
+    case = zoo.case(CASES[family])
+    pipe = case.build()
+    calls: list[dict[str, Any]] = []
+    transformer = transformers_of(pipe)["transformer"]
+
+    def record(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if arguments:
+            raise TypeError(f"{case.name} calls its transformer with positional arguments")
+        calls.append(dict(named))
+
+    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    case.run(pipe, num_inference_steps=STEPS)
+    hook.remove()
+    return Player(transformer, calls[:: len(case.branches)], case.branches[0])
