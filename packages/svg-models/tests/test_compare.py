@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from svg_models.compare import DEFAULT_METHODS, Comparison, compare, parse_methods
+from svg_models.compare import DEFAULT_METHODS, compare, parse_methods
+from svg_models.comparison import Comparison
 from svg_models.errors import SettingError
 from svg_models.generate import generate
 from svg_models.loading import Defaults, LoadedPipeline, load_pipeline

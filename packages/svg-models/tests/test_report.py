@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from svg_attention import CallRecord
-from svg_models.compare import Candidate, Comparison
+from svg_models.clip import Clip
+from svg_models.comparison import Candidate, Comparison
 from svg_models.errors import SettingError
-from svg_models.generate import Clip
 from svg_models.report import comparison_page, run_page, write_run_report
 from svg_models.report.grids import grids
 from svg_models.report.plots import layer_bands

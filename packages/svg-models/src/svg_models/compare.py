@@ -2,160 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from svg_models.comparison import Candidate, Comparison
 from svg_models.errors import SettingError
-from svg_models.generate import Clip, prepare, sample
+from svg_models.generate import prepare, sample
 from svg_models.loading import LoadedPipeline, Progress, quiet
 from svg_models.machine import machine_facts
 from svg_models.media import Media
 from svg_models.settings import Settings
 from svg_models.specs import MethodSpec
-from svg_models.video import (
-    Similarity,
-    atomic_path,
-    side_by_side,
-    similarity,
-    writable_folder,
-    write_video,
-)
+from svg_models.video import similarity
 
 DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
 DEFAULT_DENSITY = 0.25
-PAGE, DATA, TOGETHER = "index.html", "compare.json", "side-by-side.mp4"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """One sparse clip beside the dense one.
-
-    Attributes:
-        clip: the clip.
-        similarity: PSNR and SSIM per frame against the dense clip.
-        speedup: dense seconds over this clip's seconds, denoising loop only.
-    """
-
-    clip: Clip
-    similarity: Similarity
-    speedup: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
-    """One prompt and seed, dense and by one or more sparse methods.
-
-    Attributes:
-        dense: the reference clip.
-        candidates: the sparse clips in the order that was asked for.
-        machine: what it ran on.
-    """
-
-    dense: Clip
-    candidates: tuple[Candidate, ...]
-    machine: dict[str, Any]
-
-    @property
-    def clips(self) -> list[Clip]:
-        """The dense clip, then the others."""
-        return [self.dense, *(c.clip for c in self.candidates)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the pictures as plain values for JSON."""
-        dense = _clip_dict(self.dense) | {"speedup": 1.0, "similarity": None}
-        sparse = [
-            _clip_dict(c.clip)
-            | {"speedup": round(c.speedup, 4), "similarity": c.similarity.to_dict()}
-            for c in self.candidates
-        ]
-        return {
-            "format": "svg-compare/1",
-            "model": self.dense.model,
-            "loras": list(self.dense.loras),
-            "tokens": self.dense.tokens,
-            "settings": asdict(self.dense.settings),
-            "machine": self.machine,
-            "reference": "dense",
-            "metrics": {
-                "psnr": "torchmetrics, 8-bit frames scaled to 0..1, data_range 1, per frame; "
-                "the mean leaves identical frames out",
-                "ssim": "torchmetrics, Gaussian window 11 x 11, sigma 1.5, data_range 1, per frame",
-            },
-            "runs": [dense, *sparse],
-        }
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the clips, one clip of all side by side, the numbers and the page.
-
-        Args:
-            folder: created if missing; `index.html`, `compare.json`, `side-by-side.mp4` and one
-                mp4 per method appear in it, each only when complete.
-
-        Returns:
-            The page.
-
-        Raises:
-            SettingError: if the folder cannot be written.
-        """
-        from svg_models.report import comparison_page
-
-        place = writable_folder(folder)
-        for clip in self.clips:
-            clip.save(place / f"{clip.method.slug}.mp4")
-        everything = side_by_side(
-            [c.frames for c in self.clips], [clip_label(c) for c in self.clips]
-        )
-        write_video(everything, place / TOGETHER, fps=self.dense.settings.fps)
-        with atomic_path(place / DATA) as path:
-            path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        with atomic_path(place / PAGE) as path:
-            path.write_text(comparison_page(self), encoding="utf-8")
-        return place / PAGE
-
-
-def clip_label(clip: Clip) -> str:
-    """Name a clip by its method and the density that was measured."""
-    if clip.method.name == "dense":
-        return "Dense"
-    short = clip.method.label.replace("compensation", "comp.").replace(" routing", "")
-    return f"{short}, {clip.stats.mean_density:.0%}"
-
-
-def _clip_dict(clip: Clip) -> dict[str, Any]:
-    is_dense = clip.method.name == "dense"
-    return {
-        "name": clip.method.slug,
-        "label": clip.method.label,
-        "file": f"{clip.method.slug}.mp4",
-        "config": clip.config,
-        "seconds": round(clip.seconds, 4),
-        "decode_seconds": round(clip.decode_seconds, 4),
-        "mean_density": 1.0 if is_dense else float(clip.stats.mean_density),
-        "mean_density_with_dense_calls": clip.stats.mean_density_with_dense_calls,
-        "attention_seconds_total": clip.stats.seconds,
-        "step_seconds": [round(value, 5) for value in clip.step_seconds],
-        "messages": list(clip.stats.messages),
-        **_tables(clip),
-    }
-
-
-def _tables(clip: Clip) -> dict[str, Any]:
-    """Return density and seconds as `[step][layer]`; null where nothing ran or was timed."""
-    from svg_models.report.grids import grids
-
-    table = grids(clip.stats.records)
-    if table is None:
-        return {"density": None, "attention_seconds": None}
-    density = [[round(x, 5) if x == x else None for x in row] for row in table.density.tolist()]
-    timed = table.seconds
-    return {
-        "density": density,
-        "attention_seconds": None if timed is None else timed.round(6).tolist(),
-    }
 
 
 def parse_methods(

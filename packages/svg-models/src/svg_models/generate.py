@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from svg_attention import SVG2, Dense, UnsupportedError
+from svg_models.clip import Clip
 from svg_models.errors import SettingError
 from svg_models.loading import LoadedPipeline, Lora, Progress, load_pipeline, quiet
 from svg_models.media import NOTHING, Media, read_media
 from svg_models.settings import Settings, check_numbers
 from svg_models.specs import MethodSpec
 from svg_models.timer import StepTimer
-from svg_models.video import to_frames, write_video
+from svg_models.video import to_frames
 
 if TYPE_CHECKING:
-    from svg_models.stats import RunStats
+    pass
 
 __all__ = ["Clip", "check_backend", "generate", "prepare", "sample"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Clip:
-    """A generated clip and how it came about.
-
-    Attributes:
-        frames: uint8 `[F, H, W, 3]`.
-        settings: what was asked for.
-        method: what attention was asked for.
-        model: name of the model.
-        loras: adapters that it had, each with its weight.
-        config: the attention method and schedule in full and where they come from, as plain values.
-        seconds: time of the denoising loop.
-        step_seconds: time of each step; exact only if profiled, else a device may lag behind.
-        decode_seconds: time of the VAE afterwards.
-        tokens: video tokens of the clip.
-        stats: densities and times of every attention call.
-    """
-
-    frames: np.ndarray
-    settings: Settings
-    method: MethodSpec
-    model: str
-    loras: tuple[str, ...]
-    config: dict[str, Any]
-    seconds: float
-    step_seconds: tuple[float, ...]
-    decode_seconds: float
-    tokens: int
-    stats: RunStats
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the clip as an mp4; see `svg_models.video.write_video`."""
-        return write_video(self.frames, path, fps=self.settings.fps)
 
 
 def generate(

@@ -33,7 +33,7 @@ from svg_models.cli.output import escaped, out, spoken_errors
 from svg_models.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from svg_models.compare import Comparison
+    from svg_models.comparison import Comparison
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"

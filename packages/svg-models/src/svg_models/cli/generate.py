@@ -32,7 +32,7 @@ from svg_models.cli.output import err, escaped, out, spoken_errors
 from svg_models.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from svg_models.generate import Clip
+    from svg_models.clip import Clip
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
