@@ -163,6 +163,14 @@ def test_a_family_nobody_knows_is_refused(tmp_path: Path) -> None:
     assert "wan (Wan 2.1" in sentence
 
 
+def test_a_checkpoint_that_its_family_objects_to_is_refused(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"num_layers": 1, "ffn_dim": 8, "num_frame_per_block": 3}
+    model = write_index(tmp_path / "causal", "SkyReelsV2Transformer3DModel", config)
+    sentence = refusal("generate", "-m", model, "-o", str(tmp_path / "clip.mp4"))
+    assert "SkyReelsV2Transformer3DModel stays dense: " in sentence
+    assert "causal" in sentence.split("stays dense")[1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_14b_model_without_a_gpu_is_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = {

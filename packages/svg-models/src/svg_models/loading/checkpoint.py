@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from svg_models.errors import ModelUnavailableError
+from svg_models.families import SKIPPED, family_of, known_families
 
-__all__ = ["check_family", "component_parameters", "components"]
+__all__ = ["check_family", "check_transformers", "components", "networks"]
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:
@@ -38,8 +40,6 @@ def check_family(name: str, folder: Path) -> None:
     Raises:
         ModelUnavailableError: it lists the known families, or says why this one is skipped.
     """
-    from svg_models.families import SKIPPED, known_families
-
     kind = components(folder).get("transformer", ("", "nothing"))[1]
     if kind in SKIPPED:
         raise ModelUnavailableError(f"{name} has {kind} as its transformer: {SKIPPED[kind]}")
@@ -51,19 +51,19 @@ def check_family(name: str, folder: Path) -> None:
         )
 
 
-def component_parameters(folder: Path) -> dict[str, int]:
-    """Count the parameters of each component from its configuration, without its weights.
+def networks(folder: Path) -> dict[str, nn.Module]:
+    """Build each component that is a network from its configuration, without its weights.
 
     Args:
         folder: a pipeline in diffusers' format.
 
     Returns:
-        Component name -> number of parameters, only for components that are networks.
+        Component name -> network on the meta device, where parameters have a shape and no memory.
 
     Raises:
         ModelUnavailableError: if `model_index.json` cannot be read or names unknown classes.
     """
-    counts = {}
+    built = {}
     for name, (library, class_name) in components(folder).items():
         if not (folder / name / "config.json").is_file():
             continue
@@ -76,8 +76,25 @@ def component_parameters(folder: Path) -> dict[str, int]:
             ) from error
         with torch.device("meta"):
             if library == "diffusers":
-                network = kind.from_config(kind.load_config(folder / name))
+                built[name] = kind.from_config(kind.load_config(folder / name))
             else:
-                network = kind(kind.config_class.from_pretrained(folder / name))
-        counts[name] = sum(p.numel() for p in network.parameters())
-    return counts
+                built[name] = kind(kind.config_class.from_pretrained(folder / name))
+    return built
+
+
+def check_transformers(name: str, built: dict[str, nn.Module]) -> None:
+    """Refuse a checkpoint that its family cannot make sparse, as its configuration tells.
+
+    Args:
+        name: of the model.
+        built: what `networks` returns.
+
+    Raises:
+        ModelUnavailableError: says why.
+    """
+    for part, network in built.items():
+        if part.startswith("transformer"):
+            try:
+                family_of(network)
+            except ValueError as error:
+                raise ModelUnavailableError(f"{name}: {error}") from error

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 
 from svg_models.errors import ModelUnavailableError, first_line
-from svg_models.loading.checkpoint import check_family, component_parameters, components
+from svg_models.loading.checkpoint import (
+    check_family,
+    check_transformers,
+    components,
+    networks,
+)
 from svg_models.loading.defaults import Defaults, defaults_for
 from svg_models.loading.device import pick_device, pick_dtype
 from svg_models.loading.geometry import Geometry
@@ -117,7 +122,9 @@ def load_pipeline(
     name, folder, on_hub = locate(model, progress=progress)
     check_family(name, folder)
     pipeline = choose_pipeline(name, folder, image=image, video=video)
-    sizes = component_parameters(folder)
+    built = networks(folder)
+    check_transformers(name, built)
+    sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in built.items()}
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
         progress("downloading", 0, 0)
