@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
+from zoo import case
 
 from svg_models.errors import SettingError
 from svg_models.generate import generate
-from svg_models.loading import LoadedPipeline, load_pipeline
+from svg_models.loading import Geometry, Inputs, LoadedPipeline, load_pipeline
+from svg_models.loading.defaults import defaults_for
 from svg_models.media import Media, covering, read_media, resampled
 from svg_models.video import write_video
 
@@ -123,3 +126,49 @@ def test_a_strength_that_leaves_no_step_is_refused(redraws: LoadedPipeline, clip
 def test_a_model_that_redraws_asks_for_a_video(redraws: LoadedPipeline) -> None:
     with pytest.raises(SettingError, match="add --video PATH"):
         generate("a red circle", model=redraws, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("wan 2.1 i2v", "image"),
+        ("wan 2.2 i2v", "image"),
+        ("wan 2.2 ti2v, image", "image"),
+        ("wan vace", "image"),
+        ("wan vace", "video"),
+        ("cogvideox 1.5 i2v", "image"),
+        ("cogvideox 1.0 v2v", "video"),
+        ("cosmos 1.0 v2w", "image"),
+        ("cosmos 1.0 v2w", "video"),
+        ("cosmos predict2 v2w", "video"),
+        ("ltx i2v", "image"),
+    ],
+)
+def test_what_is_given_reaches_the_model(name: str, kind: str, tmp_path: Path) -> None:
+    found = case(name)
+    pipe = found.build()
+    loaded = LoadedPipeline(
+        pipe=pipe,
+        name=name,
+        inputs=Inputs.of(type(pipe)),
+        defaults=defaults_for(name, pipe),
+        geometry=Geometry.of(pipe),
+        device="cpu",
+        dtype=torch.float32,
+        loras=(),
+        seconds=0.0,
+    )
+    settings = {key: found.arguments[key] for key in ("height", "width")}
+    settings["max_sequence_length"] = found.arguments.get("max_sequence_length")
+    call = {"model": loaded, "steps": 2, "guidance": 2.0, "frames": 9, "method": "dense"}
+    clips = []
+    for shade in (30, 220):
+        if kind == "image":
+            Image.new("RGB", (48, 32), (shade, 90, 90)).save(tmp_path / "start.png")
+        else:
+            frames = np.full((24, 32, 48, 3), shade, np.uint8)
+            write_video(frames, tmp_path / "start.mp4", fps=loaded.defaults.fps)
+        start = {kind: tmp_path / ("start.png" if kind == "image" else "start.mp4")}
+        clips.append(generate("a red circle", **start, **call, **settings).frames)
+    assert clips[0].shape == (9, settings["height"], settings["width"], 3)
+    assert (clips[0] != clips[1]).any()
