@@ -69,7 +69,7 @@ def refusal(*words: str) -> str:
         (["--density", "0"], "density must be above 0"),
         (["--top-p", "2"], "top-p must be above 0 and at most 1"),
         (["--top-p", "0.9", "--density", "0.3"], "give one of them"),
-        (["--method", "svg3"], "method must be one of dense, svg1, svg2"),
+        (["--method", "svg3"], "method must be one of auto, dense, svg1, svg2"),
         (["--method", "svg2@lots"], "expected a density after '@'"),
         (["--method", "svg1", "--top-p", "0.5"], "top-p belongs to the svg2 methods"),
         (["--method", "svg1", "--compensate"], "only the svg2 methods can compensate"),

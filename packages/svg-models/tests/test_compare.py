@@ -153,3 +153,26 @@ def test_every_method_name_builds_a_method(name: str) -> None:
         assert (by_mass.top_p, by_mass.density) == (0.8, None)
     elif name != "dense":
         assert method.density == 0.3
+
+
+def test_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline) -> None:
+    few = generate("a red circle", model=loaded, **SETTINGS)
+    assert few.method == MethodSpec(name="dense")
+    assert few.stats.sparse_records == ()
+    assert "5 denoising steps are too few" in few.config["note"]
+    asked = generate("a red circle", model=loaded, method="auto@0.5", **SETTINGS)
+    assert asked.method == MethodSpec(name="svg2", density=0.5)
+    assert 0.4 < asked.stats.mean_density <= 0.5
+    with pytest.raises(SettingError, match="auto is for svg generate alone"):
+        parse_methods(["auto"])
+
+
+@pytest.mark.parametrize(
+    "text", ["dense", "svg1@0.3", "svg2@0.2", "svg2-comp@0.2", "svg2-error@0.2", "random@0.4"]
+)
+def test_a_method_tells_its_name(text: str) -> None:
+    from svg_attention import SVG2
+
+    spec = MethodSpec.parse(text)
+    assert MethodSpec.of(spec.build(SVG2())) == spec
+    assert MethodSpec.of(SVG2(top_p=0.8)) == MethodSpec(name="svg2", top_p=0.8)

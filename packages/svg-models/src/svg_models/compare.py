@@ -30,12 +30,14 @@ def parse_methods(
         density: the budget; `None` takes `DEFAULT_DENSITY`, so that the table is fair.
 
     Raises:
-        SettingError: if one is unknown, is dense, or stands there twice.
+        SettingError: if one is unknown, is dense or auto, or stands there twice.
     """
     budget = DEFAULT_DENSITY if density is None else density
     specs = tuple(MethodSpec.parse(name, density=budget) for name in names or DEFAULT_METHODS)
     if any(spec.name == "dense" for spec in specs):
         raise SettingError("dense is always part of a comparison; name the others")
+    if any(spec.name == "auto" for spec in specs):
+        raise SettingError("a comparison names its methods; auto is for svg generate alone")
     slugs = [spec.slug for spec in specs]
     twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
     if twice:

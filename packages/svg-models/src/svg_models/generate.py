@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from svg_models.specs import MethodSpec
 from svg_models.timer import StepTimer
 from svg_models.video import to_frames
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Clip", "check_backend", "generate", "prepare", "sample"]
 
 
@@ -28,7 +25,7 @@ def generate(
     prompt: str | None = None,
     *,
     model: str | os.PathLike[str] | LoadedPipeline | None = None,
-    method: str | MethodSpec = "svg2",
+    method: str | MethodSpec = "auto",
     image: str | os.PathLike[str] | None = None,
     video: str | os.PathLike[str] | None = None,
     loras: Sequence[str] = (),
@@ -45,7 +42,8 @@ def generate(
     Args:
         prompt: what it shows; `None` takes the model's own example.
         model: what `load_pipeline` takes, or a pipeline it returned.
-        method: an attention method such as `"svg2"`, `"svg2-error@0.25"`, `"dense"`.
+        method: an attention method such as `"svg2"`, `"svg2-error@0.25"`, `"dense"`; `"auto"`
+            takes the model's recipe, which leaves clips too short to gain dense.
         image: a picture to start from, for models that take one.
         video: a video to start from, for models that take one.
         loras: adapters for the transformer, each a path or hub id, with `:WEIGHT` if you like;
@@ -147,10 +145,19 @@ def sample(
     tokens = loaded.geometry.tokens(**size)
     if media.image is not None and loaded.inputs.image == "reference_images":
         tokens += loaded.geometry.tokens(**size | {"frames": 1})  # it is denoised as one frame more
-    recipe = recipe_for(loaded.pipe, tokens, method="svg1" if spec.name == "svg1" else "svg2")
-    q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
-    fitted = SVG2(q_clusters=q_clusters, k_clusters=k_clusters)
-    method = spec.build(fitted if isinstance(recipe.method, Dense) else recipe.method)
+    whole = spec.name == "auto"  # else the recipe only fills what the name leaves open
+    recipe = recipe_for(
+        loaded.pipe,
+        tokens,
+        num_steps=settings.steps_to_run if whole else None,
+        num_frames=(settings.frames - 1) // loaded.geometry.time + 1 if whole else None,
+        method="svg1" if spec.name == "svg1" else "svg2",
+    )
+    base = recipe.method
+    if isinstance(base, Dense) and (not whole or spec.density or spec.top_p):
+        q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
+        base = SVG2(q_clusters=q_clusters, k_clusters=k_clusters)
+    method = spec.build(base)
     timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
         sparsify(
@@ -169,7 +176,7 @@ def sample(
     return Clip(
         frames=to_frames(output.frames[0]),
         settings=settings,
-        method=spec,
+        method=MethodSpec.of(method) if whole else spec,
         model=loaded.name,
         loras=tuple(str(lora) for lora in loaded.loras),
         config={

@@ -1,4 +1,4 @@
-"""Name attention methods on a command line: `svg2`, `svg2-error@0.25`, `svg1`, `dense`."""
+"""Name attention methods on a command line: `auto`, `svg2`, `svg2-error@0.25`, `svg1`, `dense`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from svg_attention import SVG1, SVG2, Dense, RandomBlocks
 from svg_models.errors import SettingError
 
 METHODS: dict[str, str] = {
+    "auto": "The model's recipe",
     "dense": "Dense attention",
     "svg1": "SVG1",
     "svg2": "SVG2",
     "svg2-comp": "SVG2 + compensation",
     "svg2-error": "SVG2 + compensation + error routing",
     "random": "Random blocks",
-}
-ABOUT: dict[str, str] = {
-    "dense": "every query reads every key: the baseline",
-    "svg1": "each head reads a spatial or a temporal band",
-    "svg2": "keys are clustered, each query tile reads the clusters with the most mass",
-    "svg2-comp": "svg2, and the clusters left out count through their centroids",
-    "svg2-error": "svg2-comp, and exact work goes where the centroids err most",
-    "random": "as many random blocks: what any method has to beat",
 }
 
 
@@ -54,7 +47,7 @@ class MethodSpec:
         for label, value in (("density", self.density), ("top-p", self.top_p)):
             if value is not None and not 0.0 < value <= 1.0:
                 raise SettingError(f"{label} must be above 0 and at most 1, got {value:g}")
-        if self.top_p is not None and not self.name.startswith("svg2"):
+        if self.top_p is not None and not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"top-p belongs to the svg2 methods, got method '{self.name}'")
         if self.top_p is not None and self.density is not None:
             raise SettingError("density and top-p both set how much is computed; give one of them")
@@ -93,9 +86,22 @@ class MethodSpec:
         Raises:
             SettingError: if it is not of the svg2 family.
         """
-        if not self.name.startswith("svg2"):
+        if not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"only the svg2 methods can compensate, got '{self.name}'")
-        return dataclasses.replace(self, name="svg2-comp" if self.name == "svg2" else self.name)
+        plain = self.name in ("svg2", "auto")
+        return dataclasses.replace(self, name="svg2-comp" if plain else self.name)
+
+    @classmethod
+    def of(cls, method: Any) -> MethodSpec:
+        """Return the name of a method of `svg_attention`."""
+        if isinstance(method, SVG2):
+            name = "svg2-error" if method.route == "error" else "svg2-comp"
+            budget: dict[str, Any] = {"density": method.density}
+            if method.density is None:
+                budget = {"top_p": method.top_p}
+            return cls(name=name if method.compensate else "svg2", **budget)
+        names = {Dense: "dense", SVG1: "svg1", RandomBlocks: "random"}
+        return cls(name=names[type(method)], density=getattr(method, "density", None))
 
     @property
     def label(self) -> str:
@@ -122,11 +128,15 @@ class MethodSpec:
             return band if self.density is None else SVG1(density=self.density)
         if self.name == "random":
             return RandomBlocks() if self.density is None else RandomBlocks(density=self.density)
+        if self.name == "auto" and not isinstance(base, SVG2):
+            return base
         method = base if isinstance(base, SVG2) else SVG2()
-        changes: dict[str, Any] = {
-            "compensate": self.name != "svg2",
-            "route": "error" if self.name == "svg2-error" else "mass",
-        }
+        changes: dict[str, Any] = {}
+        if self.name != "auto":
+            changes = {
+                "compensate": self.name != "svg2",
+                "route": "error" if self.name == "svg2-error" else "mass",
+            }
         if self.density is not None:
             changes["density"] = self.density
         if self.top_p is not None:

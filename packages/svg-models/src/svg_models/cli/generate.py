@@ -62,10 +62,10 @@ def generate(
         str,
         typer.Option(
             "--method",
-            help="svg2, svg2-comp, svg2-error, svg1, random or dense.",
+            help="auto (the model's recipe), svg2, svg2-comp, svg2-error, svg1, random or dense.",
             rich_help_panel=HOW,
         ),
-    ] = "svg2",
+    ] = "auto",
     density: Annotated[
         float | None,
         typer.Option(
@@ -86,7 +86,7 @@ def generate(
         bool,
         typer.Option(
             "--compensate",
-            help="Count what is left out through its centroids: svg2 becomes svg2-comp.",
+            help="Count what is left out through its centroids: auto and svg2 become svg2-comp.",
             rich_help_panel=HOW,
         ),
     ] = False,
@@ -147,4 +147,6 @@ def _tell_clip(clip: Clip, path: str) -> None:
     if clip.stats.sparse_records:
         text += f", density {clip.stats.mean_density:.0%} on sparse calls"
     err().print(escaped(text), highlight=False)
+    if clip.method.name == "dense" and clip.config["note"]:
+        err().print(escaped(clip.config["note"]), highlight=False)
     out().print(path, soft_wrap=True, highlight=False, markup=False)
