@@ -26,6 +26,7 @@ from svg_models.specs import MethodSpec
 from svg_models.stats import RunStats
 from svg_models.video import read_video, similarity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOID = {"meta", "link", "input", "br"}
 
 

@@ -21,6 +21,9 @@ from svg_models.video import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def gradient(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
     """Make a clip that moves, in colours that survive 4:2:0."""
     y, x = np.mgrid[:height, :width]
