@@ -20,7 +20,6 @@ from svg_models.video import (
     write_video,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
