@@ -187,8 +187,8 @@ def write(rows: Sequence[dict[str, Any]]) -> str:
         "plan graph",
         "FlashInfer + flash-kmeans call",
         "SVG1 call",
+        "cuDNN dense",
     ]
-    names.append("cuDNN dense")
 
     def cell(row: dict[str, Any], name: str) -> str:
         return f"{row['ms'][name]['median']:.2f}" if name in row["ms"] else ""
