@@ -16,7 +16,7 @@ from svg_models.recipes import FEW_STEPS, SHARED, cluster_counts, nearest
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-SMALL = {"density": 0.3, "compensate": True, "route": "error", "first_iterations": 10}
+SMALL = {"density": 0.3, "compensate": True, "first_iterations": 10}
 
 
 def published(**config: object) -> WanTransformer3DModel:
@@ -54,7 +54,7 @@ def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
 def test_fewer_tokens_than_published_are_compensated() -> None:
     recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **SMALL)
-    assert recipe.note.endswith("density 0.3, compensation and routing by error")
+    assert recipe.note.endswith("density 0.3 and compensation")
 
 
 def test_a_smaller_model_of_the_published_size_is_compensated_and_told() -> None:

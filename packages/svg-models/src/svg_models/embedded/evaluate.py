@@ -315,10 +315,14 @@ def _evaluate_size(
 
 
 def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) -> Image.Image:
-    from svg_models import sparsify
+    from svg_models import recipe_for, sparsify
+    from svg_models.specs import MethodSpec
 
+    latent = side // pipe.vae_scale_factor_spatial
+    recipe = recipe_for(pipe, 13 * latent**2)
+    method = MethodSpec.parse("svg2-error").build(recipe.method)
     dense = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
-    with sparsify(pipe) as run:
+    with sparsify(pipe, method, recipe.schedule) as run:
         sparse = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
         print(f"SVG2 on the sheet of {side} pixels: density {run.stats().mean_density:.3f}")
     return contact_sheet({"dense": dense, "SVG2": sparse}, SHEET_PROMPTS)
