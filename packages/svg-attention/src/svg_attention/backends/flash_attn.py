@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg_attention.backends.blocks import clear_empty_rows, not_on_cuda
-from svg_attention.plan import SparsePlan, match_heads
-from svg_attention.rows import put_rows, take_rows
+from svg_attention.backends.blocks import (
+    clear_empty_rows,
+    in_plan_order,
+    not_half_precision,
+    not_on_cuda,
+)
+from svg_attention.plan import SparsePlan
+from svg_attention.rows import put_rows
 
 HEAD_DIMS = (64, 128)
 BLOCK = 128
@@ -35,14 +40,7 @@ class FlashAttentionBackend:
             return reason
         if not installed():
             return "flash_attn.cute is not installed; pip install flash-attn-4"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"query must be fp16 or bf16, got {query.dtype}"
-        if query.shape[-1] not in HEAD_DIMS or value.shape[-1] != query.shape[-1]:
-            return (
-                f"head_dim must be one of {HEAD_DIMS} for keys and values alike, "
-                f"got {query.shape[-1]} and {value.shape[-1]}"
-            )
-        return not_in_blocks(plan)
+        return not_half_precision(query, value, HEAD_DIMS) or not_in_blocks(plan)
 
     def run(
         self,
@@ -63,13 +61,7 @@ class FlashAttentionBackend:
                 *tokens_first, softmax_scale=scale, return_lse=True
             )
             return out.transpose(1, 2).contiguous(), lse
-        heads = plan.heads
-        key, value = match_heads(key, heads), match_heads(value, heads)
-        if plan.query_order is not None:
-            query = take_rows(query, plan.query_order)
-        if plan.key_order is not None:
-            order = match_heads(plan.key_order, heads)
-            key, value = take_rows(key, order), take_rows(value, order)
+        query, key, value = in_plan_order(query, key, value, plan)
         sparsity: Any = importlib.import_module("flash_attn.cute.block_sparsity")
         counts, index = block_lists(plan)
         operand = sparsity.BlockSparseTensorsTorch(

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg_attention.backends.blocks import clear_empty_rows, not_on_cuda
-from svg_attention.plan import SparsePlan, match_heads
-from svg_attention.rows import put_rows, take_rows
+from svg_attention.backends.blocks import (
+    clear_empty_rows,
+    in_plan_order,
+    not_half_precision,
+    not_on_cuda,
+)
+from svg_attention.plan import SparsePlan
+from svg_attention.rows import put_rows
 
 HEAD_DIMS = (64, 128, 256)
 # Scratch that FlashInfer is lent, in bytes.
@@ -37,13 +42,9 @@ class FlashInferBackend:
             return reason
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed; pip install flashinfer-python"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"query must be fp16 or bf16, got {query.dtype}"
-        if query.shape[-1] not in HEAD_DIMS or value.shape[-1] != query.shape[-1]:
-            return (
-                f"head_dim must be one of {HEAD_DIMS} for keys and values alike, "
-                f"got {query.shape[-1]} and {value.shape[-1]}"
-            )
+        reason = not_half_precision(query, value, HEAD_DIMS)
+        if reason:
+            return reason
         if plan.summary is not None:
             return "a plan with a summary weighs its centroids, which FlashInfer cannot"
         return None
@@ -59,13 +60,7 @@ class FlashInferBackend:
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute attention as `plan` says; see `Backend.run`."""
-        heads = plan.heads
-        key, value = match_heads(key, heads), match_heads(value, heads)
-        if plan.query_order is not None:
-            query = take_rows(query, plan.query_order)
-        if plan.key_order is not None:
-            order = match_heads(plan.key_order, heads)
-            key, value = take_rows(key, order), take_rows(value, order)
+        query, key, value = in_plan_order(query, key, value, plan)
         mask, rows, columns = key_blocks(plan)
         sparse: Any = importlib.import_module("flashinfer").sparse
         workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=query.device)
