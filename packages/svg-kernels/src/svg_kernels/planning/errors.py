@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from svg_kernels._backends import register
 from svg_kernels.planning._tiers import choose
-from svg_kernels.planning.probes import TILE_ROWS, check_clusters, check_rows
+from svg_kernels.planning.probes import check_clusters, check_rows, empty_shares
 
 
 def probe_errors(
@@ -81,40 +83,15 @@ def probe_errors(
     return errors
 
 
-def _run(
-    means: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: Tensor,
-    centroids: Tensor,
-    value_means: Tensor,
-    sizes: Tensor,
-    length: int,
-    probe_rows: int,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    errors: Tensor = choose(backend, means.device, "errors").probe_errors(
-        means, key, value, order, centroids, value_means, sizes, length, probe_rows, scale
-    )
+def _run(*arguments: Any) -> Tensor:
+    *operands, backend = arguments
+    errors: Tensor = choose(backend, operands[0].device, "errors").probe_errors(*operands)
     return errors
 
 
-def _fake(
-    means: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: Tensor,
-    centroids: Tensor,
-    value_means: Tensor,
-    sizes: Tensor,
-    length: int,
-    probe_rows: int,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    tiles = means.shape[2] * probe_rows // TILE_ROWS
-    return means.new_empty(*means.shape[:2], tiles, centroids.shape[2], dtype=torch.float32)
+def _fake(*arguments: Any) -> Tensor:
+    means, centroids, probe_rows = arguments[0], arguments[4], arguments[8]
+    return empty_shares(means, centroids, probe_rows)
 
 
 _probe_errors = register(

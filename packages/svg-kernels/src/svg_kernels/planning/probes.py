@@ -5,6 +5,8 @@ A probe is `probe_rows` consecutive rows of the query order, and stands for them
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -137,20 +139,16 @@ def _run_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> T
     return means
 
 
-def _run_mass(
-    means: Tensor,
-    centroids: Tensor,
-    sizes: Tensor,
-    length: int,
-    probe_rows: int,
-    scale: float,
-    per_key: bool,
-    backend: str,
-) -> Tensor:
-    mass: Tensor = choose(backend, means.device, "probe").probe_mass(
-        means, centroids, sizes, length, probe_rows, scale, per_key
-    )
+def _run_mass(*arguments: Any) -> Tensor:
+    *operands, backend = arguments
+    mass: Tensor = choose(backend, operands[0].device, "probe").probe_mass(*operands)
     return mass
+
+
+def empty_shares(means: Tensor, centroids: Tensor, probe_rows: int) -> Tensor:
+    """Allocate one fp32 number for each tile and cluster, `[B, H, T, C]`."""
+    tiles = means.shape[2] * probe_rows // TILE_ROWS
+    return means.new_empty(*means.shape[:2], tiles, centroids.shape[2], dtype=torch.float32)
 
 
 def _fake_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> Tensor:
@@ -158,18 +156,9 @@ def _fake_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> 
     return query.new_empty(*query.shape[:2], probes, query.shape[3])
 
 
-def _fake_mass(
-    means: Tensor,
-    centroids: Tensor,
-    sizes: Tensor,
-    length: int,
-    probe_rows: int,
-    scale: float,
-    per_key: bool,
-    backend: str,
-) -> Tensor:
-    tiles = means.shape[2] * probe_rows // TILE_ROWS
-    return means.new_empty(*means.shape[:2], tiles, centroids.shape[2], dtype=torch.float32)
+def _fake_mass(*arguments: Any) -> Tensor:
+    means, centroids, probe_rows = arguments[0], arguments[1], arguments[4]
+    return empty_shares(means, centroids, probe_rows)
 
 
 _probe_means = register(
