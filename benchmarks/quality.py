@@ -30,6 +30,7 @@ from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.clips import caption
 from svg_models.embedded.evaluate import held_out_scenes
+from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 from svg_models.video import similarity
 
@@ -117,8 +118,7 @@ def measure(
     pipe: Any, prompts: Sequence[str], side: int, dense: Tensor, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Run every method at every density and compare it with the dense clips."""
-    latent = side // pipe.vae_scale_factor_spatial
-    tokens = ((FRAMES - 1) // pipe.vae_scale_factor_temporal + 1) * latent**2
+    tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=FRAMES)
     for density in args.densities:
         for name, method in methods(tokens, density).items():
             started = time.perf_counter()
@@ -178,15 +178,33 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure and store."""
+def load(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Load the model; return its pipeline and the held-out prompts."""
     from diffusers import WanPipeline
 
     dtype = getattr(torch, args.dtype)
     pipe = WanPipeline.from_pretrained(args.model or embedded_path(), torch_dtype=dtype)
     pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    prompts = [caption(scene) for scene in held_out_scenes(args.prompts)]
+    return pipe, [caption(scene) for scene in held_out_scenes(args.prompts)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every measurement of quality takes."""
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--backend", default="auto", help="see `svg doctor`")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--commit", default="", help="stored where there is no git")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and store."""
+    pipe, prompts = load(args)
     results: dict[str, Any] = {
         "environment": environment(args),
         "steps": args.steps,
@@ -300,17 +318,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True)
     runner = commands.add_parser("run", help="measure and store")
-    runner.add_argument("--output", type=Path, required=True)
-    runner.add_argument("--model", type=Path)
-    runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    runner.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    runner.add_argument("--backend", default="auto", help="see `svg doctor`")
-    runner.add_argument("--prompts", type=int, default=16)
-    runner.add_argument("--steps", type=int, default=20)
-    runner.add_argument("--guidance", type=float, default=4.0)
+    add_options(runner)
     runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=list(SIDES))
     runner.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
-    runner.add_argument("--commit", default="", help="stored where there is no git")
     runner.set_defaults(call=run)
     tables = commands.add_parser("table", help="write the table and the plot")
     tables.add_argument("results", type=Path)

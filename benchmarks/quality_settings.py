@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import quality
-import torch
 
 from svg_attention import SVG2, Schedule
-from svg_models import embedded_path, sparsify
-from svg_models.embedded.clips import caption
-from svg_models.embedded.evaluate import held_out_scenes
+from svg_models import sparsify
+from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 
 SCHEDULE = Schedule(dense_steps=0.2, dense_layers=0.03)
@@ -48,25 +45,14 @@ def settings(tokens: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure and store."""
-    from diffusers import WanPipeline
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--backend", default="auto", help="see `svg doctor`")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    quality.add_options(parser)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--commit", default="", help="stored where there is no git")
     args = parser.parse_args()
-    pipe = WanPipeline.from_pretrained(embedded_path(), torch_dtype=getattr(torch, args.dtype))
-    pipe = pipe.to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    prompts = [caption(scene) for scene in held_out_scenes(args.prompts)]
+    pipe, prompts = quality.load(args)
     dense = quality.sample(pipe, prompts, args.side, args)
-    tokens = 13 * (args.side // pipe.vae_scale_factor_spatial) ** 2
+    size = {"height": args.side, "width": args.side, "frames": quality.FRAMES}
+    tokens = Geometry.of(pipe).tokens(**size)
     rows: list[dict[str, Any]] = []
     for chosen in settings(tokens):
         with sparsify(pipe, SVG2(**chosen), SCHEDULE, backend=args.backend) as run:

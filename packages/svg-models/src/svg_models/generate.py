@@ -150,7 +150,7 @@ def sample(
         loaded.pipe,
         tokens,
         num_steps=settings.steps_to_run if whole else None,
-        num_frames=(settings.frames - 1) // loaded.geometry.time + 1 if whole else None,
+        num_frames=loaded.geometry.latent_frames(settings.frames) if whole else None,
         method="svg1" if spec.name == "svg1" else "svg2",
     )
     base = recipe.method

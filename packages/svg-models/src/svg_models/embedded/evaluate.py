@@ -286,23 +286,20 @@ def main(argv: list[str] | None = None) -> None:
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
         for side in args.sides:
             batch = max(1, args.batch * 128**2 // side**2)
+            sheet = _draw_sheet(pipe, side=side, batch=batch, options=options)
+            sheet.save(args.out / f"sheet_{side}.jpg", quality=88)
             if args.only_sheet:
-                sheet = _draw_sheet(pipe, side=side, batch=batch, options=options)
-                sheet.save(args.out / f"sheet_{side}.jpg", quality=88)
                 continue
             results[str(side)] = _evaluate_size(
-                pipe, scenes, side=side, batch=batch, out=args.out, options=options
+                pipe, scenes, side=side, batch=batch, options=options
             )
             print(side, json.dumps(results[str(side)]), flush=True)
             (args.out / "evaluation.json").write_text(json.dumps(results, indent=1))
 
 
 def _evaluate_size(
-    pipe: Any, scenes: Sequence[Scene], *, side: int, batch: int, out: Path, options: dict[str, Any]
+    pipe: Any, scenes: Sequence[Scene], *, side: int, batch: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    _draw_sheet(pipe, side=side, batch=batch, options=options).save(
-        out / f"sheet_{side}.jpg", quality=88
-    )
     prompts = [caption(scene) for scene in scenes]
     clips = generate(pipe, prompts, side=side, batch=batch, seed=100, **options)
     step = max(1, side // 128)  # judge every size at 128 pixels
@@ -316,10 +313,11 @@ def _evaluate_size(
 
 def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) -> Image.Image:
     from svg_models import recipe_for, sparsify
+    from svg_models.loading import Geometry
     from svg_models.specs import MethodSpec
 
-    latent = side // pipe.vae_scale_factor_spatial
-    recipe = recipe_for(pipe, 13 * latent**2)
+    tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=49)
+    recipe = recipe_for(pipe, tokens)
     method = MethodSpec.parse("svg2-error").build(recipe.method)
     dense = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)
     with sparsify(pipe, method, recipe.schedule) as run:

@@ -52,11 +52,18 @@ class Geometry:
             only=(config.sample_height * space, config.sample_width * space) if learned else None,
         )
 
+    def latent_frames(self, frames: int) -> int:
+        """Return the latent frames of so many video frames."""
+        return (frames - 1) // self.time + 1
+
     def tokens(self, *, height: int, width: int, frames: int) -> int:
         """Return the number of video tokens of a clip."""
-        latent = (frames - 1) // self.time + 1
         t, h, w = self.patch
-        return math.ceil(latent / t) * (height // self.space // h) * (width // self.space // w)
+        return (
+            math.ceil(self.latent_frames(frames) / t)
+            * (height // self.space // h)
+            * (width // self.space // w)
+        )
 
     def nearest_size(self, *, height: float, width: float) -> dict[str, int]:
         """Return the valid height and width that are nearest."""
