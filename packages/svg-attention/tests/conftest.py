@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,3 +149,14 @@ def random_plan() -> Callable[..., SparsePlan]:
         )
 
     return make
+
+
+@pytest.fixture
+def move_plan() -> Callable[[SparsePlan, torch.device], SparsePlan]:
+    """Return a function that copies a plan without a summary to a device."""
+
+    def move(plan: SparsePlan, device: torch.device) -> SparsePlan:
+        tensors = {name: x.to(device) for name, x in vars(plan).items() if isinstance(x, Tensor)}
+        return replace(plan, **tensors)
+
+    return move

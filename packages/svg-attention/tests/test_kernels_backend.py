@@ -133,11 +133,8 @@ def test_long_tiles_are_started_first_and_heads_stay_together():
 @pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_kernels_equal_the_reference(name, random_plan, device, assert_accurate):
-    plan = random_plan(1, 4, 700, 900, key_heads=2, clusters=40)
-    orders = {f: getattr(plan, f).to(device) for f in ("query_order", "key_order")}
-    runs = {f: getattr(plan, f).to(device) for f in ("run_starts", "run_lengths")}
-    plan = SparsePlan(query_length=700, key_length=900, **orders, **runs)
+def test_kernels_equal_the_reference(name, random_plan, move_plan, device, assert_accurate):
+    plan = move_plan(random_plan(1, 4, 700, 900, key_heads=2, clusters=40), device)
     query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
     got, lse = sparse_attention(query, key, value, plan, backend=name, return_lse=True)
     exact_plan = plan.rounded(8) if name == "cuda" else plan
@@ -151,11 +148,8 @@ def test_kernels_equal_the_reference(name, random_plan, device, assert_accurate)
 
 @pytest.mark.gpu
 @needs_kernels
-def test_a_call_never_waits_for_the_device(random_plan, device):
-    plan = random_plan(1, 2, 300, 400)
-    orders = {f: getattr(plan, f).to(device) for f in ("query_order", "key_order")}
-    runs = {f: getattr(plan, f).to(device) for f in ("run_starts", "run_lengths")}
-    plan = SparsePlan(query_length=300, key_length=400, **orders, **runs)
+def test_a_call_never_waits_for_the_device(random_plan, move_plan, device):
+    plan = move_plan(random_plan(1, 2, 300, 400), device)
     query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
     sparse_attention(query, key, value, plan)  # compiles
     torch.cuda.synchronize()

@@ -231,3 +231,41 @@ def test_an_old_gpu_is_named(monkeypatch):
         "needs compute capability 8.0 or newer, this GPU has 7.5"
     )
     assert blocks.not_on_cuda(tensor, (7, 0)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["full", "blocks"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_flash_attention_itself_agrees_with_the_reference(
+    kind, dim, move_plan, device, assert_accurate
+):
+    pytest.importorskip("flash_attn.cute.interface", reason="flash-attn-4 is not installed")
+    plan = block_plan(queries=640, keys=768, batch=2, heads=4)
+    if kind == "full":
+        plan = SparsePlan.full(2, 4, 300, 460)
+    inputs = [x.to(device, torch.bfloat16) for x in tensors(plan, dim=dim)]
+    compare_on_gpu("flash_attn", inputs, move_plan(plan, device), assert_accurate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_flashinfer_itself_agrees_with_the_reference(
+    random_plan, dim, move_plan, device, assert_accurate
+):
+    pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")
+    plan = random_plan(2, 4, 700, 900, key_heads=2, clusters=30)
+    inputs = [x.to(device, torch.bfloat16) for x in tensors(plan, dim=dim)]
+    compare_on_gpu("flashinfer", inputs, move_plan(plan, device), assert_accurate)
+
+
+def compare_on_gpu(name, inputs, plan, assert_accurate):
+    """Compare a backend in bf16 with fp32, and its error with that of plain torch in bf16."""
+    wanted = name != "flashinfer"  # which has no log-sum-exp
+    got = sparse_attention(*inputs, plan, backend=name, return_lse=wanted)
+    exact, exact_lse = sparse_attention(
+        *(x.float() for x in inputs), plan, backend="reference", return_lse=True
+    )
+    if wanted:
+        got, lse = got
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-2, atol=1e-2)
+    assert_accurate(got, sparse_attention(*inputs, plan, backend="reference"), exact.double())
