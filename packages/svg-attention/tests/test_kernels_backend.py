@@ -8,7 +8,7 @@ import torch
 
 from svg_attention import UnsupportedError, sparse_attention
 from svg_attention.backends import BACKENDS, kernels
-from svg_attention.backends.kernels import KernelsBackend, long_tiles_first
+from svg_attention.backends.kernels import KernelsBackend
 from svg_attention.plan import KeySummary, SparsePlan
 
 needs_kernels = pytest.mark.skipif(
@@ -123,11 +123,6 @@ def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan):
     got, _ = KernelsBackend("cuda").run(*inputs, plan, scale=0.2, return_lse=False)
     want, _ = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=False)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_long_tiles_are_started_first_and_heads_stay_together():
-    lengths = torch.tensor([[[[3], [2], [90], [3]], [[1], [1], [1], [1]]]], dtype=torch.int32)
-    assert long_tiles_first(lengths).tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.gpu

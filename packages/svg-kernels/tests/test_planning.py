@@ -124,6 +124,23 @@ def test_rounding_reads_more_and_nothing_twice(plan, device, generator, multiple
     assert (near.view_as(old).bool() | ~new).all()
 
 
+def test_long_tiles_are_started_first_and_heads_stay_together(plan, device):
+    lengths = torch.tensor([[[[3, 0], [2, 0], [40, 50], [3, 0]], [[1, 0]] * 4]], device=device)
+    order = planning.long_tiles_first(lengths.int(), backend=plan)
+    assert order.dtype == torch.int32
+    assert order.tolist() == [2, 0, 1, 3, 4, 5, 6, 7]
+
+
+def test_long_tiles_keep_their_order_among_themselves(plan, device, generator):
+    lengths = torch.randint(0, 50, (2, 3, 37, 4), generator=generator, device=device) ** 2
+    order = planning.long_tiles_first(lengths.int(), ratio=1.2, backend=plan).view(6, 37)
+    rows = lengths.sum(-1).flatten(0, 1).double()
+    for head in range(6):
+        long = (rows[head] > 1.2 * rows[head].mean()).tolist()
+        want = sorted(range(37), key=lambda tile: not long[tile])
+        assert (order[head] - head * 37).tolist() == want
+
+
 def test_tiers_agree_at_the_size_of_a_model(device, generator, plan):
     mass, sizes = clusters(generator, device, batch=1, heads=1, tiles=2, count=1000)
     priority = mass / sizes.clamp(min=1)[:, :, None]

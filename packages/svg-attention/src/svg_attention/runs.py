@@ -101,11 +101,12 @@ def cluster_runs(
     shared = full is not None and full.dim() == 3 and full.shape[1] == 1
     if full is not None and not shared:
         mask, full = mask | full[..., None], None
-    ends = sizes.to(torch.int32).cumsum(dim=-1, dtype=torch.int32)
-    if not isinstance(tail, Tensor):
-        tail = torch.full((sizes.shape[0],), tail, dtype=torch.int32, device=sizes.device)
-    tail_end = ends[..., -1:] + tail.to(torch.int32)[:, None, None]
-    ends = torch.cat([ends, tail_end], dim=-1)
+    if isinstance(tail, Tensor):
+        last = tail.to(sizes.dtype)[:, None, None].expand(*sizes.shape[:2], 1)
+        rows = torch.cat([sizes, last], dim=-1)
+    else:
+        rows = torch.nn.functional.pad(sizes, (0, 1), value=tail)
+    ends = rows.cumsum(dim=-1, dtype=torch.int32)
     planner = device_planner(mask)
     if planner is not None:
         whole = None if full is None else full[:, 0].expand(mask.shape[0], mask.shape[2])

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from svg_attention.plan import KeySummary, SparsePlan, match_heads
 
-# Tiles that read this many times what their head's tiles read on average are started first.
-LONG = 1.5
 # Rows that the copy engine moves at once: runs of a multiple need no mask in the compiled kernel.
 COPY_ROWS = 8
 # Bytes that permuted keys and values may take; a call that needs more is run by groups of heads.
@@ -94,6 +92,7 @@ class KernelsBackend:
     ) -> Tensor | None:
         """Fill `out`; return the log-sum-exp if asked for."""
         import svg_kernels
+        from svg_kernels.planning import long_tiles_first
 
         if plan.key_order is not None:
             key, value = svg_kernels.permute_rows((key, value), plan.key_order)
@@ -173,22 +172,3 @@ def plan_of_heads(
         key_lengths=None if plan.key_lengths is None else plan.key_lengths[batch],
         summary=summary,
     )
-
-
-def long_tiles_first(run_lengths: Tensor) -> Tensor:
-    """Order tiles head by head, those that read much more than their head's average first.
-
-    A tile of text rows reads every key; started last, it would run on alone. The others keep
-    their order: neighbours read similar keys, which are then still in the cache.
-
-    Args:
-        run_lengths: int32 `[B, H, T, R]`.
-
-    Returns:
-        int32 `[B * H * T]`, tile numbers in the order to start them.
-    """
-    rows = run_lengths.sum(dim=-1, dtype=torch.float32).flatten(0, 1)
-    short = rows <= LONG * rows.mean(dim=-1, keepdim=True)
-    order = short.to(torch.uint8).argsort(dim=-1, stable=True)
-    heads, tiles = rows.shape
-    return (order + torch.arange(heads, device=order.device)[:, None] * tiles).view(-1).int()

@@ -112,6 +112,15 @@ def valid_text(
     return text_lengths.to(device=like.device, dtype=torch.int32).clamp(0, layout.text_tokens)
 
 
+def text_rows(
+    layout: TokenLayout, text_lengths: Tensor | None, batch: int, like: Tensor
+) -> Tensor | int:
+    """Return the valid text tokens, as a number where it is the same for every batch item."""
+    if text_lengths is None:
+        return layout.text_tokens
+    return valid_text(layout, text_lengths, batch, like)
+
+
 def valid_tokens(
     layout: TokenLayout, text_lengths: Tensor | None, batch: int, like: Tensor
 ) -> Tensor | None:
@@ -134,13 +143,17 @@ def token_order(layout: TokenLayout, video_order: Tensor | None, like: Tensor) -
     """
     if video_order is None and layout.video_start == 0:
         return None
+    if video_order is not None and layout.text_tokens == 0:
+        return video_order.to(torch.int32)
     batch, heads = like.shape[:2]
     text = torch.arange(layout.text_tokens, dtype=torch.int32, device=like.device)
     text = (text + layout.text_start).expand(batch, heads, -1)
     if video_order is None:
         video = torch.arange(layout.video_tokens, dtype=torch.int32, device=like.device)
         video_order = video.expand(batch, heads, -1)
-    return torch.cat([video_order.to(torch.int32) + layout.video_start, text], dim=-1)
+    if layout.video_start:
+        video_order = video_order + layout.video_start
+    return torch.cat([video_order.to(torch.int32), text], dim=-1)
 
 
 def text_tiles(layout: TokenLayout, text: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
@@ -154,6 +167,27 @@ def text_tiles(layout: TokenLayout, text: Tensor, tile_rows: int = TILE_ROWS) ->
     first = torch.arange(count_tiles(layout.tokens, tile_rows), device=text.device) * tile_rows
     end = (layout.video_tokens + text)[:, None]
     return (first + tile_rows > layout.video_tokens) & (first < end) & (text[:, None] > 0)
+
+
+def full_tiles(
+    layout: TokenLayout, text_lengths: Tensor | None, batch: int, like: Tensor
+) -> Tensor | None:
+    """Return which tiles read everything: bool `[B or 1, 1, T]`, or None where none does.
+
+    Args:
+        layout: where the tokens are.
+        text_lengths: integers `[B]`, valid text tokens; None for all.
+        batch: batch items.
+        like: a tensor on the device.
+    """
+    if layout.text_tokens == 0:
+        return None
+    if text_lengths is not None:
+        return text_tiles(layout, valid_text(layout, text_lengths, batch, like))[:, None]
+    tiles = count_tiles(layout.tokens)
+    full = torch.zeros(1, 1, tiles, dtype=torch.bool, device=like.device)
+    full[..., layout.video_tokens // TILE_ROWS :] = True
+    return full
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -13,9 +13,9 @@ from svg_attention.methods.base import (
     MethodConfig,
     check_call,
     check_fraction,
-    text_tiles,
+    full_tiles,
+    text_rows,
     token_order,
-    valid_text,
     valid_tokens,
 )
 from svg_attention.methods.dense import Dense
@@ -57,7 +57,6 @@ class RandomBlocks(MethodConfig):
                 query, key, value, layout=layout, memory=memory, text_lengths=text_lengths
             )
         batch, heads, tokens, _ = query.shape
-        text = valid_text(layout, text_lengths, batch, query)
         tiles = count_tiles(layout.video_tokens)
         first = torch.arange(tiles, device=query.device) * TILE_ROWS
         sizes = (layout.video_tokens - first).clamp(max=TILE_ROWS)
@@ -66,7 +65,8 @@ class RandomBlocks(MethodConfig):
         order = draw[..., :-1].argsort(dim=-1)
         ranked = sizes.expand_as(order).gather(-1, order)
         # The block that crosses the budget is kept as often as meets the budget on average.
-        budget = key_budget(layout, text, self.density)[:, None, None, None]
+        budget = key_budget(layout, text_lengths, self.density, query).expand(batch)
+        budget = budget[:, None, None, None]
         kept = ranked.cumsum(dim=-1) - ranked * (1.0 - draw[..., -1:]) < budget
         kept[..., 0] = True
         mask = torch.zeros_like(kept).scatter_(-1, order.expand_as(kept), kept)
@@ -77,8 +77,8 @@ class RandomBlocks(MethodConfig):
             key_length=tokens,
             query_order=token_order(layout, None, query),
             key_order=token_order(layout, None, key),
-            tail=text,
-            full_tiles=text_tiles(layout, text)[:, None],
+            tail=text_rows(layout, text_lengths, batch, query),
+            full_tiles=full_tiles(layout, text_lengths, batch, query),
             query_lengths=valid_tokens(layout, text_lengths, batch, query),
             key_lengths=valid_tokens(layout, text_lengths, batch, query),
         )

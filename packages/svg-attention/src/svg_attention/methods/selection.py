@@ -6,11 +6,12 @@ the device. `C` is the number of key clusters, `T` that of query tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from svg_attention.layout import TokenLayout
-from svg_attention.methods.base import text_tiles
 from svg_attention.plan import TILE_ROWS, count_tiles, match_heads
 from svg_attention.planner import device_planner, device_prober
 from svg_attention.rows import take_rows
@@ -209,7 +210,9 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
     return torch.zeros_like(kept).scatter_(-1, order, kept) & filled
 
 
-def key_budget(layout: TokenLayout, text: Tensor, density: float) -> Tensor:
+def key_budget(
+    layout: TokenLayout, text_lengths: Tensor | None, density: float, like: Tensor
+) -> Tensor:
     """Return how many video keys a video tile may read for a plan of this density.
 
     Text rows read everything, and so does a tile that holds one; every row reads the text. What is
@@ -217,16 +220,27 @@ def key_budget(layout: TokenLayout, text: Tensor, density: float) -> Tensor:
 
     Args:
         layout: where the tokens are.
-        text: integers `[B]`, valid text tokens.
+        text_lengths: integers `[B]`, valid text tokens; None for all.
         density: fraction of all valid pairs.
+        like: a tensor on the device.
 
     Returns:
-        fp64 `[B]`, between 0 and the video tokens.
+        fp64 `[B]`, or `[1]` for all text, between 0 and the video tokens.
     """
+    most = float(layout.video_tokens)
+    if text_lengths is None:
+        keys = min(max(_keys_left(layout, layout.text_tokens, density), 0.0), most)
+        return torch.full((1,), keys, dtype=torch.float64, device=like.device)
+    text = text_lengths.to(like.device, torch.float64).clamp(0, layout.text_tokens)
+    return _keys_left(layout, text, density).clamp(min=0.0, max=most)
+
+
+def _keys_left(layout: TokenLayout, text: Any, density: float) -> Any:
+    """Share the pairs that text does not take; `text` is a number or fp64 `[B]`."""
     video = layout.video_tokens
-    tokens = (video + text).double()
-    full = text_tiles(layout, text)[:, : count_tiles(video)]
-    shared = torch.where(full[:, -1], video % TILE_ROWS, 0)
-    free = (video - shared).clamp(min=1)
+    tokens = video + text
+    # These video rows are in one tile with text.
+    shared = (text > 0) * (video % TILE_ROWS)
+    free = video - shared
     pairs = density * tokens**2 - (text + shared) * tokens
-    return (pairs / free - text).clamp(min=0.0, max=float(video))
+    return pairs / (free + (free == 0)) - text

@@ -15,9 +15,9 @@ from svg_attention.methods.base import (
     MethodConfig,
     check_call,
     check_fraction,
-    text_tiles,
+    full_tiles,
+    text_rows,
     token_order,
-    valid_text,
     valid_tokens,
 )
 from svg_attention.methods.clustering import Clusters, cluster_rows
@@ -166,9 +166,10 @@ class SVG2(MethodConfig):
         batch, heads, tokens, width = query.shape
         scale = width**-0.5 if scale is None else scale
         video = slice(layout.video_start, layout.video_start + layout.video_tokens)
-        text = valid_text(layout, text_lengths, batch, query)
         means = probe_means(query[:, :, video], query_clusters.order, self.probe_rows)
-        budget = key_budget(layout, text, self.density)[:, None, None] if self.density else None
+        budget = None
+        if self.density is not None:
+            budget = key_budget(layout, text_lengths, self.density, query)[:, None, None]
         mask, summary = self._choose(
             means, key[:, :, video], value[:, :, video], key_clusters, budget, scale
         )
@@ -176,7 +177,7 @@ class SVG2(MethodConfig):
         spare = count_tiles(tokens) - mask.shape[2]
         if spare:
             mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
-        full = text_tiles(layout, text)[:, None]
+        full = full_tiles(layout, text_lengths, batch, query)
         lengths = valid_tokens(layout, text_lengths, batch, query)
         return SparsePlan.from_cluster_mask(
             mask,
@@ -185,11 +186,11 @@ class SVG2(MethodConfig):
             key_length=tokens,
             query_order=token_order(layout, query_clusters.order, query),
             key_order=token_order(layout, key_clusters.order, key),
-            tail=text,
+            tail=text_rows(layout, text_lengths, batch, query),
             full_tiles=full,
             query_lengths=lengths,
             key_lengths=lengths,
-            summary=None if summary is None else weigh_summary(summary, mask | full[..., None]),
+            summary=None if summary is None else weigh_summary(summary, mask, full),
         )
 
     def _cluster(
@@ -279,7 +280,9 @@ def mean_values(values: Tensor, clusters: Clusters) -> Tensor:
     return means.view(batch, heads, count, width)
 
 
-def weigh_summary(summary: KeySummary, mask: Tensor) -> KeySummary:
+def weigh_summary(summary: KeySummary, mask: Tensor, full: Tensor | None) -> KeySummary:
     """Give each tile the weights of the clusters it does not read, minus infinity elsewhere."""
+    if full is not None:
+        mask = mask | full[..., None]
     weights = summary.log_weights.expand(mask.shape).masked_fill(mask, -torch.inf)
     return KeySummary(keys=summary.keys, values=summary.values, log_weights=weights)

@@ -14,6 +14,7 @@ from svg_kernels.planning.probes import probe_mass, probe_means
 __all__ = [
     "keep_budget",
     "keep_top_p",
+    "long_tiles_first",
     "merge_clusters",
     "pattern_errors",
     "probe_errors",
@@ -159,6 +160,30 @@ def round_runs(
     return starts, lengths
 
 
+def long_tiles_first(run_lengths: Tensor, *, ratio: float = 1.5, backend: str = "auto") -> Tensor:
+    """Order tiles head by head, those that read much more than their head's average first.
+
+    A tile of text rows reads every key; started last, it would run on alone. The others keep
+    their order: neighbours read similar keys, which are then still in the cache.
+
+    Args:
+        run_lengths: int32 `[B, H, T, R]`.
+        ratio: tiles that read more than this many times their head's mean come first.
+        backend: `"auto"`, `"triton"` or `"reference"`.
+
+    Returns:
+        int32 `[B * H * T]`, tile numbers in the order to start them.
+
+    Raises:
+        ValueError: if a shape does not fit.
+        UnsupportedError: if `backend` cannot run on this device.
+    """
+    if run_lengths.ndim != 4:
+        raise ValueError(f"run_lengths must be [B, H, T, R], got {list(run_lengths.shape)}")
+    order: Tensor = _long_tiles_first(run_lengths, ratio, backend)
+    return order
+
+
 def _check(priority: Tensor, sizes: Tensor, mass: Tensor | None) -> None:
     if priority.ndim != 4 or (mass is not None and mass.shape != priority.shape):
         raise ValueError("priority and mass must both be [B, H, T, C]")
@@ -203,6 +228,12 @@ def _run_round(
     return starts, lengths
 
 
+def _run_long_tiles(run_lengths: Tensor, ratio: float, backend: str) -> Tensor:
+    rows = run_lengths.sum(dim=-1, dtype=torch.int32).flatten(0, 1)
+    order: Tensor = choose(backend, run_lengths.device).long_tiles_first(rows, ratio)
+    return order
+
+
 def _fake_top_p(
     priority: Tensor, mass: Tensor, sizes: Tensor, top_p: float, min_clusters: int, backend: str
 ) -> Tensor:
@@ -224,6 +255,10 @@ def _fake_round(
     run_starts: Tensor, run_lengths: Tensor, multiple: int, limit: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return run_starts.new_empty(run_starts.shape), run_starts.new_empty(run_starts.shape)
+
+
+def _fake_long_tiles(run_lengths: Tensor, ratio: float, backend: str) -> Tensor:
+    return run_lengths.new_empty(run_lengths.shape[:3].numel(), dtype=torch.int32)
 
 
 _keep_top_p = register(
@@ -251,4 +286,10 @@ _round_runs = register(
     " -> (Tensor, Tensor)",
     _run_round,
     _fake_round,
+)
+_long_tiles_first = register(
+    "long_tiles_first",
+    "(Tensor run_lengths, float ratio, str backend) -> Tensor",
+    _run_long_tiles,
+    _fake_long_tiles,
 )

@@ -107,7 +107,17 @@ def budget_kernel(priority, sizes, budget, kept, tiles, C, BLOCK_C: tl.constexpr
 
 @triton.jit
 def segments(
-    index, first, second, full, tile, sequence, batch, tiles, count, CLUSTERS: tl.constexpr
+    index,
+    first,
+    second,
+    full,
+    tile,
+    sequence,
+    batch,
+    tiles,
+    count,
+    CLUSTERS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Return start, end and whether it is kept, of the segments `index` of a tile.
 
@@ -119,11 +129,12 @@ def segments(
         ends = second + sequence * count
         end = tl.load(ends + index, mask=inside, other=0)
         start = tl.load(ends + index - 1, mask=inside & (index > 0), other=0)
-        whole = tl.load(full + batch * tiles + tile % tiles) != 0
         choice = tl.load(
             first + tile * (count - 1) + index, mask=inside & (index < count - 1), other=0
         )
-        kept = (choice != 0) | whole | (index == count - 1)
+        kept = (choice != 0) | (index == count - 1)
+        if FULL:
+            kept = kept | (tl.load(full + batch * tiles + tile % tiles) != 0)
         kept = inside & kept & (end > start)
     else:
         start = tl.load(first + tile * count + index, mask=inside, other=0)
@@ -147,19 +158,20 @@ def merge_kernel(
     slots,
     multiple,
     CLUSTERS: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Merge the segments of one tile into runs, and round those up."""
+    """Merge the segments of one tile into runs; round them up if they were runs before."""
     tile = tl.program_id(0).to(tl.int64)
     sequence = tile // tiles
     batch = sequence // heads
     offs = tl.arange(0, BLOCK)
     start, end, kept = segments(
-        offs, first, second, full, tile, sequence, batch, tiles, count, CLUSTERS
+        offs, first, second, full, tile, sequence, batch, tiles, count, CLUSTERS, FULL
     )
     _, end_before, kept_before = segments(
-        offs - 1, first, second, full, tile, sequence, batch, tiles, count, CLUSTERS
+        offs - 1, first, second, full, tile, sequence, batch, tiles, count, CLUSTERS, FULL
     )
     reach = tl.associative_scan(tl.where(kept_before, end_before, -multiple), 0, larger)
     begins = kept & (start - reach >= multiple)
@@ -176,12 +188,27 @@ def merge_kernel(
     mask_r = offs_r < used
     run = tl.load(starts + offs_r, mask=mask_r, other=0)
     length = tl.load(lengths + offs_r, mask=mask_r, other=0) - run
-    rounded = (length + multiple - 1) // multiple * multiple
-    rounded = tl.minimum(rounded, tl.load(limit + batch) - run)
-    length = tl.where(mask_r, tl.maximum(rounded, length), 0)
+    if not CLUSTERS:
+        rounded = (length + multiple - 1) // multiple * multiple
+        rounded = tl.minimum(rounded, tl.load(limit + batch) - run)
+        length = tl.maximum(rounded, length)
+    length = tl.where(mask_r, length, 0)
     tl.debug_barrier()
     tl.store(starts + offs_r, run, mask=offs_r < slots)
     tl.store(lengths + offs_r, length, mask=offs_r < slots)
+
+
+@triton.jit
+def order_kernel(rows, order, tiles, ratio, BLOCK_T: tl.constexpr):
+    """Order the tiles of one head: those of more than `ratio` times the mean first."""
+    sequence = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_T)
+    inside = offs < tiles
+    read = tl.load(rows + sequence * tiles + offs, mask=inside, other=0).to(tl.float32)
+    long = inside & (read > ratio * (tl.sum(read, 0) / tiles))
+    ahead = tl.cumsum(long.to(tl.int32), 0)
+    place = tl.where(long, ahead - 1, tl.sum(long.to(tl.int32), 0) + offs - ahead)
+    tl.store(order + sequence * tiles + place, (sequence * tiles + offs).to(tl.int32), mask=inside)
 
 
 def keep_top_p(
@@ -230,14 +257,9 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
 
 def merge_clusters(mask: Tensor, ends: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch `merge_kernel` on clusters."""
-    batch, _, tiles, count = mask.shape
-    if full is None:
-        full = torch.zeros(batch, tiles, dtype=torch.bool, device=mask.device)
-    limit = ends[:, 0, -1].contiguous()
-    slots = (count + 2) // 2
-    return _merge(
-        mask.contiguous(), ends.contiguous(), full.contiguous(), limit, mask, slots, 1, True
-    )
+    slots = (mask.shape[3] + 2) // 2
+    full = None if full is None else full.contiguous()
+    return _merge(mask.contiguous(), ends.contiguous(), full, None, mask, slots, 1)
 
 
 def round_runs(
@@ -246,19 +268,36 @@ def round_runs(
     """Launch `merge_kernel` on runs."""
     first, second = run_starts.contiguous(), run_lengths.contiguous()
     limit = limit.int().contiguous()
-    return _merge(first, second, None, limit, first, first.shape[3], multiple, False)
+    return _merge(first, second, None, limit, first, first.shape[3], multiple)
+
+
+def long_tiles_first(rows: Tensor, ratio: float) -> Tensor:
+    """Launch `order_kernel`."""
+    sequences, tiles = rows.shape
+    order = torch.empty(rows.numel(), dtype=torch.int32, device=rows.device)
+    if order.numel():
+        with on(rows.device):
+            order_kernel[(sequences,)](
+                rows.contiguous(),
+                order,
+                tiles,
+                ratio,
+                BLOCK_T=triton.next_power_of_2(tiles),
+                num_warps=4,
+            )
+    return order
 
 
 def _merge(
     first: Tensor,
     second: Tensor,
     full: Tensor | None,
-    limit: Tensor,
+    limit: Tensor | None,
     like: Tensor,
     slots: int,
     multiple: int,
-    clusters: bool,
 ) -> tuple[Tensor, Tensor]:
+    clusters = limit is None
     batch, heads, tiles, count = like.shape
     shape = (batch, heads, tiles, slots)
     starts = torch.empty(shape, dtype=torch.int32, device=like.device)
@@ -279,6 +318,7 @@ def _merge(
                 slots,
                 multiple,
                 CLUSTERS=clusters,
+                FULL=full is not None,
                 BLOCK=triton.next_power_of_2(count),
                 BLOCK_R=triton.next_power_of_2(slots),
                 num_warps=_warps(count),

@@ -55,6 +55,15 @@ def round_runs(
     return starts[..., :slots], lengths[..., :slots].int()
 
 
+def long_tiles_first(rows: Tensor, ratio: float) -> Tensor:
+    """Sort by whether a tile is short; the sort is stable."""
+    rows = rows.float()
+    sequences, tiles = rows.shape
+    short = rows <= ratio * rows.mean(dim=-1, keepdim=True)
+    order = short.to(torch.uint8).argsort(dim=-1, stable=True)
+    return (order + torch.arange(sequences, device=rows.device)[:, None] * tiles).view(-1).int()
+
+
 def _order(priority: Tensor, sizes: Tensor) -> Tensor:
     empty = (sizes == 0)[:, :, None]
     return priority.masked_fill(empty, -torch.inf).argsort(dim=-1, descending=True, stable=True)
