@@ -226,6 +226,7 @@ class Consumer {
 
     if (group_ == 1) named_arrive(kTurn, kConsumers);  // the first warpgroup starts
     barrier_wait(&shared_.key_full[key.stage], key.phase);
+    uint64_t valid = rows_that_count(key.stage);
     named_sync(kTurn + group_, kConsumers);
     product_fence();
     multiply_keys(scores, key.stage);
@@ -233,7 +234,7 @@ class Consumer {
     named_arrive(kTurn + 1 - group_, kConsumers);
     product_wait<0>();
     pin(scores);
-    mask(scores, 0, key.stage);
+    mask(scores, 0, valid);
     release(&shared_.key_empty[key.stage]);
     key.advance();
     softmax_.step(scores, correction);
@@ -241,6 +242,7 @@ class Consumer {
 
     for (int j = 1; j < stages; ++j) {
       barrier_wait(&shared_.key_full[key.stage], key.phase);
+      valid = rows_that_count(key.stage);
       named_sync(kTurn + group_, kConsumers);
       pin(scores);
       pin(output_);
@@ -254,7 +256,7 @@ class Consumer {
       named_arrive(kTurn + 1 - group_, kConsumers);
       product_wait<1>();
       pin(scores);
-      mask(scores, j, key.stage);
+      mask(scores, j, valid);
       release(&shared_.key_empty[key.stage]);
       key.advance();
       softmax_.step(scores, correction);
@@ -328,8 +330,7 @@ class Consumer {
 
   // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were
   // not read.
-  __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
-    const uint64_t valid = shared_.valid[stage];
+  __device__ __forceinline__ void mask(float (&scores)[64], int j, uint64_t valid) {
     const int column = 2 * (lane_ % 4);
     if (j >= run_stages_) {
       const int first = (j - run_stages_) * kStageRows + column;
@@ -356,9 +357,13 @@ class Consumer {
     }
   }
 
-  // Every lane has read what the stage holds before one of them gives it back.
+  // Read by the lane that gives the stage back, so that no other can still be reading by then.
+  __device__ __forceinline__ uint64_t rows_that_count(int stage) const {
+    const uint64_t valid = lane_ == 0 ? shared_.valid[stage] : 0;
+    return __shfl_sync(~0u, valid, 0);
+  }
+
   __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
     if (lane_ == 0) barrier_arrive(barrier);
   }
 

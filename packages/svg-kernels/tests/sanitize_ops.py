@@ -34,7 +34,8 @@ def randn(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 def both(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run the compiled kernel, and the reference on the CPU, and compare them."""
     got = function(*args, backend="cuda", **kwargs)
-    want = function(*(a.cpu() for a in args), backend="reference", **kwargs)
+    on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    want = function(*(a.cpu() for a in args), backend="reference", **on_cpu)
     pairs = [(got, want)] if isinstance(got, Tensor) else zip(got, want, strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a.cpu().float(), b.float(), rtol=2e-2, atol=2e-2)

@@ -9,6 +9,7 @@ from attention_oracles import permutations, random_call, random_runs, runs_of_bl
 
 from svg_kernels import block_sparse_attention
 from svg_kernels.attention import reference, unsupported
+from svg_kernels.attention.operands import Operands
 
 pytestmark = pytest.mark.gpu
 FUZZ = 1000
@@ -39,22 +40,20 @@ def on_gpu(x):
 def fp64(arguments, keywords):
     """Return output and log-sum-exp in fp64 on the same inputs, by the reference."""
     query, key, value, starts, lengths = arguments
-    out = torch.empty(query.shape, dtype=torch.float64, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
-    summary = [x.double() for x in keywords.get("summary", ())] or [None] * 3
-    reference.block_sparse_attention(
+    operands = Operands(
         query.double(),
         key.double(),
         value.double(),
         starts,
         lengths,
         keywords.get("query_order"),
-        *summary,
+        *([x.double() for x in keywords.get("summary", ())] or [None] * 3),
         None,
         query.shape[-1] ** -0.5,
-        out,
-        lse,
     )
+    out = torch.empty(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
+    reference.block_sparse_attention(operands, out, lse)
     return out, lse
 
 

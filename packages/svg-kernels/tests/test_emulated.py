@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import svg_kernels
-from svg_kernels import _backends, _cuda
+from svg_kernels import _backends, _cuda, _library
 
 pytestmark = pytest.mark.timeout(900)  # compiling takes half a minute on two idle cores
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def library(library_path):
 
 @pytest.fixture(autouse=True)
 def emulated(library, monkeypatch):
-    monkeypatch.setattr(_cuda, "_lib", library)
+    monkeypatch.setattr(_library, "_module", library)
     monkeypatch.setitem(_backends._chosen, ("cuda", CPU), _cuda)
     monkeypatch.setitem(_backends._launchers, ("cuda", CPU), library)
 

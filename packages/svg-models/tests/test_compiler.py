@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import composition
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import sparsify
+from svg_models.families import fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -58,6 +60,28 @@ def test_repeated_blocks_compile_to_one_graph(fresh_compiler: None) -> None:
     for mine, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(forward(0), expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["Wan", "HunyuanVideo", "Cosmos", "CogVideoX"])
+def test_the_kernel_for_queries_and_keys_is_part_of_the_graph(
+    family: str, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernels serve, says the test; their reference tier computes for them."""
+    monkeypatch.setattr(fused, "serves", torch.compiler.assume_constant_result(lambda device: True))
+    found: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    player = composition.recorded(family).fresh(2)
+    with sparsify(player.transformer, SPARSE, ALWAYS_SPARSE):
+        eager = player.play()
+        player.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        torch.testing.assert_close(player.play(), eager, rtol=1e-4, atol=1e-5)
+    kernel = "svg_kernels.rope" if family == "CogVideoX" else "svg_kernels.qk_norm_rope"
+    assert sum(name.startswith(kernel) for name in found) >= 1
+    assert not [name for name in found if "rms_norm" in name]
 
 
 def test_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:

@@ -16,8 +16,6 @@ from svg_kernels import _library
 from svg_kernels._tables import single
 from svg_kernels.permute import interleaved
 
-_lib = _library.functions()
-
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
     """Launch `norm` without centring; see `reference.rms_norm`."""
@@ -56,29 +54,29 @@ def _norm(
 ) -> Tensor:
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     rest = (*(t if t is None else _last(t) for t in (weight, bias, scale, shift)), y, eps, center)
-    if not _lib.norm(_last(x), *rest):
-        _launched(_lib.norm(x.contiguous(), *rest))
+    if not _library.functions().norm(_last(x), *rest):
+        _launched(_library.functions().norm(x.contiguous(), *rest))
     return y
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Launch `gate_residual`; see `reference.gate_residual`."""
     y = torch.empty(residual.shape, dtype=out_dtype, device=residual.device)
-    _launched(_lib.gate_residual(_last(residual), _last(x), _last(gate), y))
+    _launched(_library.functions().gate_residual(_last(residual), _last(x), _last(gate), y))
     return y
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
     """Launch `rope` into a new tensor; see `reference.rope`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launched(_lib.rope(_last(x), y, *single(cos, sin), half, start))
+    _launched(_library.functions().rope(_last(x), y, *single(cos, sin), half, start))
     return y
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
     """Launch `rope` in place; see `reference.rope_`."""
     if _last(x) is x:
-        _launched(_lib.rope(x, x, *single(cos, sin), half, start))
+        _launched(_library.functions().rope(x, x, *single(cos, sin), half, start))
     else:
         x.copy_(rope(x, cos, sin, half, start))
 
@@ -96,7 +94,7 @@ def qk_norm_rope(
     """Launch `qk_norm_rope`; see `reference.qk_norm_rope`."""
     tables = (None, None) if cos is None else single(cos, sin)
     tensors = (*(_last(t) for t in (*xs, *weights)), *outs)
-    _launched(_lib.qk_norm_rope(*tensors, *tables, eps, half, start))
+    _launched(_library.functions().qk_norm_rope(*tensors, *tables, eps, half, start))
 
 
 def permute_rows(
@@ -107,7 +105,7 @@ def permute_rows(
     See `reference.permute_rows`.
     """
     xs, orders = [_last(x) for x in xs], [_last(order) for order in orders]
-    _launched(_lib.permute_rows(inverse, *interleaved(xs, orders, outs)))
+    _launched(_library.functions().permute_rows(inverse, *interleaved(xs, orders, outs)))
 
 
 def _last(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 
 from composition.cells import Cell, check, check_graphs, check_model_offload, ulysses_cells
 from composition.features import BLOCKS, FEATURES, WHOLE, Feature, caching
-from composition.player import CASES, Player
+from composition.player import CASES, Player, recorded
 
 __all__ = [
     "CASES",
@@ -23,6 +23,7 @@ __all__ = [
     "Player",
     "caching",
     "check",
+    "recorded",
     "ulysses_cells",
 ]
 

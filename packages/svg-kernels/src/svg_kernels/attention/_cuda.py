@@ -10,7 +10,6 @@ from torch import Tensor
 from svg_kernels import _library
 from svg_kernels.attention.operands import Operands
 
-_lib = _library.functions()
 _CODES = {torch.float16: 1, torch.bfloat16: 2}
 _VECTOR = 8  # elements of 16 bytes
 _stream = torch._C._cuda_getCurrentRawStream
@@ -32,7 +31,9 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
     described.extend((operands.run_starts.shape[-1], summaries))
     described.extend((query.shape[3], _CODES[query.dtype]))
     device = query.device.index
-    _lib.block_sparse_attention(described.buffer_info()[0], operands.scale, device, _stream(device))
+    _library.functions().block_sparse_attention(
+        described.buffer_info()[0], operands.scale, device, _stream(device)
+    )
 
 
 def _packed(x: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from svg_attention import Schedule
 from svg_models.families.base import Family
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import JointProcessor
-from svg_models.families.steps import project_heads, project_out, rotate_video
+from svg_models.families.steps import PER_HEAD, make_heads, project_out, project_qkv
 from svg_models.recipes import Published
 
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
@@ -24,9 +24,15 @@ class SparseCogVideoXProcessor(JointProcessor):
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise each head of the joined tokens; 1.0 for text has no rotation."""
-        query, key, value = project_heads(attn, text, video)
-        rotate_video(query, key, rotation, slice(text.shape[1], None))
-        return query, key, value
+        projected = project_qkv(attn, text, video)
+        return make_heads(
+            PER_HEAD,
+            attn.heads,
+            (attn.norm_q, attn.norm_k),
+            projected,
+            rotation,
+            text_before=text.shape[1],
+        )
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Part text from the beginning."""

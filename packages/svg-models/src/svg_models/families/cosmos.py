@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.processors import VideoProcessor
-from svg_models.families.steps import project_qkv, split_heads
+from svg_models.families.steps import PER_HEAD_IN_HALVES, make_heads, project_qkv
 from svg_models.recipes import Published
 
 __all__ = ["COSMOS", "SparseCosmosProcessor"]
@@ -23,14 +22,8 @@ class SparseCosmosProcessor(VideoProcessor):
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Split the heads, normalise each, rotate the halves of its channels into each other."""
-        query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, hidden_states))
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if rotation is not None:
-            query, key = (
-                apply_rotary_emb(x, rotation, use_real_unbind_dim=-2, sequence_dim=1)
-                for x in (query, key)
-            )
-        return query, key, value
+        norms, projected = (attn.norm_q, attn.norm_k), project_qkv(attn, hidden_states)
+        return make_heads(PER_HEAD_IN_HALVES, attn.heads, norms, projected, rotation)
 
 
 def task(transformer: Any) -> str:

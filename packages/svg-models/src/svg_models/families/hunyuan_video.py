@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.processors import JointProcessor
-from svg_models.families.steps import project_heads, rotate_video, split_heads
+from svg_models.families.steps import PER_HEAD, join, make_heads, project_qkv
 from svg_models.recipes import Published
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
@@ -26,16 +26,12 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise each head; text has layers of its own in a dual-stream block."""
+        norms = (attn.norm_q, attn.norm_k)
         if attn.add_q_proj is None:
-            query, key, value = project_heads(attn, video, text)
-            rotate_video(query, key, rotation, slice(0, video.shape[1]))
-            return query, key, value
-        query, key, value = project_heads(attn, video)
-        rotate_video(query, key, rotation, slice(None))
-        more = project_text(attn, text)
-        query, key, value = (
-            torch.cat(both, dim=1) for both in zip((query, key, value), more, strict=True)
-        )
+            projected, after = project_qkv(attn, video, text), text.shape[1]
+            return make_heads(PER_HEAD, attn.heads, norms, projected, rotation, text_after=after)
+        heads = make_heads(PER_HEAD, attn.heads, norms, project_qkv(attn, video), rotation)
+        query, key, value = map(join, heads, text_heads(attn, text))
         return query, key, value
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
@@ -47,17 +43,10 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(rest)
 
 
-def project_text(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project text to query, key and value, `[B, T, H, D]`, by layers of its own."""
-    query, key, value = (
-        split_heads(project(states), attn.heads)
-        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
-    if attn.norm_added_q is not None:
-        query = attn.norm_added_q(query)
-    if attn.norm_added_k is not None:
-        key = attn.norm_added_k(key)
-    return query, key, value
+def text_heads(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make query, key and value of the text, `[B, T, H, D]`, by layers of its own."""
+    projected = (attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
+    return make_heads(PER_HEAD, attn.heads, (attn.norm_added_q, attn.norm_added_k), projected, None)
 
 
 def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:

@@ -1,74 +1,50 @@
-"""The steps around attention that processors put together: project, rotate, project back."""
+"""The steps around attention that processors put together: project, make heads, project back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from svg_models.families import fused
+
 __all__ = [
-    "project_heads",
+    "ACROSS_HEADS",
+    "PER_HEAD",
+    "PER_HEAD_IN_HALVES",
+    "HeadRule",
+    "join",
+    "make_heads",
     "project_out",
     "project_qkv",
     "rotate_pairs",
-    "rotate_video",
     "split_heads",
 ]
 
 
-def project_qkv(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Project tokens to query, key and value, each `[B, S, H * D]`, by one or three layers.
 
     Only calls modules and reads no weights, so LoRA, quantised layers and offloading keep working.
+
+    Args:
+        attn: the attention module.
+        *streams: one or more `[B, S_i, C]`, joined in this order.
     """
+    states = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
     if getattr(attn, "fused_projections", False):
-        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
         return query, key, value
-    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    return attn.to_q(states), attn.to_k(states), attn.to_v(states)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """View `[B, S, H * D]` as `[B, S, H, D]`."""
     return states.unflatten(2, (heads, -1))
-
-
-def project_heads(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project tokens to query, key and value, `[B, S, H, D]`, and normalise the first two by head.
-
-    For attentions whose norms take one head at a time, of whatever kind these are.
-
-    Args:
-        attn: the attention module.
-        *streams: one or more `[B, S_i, C]`, joined in this order.
-
-    Returns:
-        Three tensors `[B, S, H, D]`.
-    """
-    states = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
-    query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, states))
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    return query, key, value
-
-
-def rotate_video(
-    query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor] | None, video: slice
-) -> None:
-    """Rotate neighbouring channels of the video tokens in place, by diffusers' own function.
-
-    Args:
-        query: `[B, S, H, D]`.
-        key: as `query`.
-        rotation: cosines and sines, `[S_video, D]`; None for a model without.
-        video: where the video tokens are in the sequence.
-    """
-    if rotation is not None:
-        for states in (query, key):
-            states[:, video] = apply_rotary_emb(states[:, video], rotation, sequence_dim=1)
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,6 +67,115 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., 0::2] = even * cos - odd * sin
     out[..., 1::2] = even * sin + odd * cos
     return out
+
+
+def rotate_neighbours(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Do what `rotate_pairs` does by diffusers' shared function; tables are `[S, D]`."""
+    out: Tensor = apply_rotary_emb(states, (cos, sin), sequence_dim=1)
+    return out
+
+
+def rotate_halves(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel `i` with `i + D / 2` by diffusers' shared function; tables are `[S, D]`."""
+    out: Tensor = apply_rotary_emb(states, (cos, sin), use_real_unbind_dim=-2, sequence_dim=1)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule:
+    """How a model makes heads of the queries and keys that it has projected.
+
+    Attributes:
+        rotate: rotates `[B, S, H, D]` by cosines and sines as the stock processor does.
+        pairing: which two channels that rotates together, in the words of `svg_kernels.rope`.
+        across_heads: whether a norm spans all heads, or takes each by itself.
+    """
+
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate_neighbours
+    pairing: fused.Pairing = "interleaved"
+    across_heads: bool = False
+
+
+ACROSS_HEADS = HeadRule(rotate=rotate_pairs, across_heads=True)
+PER_HEAD = HeadRule()
+PER_HEAD_IN_HALVES = HeadRule(rotate=rotate_halves, pairing="half")
+
+
+def make_heads(
+    rule: HeadRule,
+    heads: int,
+    norms: tuple[Any, Any],
+    projected: tuple[Tensor, Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor] | None,
+    *,
+    text_before: int = 0,
+    text_after: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise queries and keys, split all three into heads, and rotate the video tokens.
+
+    On a GPU that svg-kernels serves, one kernel does all that it can stand for, see `fused`; what
+    is left, and everything elsewhere, is done as the stock processor does it, to the bit.
+
+    Args:
+        rule: of the model.
+        heads: H.
+        norms: the modules that normalise queries and keys, or None for one that is not there.
+        projected: query, key and value, `[B, S, H * D]`.
+        rotation: cosines and sines of the video tokens; None if they are not rotated.
+        text_before: text tokens in front of the video.
+        text_after: text tokens behind the video.
+
+    Returns:
+        Query, key and value, `[B, S, H, D]`.
+    """
+    query, key, value = projected
+    video = slice(text_before, query.shape[1] - text_after)
+    both = fused.norm_rope(
+        query, key, norms, heads, rotation, video,
+        across_heads=rule.across_heads, pairing=rule.pairing,
+    )  # fmt: skip
+    if both is None:
+        query, key = (
+            _rotated(rule, _normalised(rule, heads, norm, states), rotation, video)
+            for norm, states in zip(norms, (query, key), strict=True)
+        )
+    else:
+        query, key = both
+    return query, key, split_heads(value, heads)
+
+
+def _normalised(rule: HeadRule, heads: int, norm: Any, states: Tensor) -> Tensor:
+    if norm is None:
+        return split_heads(states, heads)
+    if rule.across_heads:
+        return split_heads(norm(states), heads)
+    normalised: Tensor = norm(split_heads(states, heads))
+    return normalised
+
+
+def _rotated(
+    rule: HeadRule, states: Tensor, rotation: tuple[Tensor, Tensor] | None, video: slice
+) -> Tensor:
+    if rotation is None:
+        return states
+    turned = fused.rope(states, rotation, video, pairing=rule.pairing)
+    if turned is not None:
+        return turned
+    if video.stop - video.start == states.shape[1]:
+        return rule.rotate(states, *rotation)
+    states[:, video] = rule.rotate(states[:, video], *rotation)
+    return states
+
+
+def join(video: Tensor, text: Tensor) -> Tensor:
+    """Join the heads of two streams, `[B, S, H, D]`, along the tokens.
+
+    Keeps the memory order of the video, so that whole rows of it are copied.
+    """
+    by_head = video.transpose(1, 2)
+    if by_head.is_contiguous():
+        return torch.cat((by_head, text.transpose(1, 2)), dim=2).transpose(1, 2)
+    return torch.cat((video, text), dim=1)
 
 
 def project_out(attn: Any, states: Tensor) -> Tensor:

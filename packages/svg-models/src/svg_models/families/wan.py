@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.processors import VideoProcessor
-from svg_models.families.steps import project_qkv, rotate_pairs, split_heads
+from svg_models.families.steps import ACROSS_HEADS, make_heads, project_qkv
 from svg_models.recipes import Published
 
 __all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]
@@ -24,12 +24,9 @@ class SparseWanProcessor(VideoProcessor):
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise over all heads at once, then split them and rotate neighbouring channels."""
-        query, key, value = project_qkv(attn, hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
-        if rotation is not None:
-            query, key = rotate_pairs(query, *rotation), rotate_pairs(key, *rotation)
-        return query, key, value
+        projected = project_qkv(attn, hidden_states)
+        norms = (attn.norm_q, attn.norm_k)
+        return make_heads(ACROSS_HEADS, attn.heads, norms, projected, rotation)
 
 
 def task(transformer: Any) -> str:

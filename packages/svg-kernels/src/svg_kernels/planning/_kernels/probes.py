@@ -156,17 +156,24 @@ def mass_kernel(
     weight = rows.to(tl.float32) / tile_rows.to(tl.float32) / tl.maximum(total, 1e-30)
     TILES: tl.constexpr = BLOCK_P // PROBES
     tile = block * TILES + tl.arange(0, TILES)
+    first_probe = (tl.arange(0, PROBES) == 0)[None, :, None]
     mass += sequence * (probes // PROBES) * C
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
         share = tl.exp2(logits - shift[:, None]) * weight[:, None]
-        share = tl.sum(tl.reshape(share, [TILES, PROBES, BLOCK_C]), 1)
+        share = tl.reshape(share, [TILES, PROBES, BLOCK_C])
+        total_share = tl.sum(share, 1, keep_dims=True)
         if PER_KEY:
             count = tl.load(sizes + offs_c, mask=offs_c < C, other=1)
-            share = share / tl.maximum(count, 1).to(tl.float32)[None, :]
-        inside = (tile < probes // PROBES)[:, None] & (offs_c < C)[None, :]
-        tl.store(mass + tile[:, None] * C + offs_c[None, :], share, mask=inside)
+            total_share = total_share / tl.maximum(count, 1).to(tl.float32)[None, None, :]
+        # The sum is stored from the place of a tile's first probe: stored as a tensor of its own,
+        # every lane that holds a copy of it would write it to the same place in shared memory.
+        share = tl.where(first_probe, total_share, share)
+        inside = (tile < probes // PROBES)[:, None, None] & (offs_c < C)[None, None, :]
+        target = mass + tile[:, None, None] * C + offs_c[None, None, :]
+        target = tl.broadcast_to(target, [TILES, PROBES, BLOCK_C])
+        tl.store(target, share, mask=inside & first_probe)
 
 
 def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:

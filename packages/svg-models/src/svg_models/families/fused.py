@@ -1,0 +1,163 @@
+"""Norm and rotation of queries and keys by one kernel of svg-kernels, where one can do both.
+
+The kernel reads the weights of the norms, which is right only while nothing else has a say in what
+these modules do. Each function returns None where it does not apply; its caller then does what the
+stock processor does.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+__all__ = ["Pairing", "norm_rope", "rope", "serves"]
+
+Pairing = Literal["interleaved", "half"]
+_NORMS = (nn.RMSNorm, RMSNorm)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_served: dict[torch.device, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def serves(device: torch.device) -> bool:
+    """Tell whether svg-kernels has kernels for `device`; asks once for each device.
+
+    Its reference tier does not count: it would be no faster, and a CPU keeps the stock bits.
+    """
+    if device not in _served:
+        _served[device] = _find(device)
+    return _served[device]
+
+
+def norm_rope(
+    query: Tensor,
+    key: Tensor,
+    norms: tuple[Any, Any],
+    heads: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    video: slice,
+    *,
+    across_heads: bool,
+    pairing: Pairing,
+) -> tuple[Tensor, Tensor] | None:
+    """Normalise all tokens, rotate those of the video and lay them out by head, in one launch.
+
+    Rounds once, where separate modules round after each step.
+
+    Args:
+        query: `[B, S, H * D]`, as projected.
+        key: as `query`.
+        norms: the modules that normalise queries and keys.
+        heads: H.
+        rotation: cosines and sines of the video tokens, or None.
+        video: where the video tokens are in the sequence, both ends given.
+        across_heads: whether a norm spans all heads.
+        pairing: which two channels of a head rotate together.
+
+    Returns:
+        Query and key, `[B, S, H, D]` views of head-major memory; None if the kernel cannot stand
+        for the modules here.
+    """
+    width = query.shape[2]
+    dim = width // heads
+    size = width if across_heads else dim
+    if not (
+        _serves_tensor(query)
+        and key.shape == query.shape
+        and key.dtype == query.dtype
+        and dim % 2 == 0
+        and all(_is_plain(norm, size, query) for norm in norms)
+        and norms[0].eps == norms[1].eps
+        and (rotation is None or _fits(rotation, video, dim, query))
+    ):
+        return None
+    import svg_kernels
+
+    cos, sin = (None, None) if rotation is None else rotation
+    query, key = svg_kernels.qk_norm_rope(
+        query, key, norms[0].weight, norms[1].weight, cos, sin,
+        heads=heads, eps=norms[0].eps, pairing=pairing, start=video.start,
+    )  # fmt: skip
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def rope(
+    states: Tensor, rotation: tuple[Tensor, Tensor], video: slice, *, pairing: Pairing
+) -> Tensor | None:
+    """Rotate the video tokens of `[B, S, H, D]` in one launch; text tokens are copied.
+
+    Args:
+        states: `[B, S, H, D]`; not changed.
+        rotation: cosines and sines of the video tokens.
+        video: where the video tokens are in the sequence, both ends given.
+        pairing: which two channels of a head rotate together.
+
+    Returns:
+        A `[B, S, H, D]` view of head-major memory; None if the kernel does not apply here.
+    """
+    dim = states.shape[3]
+    if not (_serves_tensor(states) and dim % 2 == 0 and _fits(rotation, video, dim, states)):
+        return None
+    import svg_kernels
+
+    cos, sin = rotation
+    states = states.transpose(1, 2)
+    return svg_kernels.rope(states, cos, sin, pairing=pairing, start=video.start).transpose(1, 2)
+
+
+def _find(device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("svg_kernels") is None:
+        return False
+    import svg_kernels
+
+    return svg_kernels.status(device).auto != "reference"
+
+
+def _serves_tensor(x: Tensor) -> bool:
+    """Tell whether the kernels take `x` and whatever comes of it needs no gradient."""
+    return (
+        type(x) is Tensor
+        and x.dtype in _FLOATS
+        and not torch.is_grad_enabled()
+        and serves(x.device)
+    )
+
+
+def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
+    """Tell whether a norm does nothing but scale rows of `x` by a weight `[size]` of its dtype.
+
+    Hooks stand for offloading, quantisation and whatever else moves or changes a weight. Those of
+    accelerate and diffusers put a function over `forward`; their attributes tell so, too.
+    """
+    return (
+        type(norm) in _NORMS
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
+        and not hasattr(norm, "_hf_hook")
+        and not hasattr(norm, "_diffusers_hook")
+        and "forward" not in norm.__dict__
+        and type(norm.weight) is nn.Parameter
+        and norm.weight.shape == (size,)
+        and norm.weight.dtype == x.dtype
+        and norm.weight.device == x.device
+        and getattr(norm, "bias", None) is None
+        and norm.eps is not None
+    )
+
+
+def _fits(rotation: tuple[Tensor, Tensor], video: slice, dim: int, x: Tensor) -> bool:
+    """Tell whether cosines and sines are real, one row for each video token, beside `x`."""
+    cos, sin = rotation
+    tokens = video.stop - video.start
+    return (
+        cos.shape in ((tokens, dim), (1, tokens, 1, dim))
+        and sin.shape == cos.shape
+        and cos.is_floating_point()
+        and sin.is_floating_point()
+        and cos.device == x.device
+        and sin.device == x.device
+    )
