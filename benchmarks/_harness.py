@@ -10,6 +10,7 @@ import json
 import platform
 import statistics
 import subprocess
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +21,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _flush: torch.Tensor | None = None
+# What an absent package, a missing compiler or a kernel that refuses its input raises.
+UNAVAILABLE = (
+    *(ImportError, RuntimeError, OSError, ValueError, AttributeError, TypeError),
+    *(AssertionError, subprocess.SubprocessError),
+)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what kept a peer from running; the whole goes to the log."""
+    traceback.print_exception(error)
+    if isinstance(error, ImportError):
+        return f"not installed ({error})"
+    return f"{type(error).__name__}: {[*str(error).strip().splitlines(), ''][0][:160]}"
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _harness import UNAVAILABLE, reason
 from torch import Tensor
 
 import svg_kernels
 
 BF16 = torch.bfloat16
+missing: dict[str, str] = {}  # peers that did not run somewhere, and why
 LAST = 512  # rows that are checked where checking all would take longer than measuring
 NORM_SHAPES = (
     (2097152, 32),
@@ -82,14 +83,12 @@ def rms_norm(rows: int, width: int, compiled: bool) -> Case:
             return F.rms_norm(x, (width,), weight, 1e-6)
 
         peers["torch.compile"] = partial(torch.compile(plain, dynamic=False), x, weight)
-    if flashinfer_here():
-        from flashinfer.norm import rmsnorm
-
-        peers["FlashInfer"] = partial(rmsnorm, x, weight, 1e-6)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
-        want = svg_kernels.rms_norm(x[-LAST:], weight, backend="reference")
         yield svg_kernels.rms_norm(x, weight)[-LAST:], want
+
+    want = svg_kernels.rms_norm(x[-LAST:], weight, backend="reference")
+    peers |= others({"FlashInfer": flashinfer_rms_norm, "QuACK": quack_rms_norm}, want, x, weight)
 
     return Case(
         op="rms_norm",
@@ -116,14 +115,13 @@ def layer_norm(rows: int, width: int, compiled: bool) -> Case:
             return F.layer_norm(x, (width,), weight, bias, 1e-6)
 
         peers["torch.compile"] = partial(torch.compile(plain, dynamic=False), x, weight, bias)
-    if flashinfer_here():
-        from flashinfer.norm import layernorm
-
-        peers["FlashInfer"] = partial(layernorm, x, weight.float(), bias.float(), 1e-6)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
-        want = svg_kernels.layer_norm(x[-LAST:], weight, bias, backend="reference")
         yield svg_kernels.layer_norm(x, weight, bias)[-LAST:], want
+
+    want = svg_kernels.layer_norm(x[-LAST:], weight, bias, backend="reference")
+    makers = {"FlashInfer": flashinfer_layer_norm, "QuACK": quack_layer_norm}
+    peers |= others(makers, want, x, weight.float(), bias.float())
 
     return Case(
         op="layer_norm",
@@ -305,8 +303,44 @@ def permute(*, inverse: bool) -> Case:
     )
 
 
-def flashinfer_here() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None
+def others(
+    makers: dict[str, Callable[..., Callable[[], Tensor]]], want: Tensor, *tensors: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """Return the norms of other packages that are installed, take this shape and are right."""
+    found = {}
+    for name, make in makers.items():
+        try:
+            call = make(*tensors)
+            torch.testing.assert_close(call()[-LAST:].float(), want.float(), rtol=2e-2, atol=2e-2)
+        except UNAVAILABLE as error:
+            missing.setdefault(name, reason(error))
+        else:
+            found[name] = call
+    return found
+
+
+def flashinfer_rms_norm(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    from flashinfer.norm import rmsnorm
+
+    return partial(rmsnorm, x, weight, 1e-6)
+
+
+def flashinfer_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    from flashinfer.norm import layernorm
+
+    return partial(layernorm, x, weight, bias, 1e-6)
+
+
+def quack_rms_norm(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    from quack.rmsnorm import rmsnorm_fwd
+
+    return lambda: rmsnorm_fwd(x, weight, eps=1e-6)[0]
+
+
+def quack_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    from quack.rmsnorm import layernorm_fwd
+
+    return lambda: layernorm_fwd(x, weight, bias, eps=1e-6)
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

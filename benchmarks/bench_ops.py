@@ -30,7 +30,7 @@ from _harness import (
     summary,
     table,
 )
-from _op_cases import Case, angles, cases, randn
+from _op_cases import Case, angles, cases, missing, randn
 
 import svg_kernels
 
@@ -51,7 +51,7 @@ PRINTED = {
     "rope 4x32x4096x64": 19.85,
     "rope 4x32x16384x64": 20.00,
 }
-PEERS = ("torch", "torch.compile", "FlashInfer")
+PEERS = ("torch", "torch.compile", "FlashInfer", "QuACK")
 # Share of the copy bandwidth that counts as done.
 AIMS = {"rope": 0.80, "qk_norm_rope": 0.80, "permute_rows": 0.75, "unpermute_rows": 0.75}
 NORM_AIM = 0.85
@@ -64,16 +64,17 @@ def run(output: Path, samples: int, compiled: bool, commit: str | None) -> None:
     print(f"copy {copy:.0f} GB/s", flush=True)
     rows = []
     with torch.no_grad():
+        calls = host_time()
+        print(calls, flush=True)
         for case in cases(compiled):
             rows.append(measure(case, samples, copy))
             del case
             torch.cuda.empty_cache()
-        calls = host_time()
-    print(calls)
     result = {
         "environment": environment(commit),
         "copy_gb_s": copy,
         "rows": rows,
+        "missing": missing,
         "host_us_per_call": calls,
     }
     store(output / "ops.json", result)
@@ -147,10 +148,12 @@ def write_table(gpu: str) -> None:
     calls = result["host_us_per_call"]
     base = calls["empty operator"]
     host = [[name, f"{us:.1f}", f"{us - base:+.1f}"] for name, us in calls.items()]
+    refused = "; ".join(f"{name}, {why}" for name, why in result.get("missing", {}).items())
     text = (
         f"{conditions(result['environment'])} A device-to-device copy moved {copy:,.0f} GB/s in "
         "the same run.\n\n"
         + table(head, [line(row, copy, peers) for row in result["rows"]])
+        + (f"\nEmpty cells: {refused}.\n" if refused else "")
         + "\nHost time of one call:\n\n"
         + table(["call", "us", "over an empty operator"], host)
     )

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import subprocess
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,12 @@ import torch
 from _harness import (
     RESULTS,
     ROOT,
+    UNAVAILABLE,
     conditions,
     environment,
     interleave,
     load,
+    reason,
     replace_between,
     store,
     summary,
@@ -153,21 +153,6 @@ def measure_density(
         "peer_tokens": work.layout.video_tokens,
         "ms": {name: summary(values) for name, values in times.items()},
     }
-
-
-# What an absent package, a missing compiler or a kernel that refuses its input raises.
-UNAVAILABLE = (
-    *(ImportError, RuntimeError, OSError, ValueError, AttributeError, TypeError),
-    *(AssertionError, subprocess.SubprocessError),
-)
-
-
-def reason(error: BaseException) -> str:
-    """Return the first line of an error; the whole goes to the log."""
-    traceback.print_exception(error)
-    if isinstance(error, ImportError):
-        return f"not installed ({error})"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
 def prepare(
