@@ -49,9 +49,10 @@ def checkout(*names: str, extra: str = "") -> list[str]:
         if name in needed:
             return
         project = nox.project.load_toml(ROOT / "packages" / name / "pyproject.toml")["project"]
-        for requirement in project["dependencies"]:
+        optional = project.get("optional-dependencies", {}).get(extra, ())
+        for requirement in (*project["dependencies"], *(optional if name in names else ())):
             for other in PACKAGES:
-                if requirement.startswith(other):
+                if requirement.startswith(other) and other != name:
                     add(other)
         needed.append(name)
 
