@@ -5,6 +5,7 @@ What else diffusers can do to a model is in `test_composition.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import composition
@@ -85,6 +86,30 @@ def test_the_kernel_for_queries_and_keys_is_part_of_the_graph(
             block.compile(fullgraph=True, backend=backend)
         torch.testing.assert_close(player.play(), eager, rtol=1e-4, atol=1e-5)
     assert any(name.startswith(f"svg_kernels.{kernel}") for name in found)
+
+
+@pytest.mark.gpu
+def test_repeated_blocks_by_the_default_compiler(
+    fresh_compiler: None, assert_accurate: Callable[..., None]
+) -> None:
+    model = tiny.transformer(num_layers=2, attention_head_dim=64).to("cuda")
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in tiny.forward_inputs().items()}
+
+    def forward(step: int = 0) -> Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=step, num_inference_steps=2):
+            return model(**inputs)[0]
+
+    exact = forward().double()
+    model.to(torch.bfloat16)
+    inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].bfloat16()
+    eager = forward()
+    with sparsify(model, SPARSE, Schedule(dense_steps=0.5, dense_layers=0.0)) as run:
+        model.compile_repeated_blocks(fullgraph=True)
+        assert_accurate(forward(0), eager, exact)
+        assert torch.isfinite(forward(1)).all()
+        assert graphs() == 1
+    assert [r.method for r in run.stats().records] == ["Dense"] * 2 + ["SVG2"] * 2
 
 
 def test_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
