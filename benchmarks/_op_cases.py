@@ -63,6 +63,9 @@ def cases(compiled: bool) -> Iterator[Case]:
         yield gate_residual(rows, width, compiled)
     for shape in ROPE_SHAPES:
         yield rope(shape)
+    for shape in ROPE_SHAPES:
+        if shape[2] >= 16384:
+            yield rope(shape, single=True)
     yield wan_qk(compiled)
     yield hunyuan_qk(compiled)
     yield permute(inverse=False)
@@ -187,10 +190,12 @@ def gate_residual(rows: int, width: int, compiled: bool) -> Case:
     )
 
 
-def rope(shape: tuple[int, int, int, int]) -> Case:
+def rope(shape: tuple[int, int, int, int], *, single: bool = False) -> Case:
+    """Rotate with diffusers' tables, which hold each value twice, or with one value per pair."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    x, tables = randn(*shape), angles(*shape[2:])
+    x, doubled = randn(*shape), angles(*shape[2:])
+    tables = tuple(table[:, ::2].contiguous() for table in doubled) if single else doubled
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         want = svg_kernels.rope(x[:, -2:], *tables, backend="reference")
@@ -198,11 +203,11 @@ def rope(shape: tuple[int, int, int, int]) -> Case:
 
     return Case(
         op="rope",
-        shape="x".join(map(str, shape)),
+        shape="x".join(map(str, shape)) + (", tables of pairs" if single else ""),
         bytes=2 * size(x),
         ours=partial(svg_kernels.rope, x, *tables, inplace=True),
         checks=checks,
-        peers={"diffusers": partial(apply_rotary_emb, x, tables)},
+        peers={"diffusers": partial(apply_rotary_emb, x, doubled)},
     )
 
 

@@ -45,19 +45,20 @@ inline bool packed(const DLTensor& t) {  // the last axis is contiguous
   return t.shape[t.ndim - 1] <= 1 || t.strides[t.ndim - 1] == 1;
 }
 
+inline int64_t elements(const DLTensor& t) {
+  int64_t count = 1;
+  for (int i = 0; i < t.ndim; ++i) count *= t.shape[i];
+  return count;
+}
+
 inline bool contiguous(const DLTensor& t) {
+  if (elements(t) == 0) return true;
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (t.shape[i] > 1 && t.strides[i] != expected) return false;
     expected *= t.shape[i];
   }
   return true;
-}
-
-inline int64_t elements(const DLTensor& t) {
-  int64_t count = 1;
-  for (int i = 0; i < t.ndim; ++i) count *= t.shape[i];
-  return count;
 }
 
 inline Rows rows_of(const DLTensor& t, int64_t outer_stride, int64_t inner_stride) {
@@ -89,6 +90,11 @@ inline bool read_modulation(const DLTensor& t, const DLTensor& x, Rows* out) {
 // Folds all axes but the last into [outer, inner]; false if that takes more than two strides.
 inline bool fold(const DLTensor& x, int64_t* outer, int64_t* inner, Rows* out) {
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};  // inner, outer
+  if (elements(x) == 0) {
+    *inner = *outer = 0;
+    *out = rows_of(x, 0, 0);
+    return true;
+  }
   int level = 0;
   for (int i = x.ndim - 2; i >= 0; --i) {
     if (x.shape[i] == 1) continue;

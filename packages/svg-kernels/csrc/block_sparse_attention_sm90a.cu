@@ -226,12 +226,12 @@ class Consumer {
 
     if (group_ == 1) named_arrive(kTurn, kConsumers);  // the first warpgroup starts
     barrier_wait(&shared_.key_full[key.stage], key.phase);
-    uint64_t valid = rows_that_count(key.stage);
     named_sync(kTurn + group_, kConsumers);
     product_fence();
     multiply_keys(scores, key.stage);
     product_commit();
     named_arrive(kTurn + 1 - group_, kConsumers);
+    uint64_t valid = rows_that_count(key.stage);
     product_wait<0>();
     pin(scores);
     mask(scores, 0, valid);
@@ -242,7 +242,6 @@ class Consumer {
 
     for (int j = 1; j < stages; ++j) {
       barrier_wait(&shared_.key_full[key.stage], key.phase);
-      valid = rows_that_count(key.stage);
       named_sync(kTurn + group_, kConsumers);
       pin(scores);
       pin(output_);
@@ -254,6 +253,7 @@ class Consumer {
       multiply_values(probabilities, value.stage, j > 1);
       product_commit();
       named_arrive(kTurn + 1 - group_, kConsumers);
+      valid = rows_that_count(key.stage);
       product_wait<1>();
       pin(scores);
       mask(scores, j, valid);

@@ -67,6 +67,19 @@ def test_norms_of_every_width(dtype, width, mean, generator):
     both(svg_kernels.layer_norm, x, out_dtype=FP32)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 64), (2, 0, 64), (2, 4, 0)])
+def test_empty_tensors_are_taken(shape):
+    x = torch.empty(shape)
+    both(svg_kernels.rms_norm, x)
+    both(svg_kernels.layer_norm, x)
+    both(svg_kernels.gate_residual, x, x, torch.empty(shape[0], shape[2]))
+    both(svg_kernels.layer_norm_modulate, x, *torch.empty(2, shape[0], shape[2]))
+    heads = torch.empty(1, *shape)
+    order = torch.empty(1, *shape[:2], dtype=torch.int32)
+    both(svg_kernels.unpermute_rows, heads, order)
+    both(svg_kernels.permute_rows, heads, order)
+
+
 @pytest.mark.parametrize("width", [64, 136, 1536])
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_modulation_follows_batch_and_token(width, tokens, generator):
