@@ -5,8 +5,9 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 \\
         --kernel-regex kns=svg python packages/svg-kernels/tests/sanitize_ops.py
 
-Torch's own kernels are left out, to take a minute and not five. Without torch's caching allocator each tensor ends where its allocation ends, so that a kernel which
-reads past it is seen. What the kernels return is compared with the reference as well.
+Torch's own kernels are left out, to take a minute and not five. Without torch's caching allocator
+each tensor ends where its allocation ends, so that a kernel which reads past it is seen. What the
+kernels return is compared with the reference as well.
 """
 
 from __future__ import annotations
