@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import svg_kernels
 from svg_attention.backends import BACKENDS
 from svg_models import doctor
 from svg_models.cli import app
@@ -30,6 +32,24 @@ def test_what_cannot_run_says_why() -> None:
         assert check.detail
         if check.part in ("sparse attention", "k-means", "fused kernels") and not check.works:
             assert len(check.detail.split()) > 3, check
+
+
+@pytest.mark.parametrize(
+    ("auto", "works", "who"),
+    [
+        ("reference", None, "diffusers"),
+        ("triton", True, "triton tier"),
+        ("cuda", True, "cuda tier"),
+    ],
+)
+def test_who_makes_the_heads_of_models_is_told(
+    auto: str, works: bool | None, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = replace(svg_kernels.status("cpu"), auto=auto)
+    monkeypatch.setattr(svg_kernels, "status", lambda device: state)
+    (check,) = (c for c in doctor.diagnose("cpu") if c.name == "queries and keys")
+    assert check.works is works
+    assert f"rotated by {who}" in check.detail
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -191,7 +191,7 @@ def _fused_kernels(device: str) -> list[Check]:
     import svg_kernels
 
     state = svg_kernels.status(device)
-    return [
+    tiers = [
         Check(
             part="fused kernels",
             name=tier.name,
@@ -200,6 +200,13 @@ def _fused_kernels(device: str) -> list[Check]:
         )
         for tier in state.tiers
     ]
+    if state.auto == "reference":
+        works, who = None, "diffusers; the reference tier would be no faster"
+    else:
+        works, who = True, f"the {state.auto} tier"
+    detail = f"normalised and rotated by {who}"
+    heads = Check(part="fused kernels", name="queries and keys", works=works, detail=detail)
+    return [*tiers, heads]
 
 
 def _models(device: str) -> list[Check]:
