@@ -3,7 +3,8 @@
     python benchmarks/quality_settings.py --output benchmarks/results/h200/quality_settings.json
 
 The recipes of short clips and small models rest on this: a budget for every tile against one that
-follows the attention mass, routing by mass or by error, and rounds of k-means at the start.
+follows the attention mass, routing by mass or by error, rounds of k-means at the start, and queries
+that share a probe.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def settings(tokens: int) -> Iterator[dict[str, Any]]:
     for rounds in (10, 5):
         yield base | {"top_p": 0.9, "route": "error", "first_iterations": rounds}
     yield base | {"density": 0.33, "route": "error", "first_iterations": 10}
+    for rows in (32, 64, 128):
+        for route in ("mass", "error"):
+            yield base | {"density": 0.33, "route": route, "probe_rows": rows}
     yield base | {"density": 0.25, "route": "error"}
 
 
