@@ -38,8 +38,8 @@ def test_what_cannot_run_says_why() -> None:
     ("auto", "works", "who"),
     [
         ("reference", None, "diffusers"),
-        ("triton", True, "triton tier"),
-        ("cuda", True, "cuda tier"),
+        ("triton", True, "the triton tier"),
+        ("cuda", True, "the cuda tier"),
     ],
 )
 def test_who_makes_the_heads_of_models_is_told(

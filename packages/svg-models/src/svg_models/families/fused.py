@@ -133,18 +133,21 @@ def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
     Hooks stand for offloading, quantisation and whatever else moves or changes a weight. Those of
     accelerate and diffusers put a function over `forward`; their attributes tell so, too.
     """
+    if type(norm) not in _NORMS:
+        return False
+    # Asking a module for an attribute that it has not takes torch as long as all the rest here.
+    own, weight = norm.__dict__, norm.weight
     return (
-        type(norm) in _NORMS
-        and not norm._forward_pre_hooks
+        not norm._forward_pre_hooks
         and not norm._forward_hooks
-        and not hasattr(norm, "_hf_hook")
-        and not hasattr(norm, "_diffusers_hook")
-        and "forward" not in norm.__dict__
-        and type(norm.weight) is nn.Parameter
-        and norm.weight.shape == (size,)
-        and norm.weight.dtype == x.dtype
-        and norm.weight.device == x.device
-        and getattr(norm, "bias", None) is None
+        and "_hf_hook" not in own
+        and "_diffusers_hook" not in own
+        and "forward" not in own
+        and type(weight) is nn.Parameter
+        and weight.shape == (size,)
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and "bias" not in norm._parameters
         and norm.eps is not None
     )
 
