@@ -69,6 +69,7 @@ def test_a_run_on_toy_models_fills_the_page(
         "diffusers": {"median": 600.0, "q1": 590.0, "q3": 610.0},
         "SVG2": {"median": 200.0, "q1": 198.0, "q3": 204.0},
     }
+    model["ms_by_kind"] = {"SVG2": {"attention": 100.0, "matrix products": 60.0, "the rest": 40.0}}
     lines = bench.rows_of(model)
     assert lines[0][2:4] == ["300.0 (295.0 to 305.0)", "1.00"]
     assert lines[1][2:5] == ["100.0 (99.0 to 102.0)", "3.00", "1.0"]
@@ -81,6 +82,7 @@ def test_a_run_on_toy_models_fills_the_page(
     bench.main(["table", "--gpu", "h200"])
     text = page.read_text(encoding="utf-8")
     assert "| tiny HunyuanVideo | SVG2 | 100.0 (99.0 to 102.0) | 3.00 | 1.0 |" in text
+    assert "| tiny HunyuanVideo | SVG2 | 50.0 | 30.0 | 20.0 |" in text
     assert "192 video tokens and 6 of text, 2 layers" in text
     assert "Not measured yet" not in text
 

@@ -25,7 +25,7 @@ import svg_kernels
 from svg_attention import Dense, Schedule
 from svg_models import sparsify
 from svg_models.families import cogvideox, cosmos, fused, hunyuan_video, wan
-from svg_models.families.steps import ACROSS_HEADS, PER_HEAD, PER_HEAD_IN_HALVES, make_heads
+from svg_models.families.steps import ACROSS_HEADS, PER_HEAD, PER_HEAD_IN_HALVES, join, make_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -139,6 +139,19 @@ def test_fused_heads_equal_those_of_the_modules(
         assert launches == [name for name in LAUNCHES[case.name] if rotated or name != "rope"]
         for found, stock in zip(heads, make(call, torch.float32, False), strict=True):
             torch.testing.assert_close(found, stock, rtol=1e-6, atol=1e-6)
+        if launches:  # laid out by head, as k-means reads them fastest
+            assert all(states.transpose(1, 2).is_contiguous() for states in heads[:2])
+
+
+def test_streams_are_joined_in_the_memory_order_of_the_video() -> None:
+    by_token = torch.randn(2, 7, 3, 8), torch.randn(2, 4, 3, 8)
+    by_head = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in by_token)
+    whole = torch.cat(by_token, dim=1)
+    for video, text in ((by_token[0], by_head[1]), (by_head[0], by_token[1])):
+        joined = join(video, text)
+        assert torch.equal(joined, whole)
+        assert joined.is_contiguous() == video.is_contiguous()
+        assert joined.transpose(1, 2).is_contiguous() != video.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
