@@ -243,7 +243,7 @@ def test_flash_attention_itself_agrees_with_the_reference(
     plan = block_plan(queries=640, keys=768, batch=2, heads=4)
     if kind == "full":
         plan = SparsePlan.full(2, 4, 300, 460)
-    inputs = [x.to(device, torch.bfloat16) for x in tensors(plan, dim=dim)]
+    inputs = [x.to(device, torch.bfloat16) for x in tensors(plan, key_heads=4, dim=dim)]
     compare_on_gpu("flash_attn", inputs, move_plan(plan, device), assert_accurate)
 
 

@@ -55,7 +55,9 @@ struct Shared {
   alignas(1024) unsigned char query[kStageBytes];
   alignas(1024) unsigned char key[kStages][kStageBytes];
   alignas(1024) unsigned char value[kStages][kStageBytes];
-  uint64_t valid[kStages];  // rows that count in each granule of a stage, four bits each
+  // Rows that count in each granule of a stage, four bits each. Twice as many as stages: a stage is
+  // given back by one lane, which knows of the others only that they have read what was there before.
+  uint64_t valid[2][kStages];
   uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
 };
 
@@ -85,7 +87,7 @@ __device__ __forceinline__ void fill(Shared<kHeadDim>& shared, const Ring& ring,
   const int offset = lane * Shared<kHeadDim>::kGroupBytes;
   barrier_wait(&shared.key_empty[ring.stage], ring.phase ^ 1);
   if (lane == 0) {
-    shared.valid[ring.stage] = static_cast<uint64_t>(high) << 32 | low;
+    shared.valid[ring.phase][ring.stage] = static_cast<uint64_t>(high) << 32 | low;
     barrier_expect(&shared.key_full[ring.stage], Shared<kHeadDim>::kStageBytes);
   }
   __syncwarp();
@@ -231,10 +233,9 @@ class Consumer {
     multiply_keys(scores, key.stage);
     product_commit();
     named_arrive(kTurn + 1 - group_, kConsumers);
-    uint64_t valid = rows_that_count(key.stage);
     product_wait<0>();
     pin(scores);
-    mask(scores, 0, valid);
+    mask(scores, 0, key);
     release(&shared_.key_empty[key.stage]);
     key.advance();
     softmax_.step(scores, correction);
@@ -253,10 +254,9 @@ class Consumer {
       multiply_values(probabilities, value.stage, j > 1);
       product_commit();
       named_arrive(kTurn + 1 - group_, kConsumers);
-      valid = rows_that_count(key.stage);
       product_wait<1>();
       pin(scores);
-      mask(scores, j, valid);
+      mask(scores, j, key);
       release(&shared_.key_empty[key.stage]);
       key.advance();
       softmax_.step(scores, correction);
@@ -330,7 +330,8 @@ class Consumer {
 
   // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were
   // not read.
-  __device__ __forceinline__ void mask(float (&scores)[64], int j, uint64_t valid) {
+  __device__ __forceinline__ void mask(float (&scores)[64], int j, const Ring& ring) {
+    const uint64_t valid = shared_.valid[ring.phase][ring.stage];
     const int column = 2 * (lane_ % 4);
     if (j >= run_stages_) {
       const int first = (j - run_stages_) * kStageRows + column;
@@ -355,12 +356,6 @@ class Consumer {
           if (column + e >= count) scores[4 * i + e] = scores[4 * i + 2 + e] = -INFINITY;
       }
     }
-  }
-
-  // Read by the lane that gives the stage back, so that no other can still be reading by then.
-  __device__ __forceinline__ uint64_t rows_that_count(int stage) const {
-    const uint64_t valid = lane_ == 0 ? shared_.valid[stage] : 0;
-    return __shfl_sync(~0u, valid, 0);
   }
 
   __device__ __forceinline__ void release(uint64_t* barrier) {

@@ -16,8 +16,8 @@ from triton.compiler import ASTSource
 from svg_kernels.planning._kernels import errors, patterns, probes
 
 SHARED_KB = {80: 163, 86: 99, 90: 227}
-FLOATS = ("errors", "mass", "energy", "agreement", "scratch", "outs", "sums", "tops")
-INTEGERS = ("sizes", "starts", "order")
+FLOATS = ("errors", "mass", "weights", "energy", "agreement", "scratch", "outs", "sums", "tops")
+INTEGERS = ("starts", "order")
 
 
 def shared_bytes(

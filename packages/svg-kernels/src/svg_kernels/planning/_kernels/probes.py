@@ -94,24 +94,22 @@ def means_kernel(
 
 
 @triton.jit
-def score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION: tl.constexpr):
-    """Return the logits of probes for clusters, in units of log 2, and minus infinity for none."""
+def score(q, centroids, offs_c, offs_d, C, D, scale_log2, PRECISION: tl.constexpr):
+    """Return the logits of probes for one key of each cluster, in units of log 2."""
     mask_c = offs_c < C
     keys = tl.load(
         centroids + offs_c[None, :] * D + offs_d[:, None],
         mask=mask_c[None, :] & (offs_d < D)[:, None],
         other=0.0,
     )
-    count = tl.load(sizes + offs_c, mask=mask_c, other=0).to(tl.float32)
-    weight = tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), float("-inf"))
-    return tl.dot(q, keys, input_precision=PRECISION) * scale_log2 + weight[None, :]
+    return tl.dot(q, keys, input_precision=PRECISION) * scale_log2
 
 
 @triton.jit
 def mass_kernel(
     means,
     centroids,
-    sizes,
+    weights,
     mass,
     length,
     probes,
@@ -139,12 +137,14 @@ def mass_kernel(
         other=0.0,
     )
     centroids += sequence // group * C * D
-    sizes += sequence // group * C
+    weights += sequence // group * C
     maximum = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_P], dtype=tl.float32)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
-        logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
+        weight = tl.load(weights + offs_c, mask=offs_c < C, other=float("-inf"))
+        logits = score(q, centroids, offs_c, offs_d, C, D, scale_log2, PRECISION)
+        logits += weight[None, :]
         new = tl.maximum(maximum, tl.max(logits, 1))
         # Before the first cluster with keys: -inf - -inf is not a number.
         shift = tl.where(new == float("-inf"), 0.0, new)
@@ -153,20 +153,22 @@ def mass_kernel(
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     rows = tl.minimum(tl.maximum(length - offs_p * PROBE_ROWS, 0), PROBE_ROWS)
     tile_rows = tl.minimum(tl.maximum(length - offs_p // PROBES * 128, 1), 128)
-    weight = rows.to(tl.float32) / tile_rows.to(tl.float32) / tl.maximum(total, 1e-30)
+    part = rows.to(tl.float32) / tile_rows.to(tl.float32) / tl.maximum(total, 1e-30)
+    # A factor of every share; that of a probe without rows is as good as none.
+    shift -= tl.log2(tl.maximum(part, 1e-30))
     TILES: tl.constexpr = BLOCK_P // PROBES
     tile = block * TILES + tl.arange(0, TILES)
     first_probe = (tl.arange(0, PROBES) == 0)[None, :, None]
     mass += sequence * (probes // PROBES) * C
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
-        logits = score(q, centroids, sizes, offs_c, offs_d, C, D, scale_log2, PRECISION)
-        share = tl.exp2(logits - shift[:, None]) * weight[:, None]
+        weight = tl.load(weights + offs_c, mask=offs_c < C, other=float("-inf"))
+        if PER_KEY:
+            weight = tl.where(weight == float("-inf"), weight, 0.0)
+        logits = score(q, centroids, offs_c, offs_d, C, D, scale_log2, PRECISION)
+        share = tl.exp2(logits + weight[None, :] - shift[:, None])
         share = tl.reshape(share, [TILES, PROBES, BLOCK_C])
         total_share = tl.sum(share, 1, keep_dims=True)
-        if PER_KEY:
-            count = tl.load(sizes + offs_c, mask=offs_c < C, other=1)
-            total_share = total_share / tl.maximum(count, 1).to(tl.float32)[None, None, :]
         # The sum is stored from the place of a tile's first probe: stored as a tensor of its own,
         # every lane that holds a copy of it would write it to the same place in shared memory.
         share = tl.where(first_probe, total_share, share)
@@ -228,7 +230,8 @@ def probe_mass(
             mass_kernel[(batch * heads * blocks,)](
                 means.contiguous(),
                 centroids.contiguous(),
-                sizes.contiguous(),
+                # Minus infinity for an empty cluster.
+                sizes.log2().contiguous(),
                 mass,
                 length,
                 probes,
