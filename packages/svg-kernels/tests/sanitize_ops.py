@@ -25,7 +25,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)
 # Every kernel of norm.cu: rows that share a warp, rows of a block, and what vectors cannot serve.
 WIDTHS = (1, 32, 64, 128, 130, 136, 256, 264, 1536, 3072, 5120, 8192, 8200)
-# More rows than are in flight at once, so that blocks walk over several; of wide ones twice so many.
+# More rows than are in flight at once, so that blocks walk over several; wide rows twice as many.
 ROWS, WIDE_ROWS = 1100, 220
 
 
