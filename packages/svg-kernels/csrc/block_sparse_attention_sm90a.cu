@@ -55,9 +55,7 @@ struct Shared {
   alignas(1024) unsigned char query[kStageBytes];
   alignas(1024) unsigned char key[kStages][kStageBytes];
   alignas(1024) unsigned char value[kStages][kStageBytes];
-  // Rows that count in each granule of a stage, four bits each. Twice as many as stages: a stage is
-  // given back by one lane, which knows of the others only that they have read what was there before.
-  uint64_t valid[2][kStages];
+  uint64_t valid[kStages];  // rows that count in each granule of a stage, four bits each
   uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
 };
 
@@ -87,7 +85,7 @@ __device__ __forceinline__ void fill(Shared<kHeadDim>& shared, const Ring& ring,
   const int offset = lane * Shared<kHeadDim>::kGroupBytes;
   barrier_wait(&shared.key_empty[ring.stage], ring.phase ^ 1);
   if (lane == 0) {
-    shared.valid[ring.phase][ring.stage] = static_cast<uint64_t>(high) << 32 | low;
+    shared.valid[ring.stage] = static_cast<uint64_t>(high) << 32 | low;
     barrier_expect(&shared.key_full[ring.stage], Shared<kHeadDim>::kStageBytes);
   }
   __syncwarp();
@@ -235,7 +233,7 @@ class Consumer {
     named_arrive(kTurn + 1 - group_, kConsumers);
     product_wait<0>();
     pin(scores);
-    mask(scores, 0, key);
+    mask(scores, 0, key.stage);
     release(&shared_.key_empty[key.stage]);
     key.advance();
     softmax_.step(scores, correction);
@@ -256,7 +254,7 @@ class Consumer {
       named_arrive(kTurn + 1 - group_, kConsumers);
       product_wait<1>();
       pin(scores);
-      mask(scores, j, key);
+      mask(scores, j, key.stage);
       release(&shared_.key_empty[key.stage]);
       key.advance();
       softmax_.step(scores, correction);
@@ -330,8 +328,8 @@ class Consumer {
 
   // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were
   // not read.
-  __device__ __forceinline__ void mask(float (&scores)[64], int j, const Ring& ring) {
-    const uint64_t valid = shared_.valid[ring.phase][ring.stage];
+  __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
+    const uint64_t valid = shared_.valid[stage];
     const int column = 2 * (lane_ % 4);
     if (j >= run_stages_) {
       const int first = (j - run_stages_) * kStageRows + column;
@@ -358,7 +356,9 @@ class Consumer {
     }
   }
 
+  // Every lane has read what the stage holds before one of them gives it back.
   __device__ __forceinline__ void release(uint64_t* barrier) {
+    __syncwarp();
     if (lane_ == 0) barrier_arrive(barrier);
   }
 

@@ -37,7 +37,7 @@ class Blocks:
 # were measured on an H200 in November 2026.
 MASS = {
     (2, 64): Blocks(rows=64, columns=64),
-    (2, 128): Blocks(rows=64, columns=64),
+    (2, 128): Blocks(rows=64, columns=128, stages=2),
     (2, 256): Blocks(rows=64, columns=32, stages=2),
     (4, 64): Blocks(rows=64, columns=32),
     (4, 128): Blocks(rows=64, columns=32, stages=2),
