@@ -174,7 +174,7 @@ def write_variants(gpu: str) -> None:
     result = load(gpu, "ops_variants")
     earlier = {(row["op"], row["shape"]): row for row in load(gpu, "ops")["rows"]}
     copy = load(gpu, "ops")["copy_gb_s"]
-    head = ["operation", "shape, bf16", "table above", "rows in flight", "no hints", "blocks"]
+    head = ["operation", "shape, bf16", "now", "rows in flight", "no hints", "blocks"]
 
     def share(row: dict[str, Any], name: str) -> str:
         return f"{row[name]:.0%}" if name in row else ""
@@ -182,10 +182,10 @@ def write_variants(gpu: str) -> None:
     rows = []
     for row in result["rows"]:
         first = earlier[row["op"], row["shape"]]
-        before = first["bytes"] / first["ms"]["ours"]["median"] / 1e6 / copy
+        now = first["bytes"] / first["ms"]["ours"]["median"] / 1e6 / copy
         names = ("hints", "no_hints", "final_blocks")
         shares = [share(row, name) for name in names]
-        rows.append([f"`{row['op']}`", row["shape"], f"{before:.0%}", *shares])
+        rows.append([f"`{row['op']}`", row["shape"], f"{now:.0%}", *shares])
     text = f"{conditions(result['environment'])} Shares of the copy bandwidth.\n\n"
     replace_between(ROOT / "docs" / "kernels.md", "ops-variants", text + table(head, rows))
 
