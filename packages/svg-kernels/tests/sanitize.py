@@ -1,9 +1,6 @@
-"""Launch the attention and planning kernels on small shapes, to be run under compute-sanitizer.
+"""Launch the attention and planning kernels on small shapes; run by `nox -s sanitize`.
 
-    compute-sanitizer --tool memcheck python packages/svg-kernels/tests/sanitize.py
-
-Also for racecheck and synccheck. Results are checked by test_attention_gpu.py; here they only have
-to be finite.
+Results are checked by test_attention_gpu.py; here they only have to be finite.
 """
 
 from __future__ import annotations

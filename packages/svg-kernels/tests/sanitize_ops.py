@@ -1,13 +1,6 @@
-"""Launch every memory-bound kernel on small shapes, to be run under compute-sanitizer.
+"""Launch every memory-bound kernel on small shapes; run by `nox -s sanitize`.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
-        --kernel-name kns=svg python packages/svg-kernels/tests/sanitize_ops.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 \\
-        --kernel-name kns=svg python packages/svg-kernels/tests/sanitize_ops.py
-
-Torch's own kernels are left out, to take a minute and not five. Without torch's caching allocator
-each tensor ends where its allocation ends, so that a kernel which reads past it is seen. What the
-kernels return is compared with the reference as well.
+What the kernels return is compared with the reference as well.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_kernels._backends import launchers, register, select
 
 MAX_TENSORS = 4
-_UNUSED = [[None] * (3 * (MAX_TENSORS - count)) for count in range(MAX_TENSORS + 1)]
+_UNUSED = [(None,) * (3 * (MAX_TENSORS - count)) for count in range(MAX_TENSORS + 1)]
 
 
 @overload
@@ -119,11 +119,11 @@ def _quick(
     """Launch with arguments that nobody has checked yet; None if the launcher did not take them."""
     outs = []
     for x, order in zip(xs, orders):  # noqa: B905 (as many, and this is the shortest way)
-        if x.ndim != 4 or order.ndim == 0:
+        shape, rows = x.shape, order.shape
+        if len(shape) != 4 or not rows:
             return None
-        batch, heads, _, width = x.shape
         # Sizes one by one: torch reads them twice as fast as a tuple.
-        outs.append(x.new_empty(batch, heads, order.shape[-1], width))
+        outs.append(x.new_empty(shape[0], shape[1], rows[-1], shape[3]))
     return outs if compiled.permute_rows(inverse, *interleaved(xs, orders, outs)) else None
 
 
@@ -139,7 +139,8 @@ def interleaved(
         if x.element_size() == 1:
             x, out = x.view(torch.uint8), out.view(torch.uint8)
         arguments += (x, order, out)
-    return arguments + _UNUSED[len(xs)]
+    arguments += _UNUSED[len(xs)]
+    return arguments
 
 
 def _check(x: Tensor, order: Tensor, inverse: bool) -> Tensor:
