@@ -22,11 +22,13 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 from zoo import CASES, Case, case
 
+from svg_models import generate
 from svg_models.errors import ModelUnavailableError, SettingError
 from svg_models.loading import Geometry, Inputs, Lora, load_pipeline
 from svg_models.loading.defaults import defaults_for
 from svg_models.loading.inputs import choose_pipeline
 from svg_models.loading.lora import load_loras
+from svg_models.loading.pipeline import _correct_scale, _outline
 from svg_models.loading.placement import OFFLOAD, check_offload, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +44,33 @@ def test_geometry_counts_the_tokens_that_the_transformer_sees(case: Case) -> Non
     geometry.check(**size)
     latent, rows, columns = case.grid
     assert geometry.tokens(**size) == latent * rows * columns
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_geometry_is_known_before_the_weights(case: Case) -> None:
+    pipe = case.build()
+    networks = {n: x for n, x in pipe.components.items() if isinstance(x, torch.nn.Module)}
+    outline = _outline(type(pipe), networks)
+    _correct_scale(pipe)
+    assert Geometry.of(outline) == Geometry.of(pipe)
+
+
+@pytest.mark.parametrize("size", [{"height": 33}, {"width": 40, "height": None}, {"frames": 6}])
+def test_a_wrong_size_is_refused_before_weights_are_read(
+    size: dict[str, int | None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "wan"
+    tiny.pipeline().save_pretrained(folder)
+    weights = list(folder.rglob("*.safetensors"))
+    assert weights
+    for file in weights:
+        file.unlink()
+    with pytest.raises(SettingError, match="nearest valid"):
+        load_pipeline(folder, device="cpu", size=size)
+    with pytest.raises(SettingError, match="nearest valid"):
+        generate(model=folder, device="cpu", **size)
+    with pytest.raises(ModelUnavailableError):
+        load_pipeline(folder, device="cpu", size={"height": 32})
 
 
 def test_frames_that_the_vae_would_change_are_refused() -> None:

@@ -117,6 +117,8 @@ def prepare(
             dtype=dtype,
             offload=offload,
             loras=adapters,
+            # A video that is given decides how many frames of it are taken.
+            size={n: settings.get(n) for n in ("height", "width", *(() if video else ("frames",)))},
             progress=progress,
             **given,
         )

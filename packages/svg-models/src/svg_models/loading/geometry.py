@@ -76,6 +76,17 @@ class Geometry:
         """Return the largest valid number of frames up to `limit`, at least 1."""
         return max(0, limit - 1) // self.frame_step * self.frame_step + 1
 
+    def check_given(
+        self, *, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> None:
+        """Refuse the sizes that somebody chose, whatever the others will be; see `check`."""
+        valid = self.nearest_size(height=height or 1, width=width or 1)
+        self.check(
+            height=valid["height"] if height is None else height,
+            width=valid["width"] if width is None else width,
+            frames=1 if frames is None else frames,
+        )
+
     def check(self, *, height: int, width: int, frames: int) -> None:
         """Refuse sizes that the pipeline would round.
 

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def load_pipeline(
     image: bool = False,
     video: bool = False,
     loras: Sequence[Lora] = (),
+    size: Mapping[str, int | None] | None = None,
     progress: Progress = quiet,
 ) -> LoadedPipeline:
     """Load a video pipeline.
@@ -104,6 +105,7 @@ def load_pipeline(
         image: a clip will start from an image, so the pipeline must take one.
         video: a clip will start from a video.
         loras: adapters to load into the transformer.
+        size: "height", "width" and "frames" that a clip shall have, if somebody has chosen them.
         progress: called while components load.
 
     Returns:
@@ -113,7 +115,7 @@ def load_pipeline(
         ModelUnavailableError: if the model cannot be found, reached or read.
         MachineError: if this machine is too small, or has no GPU where one is needed.
         SettingError: if `device`, `dtype` or `offload` is unknown, or the model cannot start from
-            what is given.
+            what is given or knows no such size.
     """
     started = time.perf_counter()
     target = pick_device(device)
@@ -126,6 +128,7 @@ def load_pipeline(
     check_transformers(name, built)
     sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in built.items()}
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
+    Geometry.of(_outline(pipeline, built)).check_given(**(size or {}))
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
         progress("downloading", 0, 0)
         folder = fetch_weights(name)
@@ -144,6 +147,22 @@ def load_pipeline(
         loras=tuple(loras),
         seconds=time.perf_counter() - started,
     )
+
+
+def _outline(pipeline: type[Any], built: Mapping[str, Any]) -> Any:
+    """Return the pipeline with networks that have no weights, and with nothing else."""
+    parameters = inspect.signature(pipeline.__init__).parameters
+    wanted = [n for n, p in parameters.items() if n != "self" and p.default is p.empty]
+    parts = dict.fromkeys(wanted) | {n: x for n, x in built.items() if n in parameters}
+    if "safety_checker" in parameters:  # else the pipeline would load one
+        parts["safety_checker"] = _Absent()
+    pipe = pipeline(**parts)
+    _correct_scale(pipe)
+    return pipe
+
+
+class _Absent:
+    """Stand for a component that is not loaded."""
 
 
 def _assemble(
