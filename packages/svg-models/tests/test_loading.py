@@ -29,7 +29,7 @@ from svg_models.loading.defaults import defaults_for
 from svg_models.loading.inputs import choose_pipeline
 from svg_models.loading.lora import load_loras
 from svg_models.loading.pipeline import _correct_scale, _outline
-from svg_models.loading.placement import OFFLOAD, check_offload, place
+from svg_models.loading.placement import OFFLOAD, check_offload, compile_transformers, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZED = [c for c in CASES if "height" in c.arguments and "reference_images" not in c.arguments]
@@ -295,3 +295,27 @@ def test_a_lora_is_named_by_source_and_weight(tmp_path: Path) -> None:
         Lora.parse("/missing/style.safetensors:0.8")
     with pytest.raises(SettingError, match="must be finite, got nan"):
         Lora.parse("somebody/style:nan")
+
+
+def test_blocks_are_compiled_and_what_names_none_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        WanTransformer3DModel,
+        "compile_repeated_blocks",
+        lambda self, **how: seen.append((type(self).__name__, how)),
+    )
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: seen.append((type(self).__name__, how))
+    )
+    for name in ("wan 2.2 t2v", "cosmos 1.0 t2w"):
+        compile_transformers(case(name).build())
+    blocks = ("WanTransformer3DModel", {"fullgraph": True})
+    assert seen == [blocks, blocks, ("CosmosTransformer3DModel", {})]
+
+
+@pytest.mark.parametrize("offload", ["group", "sequential"])
+def test_compiled_layers_are_not_moved(offload: str) -> None:
+    with pytest.raises(SettingError, match="leave --compile out, or take --offload model"):
+        check_offload(offload, "cuda", compiled=True)
+    check_offload(offload, "cuda")
+    check_offload("model", "cuda", compiled=True)

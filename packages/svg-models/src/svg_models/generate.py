@@ -33,6 +33,7 @@ def generate(
     dtype: str = "auto",
     offload: str = "none",
     backend: str = "auto",
+    compiled: bool = False,
     profile: bool = False,
     progress: Progress = quiet,
     **settings: Any,
@@ -47,11 +48,12 @@ def generate(
         image: a picture to start from, for models that take one.
         video: a video to start from, for models that take one.
         loras: adapters for the transformer, each a path or hub id, with `:WEIGHT` if you like;
-            unused, as the next three, when a loaded pipeline is given.
+            unused, as the next three and `compiled`, when a loaded pipeline is given.
         device: see `load_pipeline`.
         dtype: see `load_pipeline`.
         offload: see `load_pipeline`.
         backend: kernel of the sparse attention, see `svg doctor`.
+        compiled: see `load_pipeline`.
         profile: time every attention call.
         progress: called as `progress(stage, done, total)`.
         **settings: fields of `Settings`; what is missing or `None` comes from the model.
@@ -75,6 +77,7 @@ def generate(
         device=device,
         dtype=dtype,
         offload=offload,
+        compiled=compiled,
         progress=progress,
         **settings,
     )
@@ -93,6 +96,7 @@ def prepare(
     device: str,
     dtype: str,
     offload: str,
+    compiled: bool = False,
     progress: Progress,
     **settings: Any,
 ) -> tuple[LoadedPipeline, Settings, Media]:
@@ -116,6 +120,7 @@ def prepare(
             device=device,
             dtype=dtype,
             offload=offload,
+            compiled=compiled,
             loras=adapters,
             # A video that is given decides how many frames of it are taken.
             size={n: settings.get(n) for n in ("height", "width", *(() if video else ("frames",)))},

@@ -91,6 +91,14 @@ def generate(
         ),
     ] = False,
     backend: Backend = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the transformer: its first step takes longer, the others less.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     output: Annotated[
         str,
         typer.Option(
@@ -128,6 +136,7 @@ def generate(
                 device=device,
                 dtype=dtype,
                 offload=offload,
+                compiled=compiled,
                 negative_prompt=negative_prompt,
                 progress=progress,
                 **settings,

@@ -31,7 +31,7 @@ from svg_models.loading.hub import fetch_weights, locate
 from svg_models.loading.inputs import Inputs, choose_pipeline
 from svg_models.loading.lora import Lora, load_loras
 from svg_models.loading.memory import check_memory
-from svg_models.loading.placement import check_offload, place
+from svg_models.loading.placement import check_offload, compile_transformers, place
 from svg_models.loading.progress import Progress, quiet
 
 __all__ = ["LoadedPipeline", "load_pipeline"]
@@ -90,6 +90,7 @@ def load_pipeline(
     video: bool = False,
     loras: Sequence[Lora] = (),
     size: Mapping[str, int | None] | None = None,
+    compiled: bool = False,
     progress: Progress = quiet,
 ) -> LoadedPipeline:
     """Load a video pipeline.
@@ -106,6 +107,7 @@ def load_pipeline(
         video: a clip will start from a video.
         loras: adapters to load into the transformer.
         size: "height", "width" and "frames" that a clip shall have, if somebody has chosen them.
+        compiled: compile the blocks of the transformer, at their first call.
         progress: called while components load.
 
     Returns:
@@ -120,7 +122,7 @@ def load_pipeline(
     started = time.perf_counter()
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
-    check_offload(offload, target)
+    check_offload(offload, target, compiled=compiled)
     name, folder, on_hub = locate(model, progress=progress)
     check_family(name, folder)
     pipeline = choose_pipeline(name, folder, image=image, video=video)
@@ -136,6 +138,8 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, loras)
     place(pipe, target, offload)
+    if compiled:
+        compile_transformers(pipe)
     return LoadedPipeline(
         pipe=pipe,
         name=name,

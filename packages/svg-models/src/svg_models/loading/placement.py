@@ -8,7 +8,7 @@ import torch
 
 from svg_models.errors import SettingError
 
-__all__ = ["OFFLOAD", "check_offload", "place"]
+__all__ = ["OFFLOAD", "check_offload", "compile_transformers", "place"]
 
 OFFLOAD: dict[str, str] = {
     "none": "everything stays on the GPU",
@@ -18,15 +18,17 @@ OFFLOAD: dict[str, str] = {
 }
 
 
-def check_offload(offload: str, device: str) -> None:
+def check_offload(offload: str, device: str, *, compiled: bool = False) -> None:
     """Refuse an offloading that does not exist or makes no sense.
 
     Args:
         offload: a key of `OFFLOAD`.
         device: where the pipeline runs.
+        compiled: whether the transformer will be compiled.
 
     Raises:
-        SettingError: if it is unknown, or there is no GPU to keep free.
+        SettingError: if it is unknown, or there is no GPU to keep free, or it moves layers that
+            are compiled.
     """
     if offload not in OFFLOAD:
         raise SettingError(f"offload must be one of {', '.join(OFFLOAD)}, got '{offload}'")
@@ -35,6 +37,24 @@ def check_offload(offload: str, device: str) -> None:
             f"offload '{offload}' moves weights between a GPU and memory, and this runs on the "
             "CPU; leave --offload out"
         )
+
+    if compiled and offload in ("group", "sequential"):
+        raise SettingError(
+            f"offload '{offload}' moves layers between calls, which compiled blocks cannot; "
+            "leave --compile out, or take --offload model"
+        )
+
+
+def compile_transformers(pipe: Any) -> None:
+    """Have torch compile the blocks of each transformer, or all of it where it names no blocks."""
+    for name in ("transformer", "transformer_2"):
+        network = getattr(pipe, name, None)
+        if network is None:
+            continue
+        if getattr(network, "_repeated_blocks", None):
+            network.compile_repeated_blocks(fullgraph=True)
+        else:
+            network.compile()
 
 
 def place(pipe: Any, device: str, offload: str = "none") -> None:
