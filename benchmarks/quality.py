@@ -29,12 +29,11 @@ from torch import Tensor
 from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.clips import caption
-from svg_models.embedded.evaluate import held_out_scenes
+from svg_models.embedded.evaluate import FRAMES, held_out_scenes
 from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 from svg_models.video import similarity
 
-FRAMES = 49
 SIDES = {"default": 128, "large": 256}
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 # Three denoising steps in ten stay dense, as in the published settings of SVG2.

@@ -39,6 +39,7 @@ from .render import parameters, render
 
 STEPS = 20
 GUIDANCE = 4.0
+FRAMES = 49
 SHEET_PROMPTS = (
     "a large red star moving right on a plain navy background",
     "a blue circle moving up on a tiled sand background",
@@ -107,7 +108,7 @@ def generate(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    frames: int = 49,
+    frames: int = FRAMES,
     side: int = 128,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
@@ -303,7 +304,7 @@ def _evaluate_size(
     prompts = [caption(scene) for scene in scenes]
     clips = generate(pipe, prompts, side=side, batch=batch, seed=100, **options)
     step = max(1, side // 128)  # judge every size at 128 pixels
-    psnr = reconstruction(pipe.vae, frames=49, side=side, count=4)
+    psnr = reconstruction(pipe.vae, frames=FRAMES, side=side, count=4)
     return {
         "agreement": agreement(clips[:, :, step // 2 :: step, step // 2 :: step], scenes),
         "reconstruction_psnr": [round(value, 2) for value in psnr],
@@ -316,7 +317,7 @@ def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) ->
     from svg_models.loading import Geometry
     from svg_models.specs import MethodSpec
 
-    tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=49)
+    tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=FRAMES)
     recipe = recipe_for(pipe, tokens)
     method = MethodSpec.parse("svg2-error").build(recipe.method)
     dense = generate(pipe, SHEET_PROMPTS, side=side, batch=batch, **options)

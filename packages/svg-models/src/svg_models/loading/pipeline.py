@@ -130,7 +130,9 @@ def load_pipeline(
     check_transformers(name, built)
     sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in built.items()}
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
-    Geometry.of(_outline(pipeline, built)).check_given(**(size or {}))
+    chosen = {name: number for name, number in (size or {}).items() if number is not None}
+    if chosen:
+        Geometry.of(_outline(pipeline, built)).check_given(**chosen)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
         progress("downloading", 0, 0)
         folder = fetch_weights(name)
