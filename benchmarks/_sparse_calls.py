@@ -166,7 +166,7 @@ def measure(
     check_graph(graph, out, functions["SVG2 call"], tensors)
     functions["SVG2 graph"] = graph.replay
     functions |= parts(work, tensors, memory, found)
-    # Launching the plan's operations takes the host longer than running them takes the GPU.
+    # The difference is what launching the plan's operations one by one costs.
     plan_graph, _ = capture(functions["plan"])
     functions["plan graph"] = plan_graph.replay
     functions["cuDNN dense"] = lambda: dense(*tensors)

@@ -321,7 +321,7 @@ def _merge(
                 FULL=full is not None,
                 BLOCK=triton.next_power_of_2(count),
                 BLOCK_R=triton.next_power_of_2(slots),
-                num_warps=2,
+                num_warps=max(2, _warps(count)),
             )
     return starts, lengths
 
