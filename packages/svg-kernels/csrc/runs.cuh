@@ -9,12 +9,21 @@ constexpr int kGranule = 8;      // rows of one swizzle atom: the finest copy
 constexpr int kStageRows = 128;  // key rows of a stage
 constexpr int kGranules = kStageRows / kGranule;
 
-// Stages that a tile's runs fill: each run takes whole granules. Called by one warp.
-__device__ inline int count_stages(const int* lengths, int runs, int lane) {
-  int granules = 0;
-  for (int run = lane; run < runs; run += 32) granules += (lengths[run] + kGranule - 1) / kGranule;
-  granules = __reduce_add_sync(~0u, granules);
-  return (granules + kGranules - 1) / kGranules;
+// What a tile's runs amount to: each takes granules of its own, the last of them perhaps in part.
+struct Extent {
+  int granules;
+  bool whole;  // no granule is taken in part: every length is a multiple of eight
+};
+
+// Called by one warp.
+__device__ inline Extent measure(const int* lengths, int runs, int lane) {
+  int granules = 0, rows = 0;
+  for (int run = lane; run < runs; run += 32) {
+    const int length = lengths[run];
+    granules += (length + kGranule - 1) / kGranule;
+    rows |= length;
+  }
+  return {__reduce_add_sync(~0u, granules), __reduce_or_sync(~0u, rows) % kGranule == 0};
 }
 
 // A warp's window on the run list: lane r holds run r of the current 32, and where it ends counted

@@ -19,6 +19,12 @@ __device__ __forceinline__ uint64_t operand(const void* pointer, uint32_t groups
          kSwizzle128;
 }
 
+// The same matrix `count` times `bytes` further on; addresses in shared memory never carry out of
+// their field.
+__device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes, uint32_t count = 1) {
+  return operand + count * (bytes >> 4);
+}
+
 __device__ __forceinline__ void product_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -75,24 +81,23 @@ struct ProductRegister;
     }                                                                                           \
   };
 
-#define SVG_PRODUCT_REGISTER(TYPE, NAME, COLUMNS, COUNT, A0, A1, A2, A3, B, P)                  \
+#define SVG_PRODUCT_REGISTER(TYPE, NAME, COLUMNS, COUNT, A0, A1, A2, A3, B)                       \
   template <>                                                                                   \
   struct ProductRegister<TYPE, COLUMNS> {                                                       \
     static __device__ __forceinline__ void run(float (&d)[COUNT], const uint32_t* a,            \
-                                               uint64_t b, int accumulate) {                    \
+                                               uint64_t b) {                                    \
       asm volatile(                                                                             \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                        \
           "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME                 \
-          " {" SVG_NAMES_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}"   \
+          " {" SVG_NAMES_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;"      \
           : SVG_BIND_##COUNT                                                                    \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));               \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                \
     }                                                                                           \
   };
 
 #define SVG_PRODUCTS(TYPE, NAME)                                                              \
   SVG_PRODUCT_SHARED(TYPE, NAME)                                                              \
-  SVG_PRODUCT_REGISTER(TYPE, NAME, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")         \
-  SVG_PRODUCT_REGISTER(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+  SVG_PRODUCT_REGISTER(TYPE, NAME, 128, 64, "%64", "%65", "%66", "%67", "%68")                \
+  SVG_PRODUCT_REGISTER(TYPE, NAME, 64, 32, "%32", "%33", "%34", "%35", "%36")
 
 SVG_PRODUCTS(__nv_bfloat16, "bf16")
 SVG_PRODUCTS(__half, "f16")

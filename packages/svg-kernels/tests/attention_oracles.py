@@ -59,8 +59,12 @@ def random_call(
     summaries: int = 0,
     ordered: bool = False,
     magnitude: float = 1.0,
+    granule: int = 1,
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Draw the arguments of one call: positional ones, and keywords."""
+    """Draw the arguments of one call: positional ones, and keywords.
+
+    Run lengths are multiples of `granule`.
+    """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -72,6 +76,7 @@ def random_call(
         normal(batch, key_heads, keys, dim),
         *random_runs((batch, heads, tiles), keys, runs, generator),
     ]
+    arguments[4] -= arguments[4] % granule
     keywords: dict[str, Any] = {}
     if ordered:
         keywords["query_order"] = permutations((batch, heads), queries, generator)

@@ -95,7 +95,8 @@ def test_fuzz_of_the_compiled_kernel(draw):
             runs=[1, 5, 40, 100][integer(0, 3)],
             summaries=[0, 0, 1, 130][integer(0, 3)],
             ordered=bool(integer(0, 1)),
-            magnitude=[1.0, 1.0, 7.0][integer(0, 2)],
+            magnitude=[1.0, 7.0, 40.0][integer(0, 2)],
+            granule=[1, 8][integer(0, 1)],
         )
         assert_matches(on_gpu(arguments), on_gpu(keywords), "cuda", dtype)
 
@@ -149,6 +150,35 @@ def test_scores_of_magnitude_fifty(backend, draw, assert_accurate):
         query.double(), key.double(), value.double(), attn_mask=mask
     )
     assert_accurate(got, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1024, 1001])
+@pytest.mark.parametrize("nats", [20.0, 300.0, -300.0])
+def test_scores_that_rise_or_fall_along_the_keys(backend, dtype, keys, nats, draw):
+    # The kernel keeps the maximum of the first stage for as long as sums of probabilities allow.
+    arguments, _ = on_gpu(random_call(draw, dtype=dtype, dim=128, queries=300, keys=keys, runs=1))
+    query, key, _, starts, lengths = arguments
+    query[..., 0] = 16
+    key[..., 0] = torch.linspace(-nats, nats, keys, device="cuda") * 128**0.5 / 16
+    query[:, :, ::2, 0] = 0  # rows of one tile differ
+    starts.zero_()
+    lengths.fill_(keys)
+    assert_matches(arguments, {}, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_first_stage_that_counts_for_nothing(backend, dtype, draw):
+    arguments, keywords = on_gpu(
+        random_call(draw, dtype=dtype, dim=128, queries=300, keys=64, runs=1, summaries=400)
+    )
+    query, _, _, _, lengths = arguments
+    key, _, weights = keywords["summary"]
+    lengths.zero_()
+    query[..., 0] = 16
+    key[..., 0] = -300 * 128**0.5 / 16  # far below what a maximum of zero would leave
+    weights[..., :260] = -torch.inf
+    assert_matches(arguments, keywords, backend, dtype)
 
 
 def test_a_full_plan_is_dense_attention(backend, draw, assert_accurate):
