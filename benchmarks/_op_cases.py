@@ -66,6 +66,8 @@ def cases(compiled: bool) -> Iterator[Case]:
     for shape in ROPE_SHAPES:
         if shape[2] >= 16384:
             yield rope(shape, single=True)
+    for shape in ROPE_SHAPES[:-1]:
+        yield rope_pair(shape)
     yield wan_qk(compiled)
     yield hunyuan_qk(compiled)
     yield permute(inverse=False)
@@ -208,6 +210,29 @@ def rope(shape: tuple[int, int, int, int], *, single: bool = False) -> Case:
         ours=partial(svg_kernels.rope, x, *tables, inplace=True),
         checks=checks,
         peers={"diffusers": partial(apply_rotary_emb, x, doubled)},
+    )
+
+
+def rope_pair(shape: tuple[int, int, int, int]) -> Case:
+    """Query and key by one call, which is what the seeds time."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    pair, tables = randn(2, *shape).unbind(0), angles(*shape[2:])
+
+    def stock() -> list[Tensor]:
+        return [apply_rotary_emb(x, tables) for x in pair]
+
+    def checks() -> Iterator[tuple[Tensor, Tensor]]:
+        for got, x in zip(svg_kernels.rope(pair, *tables), pair, strict=True):
+            yield got[:, -2:], svg_kernels.rope(x[:, -2:], *tables, backend="reference")
+
+    return Case(
+        op="rope",
+        shape="q, k of " + "x".join(map(str, shape)),
+        bytes=4 * size(pair[0]),
+        ours=partial(svg_kernels.rope, pair, *tables, inplace=True),
+        checks=checks,
+        peers={"diffusers": stock},
     )
 
 

@@ -202,20 +202,40 @@ inline bool read_tables(const DLTensor& cos, const DLTensor* sin, const DLTensor
   return between == out->pair_stride;
 }
 
-inline bool read_rope(const DLTensor& x, const DLTensor& y, const DLTensor& cos,
-                      const DLTensor* sin, bool half, int64_t start, RopeArgs* out) {
-  if (x.ndim != 4 || dtype_of(x) == kNoDType || x.shape[3] % 2 != 0 || !packed(x) || !packed(y) ||
-      !same_shape(x, y) || !same_dtype(x, y) || !same_device(x, y) ||
-      !read_tables(cos, sin, x, x.shape[2], x.shape[3], half, start, &out->tables)) {
+inline bool read_rope_tensor(const DLTensor& x, const DLTensor& y, RopeTensor* out) {
+  if (x.ndim != 4 || dtype_of(x) == kNoDType || !packed(x) || !packed(y) || !same_shape(x, y) ||
+      !same_dtype(x, y) || !same_device(x, y)) {
     return false;
   }
-  out->x = data_of(x);
-  out->y = data_of(y);
-  out->xb = step(x, 0), out->xh = step(x, 1), out->xs = step(x, 2);
-  out->yb = step(y, 0), out->yh = step(y, 1), out->ys = step(y, 2);
-  out->dtype = dtype_of(x);
-  out->batch = x.shape[0], out->tokens = x.shape[2];
-  out->heads = static_cast<int>(x.shape[1]), out->dim = static_cast<int>(x.shape[3]);
+  *out = {data_of(x), data_of(y), step(x, 0), step(x, 1), step(x, 2), step(y, 0),
+          step(y, 1), step(y, 2), static_cast<int>(x.shape[1])};
+  return true;
+}
+
+// One tensor [B, H, S, D], or two that differ in heads and strides alone; null where absent.
+inline bool read_rope(const DLTensor* const (&x)[2], const DLTensor* const (&y)[2],
+                      const DLTensor& cos, const DLTensor* sin, bool half, int64_t start,
+                      RopeArgs* out) {
+  const DLTensor& first = *x[0];
+  out->count = x[1] == nullptr ? 1 : 2;
+  for (int i = 0; i < out->count; ++i) {
+    if (!read_rope_tensor(*x[i], *y[i], &out->tensor[i])) return false;
+  }
+  if (out->count == 2) {
+    const DLTensor& second = *x[1];
+    if (second.shape[0] != first.shape[0] || second.shape[2] != first.shape[2] ||
+        second.shape[3] != first.shape[3] || !same_dtype(first, second) ||
+        !same_device(first, second)) {
+      return false;
+    }
+  }
+  const int64_t tokens = first.shape[2], dim = first.shape[3];
+  if (dim % 2 != 0 || !read_tables(cos, sin, first, tokens, dim, half, start, &out->tables)) {
+    return false;
+  }
+  out->dtype = dtype_of(first);
+  out->batch = first.shape[0], out->tokens = tokens;
+  out->dim = static_cast<int>(dim);
   out->half = half;
   return true;
 }

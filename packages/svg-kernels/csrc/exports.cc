@@ -75,11 +75,12 @@ bool gate_residual(DLTensor* residual, DLTensor* x, DLTensor* gate,
          launch(svg::gate_residual, args, *residual);
 }
 
-bool rope(DLTensor* x, DLTensor* y, DLTensor* cos, Maybe sin, bool half,
+// One launch for one tensor or two, the second None where there is one.
+bool rope(DLTensor* x0, DLTensor* y0, Maybe x1, Maybe y1, DLTensor* cos, Maybe sin, bool half,
           int64_t start) {
   svg::RopeArgs args{};
-  return svg::read_rope(*x, *y, *cos, get(sin), half, start, &args) &&
-         launch(svg::rope, args, *x);
+  return svg::read_rope({x0, get(x1)}, {y0, get(y1)}, *cos, get(sin), half, start, &args) &&
+         launch(svg::rope, args, *x0);
 }
 
 bool qk_norm_rope(DLTensor* query, DLTensor* key, DLTensor* query_weight,

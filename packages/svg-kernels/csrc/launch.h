@@ -44,14 +44,20 @@ struct Tables {
   int64_t start, length;
 };
 
-struct RopeArgs {
+struct RopeTensor {
   const void* x;
   void* y;  // equal to x: in place
   int64_t xb, xh, xs;
   int64_t yb, yh, ys;
+  int heads;
+};
+
+struct RopeArgs {
+  RopeTensor tensor[2];
+  int count;
   int dtype;
   int64_t batch, tokens;
-  int heads, dim;
+  int dim;
   bool half;
   Tables tables;
 };

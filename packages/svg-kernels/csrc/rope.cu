@@ -1,4 +1,5 @@
-// Rotary embedding of [B, H, S, D]: a thread keeps the angles of its token and walks the heads.
+// Rotary embedding of [B, H, S, D], of one tensor or of query and key: a thread keeps the angles of
+// its token and walks the heads.
 #include "rotate.cuh"
 
 namespace svg {
@@ -7,8 +8,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kHeads = 2;  // heads in flight per thread
 
-// Block b works on `kThreads / lanes` tokens and one share of the heads.
-template <int DTYPE, bool HALF>
+// Block b works on `kThreads / lanes` tokens and one share of the heads of all tensors together.
+template <int DTYPE, bool HALF, int COUNT>
 __global__ void __launch_bounds__(kThreads) rope_vec(const RopeArgs a, int lanes, int shares,
                                                      int64_t tiles) {
   const int per_block = kThreads / lanes;
@@ -21,32 +22,40 @@ __global__ void __launch_bounds__(kThreads) rope_vec(const RopeArgs a, int lanes
   const int64_t row = token - a.tables.start;
   const bool live = token < a.tokens && threadIdx.x / lanes < per_block;
   const bool turn = live && row >= 0 && row < a.tables.length;
-  const bool write = turn || (live && a.x != a.y);
   Angles<HALF> angles;
   if (turn) angles = load_angles<HALF>(a.tables, batch, row, channel, a.dim);
 
-  const int each = (a.heads + shares - 1) / shares;
-  const int stop = min(a.heads, (share + 1) * each);
-  const int64_t x0 = batch * a.xb + token * a.xs + channel;
-  const int64_t y0 = batch * a.yb + token * a.ys + channel;
-  for (int head = share * each; head < stop; head += kHeads) {
-    Raw raw[kHeads];
+  const int heads = a.tensor[0].heads + (COUNT == 2 ? a.tensor[1].heads : 0);
+  const int each = (heads + shares - 1) / shares;
+  int first = share * each;  // of this share's heads, counted from the first of the tensor
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      if (write && head + h < stop) raw[h] = load_raw(a.x, x0 + (head + h) * a.xh, DTYPE);
-    }
+  for (int i = 0; i < COUNT; ++i) {
+    const RopeTensor& t = a.tensor[i];
+    const bool write = turn || (live && t.x != t.y);
+    const int stop = min(t.heads, first + each);
+    const int64_t x0 = batch * t.xb + token * t.xs + channel;
+    const int64_t y0 = batch * t.yb + token * t.ys + channel;
+    for (int head = max(first, 0); head < stop; head += kHeads) {
+      Raw raw[kHeads];
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      float v[kVec];
-      unpack(raw[h], DTYPE, v);
-      rotate<HALF>(v, angles, turn, lanes, threadIdx.x & 31);
-      if (write && head + h < stop) store_vec(a.y, y0 + (head + h) * a.yh, DTYPE, v);
+      for (int h = 0; h < kHeads; ++h) {
+        if (write && head + h < stop) raw[h] = load_raw(t.x, x0 + (head + h) * t.xh, DTYPE);
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        float v[kVec];
+        unpack(raw[h], DTYPE, v);
+        rotate<HALF>(v, angles, turn, lanes, threadIdx.x & 31);
+        if (write && head + h < stop) store_vec(t.y, y0 + (head + h) * t.yh, DTYPE, v);
+      }
     }
+    first -= t.heads;
   }
 }
 
 // A thread per pair: any even head_dim, any alignment.
-__global__ void __launch_bounds__(kThreads) rope_any(const RopeArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads) rope_any(const RopeArgs a, int which, int64_t total) {
+  const RopeTensor& t = a.tensor[which];
   const int pairs = a.dim / 2;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
@@ -55,69 +64,75 @@ __global__ void __launch_bounds__(kThreads) rope_any(const RopeArgs a, int64_t t
     int64_t rest = i / pairs;
     const int64_t token = rest % a.tokens;
     rest /= a.tokens;
-    const int head = static_cast<int>(rest % a.heads);
-    const int64_t batch = rest / a.heads;
+    const int head = static_cast<int>(rest % t.heads);
+    const int64_t batch = rest / t.heads;
     const int first = a.half ? pair : 2 * pair;
     const int second = a.half ? pair + pairs : 2 * pair + 1;
-    const int64_t x = batch * a.xb + head * a.xh + token * a.xs;
-    const int64_t y = batch * a.yb + head * a.yh + token * a.ys;
-    const float u = load_one(a.x, x + first, a.dtype), v = load_one(a.x, x + second, a.dtype);
+    const int64_t x = batch * t.xb + head * t.xh + token * t.xs;
+    const int64_t y = batch * t.yb + head * t.yh + token * t.ys;
+    const float u = load_one(t.x, x + first, a.dtype), v = load_one(t.x, x + second, a.dtype);
     const int64_t row = token - a.tables.start;
     float c = 1.f, s = 0.f;
     const bool turn = row >= 0 && row < a.tables.length;
     if (turn) {
-      const int64_t t = batch * a.tables.batch_stride + row * a.tables.row_stride +
-                        static_cast<int64_t>(pair) * a.tables.pair_stride;
-      c = a.tables.cos[t];
-      s = a.tables.sin[t];
+      const int64_t at = batch * a.tables.batch_stride + row * a.tables.row_stride +
+                         static_cast<int64_t>(pair) * a.tables.pair_stride;
+      c = a.tables.cos[at];
+      s = a.tables.sin[at];
     }
-    store_one(a.y, y + first, a.dtype, turn ? u * c - v * s : u);
-    store_one(a.y, y + second, a.dtype, turn ? v * c + u * s : v);
+    store_one(t.y, y + first, a.dtype, turn ? u * c - v * s : u);
+    store_one(t.y, y + second, a.dtype, turn ? v * c + u * s : v);
   }
 }
 
 using Kernel = void (*)(RopeArgs, int, int, int64_t);
 
-template <bool HALF>
+template <bool HALF, int COUNT>
 Kernel kernel_for(int dtype) {
-  if (dtype == kFloat32) return rope_vec<kFloat32, HALF>;
-  return dtype == kBFloat16 ? rope_vec<kBFloat16, HALF> : rope_vec<kFloat16, HALF>;
+  if (dtype == kFloat32) return rope_vec<kFloat32, HALF, COUNT>;
+  return dtype == kBFloat16 ? rope_vec<kBFloat16, HALF, COUNT> : rope_vec<kFloat16, HALF, COUNT>;
 }
 
 template <bool HALF>
-cudaError_t launch(const RopeArgs& a, cudaStream_t stream, int lanes) {
-  const Kernel kernel = kernel_for<HALF>(a.dtype);
+cudaError_t launch(const RopeArgs& a, cudaStream_t stream, int heads, int lanes) {
+  const Kernel kernel = a.count == 1 ? kernel_for<HALF, 1>(a.dtype) : kernel_for<HALF, 2>(a.dtype);
   const int64_t tiles = ceil_div(a.tokens, kThreads / lanes);
   int shares = 1;  // split the heads until the grid fills a large GPU; each reads the tables again
-  while (tiles * a.batch * shares < 1024 && shares * 2 * kHeads <= a.heads) shares *= 2;
+  while (tiles * a.batch * shares < 1024 && shares * 2 * kHeads <= heads) shares *= 2;
   const int64_t blocks = tiles * a.batch * shares;
   if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, lanes, shares, tiles);
   return cudaGetLastError();
 }
 
-bool vector_strides(const RopeArgs& a) {
-  const int64_t strides[] = {a.xb, a.xh, a.xs, a.yb, a.yh, a.ys};
+bool vector_tensor(const RopeTensor& t) {
+  const int64_t strides[] = {t.xb, t.xh, t.xs, t.yb, t.yh, t.ys};
   for (int64_t s : strides) {
     if (s % kVec != 0) return false;
   }
-  return aligned(a.x) && aligned(a.y);
+  return aligned(t.x) && aligned(t.y);
 }
 
 }  // namespace
 
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
-  const int64_t pairs = a.batch * a.heads * a.tokens * (a.dim / 2);
-  if (pairs == 0) return cudaSuccess;
+  // An absent tensor is all zeros: it has no heads, and vectors can serve it.
+  const int heads = a.tensor[0].heads + a.tensor[1].heads;
+  if (a.batch * a.tokens * heads * a.dim == 0) return cudaSuccess;
   const int lanes = a.dim / kVec;
-  const bool vector = a.dim % kVec == 0 && vector_strides(a);
-  if (vector && !a.half && lanes <= kThreads) return launch<false>(a, stream, lanes);
+  const bool vector =
+      a.dim % kVec == 0 && vector_tensor(a.tensor[0]) && vector_tensor(a.tensor[1]);
+  if (vector && !a.half && lanes <= kThreads) return launch<false>(a, stream, heads, lanes);
   if (vector && a.half && lanes >= 2 && lanes <= 32 && power_of_two(lanes)) {
-    return launch<true>(a, stream, lanes);
+    return launch<true>(a, stream, heads, lanes);
   }
-  const int64_t wanted = ceil_div(pairs, kThreads);
-  const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
-  rope_any<<<grid, kThreads, 0, stream>>>(a, pairs);
+  for (int which = 0; which < a.count; ++which) {
+    const int64_t pairs = a.batch * a.tensor[which].heads * a.tokens * (a.dim / 2);
+    if (pairs == 0) continue;
+    const int64_t wanted = ceil_div(pairs, kThreads);
+    const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
+    rope_any<<<grid, kThreads, 0, stream>>>(a, which, pairs);
+  }
   return cudaGetLastError();
 }
 

@@ -33,10 +33,12 @@ def rows(lib: tvm_ffi.Module, dtype: torch.dtype, width: int) -> list[bool]:
 
 def heads(lib: tvm_ffi.Module, dtype: torch.dtype, dim: int, half: bool) -> list[bool]:
     tables = random(7, dim // 2), random(7, dim // 2)
-    x = random(1, 3, 7, dim, dtype=dtype)
+    x, key = random(1, 3, 7, dim, dtype=dtype), random(1, 5, 7, dim, dtype=dtype)
     done = [
-        lib.rope(x, x, *tables, half, 0),
-        lib.rope(x, x, random(7, dim), random(7, dim), half, 0),
+        lib.rope(x, x, None, None, *tables, half, 0),
+        lib.rope(x, x, None, None, random(7, dim), random(7, dim), half, 0),
+        lib.rope(x, x, key, key, *tables, half, 0),
+        lib.rope(key, key, x, x, *tables, half, 0),
     ]
     flat = random(1, 7, 3 * dim, dtype=dtype)
     outs = random(1, 3, 7, dim, dtype=dtype), random(1, 3, 7, dim, dtype=dtype)

@@ -29,11 +29,18 @@ def randn(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 def both(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run the compiled kernel, and the reference on the CPU, and compare them."""
     got = function(*args, backend="cuda", **kwargs)
-    on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-    want = function(*(a.cpu() for a in args), backend="reference", **on_cpu)
+    named = {name: on_cpu(x) for name, x in kwargs.items()}
+    want = function(*map(on_cpu, args), backend="reference", **named)
     pairs = [(got, want)] if isinstance(got, Tensor) else zip(got, want, strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a.cpu().float(), b.float(), rtol=2e-2, atol=2e-2)
+
+
+def on_cpu(x: Any) -> Any:
+    """Move a tensor, or each of a tuple, to the CPU; leave the rest as it is."""
+    if isinstance(x, tuple):
+        return tuple(map(on_cpu, x))
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def norms(rows: int) -> None:
@@ -53,10 +60,11 @@ def norms(rows: int) -> None:
 
 def rotations() -> None:
     for dtype, dim, pairing in product(DTYPES, (6, 64, 80, 128, 256), ("interleaved", "half")):
-        x = randn(2, 5, 37, dim, dtype=dtype)
+        x, key = randn(2, 5, 37, dim, dtype=dtype), randn(2, 8, 37, dim, dtype=dtype)
         theta = torch.rand(30, dim // 2).cuda()
         tables = (theta.cos(), theta.sin())
         both(svg_kernels.rope, x, *tables, pairing=pairing, start=3)
+        both(svg_kernels.rope, (x, key), *tables, pairing=pairing, start=3)
         both(svg_kernels.rope, x, torch.polar(torch.ones_like(theta), theta), pairing=pairing)
         heads = x.transpose(1, 2).flatten(2)
         for weight in (randn(dim), randn(5 * dim, dtype=dtype)):

@@ -47,7 +47,7 @@ def test_every_tier_has_every_operation():
     }
     assert operations == {
         "rms_norm", "layer_norm", "layer_norm_modulate", "gate_residual",
-        "rope", "rope_", "qk_norm_rope", "permute_rows",
+        "rope", "qk_norm_rope", "permute_rows",
     }  # fmt: skip
     pytest.importorskip("triton")
     from svg_kernels import _triton
@@ -83,8 +83,10 @@ def cases():
         (ops.layer_norm, (x.transpose(0, 1), none, vector, 1e-6, none, "auto")),
         (ops.layer_norm_modulate, (x, x[:, :1], x, none, none, 1e-6, none, "auto")),
         (ops.gate_residual, (x, x.bfloat16(), x[:, :1], none, "auto")),
-        (ops.rope, (heads.transpose(1, 2), table[:, :3], table[:, :3], True, 0, "auto")),
-        (ops.rope_, (heads, table, table.clone(), False, 1, "auto")),
+        (ops.rope, ([heads.transpose(1, 2)], table[:, :3], table[:, :3], True, 0, "auto")),
+        (ops.rope, ([heads, heads[:, :1]], table, table.clone(), False, 1, "auto")),
+        (ops.rope_, ([heads.clone()], table, table.clone(), False, 1, "auto")),
+        (ops.rope_, ([heads.clone(), heads[:, :1].clone()], table, table, True, 0, "auto")),
         (ops.qk_norm_rope, qk),
         (ops.qk_norm_rope_out, (*qk, *outs)),
         (ops.permute_rows, ([heads, heads.half()], [order, order], False, "auto")),
@@ -102,7 +104,9 @@ def test_compile_keeps_one_graph():
         y = svg_kernels.layer_norm_modulate(x, scale, scale)
         q, k = svg_kernels.qk_norm_rope(y, y, scale[0], scale[0], table, table, heads=3)
         svg_kernels.rope(q, table, table, inplace=True)
-        return svg_kernels.gate_residual(x, y, scale), q + k
+        svg_kernels.rope((q, k), table, table, inplace=True)
+        turned = svg_kernels.rope((q, k[:, :1]), table, table, pairing="half")
+        return svg_kernels.gate_residual(x, y, scale), q + k, *turned
 
     args = torch.randn(2, 5, 24), torch.randn(2, 24), torch.rand(5, 4)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

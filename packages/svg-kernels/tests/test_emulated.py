@@ -126,6 +126,36 @@ def test_rope(dtype, pairing, dim, start, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("dim", [6, 64, 80, 128])
+@pytest.mark.parametrize("key_heads", [1, 3, 8])
+@pytest.mark.parametrize("quick", [False, True])
+def test_rope_of_a_pair(dtype, pairing, dim, key_heads, quick, generator):
+    query = normal((2, 21, 5 * dim), dtype, generator).unflatten(-1, (5, dim)).transpose(1, 2)
+    key = normal((2, key_heads, 21, dim), dtype, generator)
+    theta = torch.rand(2, 15, dim // 2, generator=generator) * 6
+    tables = theta.cos(), theta.sin()
+    common = {"pairing": pairing, "start": 4, "backend": "cuda"}
+    with torch.set_grad_enabled(not quick):
+        for pair in ((query, key), (key, query)):
+            wanted = [svg_kernels.rope(x, *tables, **common) for x in pair]
+            found = svg_kernels.rope(pair, *tables, **common)
+            turned = tuple(x.clone() for x in pair)
+            assert svg_kernels.rope(turned, *tables, inplace=True, **common)[1] is turned[1]
+            for y, z, want in zip(found, turned, wanted, strict=True):
+                torch.testing.assert_close(y, want, rtol=0, atol=0)
+                torch.testing.assert_close(z, want, rtol=0, atol=0)
+
+
+def test_rope_of_a_pair_of_which_vectors_serve_one(generator):
+    base = normal((2, 3, 9, 66), BF16, generator)
+    theta = torch.rand(9, 32, generator=generator)
+    for pair in ((base[..., 1:65], base[..., :64].clone()), (base[:, :1, :, :64], base[..., 2:])):
+        for pairing in ("interleaved", "half"):
+            both(svg_kernels.rope, pair, theta.cos(), theta.sin(), pairing=pairing)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(3, 6), (12, 64), (5, 128), (2, 256), (3, 80)])
 def test_qk_norm_rope(dtype, pairing, across, heads, dim, generator):
@@ -179,7 +209,7 @@ def test_blocks_that_walk_over_many_rows(generator):
 
 
 def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
-    for name in ("rms_norm", "layer_norm_modulate", "gate_residual", "rope", "rope_",
+    for name in ("rms_norm", "layer_norm_modulate", "gate_residual", "rope",
                  "qk_norm_rope", "permute_rows"):  # fmt: skip
         monkeypatch.delattr(_cuda, name)
     x = normal((2, 5, 64), BF16, generator)
@@ -190,6 +220,7 @@ def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
     both(svg_kernels.layer_norm_modulate, x, scale, scale)
     both(svg_kernels.gate_residual, x, x, scale)
     both(svg_kernels.rope, x[:, None], table, table)
+    both(svg_kernels.rope, (x[:, None], x[:, None]), table, table)
     both(svg_kernels.qk_norm_rope, x, x, scale[0], scale[0], table, table, heads=1)
     both(svg_kernels.permute_rows, (x[:, None], x[:1, None].float()), order)
 
@@ -203,6 +234,10 @@ def test_what_needs_a_conversion_is_converted(generator):
     both(svg_kernels.layer_norm, x.permute(2, 1, 0, 3))  # no two strides describe its rows
     both(svg_kernels.rope, flipped, theta.cos(), theta.sin())
     both(svg_kernels.rope, x, theta.cos().float(), theta.sin().float().T.contiguous().T)
+    both(svg_kernels.rope, (x, flipped), theta.cos(), theta.sin())
+    a, b = flipped.clone(), x.clone()  # each as it is strided
+    svg_kernels.rope((a, b), theta.cos(), theta.sin(), inplace=True, backend="cuda")
+    assert torch.equal(a, b)
     both(svg_kernels.rope, x, turns)
     both(svg_kernels.rope, x, turns.to(torch.complex64).conj())
     both(svg_kernels.rope, x, turns.real.float(), turns.to(torch.complex64).conj().imag)
@@ -229,6 +264,10 @@ def test_refusals_are_the_same_sentences():
             svg_kernels.gate_residual(x, x[:, :3], vector[None], backend="cuda")
         with pytest.raises(ValueError, match="the tables cover tokens 0 to 4, but x has 4"):
             svg_kernels.rope(x[None], table, table, backend="cuda")
+        with pytest.raises(ValueError, match="must have equal batch, tokens and head_dim"):
+            svg_kernels.rope((x[None], x[None, :, :3]), table, table, backend="cuda")
+        with pytest.raises(TypeError, match="query and key must share a dtype"):
+            svg_kernels.rope((x[None], x[None].half()), table, table, backend="cuda")
         with pytest.raises(ValueError, match="sin was given without cos"):
             svg_kernels.qk_norm_rope(x, x, vector, vector, sin=table, heads=1, backend="cuda")
         with pytest.raises(ValueError, match="heads must divide 8, got 9"):

@@ -139,6 +139,40 @@ def test_a_table_per_batch_element(backend, device, generator):
         torch.testing.assert_close(y[b : b + 1], one, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("key_heads", [1, 3, 8])
+def test_a_pair_is_two_single_calls(backend, dtype, pairing, inplace, key_heads, device, generator):
+    query = normal((2, 5, 21, 64), dtype, device, generator)
+    key = normal((2, 21, 2 * key_heads, 64), dtype, device, generator)[:, :, ::2].transpose(1, 2)
+    theta = torch.stack([angles(17, 64, device, generator) for _ in range(2)])
+    common = dict(pairing=pairing, start=2, backend=backend)
+    for tables in ((theta.cos(), theta.sin()), (theta[0].cos(), theta[0].sin())):
+        wanted = [svg_kernels.rope(x, *tables, **common) for x in (query, key)]
+        found = svg_kernels.rope((query, key), *tables, inplace=inplace, **common)
+        assert isinstance(found, tuple)
+        for y, x, want in zip(found, (query, key), wanted, strict=True):
+            assert (y is x) == inplace
+            assert inplace or y.is_contiguous()
+            torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_of_a_pair_may_be_empty(backend, device, generator):
+    theta = angles(4, 8, device, generator)
+    tables = theta.cos(), theta.sin()
+    x = normal((2, 3, 5, 8), torch.float32, device, generator)
+    want = svg_kernels.rope(x, *tables, backend=backend)
+    (alone,) = svg_kernels.rope([x], *tables, backend=backend)
+    before, none = svg_kernels.rope((x, x[:, :0]), *tables, backend=backend)
+    nothing, behind = svg_kernels.rope((x[:, :0], x), *tables, backend=backend)
+    assert none.shape == nothing.shape == (2, 0, 5, 8)
+    for y in (alone, before, behind):
+        torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
 def exact_qk(x, weight, heads, theta, pairing, start, eps):
     x, weight = x.double(), weight.double()
     dim = x.shape[-1] // heads
@@ -247,6 +281,18 @@ def test_shapes_that_do_not_fit_are_refused():
         svg_kernels.rope(x, table)
     with pytest.raises(ValueError, match="pairing must be"):
         svg_kernels.rope(x, table, table, pairing="split")
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=rf"one tensor or two \(query, key\), got {count};"):
+            svg_kernels.rope([x] * count, table, table)
+    for key in (x[:, :, :5], x[..., :6], x.repeat(2, 1, 1, 1)):
+        with pytest.raises(ValueError, match="must have equal batch, tokens and head_dim"):
+            svg_kernels.rope((x, key), table, table)
+    with pytest.raises(ValueError, match=r"x must be \[batch, heads, tokens, head_dim\]"):
+        svg_kernels.rope((x, x[0]), table, table)
+    with pytest.raises(TypeError, match="query and key must share a dtype"):
+        svg_kernels.rope((x, x.half()), table, table)
+    with pytest.raises(ValueError, match="key must be on cpu like x, got meta"):
+        svg_kernels.rope((x, x.to("meta")), table, table)
     rows, weight = torch.ones(1, 6, 24), torch.ones(8)
     with pytest.raises(ValueError, match="heads must divide 24, got 5"):
         svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=5)

@@ -68,6 +68,22 @@ def test_rotation(dtype, pairing, across, generator):
     torch.testing.assert_close(y, z, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rope_of_a_pair(dtype, pairing, inplace, generator):
+    query = normal((2, 9, 3 * 12), dtype, generator).unflatten(-1, (3, 12)).transpose(1, 2)
+    key = normal((2, 1, 9, 12), dtype, generator)
+    theta = torch.rand(2, 5, 6, generator=generator) * 6
+    tables = (theta.cos(), theta.sin())
+    common = dict(pairing=pairing, start=3, backend="triton")
+    wanted = [svg_kernels.rope(x, *tables, **common) for x in (query, key)]
+    found = svg_kernels.rope((query, key), *tables, inplace=inplace, **common)
+    for y, x, want in zip(found, (query, key), wanted, strict=True):
+        assert (y is x) == inplace
+        assert torch.equal(y, want)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
 def test_permutation(dtype, generator):
     x = torch.randint(0, 100, (2, 3, 19, 10), generator=generator).to(dtype)

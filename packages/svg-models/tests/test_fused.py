@@ -36,7 +36,7 @@ LAUNCHES = {
     "hunyuan_video t2v": ["qk_norm_rope"],
     "hunyuan_video15 t2v": ["qk_norm_rope"],
     "cosmos predict2 v2w": ["qk_norm_rope"],
-    "cogvideox 1.5 t2v": ["rope", "rope"],
+    "cogvideox 1.5 t2v": ["rope"],
     "cogvideox 1.0 t2v": [],  # has no rotation, and norms that are centred
 }
 """Kernels that make the heads of one call, by case."""
@@ -277,7 +277,7 @@ def test_a_hooked_norm_is_called_and_its_heads_are_rotated(rule: Any, launches: 
     text = dict(text_before=2, text_after=1)
     with torch.no_grad():
         query, key, value = make_heads(rule, 2, norms, projected, tables(), **text)
-        assert launches == ["rope", "rope"]
+        assert launches == ["rope"]
         assert len(heard) == 1
         assert torch.equal(query[:, :2], heard[0][:, :2])
         assert torch.equal(query[:, -1:], heard[0][:, -1:])
@@ -285,6 +285,25 @@ def test_a_hooked_norm_is_called_and_its_heads_are_rotated(rule: Any, launches: 
     for found, exact in zip((query, key), truth, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(value.flatten(2), projected[2])
+
+
+def test_queries_and_keys_rotate_together_or_not_at_all(launches: list[str]) -> None:
+    query, key = torch.randn(2, 2, 6, 3, 8).unbind(0)
+
+    def attempt(key: Tensor, video: slice = slice(0, 6)) -> Any:
+        with torch.no_grad():
+            return fused.rope(query, key, tables(), video, pairing="interleaved")
+
+    for other in (key.double(), key.bfloat16(), key[:, :5], key[:1], key[..., :4], key.to("meta")):
+        assert attempt(other) is None
+    assert attempt(key, slice(0, 5)) is None
+    assert attempt(nn.Parameter(key)) is None
+    assert fused.rope(query, key, tables(), slice(0, 6), pairing="interleaved") is None
+    assert launches == []
+    fewer = key[:, :, :1]
+    for found, states in zip(attempt(fewer), (query, fewer), strict=True):
+        torch.testing.assert_close(found, PER_HEAD.rotate(states, *tables()))
+    assert launches == ["rope"]
 
 
 @pytest.mark.parametrize(

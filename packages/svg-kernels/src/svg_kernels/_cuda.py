@@ -66,19 +66,22 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dt
     return y
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
-    """Launch `rope` into a new tensor; see `reference.rope`."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launched(_library.functions().rope(_last(x), y, *single(cos, sin), half, start))
-    return y
-
-
-def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
-    """Launch `rope` in place; see `reference.rope_`."""
-    if _last(x) is x:
-        _launched(_library.functions().rope(x, x, *single(cos, sin), half, start))
-    else:
-        x.copy_(rope(x, cos, sin, half, start))
+def rope(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor | None,
+    half: bool,
+    start: int,
+) -> None:
+    """Launch `rope`, one launch for both tensors; see `reference.rope`."""
+    rows = [_last(x) for x in xs]
+    ys = [row if out is x else out for x, row, out in zip(xs, rows, outs, strict=True)]
+    second = (None, None) if len(xs) == 1 else (rows[1], ys[1])
+    _launched(_library.functions().rope(rows[0], ys[0], *second, *single(cos, sin), half, start))
+    for y, out in zip(ys, outs, strict=True):
+        if y is not out:
+            out.copy_(y)
 
 
 def qk_norm_rope(

@@ -229,32 +229,27 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dt
     return y
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
-    """Launch `_rope` into a new tensor; see `reference.rope`."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_rope(x, y, cos, sin, half, start)
-    return y
-
-
-def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
-    """Launch `_rope` in place; see `reference.rope_`."""
-    _launch_rope(x, x, cos, sin, half, start)
-
-
-def _launch_rope(
-    x: Tensor, y: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int
+def rope(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor | None,
+    half: bool,
+    start: int,
 ) -> None:
-    if x.numel() == 0:
-        return
-    batch, heads, tokens, dim = x.shape
-    cos, sin = _same_steps(*pair_views(cos, sin, dim, half))
-    block_p = triton.next_power_of_2(dim // 2)
-    block_s = max(1, min(64, 2048 // block_p))
-    _rope[(batch * heads, triton.cdiv(tokens, block_s))](
-        x, y, cos, sin, heads, tokens, dim // 2, start, cos.shape[1],
-        *x.stride(), *y.stride(), *_table_steps(cos), *_pair_steps(dim, half),
-        BLOCK_S=block_s, BLOCK_P=block_p,
-    )  # fmt: skip
+    """Launch `_rope` for each tensor; see `reference.rope`."""
+    cos, sin = _same_steps(*pair_views(cos, sin, xs[0].shape[3], half))
+    for x, out in zip(xs, outs, strict=True):
+        if x.numel() == 0:
+            continue
+        batch, heads, tokens, dim = x.shape
+        block_p = triton.next_power_of_2(dim // 2)
+        block_s = max(1, min(64, 2048 // block_p))
+        _rope[(batch * heads, triton.cdiv(tokens, block_s))](
+            x, out, cos, sin, heads, tokens, dim // 2, start, cos.shape[1],
+            *x.stride(), *out.stride(), *_table_steps(cos), *_pair_steps(dim, half),
+            BLOCK_S=block_s, BLOCK_P=block_p,
+        )  # fmt: skip
 
 
 def qk_norm_rope(

@@ -48,18 +48,24 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dt
     return _finish(base + _like(x, base) * _per_token(gate, base), out_dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> Tensor:
-    """Rotate the tokens from `start` on that the tables cover; `x` is `[B, H, S, D]`."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    rope_(out, cos, sin, half, start)
-    return out
+def rope(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor | None,
+    half: bool,
+    start: int,
+) -> None:
+    """Rotate the tokens from `start` on that the tables cover, from `[B, H, S, D]` to `outs`.
 
-
-def rope_(x: Tensor, cos: Tensor, sin: Tensor | None, half: bool, start: int) -> None:
-    """Rotate in place; see `rope`."""
-    c, s = pair_views(cos, sin, x.shape[3], half)
-    rows = x[:, :, start : start + c.shape[1]]
-    rows.copy_(_rotate(_wide(rows), c, s, half).to(x.dtype))
+    An output may be its own input.
+    """
+    for x, out in zip(xs, outs, strict=True):
+        if out is not x:
+            out.copy_(x)
+        c, s = pair_views(cos, sin, x.shape[3], half)
+        rows = out[:, :, start : start + c.shape[1]]
+        rows.copy_(_rotate(_wide(rows), c, s, half))
 
 
 def qk_norm_rope(

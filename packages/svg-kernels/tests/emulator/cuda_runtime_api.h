@@ -192,4 +192,5 @@ inline unsigned __float_as_uint(float f) {
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+using std::max;
 using std::min;

@@ -86,27 +86,45 @@ def norm_rope(
 
 
 def rope(
-    states: Tensor, rotation: tuple[Tensor, Tensor], video: slice, *, pairing: Pairing
-) -> Tensor | None:
-    """Rotate the video tokens of `[B, S, H, D]` in one launch; text tokens are copied.
+    query: Tensor,
+    key: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    video: slice,
+    *,
+    pairing: Pairing,
+) -> tuple[Tensor, Tensor] | None:
+    """Rotate the video tokens of queries and keys in one launch; text tokens are copied.
 
     Args:
-        states: `[B, S, H, D]`; not changed.
+        query: `[B, S, H, D]`; not changed.
+        key: as `query`; H may differ.
         rotation: cosines and sines of the video tokens.
         video: where the video tokens are in the sequence, both ends given.
         pairing: which two channels of a head rotate together.
 
     Returns:
-        A `[B, S, H, D]` view of head-major memory; None if the kernel does not apply here.
+        Query and key, `[B, S, H, D]` views of head-major memory; None if the kernel does not apply
+        here.
     """
-    dim = states.shape[3]
-    if not (_serves_tensor(states) and dim % 2 == 0 and _fits(rotation, video, dim, states)):
+    dim = query.shape[3]
+    if not (
+        _serves_tensor(query)
+        and _serves_tensor(key)
+        and key.shape[:2] == query.shape[:2]
+        and key.shape[3] == dim
+        and key.dtype == query.dtype
+        and key.device == query.device
+        and dim % 2 == 0
+        and _fits(rotation, video, dim, query)
+    ):
         return None
     import svg_kernels
 
     cos, sin = rotation
-    states = states.transpose(1, 2)
-    return svg_kernels.rope(states, cos, sin, pairing=pairing, start=video.start).transpose(1, 2)
+    query, key = svg_kernels.rope(
+        (query.transpose(1, 2), key.transpose(1, 2)), cos, sin, pairing=pairing, start=video.start
+    )
+    return query.transpose(1, 2), key.transpose(1, 2)
 
 
 def _find(device: torch.device) -> bool:

@@ -135,12 +135,10 @@ def make_heads(
         across_heads=rule.across_heads, pairing=rule.pairing,
     )  # fmt: skip
     if both is None:
-        query, key = (
-            _rotated(rule, _normalised(rule, heads, norm, states), rotation, video)
-            for norm, states in zip(norms, (query, key), strict=True)
-        )
-    else:
-        query, key = both
+        query = _normalised(rule, heads, norms[0], query)
+        key = _normalised(rule, heads, norms[1], key)
+        both = (query, key) if rotation is None else _rotated(rule, query, key, rotation, video)
+    query, key = both
     return query, key, split_heads(value, heads)
 
 
@@ -154,13 +152,18 @@ def _normalised(rule: HeadRule, heads: int, norm: Any, states: Tensor) -> Tensor
 
 
 def _rotated(
-    rule: HeadRule, states: Tensor, rotation: tuple[Tensor, Tensor] | None, video: slice
+    rule: HeadRule, query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor], video: slice
+) -> tuple[Tensor, Tensor]:
+    both = fused.rope(query, key, rotation, video, pairing=rule.pairing)
+    if both is not None:
+        return both
+    query, key = (_rotated_alone(rule, states, rotation, video) for states in (query, key))
+    return query, key
+
+
+def _rotated_alone(
+    rule: HeadRule, states: Tensor, rotation: tuple[Tensor, Tensor], video: slice
 ) -> Tensor:
-    if rotation is None:
-        return states
-    turned = fused.rope(states, rotation, video, pairing=rule.pairing)
-    if turned is not None:
-        return turned
     if video.stop - video.start == states.shape[1]:
         return rule.rotate(states, *rotation)
     states[:, video] = rule.rotate(states[:, video], *rotation)
