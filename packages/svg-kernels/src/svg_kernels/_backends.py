@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from svg_kernels import _library
@@ -74,8 +75,8 @@ def launchers(backend: str, x: Any) -> Any | None:
     """
     if (
         type(x) is not Tensor
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or is_grad_enabled()
+        or is_dynamo_compiling()
         or is_in_torch_dispatch_mode()
     ):
         return None
@@ -140,7 +141,7 @@ def register(
     operator: Callable[..., Any] = getattr(torch.ops.svg_kernels, name).default
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(args[0]):
+        if is_grad_enabled() or is_dynamo_compiling() or not _plain(args[0]):
             return operator(*args)
         return run(*args)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svg_kernels import _library
 from svg_kernels._tables import single
-from svg_kernels.permute import interleaved
+from svg_kernels.permute import UNUSED, as_bytes
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -107,8 +107,10 @@ def permute_rows(
 
     See `reference.permute_rows`.
     """
-    xs, orders = [_last(x) for x in xs], [_last(order) for order in orders]
-    _launched(_library.functions().permute_rows(inverse, *interleaved(xs, orders, outs)))
+    arguments: list[Tensor] = []
+    for x, order, out in zip(xs, orders, outs, strict=True):
+        arguments += as_bytes(_last(x), _last(order), out)
+    _launched(_library.functions().permute_rows(inverse, *arguments, *UNUSED[len(xs)]))
 
 
 def _last(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from svg_kernels._backends import launchers, register, select
 
 MAX_TENSORS = 4
-_UNUSED = [(None,) * (3 * (MAX_TENSORS - count)) for count in range(MAX_TENSORS + 1)]
+UNUSED = [(None,) * (3 * (MAX_TENSORS - count)) for count in range(MAX_TENSORS + 1)]
+"""What the launcher takes in the place of tensors, orders and outputs beyond a count."""
 
 
 @overload
@@ -117,30 +118,27 @@ def _quick(
     compiled: Any, xs: list[Tensor], orders: list[Tensor], inverse: bool
 ) -> list[Tensor] | None:
     """Launch with arguments that nobody has checked yet; None if the launcher did not take them."""
-    outs = []
+    outs: list[Tensor] = []
+    arguments: list[Tensor] = []
     for x, order in zip(xs, orders):  # noqa: B905 (as many, and this is the shortest way)
         shape, rows = x.shape, order.shape
         if len(shape) != 4 or not rows:
             return None
         # Sizes one by one: torch reads them twice as fast as a tuple.
-        outs.append(x.new_empty(shape[0], shape[1], rows[-1], shape[3]))
-    return outs if compiled.permute_rows(inverse, *interleaved(xs, orders, outs)) else None
+        out = x.new_empty(shape[0], shape[1], rows[-1], shape[3])
+        outs.append(out)
+        arguments += as_bytes(x, order, out) if x.element_size() == 1 else (x, order, out)
+    return outs if compiled.permute_rows(inverse, *arguments, *UNUSED[len(xs)]) else None
 
 
-def interleaved(
-    xs: Sequence[Tensor], orders: Sequence[Tensor], outs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Return tensor, order and output in turn, as the launcher takes them, None where unused.
+def as_bytes(x: Tensor, order: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the launcher takes for them: bytes as such.
 
-    Bytes are moved as such, since not every torch can hand over its 8-bit floats.
+    Not every torch can hand over its 8-bit floats.
     """
-    arguments: list[Tensor | None] = []
-    for x, order, out in zip(xs, orders, outs):  # noqa: B905
-        if x.element_size() == 1:
-            x, out = x.view(torch.uint8), out.view(torch.uint8)
-        arguments += (x, order, out)
-    arguments += _UNUSED[len(xs)]
-    return arguments
+    if x.element_size() == 1:
+        x, out = x.view(torch.uint8), out.view(torch.uint8)
+    return x, order, out
 
 
 def _check(x: Tensor, order: Tensor, inverse: bool) -> Tensor:
