@@ -120,8 +120,7 @@ cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   const int heads = a.tensor[0].heads + a.tensor[1].heads;
   if (a.batch * a.tokens * heads * a.dim == 0) return cudaSuccess;
   const int lanes = a.dim / kVec;
-  const bool vector =
-      a.dim % kVec == 0 && vector_tensor(a.tensor[0]) && vector_tensor(a.tensor[1]);
+  const bool vector = a.dim % kVec == 0 && vector_tensor(a.tensor[0]) && vector_tensor(a.tensor[1]);
   if (vector && !a.half && lanes <= kThreads) return launch<false>(a, stream, heads, lanes);
   if (vector && a.half && lanes >= 2 && lanes <= 32 && power_of_two(lanes)) {
     return launch<true>(a, stream, heads, lanes);
