@@ -1,8 +1,8 @@
 """Time a forward pass of real transformers of diffusers, as they are and made sparse by `sparsify`.
 
-    python benchmarks/bench_models.py run --output benchmarks/results/h200
-    python benchmarks/bench_models.py run --output benchmarks/results/h200 --compile svg2 stock
-    python benchmarks/bench_models.py table --gpu h200
+    python benchmarks/bench_models.py run --output benchmarks/results/h100
+    python benchmarks/bench_models.py run --output benchmarks/results/h100 --compile svg2 stock
+    python benchmarks/bench_models.py table --gpu h100
     python benchmarks/bench_models.py run --tiny --output tiny    # toy models on a CPU
 
 The models have the shapes of Wan 2.1 14B and HunyuanVideo, a few of their layers, and random
@@ -331,8 +331,8 @@ def write_table(gpu: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h200")
-    parser.add_argument("--gpu", default="h200", help="folder of the stored result")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h100")
+    parser.add_argument("--gpu", default="h100", help="folder of the stored result")
     parser.add_argument("--models", nargs="*", default=[], help="words in the names of the models")
     parser.add_argument("--samples", type=int, default=2, help="forward passes a round, 2 or more")
     parser.add_argument("--rounds", type=int, default=2)

@@ -1,7 +1,7 @@
 """Measure block-sparse attention on a GPU: kernels beside their peers, and whole calls.
 
-    python benchmarks/bench_sparse_attention.py run --gpu h200
-    python benchmarks/bench_sparse_attention.py table --gpu h200
+    python benchmarks/bench_sparse_attention.py run --gpu h100
+    python benchmarks/bench_sparse_attention.py table --gpu h100
 
 `run` checks sampled rows against fp64 before it times anything; callables take turns, each with a
 cold L2. Speeds are effective: `4 * heads * tokens^2 * head_dim * density / time`, where density
@@ -252,7 +252,7 @@ def line(row: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--gpu", default="h200", help="folder of the stored result")
+    parser.add_argument("--gpu", default="h100", help="folder of the stored result")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--commit", help="recorded where there is no git")
     parser.add_argument("--kmeans", type=Path, help="folder of the unpacked flash-kmeans 0.3.1")
