@@ -263,9 +263,7 @@ class Consumer {
     if (group_ == 1) named_arrive(kTurn, kConsumers);  // the first warpgroup starts
     barrier_wait(&shared_.key_full[key.stage], key.phase);
     named_sync(kTurn + group_, kConsumers);
-    product_fence();
     multiply_keys(scores, key.stage);
-    product_commit();
     named_arrive(kTurn + 1 - group_, kConsumers);
     product_wait<0>();
     pin(scores);
@@ -284,10 +282,7 @@ class Consumer {
     if (doubted(j - 1)) renew<true>(j - 1, scores, probabilities, key.stage);
     settle();
     barrier_wait(&shared_.value_full[value.stage], value.phase);
-    pin(output_);
-    product_fence();
     multiply_values(probabilities, value.stage);
-    product_commit();
     product_wait<0>();
     pin(output_);
   }
@@ -301,24 +296,16 @@ class Consumer {
     key.advance();
     barrier_wait(&shared_.key_full[key.stage], key.phase);
     named_sync(kTurn + group_, kConsumers);
-    pin(scores);
-    pin(output_);
-    product_fence();
     multiply_keys(scores, key.stage);
-    product_commit();
     if (doubted(j - 1)) {
       product_wait<0>();
       renew<kMasked>(j - 1, scores, probabilities, opaque(before));
-      product_fence();
       multiply_keys(scores, opaque(key.stage));
-      product_commit();
     }
     settle();
     release_keys(before);
     barrier_wait(&shared_.value_full[value.stage], value.phase);
-    product_fence();
     multiply_values(probabilities, value.stage);
-    product_commit();
     named_arrive(kTurn + 1 - group_, kConsumers);
     product_wait<1>();
     pin(scores);
@@ -349,11 +336,7 @@ class Consumer {
   template <bool kMasked>
   __device__ __forceinline__ void renew(int j, float (&scores)[64], uint32_t (&probabilities)[32],
                                         int stage) {
-    pin(scores);
-    pin(output_);
-    product_fence();
     multiply_keys(scores, stage);
-    product_commit();
     product_wait<0>();
     pin(scores);
     if (kMasked) mask(scores, j, stage);
@@ -413,7 +396,10 @@ class Consumer {
     named_sync(kQueryReady + group_, 128);
   }
 
+  // Issues S = Q K^T; whoever needs it waits for it.
   __device__ __forceinline__ void multiply_keys(float (&scores)[64], int stage) {
+    pin(scores);
+    product_fence();
     const uint64_t query = operand(shared_.query + group_ * 8 * kGroupBytes, kGroupBytes, 0);
     const uint64_t key = advance(operand(shared_.key, kGroupBytes, 0), kStageBytes, stage);
 #pragma unroll
@@ -422,14 +408,19 @@ class Consumer {
       ProductShared<T, kStageRows>::run(scores, advance(query, offset), advance(key, offset),
                                         k > 0);
     }
+    product_commit();
   }
 
+  // Issues O += P V.
   __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage) {
+    pin(output_);
+    product_fence();
     const uint64_t value = advance(operand(shared_.value, kGroupBytes, 1024), kStageBytes, stage);
 #pragma unroll
     for (int k = 0; k < kStageRows / 16; ++k)
       ProductRegister<T, kHeadDim>::run(output_, probabilities + 4 * k,
                                         advance(value, 2 * k * kGroupBytes));
+    product_commit();
   }
 
   // Takes out the rows a granule read beyond its run, and weighs the summaries of keys that were

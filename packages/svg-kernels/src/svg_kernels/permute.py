@@ -127,7 +127,7 @@ def _quick(
         # Sizes one by one: torch reads them twice as fast as a tuple.
         out = x.new_empty(shape[0], shape[1], rows[-1], shape[3])
         outs.append(out)
-        arguments += as_bytes(x, order, out) if x.element_size() == 1 else (x, order, out)
+        arguments += as_bytes(x, order, out)
     return outs if compiled.permute_rows(inverse, *arguments, *UNUSED[len(xs)]) else None
 
 

@@ -60,10 +60,10 @@ def rope(
 
     An output may be its own input.
     """
+    c, s = pair_views(cos, sin, xs[0].shape[3], half)
     for x, out in zip(xs, outs, strict=True):
         if out is not x:
             out.copy_(x)
-        c, s = pair_views(cos, sin, x.shape[3], half)
         rows = out[:, :, start : start + c.shape[1]]
         rows.copy_(_rotate(_wide(rows), c, s, half))
 
