@@ -34,7 +34,7 @@ def test_files_that_every_package_has(package):
     assert (source / "py.typed").is_file()
     assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith(f"# {package}\n")
+    assert readme.startswith(f"# {project(package)['name']}\n")
     assert list((folder / "tests").glob("test_*.py")), f"{package} has no tests"
 
 
