@@ -1,11 +1,16 @@
-"""Data with known structure, brute-force oracles, and a guard against host synchronisation."""
+"""Data with known structure, brute-force oracles, and a guard against host synchronisation.
+
+Lets these tests import what lies beside them.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svg_attention import SparsePlan, TokenLayout
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SYNCHRONISING = (
     "_local_scalar_dense",
