@@ -1,5 +1,6 @@
 """Measure how close sparse clips of the embedded model are to dense ones, per method and density.
 
+    export PYTHONPATH=packages/svg-models  # for the scenes of the training script
     python benchmarks/quality.py run --device cuda --output benchmarks/results/h100/quality.json
     python benchmarks/quality.py table benchmarks/results/h100/quality.json
 
@@ -25,11 +26,12 @@ from unittest import mock
 import torch
 from _harness import ROOT, replace_between
 from torch import Tensor
+from training.clips import caption
+from training.evaluate import held_out_scenes
 
 from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
 from svg_models import embedded_path, sparsify
-from svg_models.embedded.clips import caption
-from svg_models.embedded.evaluate import FRAMES, held_out_scenes
+from svg_models.embedded.defaults import FRAMES
 from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 from svg_models.video import similarity

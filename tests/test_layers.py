@@ -129,7 +129,7 @@ def test_the_rules_catch_an_offender(module, source, reason):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("svg_models.sparsify", "from svg_attention import Session\nimport diffusers"),
+        ("svg_models.sparse.run", "from svg_attention import Session\nimport diffusers"),
         ("svg_attention.methods.svg2", "from ..plan import SparsePlan\nimport flash_kmeans"),
         ("svg_attention.backends.cuda", "def f():\n    import svg_kernels"),
         (

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
-from svg_models.compare import DEFAULT_METHODS, compare, parse_methods
-from svg_models.comparison import Comparison
+from svg_models.comparison.result import Comparison
+from svg_models.comparison.run import DEFAULT_METHODS, compare, parse_methods
 from svg_models.errors import SettingError
-from svg_models.generate import generate
+from svg_models.generation.method_names import METHODS, MethodSpec
+from svg_models.generation.sample import generate
+from svg_models.generation.settings import Settings
 from svg_models.loading import Defaults, LoadedPipeline, load_pipeline
-from svg_models.settings import Settings
-from svg_models.specs import METHODS, MethodSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"steps": 5, "guidance": 2.0, "height": 48, "width": 48, "frames": 9}

@@ -127,12 +127,12 @@ def test_the_operator_is_well_formed() -> None:
         def attend(self, slot: int, query: Tensor, *others: Tensor) -> Tensor:
             return query.flip(1) * slot
 
-    from svg_models import operator
+    from svg_models import attention_op
 
     answer = Answer()
-    handle = operator.make_handle(operator.register(answer), 3)
+    handle = attention_op.make_handle(attention_op.register(answer), 3)
     query, key, value = torch.randn(3, 2, 7, 2, 4).unbind(0)
-    assert torch.equal(operator.attention(query, key, value, handle), query.flip(1) * 3)
+    assert torch.equal(attention_op.attention(query, key, value, handle), query.flip(1) * 3)
     torch.library.opcheck(
         torch.ops.svg_models.self_attention.default,
         (query, key, value, handle),

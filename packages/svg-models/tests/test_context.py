@@ -12,7 +12,7 @@ from diffusers.hooks.hooks import CacheContext
 
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import sparsify
-from svg_models.context import Clock, ContextProbe, place_probe
+from svg_models.sparse.context import Clock, ContextProbe, place_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

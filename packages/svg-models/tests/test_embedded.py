@@ -78,7 +78,7 @@ def test_the_latent_statistics_are_those_of_its_own_vae(pipe):
 
 
 def test_no_word_of_the_grammar_is_unknown(pipe):
-    from svg_models.embedded.clips import vocabulary
+    from training.clips import vocabulary
 
     words = [word for word in vocabulary() if word != ","]
     ids = pipe.tokenizer(" ".join(words), add_special_tokens=False).input_ids

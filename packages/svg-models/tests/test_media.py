@@ -12,10 +12,10 @@ from PIL import Image
 from zoo import case
 
 from svg_models.errors import SettingError
-from svg_models.generate import generate
+from svg_models.generation.conditioning import Media, covering, read_media, resampled
+from svg_models.generation.sample import generate
 from svg_models.loading import Geometry, Inputs, LoadedPipeline, load_pipeline
 from svg_models.loading.defaults import defaults_for
-from svg_models.media import Media, covering, read_media, resampled
 from svg_models.video import write_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 
 from svg_attention import CallRecord
-from svg_models.clip import Clip
-from svg_models.comparison import Candidate, Comparison
+from svg_models.comparison.page import comparison_page
+from svg_models.comparison.result import Candidate, Comparison
 from svg_models.errors import SettingError
-from svg_models.report import comparison_page, run_page, write_run_report
+from svg_models.generation.clip import Clip
+from svg_models.generation.method_names import MethodSpec
+from svg_models.generation.settings import Settings
+from svg_models.report import run_page, write_run_report
 from svg_models.report.grids import grids
 from svg_models.report.plots import layer_bands
 from svg_models.report.render import NBSP, percent, seconds
-from svg_models.settings import Settings
-from svg_models.specs import MethodSpec
 from svg_models.stats import RunStats
 from svg_models.video import read_video, similarity
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
-from svg_models import operator, sparsify
+from svg_models import attention_op, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -69,10 +69,10 @@ def test_the_operator_takes_what_autocast_leaves_in_different_dtypes() -> None:
             return query + key + value
 
     run = Sum()
-    handle = operator.make_handle(operator.register(run), 0)
+    handle = attention_op.make_handle(attention_op.register(run), 0)
     query, value = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = operator.attention(query, query, value, handle)
+        out = attention_op.attention(query, query, value, handle)
     assert out.dtype == torch.bfloat16
     assert (out == 3).all()
 
@@ -289,11 +289,11 @@ def test_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
     gc.collect()
     tiny.generate(pipe)
     model = weakref.ref(pipe.transformer)
-    assert number in operator._runs
+    assert number in attention_op._runs
     del pipe
     gc.collect()
     assert model() is None
-    assert number not in operator._runs
+    assert number not in attention_op._runs
 
 
 def test_a_run_outlives_its_pipeline() -> None:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg_models.compare import compare
+    from svg_models.comparison.run import compare
     from svg_models.embedded import embedded_path
-    from svg_models.generate import generate
+    from svg_models.generation.sample import generate
     from svg_models.recipes import recipe_for
-    from svg_models.sparsify import SparseRun, sparsify
+    from svg_models.sparse.run import SparseRun, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = ["SparseRun", "compare", "embedded_path", "generate", "recipe_for", "sparsify"]
 
 _HOMES = {
-    "SparseRun": "svg_models.sparsify",
-    "compare": "svg_models.compare",
+    "SparseRun": "svg_models.sparse.run",
+    "compare": "svg_models.comparison.run",
     "embedded_path": "svg_models.embedded",
-    "generate": "svg_models.generate",
+    "generate": "svg_models.generation.sample",
     "recipe_for": "svg_models.recipes",
-    "sparsify": "svg_models.sparsify",
+    "sparsify": "svg_models.sparse.run",
 }
 
 
@@ -36,15 +34,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keep `svg_models.sparsify` the function when the module of the same name gets imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

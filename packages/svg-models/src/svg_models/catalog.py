@@ -6,9 +6,9 @@ from typing import Any
 
 from svg_models.errors import SettingError
 from svg_models.families import SKIPPED, Family, known_families
+from svg_models.families.published import Published
 from svg_models.loading.defaults import of_call
 from svg_models.loading.inputs import Inputs
-from svg_models.recipes import Published
 
 __all__ = ["PIPELINES", "catalog", "describe", "find_family"]
 

@@ -23,7 +23,7 @@ class Case:
             latents as output.
         grid: latent frames, rows and columns of tokens of that call.
         layers: video self-attentions by component name.
-        source: what tells the step, see `svg_models.context.Moment`.
+        source: what tells the step, see `svg_models.sparse.context.Moment`.
         branches: forward passes of one step, by the name of their guidance branch.
         steps: denoising steps of that call.
         text_tokens: text tokens in the self-attention's sequence, padding included.

@@ -33,7 +33,7 @@ from svg_models.cli.output import escaped, out, spoken_errors
 from svg_models.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from svg_models.comparison import Comparison
+    from svg_models.comparison.result import Comparison
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
@@ -86,9 +86,9 @@ def compare(
 ) -> None:
     """Generate one clip dense and sparse, measure the difference, and make a page of it."""
     with spoken_errors():
-        from svg_models.compare import compare as run
-        from svg_models.compare import parse_methods
-        from svg_models.settings import check_numbers
+        from svg_models.comparison.run import compare as run
+        from svg_models.comparison.run import parse_methods
+        from svg_models.generation.settings import check_numbers
         from svg_models.video import writable_folder
 
         specs = parse_methods(method, density=density)

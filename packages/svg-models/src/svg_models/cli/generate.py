@@ -32,7 +32,7 @@ from svg_models.cli.output import err, escaped, out, spoken_errors
 from svg_models.cli.progress import progress_bars
 
 if TYPE_CHECKING:
-    from svg_models.clip import Clip
+    from svg_models.generation.clip import Clip
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
@@ -111,9 +111,9 @@ def generate(
 ) -> None:
     """Generate one clip with sparse attention and write it as an mp4."""
     with spoken_errors():
-        from svg_models.generate import generate as run
-        from svg_models.settings import check_numbers
-        from svg_models.specs import MethodSpec
+        from svg_models.generation.method_names import MethodSpec
+        from svg_models.generation.sample import generate as run
+        from svg_models.generation.settings import check_numbers
         from svg_models.video import check_suffix, writable_path
 
         check_suffix(output)

@@ -1,4 +1,4 @@
-"""A small Wan text-to-video model that lives in the package, and the script that trained it."""
+"""A small Wan text-to-video model that lives in the package."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from svg_models.context import unwrap
-from svg_models.families.base import Family
+from svg_models.families.base import Family, unwrap
 from svg_models.families.cogvideox import COGVIDEOX
 from svg_models.families.cosmos import COSMOS
 from svg_models.families.hunyuan_video import HUNYUAN_VIDEO

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from svg_models.families.dense import DenseKernel, dense_attention
 from svg_models.families.processors import SparseProcessor
-from svg_models.recipes import Published
+from svg_models.families.published import Published
 
-__all__ = ["Family", "patch_grid"]
+__all__ = ["Family", "patch_grid", "unwrap"]
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the model inside a `torch.compile` wrapper, or the model itself."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def text_to_video(transformer: Any) -> str:

@@ -11,8 +11,8 @@ from svg_attention import Schedule
 from svg_models.families.base import Family
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import JointProcessor
+from svg_models.families.published import Published
 from svg_models.families.steps import PER_HEAD, make_heads, project_out, project_qkv
-from svg_models.recipes import Published
 
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.processors import VideoProcessor
+from svg_models.families.published import Published
 from svg_models.families.steps import PER_HEAD_IN_HALVES, make_heads, project_qkv
-from svg_models.recipes import Published
 
 __all__ = ["COSMOS", "SparseCosmosProcessor"]
 

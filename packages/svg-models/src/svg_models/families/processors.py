@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from svg_models import operator
+from svg_models import attention_op
 from svg_models.families.steps import project_out
 
 __all__ = ["JointProcessor", "SparseProcessor", "VideoProcessor"]
@@ -24,7 +24,7 @@ class SparseProcessor:
 
     Args:
         original: the processor it replaces.
-        handle: names the run and the attention, from `svg_models.operator.make_handle`.
+        handle: names the run and the attention, from `svg_models.attention_op.make_handle`.
     """
 
     def __init__(self, original: Any, handle: Tensor) -> None:
@@ -54,7 +54,7 @@ class SparseProcessor:
         """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
         parallel = getattr(self.original, "_parallel_config", None)
         if parallel is None:
-            return operator.attention(query, key, value, self.handle)
+            return attention_op.attention(query, key, value, self.handle)
         return _attend_over_ranks(query, key, value, self.handle, parallel)
 
 
@@ -151,7 +151,7 @@ def _attend_over_ranks(
     def local_heads(
         _: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any
     ) -> Tensor:
-        return operator.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle)
+        return attention_op.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle)
 
     out: Tensor = _templated_context_parallel_attention(
         query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config

@@ -68,16 +68,16 @@ def defaults_for(name: str, pipe: Any) -> Defaults:
     defaults = replace(Defaults(), **usual)
     if name != "embedded":
         return defaults
-    from svg_models.embedded.evaluate import GUIDANCE, SHEET_PROMPTS, STEPS
+    from svg_models.embedded.defaults import FRAMES, GUIDANCE, SHEET_PROMPTS, SIDE, STEPS
 
     return replace(
         defaults,
         prompt=SHEET_PROMPTS[0],
         steps=STEPS,
         guidance=GUIDANCE,
-        height=128,
-        width=128,
-        frames=49,
+        height=SIDE,
+        width=SIDE,
+        frames=FRAMES,
         one_size=True,
     )
 

@@ -1,8 +1,7 @@
-"""Self-contained HTML pages about a run or a comparison."""
+"""Self-contained HTML pages about a run, and what all pages share."""
 
 from __future__ import annotations
 
-from svg_models.report.comparison import comparison_page
 from svg_models.report.run import run_page, write_run_report
 
-__all__ = ["comparison_page", "run_page", "write_run_report"]
+__all__ = ["run_page", "write_run_report"]

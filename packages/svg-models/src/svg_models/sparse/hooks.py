@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from svg_attention import UnsupportedError
-from svg_models import operator
-from svg_models.context import ContextProbe, ForwardContext, Moment, place_probe
+from svg_models import attention_op
 from svg_models.families import Family
 from svg_models.families.processors import SparseProcessor
+from svg_models.sparse.context import ContextProbe, ForwardContext, Moment, place_probe
 
 __all__ = ["Installation", "Slot"]
 
@@ -129,7 +129,7 @@ class Installation:
                 num_layers=len(attentions),
                 module=weakref.ref(module),
                 processor=family.processor(
-                    module.processor, operator.make_handle(run.number, first_slot + layer)
+                    module.processor, attention_op.make_handle(run.number, first_slot + layer)
                 ),
             )
             for layer, (path, module) in enumerate(attentions)

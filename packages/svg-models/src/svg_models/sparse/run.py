@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from svg_attention import Method, Schedule
-from svg_models.engine import Engine
 from svg_models.families import family_of, transformers_of
-from svg_models.install import Installation
 from svg_models.recipes import Recipe
+from svg_models.sparse.engine import Engine
+from svg_models.sparse.hooks import Installation
 from svg_models.stats import RunStats
 
 __all__ = ["SparseRun", "sparsify"]

@@ -283,9 +283,3 @@ def _last_value(timestep: Any) -> float:
     if isinstance(timestep, Tensor):
         return float(timestep.detach().flatten()[-1])
     return float(timestep)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the model inside a `torch.compile` wrapper, or the model itself."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module

@@ -5,9 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-
-from svg_models.embedded.checker import check_group, colour_map, name_direction, name_shape, parts
-from svg_models.embedded.clips import (
+from training.checker import check_group, colour_map, name_direction, name_shape, parts
+from training.clips import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
@@ -17,8 +16,8 @@ from svg_models.embedded.clips import (
     scene_of,
     vocabulary,
 )
-from svg_models.embedded.evaluate import agreement, contact_sheet, coverage, draw, held_out_scenes
-from svg_models.embedded.render import parameters, render, shape_distance
+from training.evaluate import agreement, contact_sheet, coverage, draw, held_out_scenes
+from training.render import parameters, render, shape_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

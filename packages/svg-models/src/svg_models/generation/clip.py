@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from svg_models.settings import Settings
-from svg_models.specs import MethodSpec
+from svg_models.generation.method_names import MethodSpec
+from svg_models.generation.settings import Settings
 from svg_models.stats import RunStats
 from svg_models.video import write_video
 

@@ -19,8 +19,8 @@ from svg_models.report.run import top_density
 from svg_models.video import enlarge, write_video
 
 if TYPE_CHECKING:
-    from svg_models.clip import Clip
-    from svg_models.comparison import Candidate, Comparison
+    from svg_models.comparison.result import Candidate, Comparison
+    from svg_models.generation.clip import Clip
 
 _SHOWN_WIDTH = 384  # small clips are enlarged so that 4:2:0 video does not smear their edges
 

@@ -1,6 +1,6 @@
 """Measure the embedded model: prompt agreement, reconstruction, how peaked its attention is.
 
-    python -m svg_models.embedded.evaluate --out report --prompts 64
+    cd packages/svg-models; python -m training.evaluate --out report --prompts 64
 
 The same code runs on a CPU and on a GPU; a clip depends on its own seed, never on its batch.
 """
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from svg_models.embedded import embedded_path
+from svg_models.embedded.defaults import FRAMES, GUIDANCE, SHEET_PROMPTS, STEPS
+
 from .checker import check_group
 from .clips import (
     BACKGROUNDS,
@@ -36,25 +39,6 @@ from .clips import (
     scene_of,
 )
 from .render import parameters, render
-
-STEPS = 20
-GUIDANCE = 4.0
-FRAMES = 49
-SHEET_PROMPTS = (
-    "a large red star moving right on a plain navy background",
-    "a blue circle moving up on a tiled sand background",
-    "two small yellow squares moving left on a plain black background",
-    "three green triangles moving down on a lined grey background",
-    "a large striped purple heart standing still on a plain white background",
-    "an orange cross turning clockwise on a tiled navy background",
-    "a pink ring moving left and a cyan star moving right on a plain black background",
-    "a large checkered green square moving right and turning counterclockwise on a plain sand"
-    " background",
-    "a yellow circle moving down and a red heart moving up on a lined navy background",
-    "a large dotted cyan circle moving left on a tiled grey background",
-    "a red square standing still on a tiled white background, the camera zooms in",
-    "a purple star moving up on a lined black background, the camera pans right",
-)
 
 
 def held_out_scenes(count: int, *, seed: int = 0) -> list[Scene]:
@@ -264,8 +248,6 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate a pipeline folder from the command line."""
     from diffusers import WanPipeline
 
-    from . import embedded_path
-
     parser = argparse.ArgumentParser(description="Evaluate the embedded model.")
     parser.add_argument("--model", type=Path, default=None, help="pipeline folder")
     parser.add_argument("--out", type=Path, required=True)
@@ -314,8 +296,8 @@ def _evaluate_size(
 
 def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) -> Image.Image:
     from svg_models import recipe_for, sparsify
+    from svg_models.generation.method_names import MethodSpec
     from svg_models.loading import Geometry
-    from svg_models.specs import MethodSpec
 
     tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=FRAMES)
     recipe = recipe_for(pipe, tokens)

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from svg_models.comparison import Candidate, Comparison
+from svg_models.comparison.machine import machine_facts
+from svg_models.comparison.result import Candidate, Comparison
 from svg_models.errors import SettingError
-from svg_models.generate import prepare, sample
+from svg_models.generation.conditioning import Media
+from svg_models.generation.method_names import MethodSpec
+from svg_models.generation.sample import prepare, sample
+from svg_models.generation.settings import Settings
 from svg_models.loading import LoadedPipeline, Progress, quiet
-from svg_models.machine import machine_facts
-from svg_models.media import Media
-from svg_models.settings import Settings
-from svg_models.specs import MethodSpec
 from svg_models.video import similarity
 
 DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")

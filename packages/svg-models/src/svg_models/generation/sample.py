@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from svg_attention import SVG2, Dense, UnsupportedError
-from svg_models.clip import Clip
 from svg_models.errors import SettingError
+from svg_models.generation.clip import Clip
+from svg_models.generation.conditioning import NOTHING, Media, read_media
+from svg_models.generation.method_names import MethodSpec
+from svg_models.generation.settings import Settings, check_numbers
+from svg_models.generation.timer import StepTimer
 from svg_models.loading import LoadedPipeline, Lora, Progress, load_pipeline, quiet
-from svg_models.media import NOTHING, Media, read_media
-from svg_models.settings import Settings, check_numbers
-from svg_models.specs import MethodSpec
-from svg_models.timer import StepTimer
 from svg_models.video import to_frames
 
 __all__ = ["Clip", "check_backend", "generate", "prepare", "sample"]
@@ -144,7 +144,7 @@ def sample(
 ) -> Clip:
     """Run a loaded pipeline once; see `generate`."""
     from svg_models.recipes import cluster_counts, recipe_for
-    from svg_models.sparsify import sparsify
+    from svg_models.sparse.run import sparsify
 
     size = {"height": settings.height, "width": settings.width, "frames": settings.frames}
     loaded.geometry.check(**size)

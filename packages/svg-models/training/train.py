@@ -1,8 +1,8 @@
 """Train the embedded model: first the autoencoder, then the transformer with its text encoder.
 
-    python -m svg_models.embedded.train vae --out run --steps 3000
-    python -m svg_models.embedded.train transformer --out run --steps 3000
-    python -m svg_models.embedded.train export --out run
+    python -m training.train vae --out run --steps 3000
+    python -m training.train transformer --out run --steps 3000
+    python -m training.train export --out run
 
 Every step is a function of the seed and its number, so a run that was stopped (`--max-seconds`, or
 a lost machine) goes on from its checkpoint as if nothing had happened.

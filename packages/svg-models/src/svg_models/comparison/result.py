@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_models.clip import Clip
+from svg_models.generation.clip import Clip
 from svg_models.video import Similarity, atomic_path, side_by_side, writable_folder, write_video
 
 __all__ = ["Candidate", "Comparison", "clip_label"]
@@ -87,7 +87,7 @@ class Comparison:
         Raises:
             SettingError: if the folder cannot be written.
         """
-        from svg_models.report import comparison_page
+        from svg_models.comparison.page import comparison_page
 
         place = writable_folder(folder)
         for clip in self.clips:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from svg_attention import Call, CallRecord, Dense, Method, Schedule, Session, TokenLayout
-from svg_models import operator
-from svg_models.context import Clock, ForwardContext, Moment
-from svg_models.install import Slot
+from svg_models import attention_op
 from svg_models.recipes import Recipe, recipe_for
+from svg_models.sparse.context import Clock, ForwardContext, Moment
+from svg_models.sparse.hooks import Slot
 
 __all__ = ["Engine"]
 
@@ -55,7 +55,7 @@ class Engine:
         self.slots: list[Slot] = []
         self.recipe: Recipe | None = None
         self.messages: list[str] = []
-        self.number = operator.register(self)
+        self.number = attention_op.register(self)
 
     def records(self) -> tuple[CallRecord, ...]:
         """Return the attention calls of the last video; waits for the device once."""

@@ -5,18 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanPipeline
-
-from svg_models.embedded import train
-from svg_models.embedded.build import (
+from training import train
+from training.build import (
     Shape,
     encode_text,
     make_text_encoder,
     make_tokenizer,
     make_vae,
 )
-from svg_models.embedded.codec import WholeClip
-from svg_models.embedded.data import Size, choose_size, make_batch
-from svg_models.embedded.optim import Average, Muon, learning_rate, orthogonalise
+from training.codec import WholeClip
+from training.data import Size, choose_size, make_batch
+from training.optim import Average, Muon, learning_rate, orthogonalise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

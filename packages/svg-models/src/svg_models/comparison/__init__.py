@@ -1,0 +1,1 @@
+"""Generate one clip dense and sparse, measure the difference, and show it."""

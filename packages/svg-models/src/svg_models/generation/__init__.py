@@ -1,0 +1,1 @@
+"""Generate one clip: settings, what it starts from, the sampling, the result."""

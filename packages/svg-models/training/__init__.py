@@ -1,0 +1,1 @@
+"""The script that trained the embedded model, and the one that measures it; not in the wheel."""
