@@ -52,6 +52,23 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked)
 
 
+@pytest.fixture
+def interpreted(triton_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run Triton kernels on the CPU, loops with run-time bounds included.
+
+    The interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer turns into
+    an int.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+
+
 def refuse_bfloat16(argument: Any) -> None:
     """Raise TypeError if a kernel's argument holds a bf16 tensor."""
     if isinstance(argument, (tuple, list)):

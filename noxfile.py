@@ -172,16 +172,24 @@ def gpu(session: nox.Session) -> None:
 @nox.session(default=False, requires=["torch"])
 def sanitize(session: nox.Session) -> None:
     """Run every kernel under CUDA's compute-sanitizer; needs a CUDA device."""
-    install(session, *checkout("svg-kernels"))
+    install(session, *checkout("svg-kernels", "svg-attention"))
     # racecheck does not follow a warp barrier through another lane's memory barrier; see
     # docs/sparse-attention-kernel.md.
     spared = ("--kernel-name-exclude", "kns=block_sparse_attention_tile")
-    for script, options in (("sanitize.py", ()), ("sanitize_ops.py", ("--kernel-name", "kns=svg"))):
+    for script, options in (
+        ("svg-kernels/tests/sanitize.py", ()),
+        ("svg-kernels/tests/sanitize_ops.py", ("--kernel-name", "kns=svg")),
+        ("svg-attention/tests/sanitize_planning.py", ()),
+    ):
         for tool in ("memcheck", "racecheck", "synccheck"):
             session.run(
                 *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *options),
-                *(spared if (tool, script) == ("racecheck", "sanitize.py") else ()),
-                *("python", f"packages/svg-kernels/tests/{script}"),
+                *(
+                    spared
+                    if (tool, script) == ("racecheck", "svg-kernels/tests/sanitize.py")
+                    else ()
+                ),
+                *("python", f"packages/{script}"),
                 # Many threads of many processes wait for each other; without torch's own allocator
                 # each tensor ends where its allocation ends.
                 env={"OMP_NUM_THREADS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

@@ -15,7 +15,7 @@ import svg_kernels
 from svg_attention import SVG1, SVG2, LayerMemory, SparsePlan, sparse_attention
 from svg_attention.backends.kernels import COPY_ROWS
 from svg_attention.methods.clustering import Clusters, cluster_rows
-from svg_kernels.planning import long_tiles_first
+from svg_attention.planning.order import long_tiles_first
 
 Pair = tuple[Clusters, Clusters]
 DENSITY = 0.25

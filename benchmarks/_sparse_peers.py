@@ -19,7 +19,7 @@ from torch import Tensor
 
 import svg_kernels
 from svg_attention.methods.clustering import Clusters
-from svg_attention.methods.selection import keep_budget, mass_per_key
+from svg_attention.planning.selection import keep_budget
 
 WORKSPACE = 2**30
 # FlashInfer is given one list entry for each key of each query cluster; at full density the lists
@@ -52,8 +52,8 @@ def cluster_mask(queries: Clusters, keys: Clusters, density: float) -> Tensor:
     logits = queries.centroids.float() @ keys.centroids.float().mT * HEAD_DIM**-0.5
     mass = torch.softmax(logits + keys.sizes.float().log()[:, :, None], dim=-1)
     rows = keys.labels.shape[-1]
-    budget = torch.full((1, 1, 1), density * rows, device=mass.device)
-    return keep_budget(mass_per_key(mass, keys.sizes), keys.sizes, budget)[0]
+    budget = torch.full(mass.shape[:3], density * rows, device=mass.device)
+    return keep_budget(mass / keys.sizes.clamp(min=1)[:, :, None], keys.sizes, budget)[0]
 
 
 class FlashInfer:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_attention import SparsePlan, TokenLayout
-from svg_attention.plan import match_heads
+from svg_attention.tiles import match_heads
 from svg_kernels.attention.reference import read_mask
 
 HEAD_DIM = 128

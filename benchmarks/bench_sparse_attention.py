@@ -48,7 +48,7 @@ from torch import Tensor
 import svg_kernels
 from svg_attention import SVG2, LayerMemory, SparsePlan
 from svg_attention.backends.kernels import COPY_ROWS
-from svg_kernels.planning import long_tiles_first
+from svg_attention.planning.order import long_tiles_first
 
 DENSITIES = (0.10, 0.15, 0.25, 0.40, 1.0)
 PAGE = ROOT / "docs" / "sparse-attention-kernel.md"

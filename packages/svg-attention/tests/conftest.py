@@ -58,6 +58,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["reference", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
+def planner(request: pytest.FixtureRequest) -> str:
+    """Return who plans: plain torch, the kernels interpreted, or the kernels on a GPU."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
+    return "triton" if request.param == "gpu" else request.param
+
+
 @pytest.fixture
 def no_sync() -> Callable[[], Any]:
     """Return a context in which an operation that waits for the device fails."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from svg_attention import KeySummary, SparsePlan
-from svg_attention.plan import count_tiles
 from svg_attention.rows import put_rows, take_rows
+from svg_attention.tiles import count_tiles
 
 
 def test_density_is_the_mean_of_the_mask(random_plan: Callable[..., SparsePlan]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svg_attention import SVG1, LayerMemory, SparsePlan, TokenLayout, sparse_attention
 from svg_attention.methods.band import Band, band_runs, head_order, solve_width
-from svg_attention.plan import TILE_ROWS
+from svg_attention.tiles import TILE_ROWS
 
 LAYOUTS = [
     TokenLayout(grid=(5, 10, 13)),

@@ -1,4 +1,4 @@
-"""Launch the attention and planning kernels on small shapes; run by `nox -s sanitize`.
+"""Launch the attention kernels on small shapes; run by `nox -s sanitize`.
 
 Results are checked by test_attention_gpu.py; here they only have to be finite.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from attention_oracles import random_call
 
-from svg_kernels import block_sparse_attention, permute_rows, planning
+from svg_kernels import block_sparse_attention, permute_rows
 
 
 def attend(draw: torch.Generator, backend: str) -> None:
@@ -35,34 +35,17 @@ def attend(draw: torch.Generator, backend: str) -> None:
         assert torch.isfinite(out).all(), (backend, dim)
 
 
-def plan(draw: torch.Generator) -> None:
-    """Run the planning kernels one after another."""
-    query = torch.randn(1, 2, 300, 64, generator=draw).cuda().half()
-    order = torch.rand(1, 2, 300, generator=draw).argsort(-1).int().cuda()
-    centroids = torch.randn(1, 1, 40, 64, generator=draw).cuda().half()
-    sizes = torch.randint(0, 15, (1, 1, 40), generator=draw).int().cuda()
-    means = planning.probe_means(query, order)
-    mass = planning.probe_mass(means, centroids, sizes, length=300, scale=0.1)
-    sizes = sizes.expand(1, 2, 40).contiguous()
-    priority = mass / sizes.clamp(min=1)[:, :, None]
-    budget = torch.full(mass.shape[:3], 90.0, device="cuda")
-    for kept in (
-        planning.keep_top_p(priority, mass, sizes, top_p=0.5, min_clusters=3),
-        planning.keep_budget(priority, sizes, budget),
-    ):
-        ends = torch.nn.functional.pad(sizes.cumsum(-1), (0, 1)).int()
-        ends[..., -1] = ends[..., -2] + 7
-        starts, lengths = planning.merge_clusters(kept, ends)
-        limit = ends[:, 0, -1].contiguous()
-        planning.round_runs(starts, lengths, multiple=8, limit=limit)
-    permute_rows(query, order)
+def permute(draw: torch.Generator) -> None:
+    """Permute rows of every head."""
+    rows = torch.randn(1, 2, 300, 64, generator=draw).cuda().half()
+    permute_rows(rows, torch.rand(1, 2, 300, generator=draw).argsort(-1).int().cuda())
 
 
 def main() -> None:
     draw = torch.Generator().manual_seed(1)
     for backend in ("cuda", "triton"):
         attend(draw, backend)
-    plan(draw)
+    permute(draw)
     torch.cuda.synchronize()
     print("every kernel ran")
 

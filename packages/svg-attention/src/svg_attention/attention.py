@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_attention.backends import select_backend
-from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.plan import SparsePlan
 from svg_attention.rows import take_rows
+from svg_attention.tiles import match_heads
 
 
 @overload

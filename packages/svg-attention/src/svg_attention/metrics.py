@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.plan import SparsePlan
+from svg_attention.tiles import match_heads
 
 # Logits held at once, over all heads.
 METRIC_LOGITS = 2**26

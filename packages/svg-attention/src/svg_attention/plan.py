@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svg_attention.runs import cluster_runs, round_runs
-
-TILE_ROWS = 128
+from svg_attention.planning.runs import cluster_runs, round_runs
+from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,12 +210,14 @@ class SparsePlan:
             )
         limit = self.key_lengths
         if limit is None:
-            limit = torch.full((1,), self.key_length, dtype=torch.int32, device=self.device)
+            limit = torch.full(
+                (self.batch,), self.key_length, dtype=torch.int32, device=self.device
+            )
         starts, lengths = round_runs(
             self.run_starts,
             self.run_lengths,
             multiple=multiple,
-            limit=limit[:, None, None, None],
+            limit=limit,
         )
         return replace(self, run_starts=starts, run_lengths=lengths)
 
@@ -260,21 +261,3 @@ class SparsePlan:
             order = self.query_order.long()[..., None]
             mask = torch.zeros_like(mask).scatter_(2, order.expand_as(mask), mask)
         return mask
-
-
-def count_tiles(length: int, tile_rows: int = TILE_ROWS) -> int:
-    """Return how many tiles of `tile_rows` rows cover `length` rows."""
-    return (length + tile_rows - 1) // tile_rows
-
-
-def match_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat axis 1 of a grouped tensor so that it has one entry for each of `heads` heads.
-
-    Raises:
-        ValueError: if `heads` is not a multiple of what `x` has.
-    """
-    if x.shape[1] == heads:
-        return x
-    if x.shape[1] == 0 or heads % x.shape[1]:
-        raise ValueError(f"{heads} query heads are not a multiple of {x.shape[1]} key heads")
-    return x.repeat_interleave(heads // x.shape[1], dim=1)

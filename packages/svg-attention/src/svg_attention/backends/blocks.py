@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_attention.plan import SparsePlan, match_heads
+from svg_attention.plan import SparsePlan
 from svg_attention.rows import take_rows
+from svg_attention.tiles import match_heads
 
 
 def not_on_cuda(x: Tensor, least: tuple[int, int]) -> str | None:

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svg_attention.plan import KeySummary, SparsePlan, match_heads
+from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.planning.order import long_tiles_first
+from svg_attention.tiles import match_heads
 
 # Rows that the copy engine moves at once: runs of a multiple need no mask in the compiled kernel.
 COPY_ROWS = 8
@@ -92,7 +94,6 @@ class KernelsBackend:
     ) -> Tensor | None:
         """Fill `out`; return the log-sum-exp if asked for."""
         import svg_kernels
-        from svg_kernels.planning import long_tiles_first
 
         if plan.key_order is not None:
             key, value = svg_kernels.permute_rows((key, value), plan.key_order)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from svg_attention.plan import KeySummary, SparsePlan, match_heads
+from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.rows import put_rows, take_rows
+from svg_attention.tiles import match_heads
 
 # Keys gathered at once, over all tiles of a group: few enough to stay in a CPU's last-level cache,
 # enough to fill a GPU. A single tile may gather more.

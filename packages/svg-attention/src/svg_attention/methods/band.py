@@ -16,8 +16,8 @@ from torch import Tensor
 
 from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import text_tiles
-from svg_attention.plan import TILE_ROWS, count_tiles
-from svg_attention.runs import merge_segments
+from svg_attention.planning.segments import merge_segments
+from svg_attention.tiles import TILE_ROWS, count_tiles
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
-from svg_attention.plan import TILE_ROWS, SparsePlan, count_tiles
+from svg_attention.plan import SparsePlan
+from svg_attention.tiles import TILE_ROWS, count_tiles
 
 if TYPE_CHECKING:
     from typing_extensions import Self

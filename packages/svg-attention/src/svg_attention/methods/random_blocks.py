@@ -18,9 +18,10 @@ from svg_attention.methods.base import (
     token_order,
     valid_tokens,
 )
+from svg_attention.methods.budget import key_budget
 from svg_attention.methods.dense import Dense
-from svg_attention.methods.selection import key_budget
-from svg_attention.plan import TILE_ROWS, SparsePlan, count_tiles
+from svg_attention.plan import SparsePlan
+from svg_attention.tiles import TILE_ROWS, count_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,17 +20,15 @@ from svg_attention.methods.base import (
     token_order,
     valid_tokens,
 )
+from svg_attention.methods.budget import key_budget
 from svg_attention.methods.clustering import Clusters, cluster_rows
 from svg_attention.methods.dense import Dense
-from svg_attention.methods.routing import centroid_error
-from svg_attention.methods.selection import (
-    estimated_mass,
-    keep_budget,
-    keep_top_p,
-    key_budget,
-    probe_means,
-)
-from svg_attention.plan import TILE_ROWS, KeySummary, SparsePlan, count_tiles, match_heads
+from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.planning.centroid_error import centroid_error
+from svg_attention.planning.dispatch import planner_for
+from svg_attention.planning.probes import probe_mass, probe_means
+from svg_attention.planning.selection import keep_budget, keep_top_p
+from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +164,15 @@ class SVG2(MethodConfig):
         batch, heads, tokens, width = query.shape
         scale = width**-0.5 if scale is None else scale
         video = slice(layout.video_start, layout.video_start + layout.video_tokens)
-        means = probe_means(query[:, :, video], query_clusters.order, self.probe_rows)
+        planner = planner_for(query)
+        means = probe_means(
+            query[:, :, video], query_clusters.order, probe_rows=self.probe_rows, backend=planner
+        )
         budget = None
         if self.density is not None:
             budget = key_budget(layout, text_lengths, self.density, query)[:, None, None]
         mask, summary = self._choose(
-            means, key[:, :, video], value[:, :, video], key_clusters, budget, scale
+            means, key[:, :, video], value[:, :, video], key_clusters, budget, scale, planner
         )
         # Tiles past the video read nothing but text, unless they hold text rows themselves.
         spare = count_tiles(tokens) - mask.shape[2]
@@ -229,6 +230,7 @@ class SVG2(MethodConfig):
         clusters: Clusters,
         budget: Tensor | None,
         scale: float,
+        planner: str,
     ) -> tuple[Tensor, KeySummary | None]:
         """Return the clusters each tile reads and, if asked for, what stands in for the rest.
 
@@ -236,19 +238,27 @@ class SVG2(MethodConfig):
         """
         heads, length = means.shape[1], keys.shape[2]
         sizes = match_heads(clusters.sizes, heads)
-        mass = estimated_mass(
-            means,
-            clusters.centroids,
-            clusters.sizes,
-            scale,
-            length,
-            self.probe_rows,
-            per_key=budget is not None,
+        probed: dict[str, Any] = {
+            "length": length,
+            "probe_rows": self.probe_rows,
+            "scale": scale,
+            "backend": planner,
+        }
+        mass = probe_mass(
+            means, clusters.centroids, clusters.sizes, per_key=budget is not None, **probed
         )
-        if budget is None:
-            mask = keep_top_p(mass, sizes, top_p=self.top_p, min_keep=self.min_keep)
+        if budget is not None:
+            room = budget.float().expand(mass.shape[:3])
+            mask = keep_budget(mass, sizes, room, backend=planner)
         else:
-            mask = keep_budget(mass, sizes, budget)
+            mask = keep_top_p(
+                mass / sizes.clamp(min=1)[:, :, None],
+                mass,
+                sizes,
+                top_p=self.top_p,
+                min_clusters=int(self.min_keep * sizes.shape[-1]),
+                backend=planner,
+            )
         if not self.compensate:
             return mask, None
         value_means = mean_values(values, clusters)
@@ -258,12 +268,22 @@ class SVG2(MethodConfig):
             log_weights=sizes.float().log()[:, :, None],
         )
         if self.route == "error":
-            if budget is None:
-                budget = (mask * sizes[:, :, None]).sum(dim=-1)
-            errors = centroid_error(
-                means, keys, values, clusters, value_means, scale, length, self.probe_rows
+            room = (
+                (mask * sizes[:, :, None]).sum(dim=-1).float()
+                if budget is None
+                else budget.float().expand(mask.shape[:3])
             )
-            mask = keep_budget(errors, sizes, budget)
+            errors = centroid_error(
+                means,
+                keys,
+                values,
+                clusters.order,
+                clusters.centroids,
+                value_means,
+                clusters.sizes,
+                **probed,
+            )
+            mask = keep_budget(errors, sizes, room, backend=planner)
         return mask, summary
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels.planning._kernels.probes import LOG2_E, TILE_ROWS, Blocks, on, table_key
+from svg_attention.planning.triton.launch import LOG2_E, Blocks, on, table_key
+from svg_attention.tiles import TILE_ROWS
 
 # (bytes of an element, head size) -> blocks of probes and of keys, as `probes.MASS`.
 BLOCKS = {
@@ -98,7 +99,7 @@ def lay_out_kernel(
 
 
 @triton.jit
-def errors_kernel(
+def centroid_error_kernel(
     means,
     rows,
     energy,
@@ -209,7 +210,7 @@ def errors_kernel(
         tl.debug_barrier()
 
 
-def probe_errors(
+def centroid_error(
     means: Tensor,
     key: Tensor,
     value: Tensor,
@@ -250,7 +251,7 @@ def probe_errors(
             key_heads, keys, count, width, depth,
             BLOCK_N=16, BLOCK_D=widths[0], BLOCK_DV=widths[1], num_warps=2,
         )  # fmt: skip
-        errors_kernel[(programs,)](
+        centroid_error_kernel[(programs,)](
             means.contiguous(), rows, energy, agreement, starts, errors, scratch, length, keys,
             probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
             PROBE_ROWS=probe_rows, PROBES=TILE_ROWS // probe_rows, BLOCK_P=block,

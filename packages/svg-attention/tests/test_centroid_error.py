@@ -3,17 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svg_kernels import planning
-
-
-@pytest.fixture(
-    params=["reference", "triton", pytest.param("gpu", marks=pytest.mark.gpu)],
-)
-def tier(request):
-    """Return a backend's name: in plain torch, interpreted, or compiled on a GPU."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreted")
-    return "triton" if request.param == "gpu" else request.param
+from svg_attention.planning import reference
+from svg_attention.planning.centroid_error import centroid_error
 
 
 def example(generator, device, *, heads=2, key_heads=1, length=150, probe_rows=16, spread=1.0):
@@ -59,15 +50,15 @@ def by_key(means, key, value, owner, centroids, value_means, sizes, scale):
 
 @pytest.mark.parametrize(("length", "probe_rows"), [(150, 16), (300, 128), (128, 4)])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 1), (2, 2)])
-def test_errors_are_the_sums_over_keys(
-    tier, device, generator, length, probe_rows, heads, key_heads
+def test_centroid_error_is_the_sum_over_keys(
+    planner, device, generator, length, probe_rows, heads, key_heads
 ):
     arguments, (key, value, owner) = example(
         generator, device, heads=heads, key_heads=key_heads, length=length, probe_rows=probe_rows
     )
     means, _, _, _, centroids, value_means, sizes = arguments
-    errors = planning.probe_errors(
-        *arguments, length=length, probe_rows=probe_rows, scale=0.3, backend=tier
+    errors = centroid_error(
+        *arguments, length=length, probe_rows=probe_rows, scale=0.3, backend=planner
     )
     tiles = (length + 127) // 128
     assert errors.shape == (1, heads, tiles, 8)
@@ -83,24 +74,47 @@ def test_errors_are_the_sums_over_keys(
         assert (errors[0, h][:, sizes[0, k] == 0] == 0).all()
 
 
-def test_errors_vanish_where_centroids_are_exact(tier, device, generator):
+def test_centroid_error_vanishes_where_centroids_are_exact(planner, device, generator):
     arguments, _ = example(generator, device, spread=0.0)
-    errors = planning.probe_errors(*arguments, length=150, scale=0.3, backend=tier)
+    errors = centroid_error(*arguments, length=150, scale=0.3, backend=planner)
     assert errors.max() < 1e-6
 
 
-def test_logits_of_magnitude_a_thousand_stay_finite(tier, device, generator):
+def test_centroid_error_stays_finite_at_logits_of_a_thousand(planner, device, generator):
     arguments, _ = example(generator, device)
-    errors = planning.probe_errors(
-        arguments[0] * 300, *arguments[1:], length=150, scale=1.0, backend=tier
+    errors = centroid_error(
+        arguments[0] * 300, *arguments[1:], length=150, scale=1.0, backend=planner
     )
     assert errors.isfinite().all()
     assert (errors.amax(-1) > 0).all()
 
 
+def test_centroid_error_does_not_depend_on_the_chunk(generator, monkeypatch):
+    arguments, _ = example(generator, torch.device("cpu"))
+    whole = centroid_error(*arguments, length=150, scale=0.3)
+    monkeypatch.setattr(reference, "ERROR_LOGITS", 1)
+    chunked = centroid_error(*arguments, length=150, scale=0.3)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-9)
+
+
+def test_centroid_error_does_not_depend_on_a_constant_added_to_every_value(
+    planner, device, generator
+):
+    arguments, _ = example(generator, device)
+    found = centroid_error(*arguments, length=150, scale=0.3, backend=planner)
+    means, key, value, order, centroids, value_means, sizes = arguments
+    shift = torch.linspace(-3, 5, value.shape[-1], device=device)
+    filled = (sizes > 0)[..., None]
+    moved = centroid_error(
+        *(means, key, value + shift, order, centroids, value_means + shift * filled, sizes),
+        length=150, scale=0.3, backend=planner,
+    )  # fmt: skip
+    torch.testing.assert_close(moved, found, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
+def test_centroid_error_in_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
@@ -113,17 +127,17 @@ def test_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
         normal(1, 2, 100, 128) * 0.1, normal(1, 2, 100, 128) * 0.1, sizes,
     )  # fmt: skip
     keywords = {"length": 1200, "scale": 128**-0.5}
-    got = planning.probe_errors(*arguments, backend="triton", **keywords)
-    want = planning.probe_errors(*arguments, backend="reference", **keywords)
+    got = centroid_error(*arguments, backend="triton", **keywords)
+    want = centroid_error(*arguments, backend="reference", **keywords)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-9)
 
 
-def test_wrong_arguments_are_named(generator):
+def test_centroid_error_names_wrong_arguments(generator):
     arguments, _ = example(generator, torch.device("cpu"))
     keywords = {"length": 150, "scale": 1.0}
     with pytest.raises(ValueError, match="value_means must be"):
-        planning.probe_errors(*arguments[:5], arguments[5][:, :, 1:], arguments[6], **keywords)
+        centroid_error(*arguments[:5], arguments[5][:, :, 1:], arguments[6], **keywords)
     with pytest.raises(TypeError, match=r"order must be torch\.int32"):
-        planning.probe_errors(*arguments[:3], arguments[3].long(), *arguments[4:], **keywords)
+        centroid_error(*arguments[:3], arguments[3].long(), *arguments[4:], **keywords)
     with pytest.raises(ValueError, match="key must be"):
-        planning.probe_errors(arguments[0], arguments[1][:, :, 1:], *arguments[2:], **keywords)
+        centroid_error(arguments[0], arguments[1][:, :, 1:], *arguments[2:], **keywords)

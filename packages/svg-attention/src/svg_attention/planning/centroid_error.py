@@ -1,4 +1,4 @@
-"""Estimating, on the device, what it would cost to replace clusters of keys by their means."""
+"""Estimating, on the device, what it costs to replace clusters of keys by their means."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import register
-from svg_kernels.planning._tiers import choose
-from svg_kernels.planning.probes import check_clusters, check_rows, empty_shares
+from svg_attention._ops import define_op
+from svg_attention.planning.dispatch import select_planner
+from svg_attention.planning.probes import check_clusters, check_rows, empty_shares
 
 
-def probe_errors(
+def centroid_error(
     means: Tensor,
     key: Tensor,
     value: Tensor,
@@ -38,11 +38,11 @@ def probe_errors(
 
     Args:
         means: `[B, H, T * probes, D]`, from `probe_means`.
-        key: `[B, Hk, N, D]`, typed as `means`; H is a multiple of Hk.
-        value: `[B, Hk, N, Dv]`, typed as `means`, Dv at most 256.
+        key: `[B, Hk, N, D]`, floating; H is a multiple of Hk. Triton takes D and Dv up to 256.
+        value: `[B, Hk, N, Dv]`, typed as `key`.
         order: int32 `[B, Hk, N]`, rows of `key` sorted by cluster.
-        centroids: `[B, Hk, C, D]`, typed as `means`.
-        value_means: `[B, Hk, C, Dv]`, typed as `means`.
+        centroids: `[B, Hk, C, D]`, typed as `key`.
+        value_means: `[B, Hk, C, Dv]`, typed as `key`.
         sizes: int32 `[B, Hk, C]`, keys of each cluster.
         length: rows that were probed.
         probe_rows: rows of a probe.
@@ -71,21 +71,19 @@ def probe_errors(
     ):
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
-        wanted = torch.int32 if name == "order" else means.dtype
+        wanted = torch.int32 if name == "order" else key.dtype
         if x.dtype != wanted:
             raise TypeError(f"{name} must be {wanted}, got {x.dtype}; convert it first")
         if x.device != means.device:
             raise ValueError(f"{name} must be on {means.device} like means, got {x.device}")
-    if not 1 <= depth <= 256:
-        raise ValueError(f"values must have 1 to 256 channels, got {depth}")
     tensors = (means, key, value, order, centroids, value_means, sizes)
-    errors: Tensor = _probe_errors(*tensors, length, probe_rows, float(scale), backend)
+    errors: Tensor = _centroid_error(*tensors, length, probe_rows, float(scale), backend)
     return errors
 
 
 def _run(*arguments: Any) -> Tensor:
     *operands, backend = arguments
-    errors: Tensor = choose(backend, operands[0].device, "errors").probe_errors(*operands)
+    errors: Tensor = select_planner(backend, operands[0].device).centroid_error(*operands)
     return errors
 
 
@@ -94,8 +92,8 @@ def _fake(*arguments: Any) -> Tensor:
     return empty_shares(means, centroids, probe_rows)
 
 
-_probe_errors = register(
-    "probe_errors",
+_centroid_error = define_op(
+    "centroid_error",
     "(Tensor means, Tensor key, Tensor value, Tensor order, Tensor centroids, Tensor value_means,"
     " Tensor sizes, int length, int probe_rows, float scale, str backend) -> Tensor",
     _run,

@@ -3,17 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svg_kernels import planning
-
-
-@pytest.fixture(
-    params=["reference", "triton", pytest.param("gpu", marks=pytest.mark.gpu)],
-)
-def tier(request):
-    """Return a backend's name: in plain torch, interpreted, or compiled on a GPU."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreted")
-    return "triton" if request.param == "gpu" else request.param
+from svg_attention.planning.pattern_error import pattern_error
 
 
 def example(generator, device, *, rows=9, keys=203, key_heads=1, dtype=torch.float32, width=12):
@@ -32,9 +22,11 @@ def example(generator, device, *, rows=9, keys=203, key_heads=1, dtype=torch.flo
 
 
 @pytest.mark.parametrize(("rows", "keys", "key_heads"), [(9, 203, 1), (70, 64, 2), (1, 300, 1)])
-def test_errors_are_those_of_masked_attention(tier, device, generator, rows, keys, key_heads):
+def test_pattern_error_is_that_of_masked_attention(
+    planner, device, generator, rows, keys, key_heads
+):
     *arguments, masks = example(generator, device, rows=rows, keys=keys, key_heads=key_heads)
-    errors = planning.pattern_errors(*arguments, scale=0.4, backend=tier)
+    errors = pattern_error(*arguments, scale=0.4, backend=planner)
     query, key, value = (x.double() for x in arguments[:3])
     outs = [
         torch.nn.functional.scaled_dot_product_attention(
@@ -49,20 +41,20 @@ def test_errors_are_those_of_masked_attention(tier, device, generator, rows, key
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
+def test_pattern_error_in_sixteen_bits_at_the_size_of_a_model(device, generator, dtype):
     *arguments, _ = example(generator, device, rows=64, keys=20_000, dtype=dtype, width=128)
-    got = planning.pattern_errors(*arguments, scale=0.05, backend="triton")
-    want = planning.pattern_errors(*arguments, scale=0.05, backend="reference")
+    got = pattern_error(*arguments, scale=0.05, backend="triton")
+    want = pattern_error(*arguments, scale=0.05, backend="reference")
     torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-9)
 
 
-def test_wrong_arguments_are_named(generator):
+def test_pattern_error_names_wrong_arguments(generator):
     rows, key, value, reads, _ = example(generator, torch.device("cpu"))
     with pytest.raises(TypeError, match="reads uint8"):
-        planning.pattern_errors(rows, key, value, reads.bool(), scale=1.0)
+        pattern_error(rows, key, value, reads.bool(), scale=1.0)
     with pytest.raises(ValueError, match="reads must be"):
-        planning.pattern_errors(rows, key, value, reads[:1], scale=1.0)
+        pattern_error(rows, key, value, reads[:1], scale=1.0)
     with pytest.raises(ValueError, match="value must be"):
-        planning.pattern_errors(rows, key, value[:, :, 1:], reads, scale=1.0)
+        pattern_error(rows, key, value[:, :, 1:], reads, scale=1.0)
     with pytest.raises(TypeError, match="key must be"):
-        planning.pattern_errors(rows, key.half(), value, reads, scale=1.0)
+        pattern_error(rows, key.half(), value, reads, scale=1.0)

@@ -13,7 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels.planning._kernels import errors, patterns, probes
+from svg_attention.planning.triton import probes
+from svg_attention.planning.triton.centroid_error import BLOCKS as ERROR_BLOCKS
+from svg_attention.planning.triton.centroid_error import centroid_error_kernel
+from svg_attention.planning.triton.launch import Blocks
+from svg_attention.planning.triton.pattern_error import BLOCKS as PATTERN_BLOCKS
+from svg_attention.planning.triton.pattern_error import pattern_error_kernel
 
 SHARED_KB = {80: 163, 86: 99, 90: 227}
 FLOATS = ("errors", "mass", "weights", "energy", "agreement", "scratch", "outs", "sums", "tops")
@@ -21,7 +26,7 @@ INTEGERS = ("starts", "order")
 
 
 def shared_bytes(
-    kernel: Any, capability: int, size: int, constants: dict[str, Any], blocks: probes.Blocks
+    kernel: Any, capability: int, size: int, constants: dict[str, Any], blocks: Blocks
 ) -> int:
     """Return the shared memory of a block."""
     names = kernel.arg_names
@@ -55,11 +60,11 @@ def main(capability: int, sizes: list[int], widths: list[int]) -> int:
             for kernel, blocks, constants in (
                 (probes.mass_kernel, probes.MASS[size, width], {"PER_KEY": True, **probe}),
                 (
-                    errors.errors_kernel,
-                    errors.BLOCKS[size, width],
+                    centroid_error_kernel,
+                    ERROR_BLOCKS[size, width],
                     {"ALL_C": 1024, "TOGETHER": 16, **probe},
                 ),
-                (patterns.patterns_kernel, patterns.BLOCKS[size, width], {"BLOCK_DV": width}),
+                (pattern_error_kernel, PATTERN_BLOCKS[size, width], {"BLOCK_DV": width}),
             ):
                 constants = common | constants | blocks.constants()
                 constants = {n: v for n, v in constants.items() if n in kernel.arg_names}

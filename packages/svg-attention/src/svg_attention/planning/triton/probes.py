@@ -6,31 +6,13 @@ so that only the average of a tile's probes is ever written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ROWS = 128
-LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Launch parameters: rows and columns of a step, warps, and steps in flight."""
-
-    rows: int
-    columns: int
-    warps: int = 4
-    stages: int = 3
-
-    def constants(self) -> dict[str, int]:
-        """Return the sizes under every name that a kernel has for them."""
-        rows = dict.fromkeys(("BLOCK_P", "BLOCK_R"), self.rows)
-        return rows | dict.fromkeys(("BLOCK_C", "BLOCK_N"), self.columns)
-
+from svg_attention.planning.triton.launch import LOG2_E, Blocks, on, table_key
+from svg_attention.tiles import TILE_ROWS
 
 # (bytes of an element, head size padded to a power of two, at least 64) -> blocks of probes and of
 # clusters. All fit the shared memory of compute capability 8.6; those for 16 bits and 128 channels
@@ -43,11 +25,6 @@ MASS = {
     (4, 128): Blocks(rows=64, columns=32, stages=2),
     (4, 256): Blocks(rows=32, columns=16, stages=2),
 }
-
-
-def table_key(x: Tensor) -> tuple[int, int]:
-    """Return the key of a tensor of rows in a table of blocks."""
-    return x.element_size(), max(64, triton.next_power_of_2(x.shape[-1]))
 
 
 @triton.jit
@@ -229,7 +206,7 @@ def probe_mass(
         with on(means.device):
             mass_kernel[(batch * heads * blocks,)](
                 means.contiguous(),
-                centroids.contiguous(),
+                centroids.to(means.dtype).contiguous(),
                 # Minus infinity for an empty cluster.
                 sizes.log2().contiguous(),
                 mass,
@@ -251,8 +228,3 @@ def probe_mass(
                 num_stages=chosen.stages,
             )
     return mass
-
-
-def on(device: torch.device) -> torch.cuda.device:
-    """Return a context in which kernels are launched on `device`."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

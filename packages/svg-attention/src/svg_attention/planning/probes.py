@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import FLOATS, register
-from svg_kernels.planning._tiers import choose
-
-TILE_ROWS = 128
+from svg_attention._ops import define_op
+from svg_attention.planning.dispatch import planner_name, select_planner
+from svg_attention.tiles import TILE_ROWS, count_tiles
 
 
 def probe_means(
@@ -22,15 +21,16 @@ def probe_means(
     """Average queries, gathered in the given order, `probe_rows` at a time.
 
     Args:
-        query: `[B, H, S, D]`, fp16, bf16 or fp32, D at most 256; strided views are read as they
-            are.
+        query: `[B, H, S, D]`, floating; strided views are read as they are. Triton takes fp16,
+            bf16 and fp32, D at most 256.
         order: int32 `[B, H, N]`, rows of `query`.
         probe_rows: rows of a probe; divides 128.
         backend: `"auto"`, `"triton"` or `"reference"`.
 
     Returns:
-        `[B, H, T * probes, D]` typed as `query`, `T = ceil(N / 128)`, tile by tile; summed in fp32.
-        The last probe with rows is averaged over its own; those after it are 0.
+        `[B, H, T * probes, D]`, `T = ceil(N / 128)`, tile by tile; summed in fp32 and, by Triton,
+        rounded to the dtype of `query`. The last probe with rows is averaged over its own; those
+        after it are 0.
 
     Raises:
         TypeError: if a dtype does not fit.
@@ -68,7 +68,7 @@ def probe_mass(
 
     Args:
         means: `[B, H, T * probes, D]`, from `probe_means`.
-        centroids: `[B, Hk, C, D]`, typed as `means`; H is a multiple of Hk.
+        centroids: `[B, Hk, C, D]`, floating; H is a multiple of Hk.
         sizes: int32 `[B, Hk, C]`, keys of each cluster.
         length: rows that were probed.
         probe_rows: rows of a probe.
@@ -96,10 +96,10 @@ def probe_mass(
 
 def check_rows(name: str, x: Tensor, probe_rows: int) -> None:
     """Raise unless `x` is `[B, H, N, D]` and a probe can have so many rows."""
-    if x.ndim != 4 or not 1 <= x.shape[3] <= 256:
-        raise ValueError(f"{name} must be [B, H, N, D], D from 1 to 256, got {list(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}; convert it first")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be [B, H, N, D], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {x.dtype}; convert it first")
     if not 1 <= probe_rows <= TILE_ROWS or TILE_ROWS % probe_rows:
         raise ValueError(f"probe_rows must divide {TILE_ROWS}, got {probe_rows}")
 
@@ -109,7 +109,7 @@ def check_clusters(
 ) -> None:
     """Raise unless means, centroids and sizes fit each other and the rows that were probed."""
     batch, heads, found, width = means.shape
-    probes = (length + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
+    probes = count_tiles(length) * (TILE_ROWS // probe_rows)
     if found != probes:
         raise ValueError(f"{length} rows are {probes} probes of {probe_rows} rows, got {found}")
     shape = tuple(centroids.shape)
@@ -123,10 +123,9 @@ def check_clusters(
             f"centroids must be [{batch}, Hk, C, {width}] with Hk a divisor of {heads}, "
             f"got {list(shape)}"
         )
-    if centroids.dtype != means.dtype or sizes.dtype != torch.int32:
+    if not centroids.is_floating_point() or sizes.dtype != torch.int32:
         raise TypeError(
-            f"centroids must be {means.dtype} and sizes int32, "
-            f"got {centroids.dtype} and {sizes.dtype}"
+            f"centroids must be floating and sizes int32, got {centroids.dtype} and {sizes.dtype}"
         )
     if tuple(sizes.shape) != shape[:3]:
         raise ValueError(f"sizes must be {list(shape[:3])}, got {list(sizes.shape)}")
@@ -135,13 +134,13 @@ def check_clusters(
 
 
 def _run_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> Tensor:
-    means: Tensor = choose(backend, query.device, "probe").probe_means(query, order, probe_rows)
+    means: Tensor = select_planner(backend, query.device).probe_means(query, order, probe_rows)
     return means
 
 
 def _run_mass(*arguments: Any) -> Tensor:
     *operands, backend = arguments
-    mass: Tensor = choose(backend, operands[0].device, "probe").probe_mass(*operands)
+    mass: Tensor = select_planner(backend, operands[0].device).probe_mass(*operands)
     return mass
 
 
@@ -152,8 +151,10 @@ def empty_shares(means: Tensor, centroids: Tensor, probe_rows: int) -> Tensor:
 
 
 def _fake_means(query: Tensor, order: Tensor, probe_rows: int, backend: str) -> Tensor:
-    probes = (order.shape[2] + TILE_ROWS - 1) // TILE_ROWS * (TILE_ROWS // probe_rows)
-    return query.new_empty(*query.shape[:2], probes, query.shape[3])
+    probes = count_tiles(order.shape[2]) * (TILE_ROWS // probe_rows)
+    triton = planner_name(backend, query.device) == "triton"
+    dtype = query.dtype if triton else torch.float32
+    return query.new_empty(*query.shape[:2], probes, query.shape[3], dtype=dtype)
 
 
 def _fake_mass(*arguments: Any) -> Tensor:
@@ -161,13 +162,13 @@ def _fake_mass(*arguments: Any) -> Tensor:
     return empty_shares(means, centroids, probe_rows)
 
 
-_probe_means = register(
+_probe_means = define_op(
     "probe_means",
     "(Tensor query, Tensor order, int probe_rows, str backend) -> Tensor",
     _run_means,
     _fake_means,
 )
-_probe_mass = register(
+_probe_mass = define_op(
     "probe_mass",
     "(Tensor means, Tensor centroids, Tensor sizes, int length, int probe_rows, float scale,"
     " bool per_key, str backend) -> Tensor",

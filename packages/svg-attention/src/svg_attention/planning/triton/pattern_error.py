@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels.planning._kernels.probes import LOG2_E, Blocks, on, table_key
+from svg_attention.planning.triton.launch import LOG2_E, Blocks, on, table_key
 
 # (bytes of an element, head size) -> blocks of query rows and of keys, as `probes.MASS`.
 BLOCKS = {
@@ -23,7 +23,7 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def patterns_kernel(
+def pattern_error_kernel(
     rows,
     key,
     value,
@@ -124,8 +124,8 @@ def patterns_kernel(
     tl.store(target + 2 * step * DV, acc2, mask=inside)
 
 
-def pattern_errors(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scale: float) -> Tensor:
-    """Launch `patterns_kernel` and put the spans together."""
+def pattern_error(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scale: float) -> Tensor:
+    """Launch `pattern_error_kernel` and put the spans together."""
     batch, heads, count, width = rows.shape
     length, depth = value.shape[2:]
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
@@ -141,7 +141,7 @@ def pattern_errors(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scal
     sums = outs.new_empty(3, sequences, spans, count)
     tops = outs.new_empty(sequences, spans, count)
     with on(rows.device):
-        patterns_kernel[(sequences * blocks * spans,)](
+        pattern_error_kernel[(sequences * blocks * spans,)](
             rows.contiguous(), key, value, reads.contiguous(), outs, sums, tops,
             *key.stride()[:3], *value.stride()[:3], heads, heads // key.shape[1], count, length,
             span, spans, blocks, sequences, width, depth, scale * LOG2_E,

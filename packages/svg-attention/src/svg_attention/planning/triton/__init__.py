@@ -1,0 +1,20 @@
+"""Planning with Triton kernels, function for function as in `reference.py`."""
+
+from svg_attention.planning.triton.centroid_error import centroid_error
+from svg_attention.planning.triton.order import long_tiles_first
+from svg_attention.planning.triton.pattern_error import pattern_error
+from svg_attention.planning.triton.probes import probe_mass, probe_means
+from svg_attention.planning.triton.runs import merge_clusters, round_runs
+from svg_attention.planning.triton.selection import keep_budget, keep_top_p
+
+__all__ = [
+    "centroid_error",
+    "keep_budget",
+    "keep_top_p",
+    "long_tiles_first",
+    "merge_clusters",
+    "pattern_error",
+    "probe_mass",
+    "probe_means",
+    "round_runs",
+]

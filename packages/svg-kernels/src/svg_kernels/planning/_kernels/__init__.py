@@ -1,1 +1,0 @@
-"""Triton kernels that probe tiles."""
