@@ -1,6 +1,6 @@
 """Time the assign kernels of flash-kmeans tile by tile, and the kernels of its update.
 
-This is how rows of `flash_kmeans.tiles.TABLE` are chosen: run it on a GPU with
+This is how rows of `flash_kmeans.launch_config.TABLE` are chosen: run it on a GPU with
 `--out benchmarks/results/<gpu>/kmeans_tiles.json`, then `tables_kmeans.py`.
 """
 
@@ -20,19 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import _harness
 
-from flash_kmeans import tiles
-from flash_kmeans._kernels import launch
+from flash_kmeans.triton import launch, launch_config
 
 SHAPES = ((40, 75_600, 128, 1000), (40, 75_600, 128, 300), (1, 1 << 20, 128, 4096))
 WIDE = ((8, 65_536, 256, 512),)
 
 
-def tile(block_n: int, block_k: int, warps: int, stages: int, block_d: int) -> tiles.Tile:
+def tile(block_n: int, block_k: int, warps: int, stages: int, block_d: int) -> launch_config.Tile:
     """Return a row of the table."""
-    return tiles.Tile(block_n=block_n, block_k=block_k, block_d=block_d, warps=warps, stages=stages)
+    return launch_config.Tile(
+        block_n=block_n, block_k=block_k, block_d=block_d, warps=warps, stages=stages
+    )
 
 
-def candidates(dim: int) -> list[tiles.Tile]:
+def candidates(dim: int) -> list[launch_config.Tile]:
     """Return the rows to try for a width."""
     if dim == 128:
         rows = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (64, 128, 4, 2)]
@@ -45,12 +46,12 @@ def candidates(dim: int) -> list[tiles.Tile]:
 def variants(x: Tensor, start: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return callables that label `x` with every candidate, and the warp-specialised kernel."""
 
-    def with_tile(row: tiles.Tile) -> Tensor:
-        chosen, tiles.choose = tiles.choose, lambda *_: row
+    def with_tile(row: launch_config.Tile) -> Tensor:
+        chosen, launch_config.tile_for = launch_config.tile_for, lambda *_: row
         try:
             return launch.assign(x, start, "euclidean", specialised=False)
         finally:
-            tiles.choose = chosen
+            launch_config.tile_for = chosen
 
     calls: dict[str, Callable[[], Tensor]] = {
         f"{t.block_n} x {t.block_k}, {t.warps} warps, {t.stages} stages": lambda t=t: with_tile(t)
@@ -101,7 +102,9 @@ def main() -> None:
     x = torch.randn(*SHAPES[0][:3], device="cuda", dtype=torch.bfloat16)
     result = {
         "environment": _harness.environment(options.commit),
-        "table": {str(c): [asdict(t) for t in rows.values()] for c, rows in tiles.TABLE.items()},
+        "table": {
+            str(c): [asdict(t) for t in rows.values()] for c, rows in launch_config.TABLE.items()
+        },
         "assign": rows,
         "update_us": update_kernels(x, x[:, : SHAPES[0][3]].contiguous()),
         "update_bytes": x.numel() * x.element_size(),

@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_kmeans import tiles
-from flash_kmeans._kernels import assign, assign_sm90, update
+from flash_kmeans.triton import assign, assign_sm90, launch_config, update
 
 # Capabilities with the instructions of another one: a row that both share is compiled once.
 TWINS = {(8, 6): (8, 0), (8, 9): (8, 6)}
@@ -29,7 +28,7 @@ def build(
     function: Any,
     types: dict[str, str],
     constants: dict[str, Any],
-    capability: tiles.Capability,
+    capability: launch_config.Capability,
     **options: int,
 ) -> Any:
     """Compile one kernel, pointers and strides being multiples of 16."""
@@ -43,7 +42,9 @@ def build(
     return triton.compile(source(function, signature, values, attributes), target, options)
 
 
-def assignment(capability: tiles.Capability, size: int, width: int, tile: tiles.Tile) -> Any:
+def assignment(
+    capability: launch_config.Capability, size: int, width: int, tile: launch_config.Tile
+) -> Any:
     """Compile the assign kernel for a row of the tile table, at its widest."""
     dtype, described = TYPES[size], capability >= (9, 0)
     dim = width or 4 * tile.block_d
@@ -94,7 +95,7 @@ def hopper() -> Any:
     return build(GluonASTSource, kernel, types, constants, (9, 0), num_warps=assign_sm90.WARPS)
 
 
-def updating(capability: tiles.Capability) -> Any:
+def updating(capability: launch_config.Capability) -> Any:
     """Compile the kernel that sums points per cluster."""
     floats = ("weight", "sums", "totals", "piece_sums", "piece_totals", "costs")
     types = {
@@ -116,7 +117,7 @@ def updating(capability: tiles.Capability) -> Any:
 
 
 def report(
-    name: str, capability: tiles.Capability, began: float, kernel: Any, **more: bool
+    name: str, capability: launch_config.Capability, began: float, kernel: Any, **more: bool
 ) -> None:
     """Print what the compiler says of one kernel."""
     ptx = kernel.asm["ptx"]
@@ -138,16 +139,16 @@ def report(
 
 def main(chosen: list[str]) -> None:
     """Compile for the chosen capabilities, `major.minor` each."""
-    for capability, table in tiles.TABLE.items():
+    for capability, table in launch_config.TABLE.items():
         if chosen and "{}.{}".format(*capability) not in chosen:
             continue
         for (size, width), tile in table.items():
-            if tile == tiles.TABLE.get(TWINS.get(capability), {}).get((size, width)):
+            if tile == launch_config.TABLE.get(TWINS.get(capability), {}).get((size, width)):
                 continue
             began = time.perf_counter()
             kernel = assignment(capability, size, width, tile)
             name = f"assign {TYPES[size]} {width or 'any'}"
-            twin = any(tiles.TABLE[c].get((size, width)) == tile for c in TWINS)
+            twin = any(launch_config.TABLE[c].get((size, width)) == tile for c in TWINS)
             report(name, capability, began, kernel, shared_with_twin=twin)
         began = time.perf_counter()
         report("update", capability, began, updating(capability))

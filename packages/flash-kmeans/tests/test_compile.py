@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from flash_kmeans import tiles
+from flash_kmeans.triton import launch_config
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-def twin_of(capability: tiles.Capability) -> dict[tuple[int, int], tiles.Tile]:
+def twin_of(capability: launch_config.Capability) -> dict[tuple[int, int], launch_config.Tile]:
     """Return the table whose rows are compiled for another capability of the same kind."""
     twins = {(8, 6): (8, 0), (8, 9): (8, 6)}
-    return tiles.TABLE[twins[capability]] if capability in twins else {}
+    return launch_config.TABLE[twins[capability]] if capability in twins else {}
 
 
-@pytest.mark.parametrize("capability", tiles.TABLE, ids=lambda c: f"{c[0]}.{c[1]}")
-def test_every_row_fits_shared_memory(capability: tiles.Capability, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", launch_config.TABLE, ids=lambda c: f"{c[0]}.{c[1]}")
+def test_every_row_fits_shared_memory(capability: launch_config.Capability, tmp_path: Path) -> None:
     pytest.importorskip("triton", minversion="3.6", reason="descriptors are spelled as in 3.6")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "{}.{}".format(*capability)],
@@ -33,22 +33,24 @@ def test_every_row_fits_shared_memory(capability: tiles.Capability, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    own = [t for key, t in tiles.TABLE[capability].items() if t != twin_of(capability).get(key)]
+    own = [
+        t for key, t in launch_config.TABLE[capability].items() if t != twin_of(capability).get(key)
+    ]
     # One more sums clusters; Hopper has a kernel of its own besides.
     assert len(rows) == len(own) + 1 + (capability == (9, 0))
     for row in rows:
-        assert row["shared"] <= tiles.SHARED_MEMORY[capability], row
+        assert row["shared"] <= launch_config.SHARED_MEMORY[capability], row
         if capability == (8, 0) and row.get("shared_with_twin"):
-            assert row["shared"] <= tiles.SHARED_MEMORY[8, 6], row
+            assert row["shared"] <= launch_config.SHARED_MEMORY[8, 6], row
     assigns = [row for row in rows if row["kernel"].startswith("assign")]
     assert all((row["bulk"] > 0) == (capability >= (9, 0)) for row in assigns), assigns
     assert all((row["wgmma"] > 0) == (capability == (9, 0)) for row in assigns), assigns
 
 
 def test_unknown_capabilities_take_the_nearest_lower_row() -> None:
-    assert tiles.table_for((8, 7)) is tiles.TABLE[8, 6]
-    assert tiles.table_for((11, 0)) is tiles.TABLE[10, 0]
-    assert tiles.table_for((13, 0)) is tiles.TABLE[12, 0]
+    assert launch_config.table_for((8, 7)) is launch_config.TABLE[8, 6]
+    assert launch_config.table_for((11, 0)) is launch_config.TABLE[10, 0]
+    assert launch_config.table_for((13, 0)) is launch_config.TABLE[12, 0]
 
 
 @pytest.mark.parametrize(
@@ -65,5 +67,5 @@ def test_unknown_capabilities_take_the_nearest_lower_row() -> None:
 def test_tiles_follow_the_problem(
     dim: int, clusters: int, points: int, expected: tuple[int, int, int]
 ) -> None:
-    tile = tiles.choose((9, 0), 2, dim, clusters, points)
+    tile = launch_config.tile_for((9, 0), 2, dim, clusters, points)
     assert (tile.block_n, tile.block_k, tile.block_d) == expected

@@ -3,7 +3,7 @@
 from .distributed import kmeans_distributed
 from .errors import UnsupportedError
 from .estimator import KMeans
-from .lloyd import assign, kmeans, update
+from .kmeans import assign, kmeans, update
 from .result import KMeansResult, Update
 from .streaming import StreamResult, kmeans_stream
 

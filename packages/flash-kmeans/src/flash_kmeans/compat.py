@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import Metric
-from .lloyd import assign, kmeans
+from .kmeans import assign, kmeans
 
 Labelled = tuple[Tensor, Tensor, int]
 

@@ -20,7 +20,7 @@ from ._validation import (
     random_state,
 )
 from .checks import Backend, Empty, Metric
-from .lloyd import assign, kmeans
+from .kmeans import assign, kmeans
 from .result import KMeansResult
 
 

@@ -27,7 +27,7 @@ _LIBRARY.define(
 def _tier(name: str) -> ModuleType:
     if name == "reference":
         return reference
-    from ._kernels import launch
+    from .triton import launch
 
     return launch
 

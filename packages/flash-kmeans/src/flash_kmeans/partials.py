@@ -62,7 +62,7 @@ class Partials:
         given = None if weight is None else weight[None]
         scaled = ops.point_weights(batch, metric, given)
         if tier == "triton":
-            from ._kernels import launch
+            from .triton import launch
 
             sums, totals, sizes = launch.accumulate(batch, names, means, metric, scaled)
         else:

@@ -70,6 +70,7 @@ def assign_kernel(
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Write the label of each point of one tile: the highest `x.direction * scale + bias`."""
     program = tl.program_id(0)
     b = program // n_tiles
     rows = (program % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -166,6 +166,7 @@ def assign_kernel(
     points, directions, bias, labels, N, n_tiles, k_tiles, total, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
+    """Write the label of each point: a producer warp and two consumer warpgroups, persistent."""
     x_tiles = gl.allocate_shared_memory(points.dtype, [2 * GROUPS, BLOCK_N, D], points.layout)
     c_tiles = gl.allocate_shared_memory(directions.dtype, [STAGES, BLOCK_K, D], directions.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -36,6 +36,7 @@ def segment_sums_kernel(
     WEIGHTED: tl.constexpr,
     WITH_COST: tl.constexpr,
 ):
+    """Sum one span of sorted points, cluster by cluster, and their squared distances."""
     program = tl.program_id(0).to(tl.int64)
     b = program // spans
     begin = (program % spans).to(tl.int32) * SPAN

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import reference, seeding, tiles
+from .. import reference, seeding
 from . import assign as assigning
+from . import launch_config
 from . import order as ordering
 from . import update as updating
 
@@ -42,7 +43,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _padded(
-    centroids: Tensor, metric: str, tile: tiles.Tile
+    centroids: Tensor, metric: str, tile: launch_config.Tile
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Return zero-padded directions, their scales and biases, steps over K and over D."""
     batch, n_clusters, dim = centroids.shape
@@ -78,7 +79,7 @@ def assign(
         return _assign_hopper(x, centroids, metric)
     batch, n_points, dim = x.shape
     chip = capability(x)
-    tile = tiles.choose(chip, x.element_size(), dim, centroids.shape[1], n_points)
+    tile = launch_config.tile_for(chip, x.element_size(), dim, centroids.shape[1], n_points)
     directions, scale, bias, k_tiles, d_tiles = _padded(centroids, metric, tile)
     described = TensorDescriptor is not None and chip >= _FIRST_DESCRIBED
     source: Any = directions
@@ -134,7 +135,9 @@ def _assign_hopper(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     kernel = _hopper()
     batch, n_points, dim = x.shape
     block_n, block_k = kernel.BLOCK_N, kernel.BLOCK_K
-    tile = tiles.Tile(block_n=block_n, block_k=block_k, block_d=dim, warps=4, stages=kernel.STAGES)
+    tile = launch_config.Tile(
+        block_n=block_n, block_k=block_k, block_d=dim, warps=4, stages=kernel.STAGES
+    )
     directions, _, bias, k_tiles, _ = _padded(centroids, metric, tile)
     dtype = kernel.gl.float16 if x.dtype == torch.float16 else kernel.gl.bfloat16
     rows = x.as_strided((batch * n_points, dim), (x.stride(1), 1))
@@ -157,10 +160,10 @@ def _assign_hopper(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
 def _sort(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the stable order by label, sizes, and the first position of each cluster."""
     batch, n_points = labels.shape
-    chunk = min(_CHUNK, tiles.next_power(n_points, 16))
+    chunk = min(_CHUNK, launch_config.next_power(n_points, 16))
     chunks = triton.cdiv(n_points, chunk)
     starts = labels.new_empty(batch, n_clusters + 1)
-    wide = min(1024, tiles.next_power(n_clusters, 16))
+    wide = min(1024, launch_config.next_power(n_clusters, 16))
     if batch * chunks * n_clusters > _MOST_COUNTERS or n_clusters * chunk > 2**31 - 2 * chunk:
         order, sizes = reference.sort_by_label(labels, n_clusters)
         ordering.starts_kernel[(batch,)](sizes, starts, n_clusters, BLOCK_K=wide)
@@ -201,7 +204,7 @@ def _finish(
     n_clusters = previous.shape[1]
     order, sizes, starts = _sort(labels, n_clusters)
     spans = triton.cdiv(n_points, _SPAN)
-    block_d = min(256, tiles.next_power(dim))
+    block_d = min(256, launch_config.next_power(dim))
     block_n = max(1, min(64, 4096 // (block_d * x.element_size())))
     d_blocks = triton.cdiv(dim, block_d)
     floats = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -224,7 +227,7 @@ def _finish(
     raw_sums = floats(batch, n_clusters, dim) if raw else empty
     raw_totals = floats(batch, n_clusters) if raw else empty
     changes = floats(batch, n_clusters) if cost else empty
-    width = tiles.next_power(dim)
+    width = launch_config.next_power(dim)
     updating.finish_kernel[(batch * n_clusters,)](
         starts, previous, sums, totals, pieces, piece_totals,
         centroids, raw_sums, raw_totals, changes, n_clusters, spans,

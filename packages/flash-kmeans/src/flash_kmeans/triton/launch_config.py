@@ -90,7 +90,9 @@ def table_for(capability: Capability) -> dict[tuple[int, int], Tile]:
     return TABLE[max((known for known in TABLE if known <= capability), default=(8, 0))]
 
 
-def choose(capability: Capability, itemsize: int, dim: int, n_clusters: int, n_points: int) -> Tile:
+def tile_for(
+    capability: Capability, itemsize: int, dim: int, n_clusters: int, n_points: int
+) -> Tile:
     """Return the launch parameters for one batch's points, features and centroids."""
     table = table_for(capability)
     widths = [width for size, width in table if size == itemsize and width >= dim]
