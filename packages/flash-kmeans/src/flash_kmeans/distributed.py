@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backend as tiers
-from . import checks, ops, reference, seeding
+from . import checks, common, ops, seeding
 from .checks import Backend, Metric
 from .partials import Partials
 from .result import KMeansResult
@@ -79,8 +79,8 @@ def kmeans_distributed(
         rounds += 1
         if limit is not None:
             settled = bool((current.double() - last.double()).square().sum() <= limit)
-    order, _ = reference.sort_by_label(labels[None], n_clusters)
-    inertia = cost.to(reference.compute_dtype(points))
+    order, _ = common.sort_by_label(labels[None], n_clusters)
+    inertia = cost.to(common.compute_dtype(points))
     return KMeansResult(labels, current, total.counts.to(torch.int32), inertia, rounds, order[0])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import reference
+from . import common
 from ._validation import (
     ConvergenceWarning,
     NotFittedError,
@@ -119,7 +119,7 @@ class KMeans:
         best = self._best_of(points, weight)
         labels = assign(points, best.centroids, metric=self.metric, backend=self.backend)
         batch = (points[None], best.centroids[None], labels[None], self.metric)
-        inertia = reference.inertia(*batch, None if weight is None else weight[None])
+        inertia = common.inertia(*batch, None if weight is None else weight[None])
         distinct = int(labels.unique().numel())
         if distinct < self.n_clusters:
             warnings.warn(
@@ -177,11 +177,11 @@ class KMeans:
         Euclidean distances; `1 - cos` for "cosine"; minus the inner product for "dot".
         """
         points, centers = self._fitted(X)
-        wide = points.to(reference.compute_dtype(points)), centers.to(points.device)
+        wide = points.to(common.compute_dtype(points)), centers.to(points.device)
         if self.metric == "euclidean":
             out = torch.cdist(wide[0], wide[1].to(wide[0].dtype))
         else:
-            directions, _ = reference.scoring(wide[1][None], self.metric, wide[0].dtype)
+            directions, _ = common.scoring(wide[1][None], self.metric, wide[0].dtype)
             rows = wide[0]
             if self.metric == "cosine":
                 rows = torch.nn.functional.normalize(rows, dim=-1)
@@ -194,7 +194,7 @@ class KMeans:
         weight = as_weights(sample_weight, points)
         labels = assign(points, centers, metric=self.metric, backend=self.backend)
         batch = (points[None], centers[None], labels[None], self.metric)
-        return -float(reference.inertia(*batch, None if weight is None else weight[None])[0])
+        return -float(common.inertia(*batch, None if weight is None else weight[None])[0])
 
     def _fitted(self, X: Any) -> tuple[Tensor, Tensor]:
         if not hasattr(self, "cluster_centers_"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend as tiers
-from . import checks, ops, reference, seeding
+from . import checks, common, ops, seeding
 from .checks import Backend, Empty, Metric
 from .result import KMeansResult, Update
 
@@ -211,16 +211,16 @@ def _until_settled(
     tf32: bool,
 ) -> tuple[tuple[Tensor, ...], int]:
     checks.finite(x)
-    limit = tol * reference.mean_variance(x)
+    limit = tol * common.mean_variance(x)
     current, rounds, settled = start, 0, False
     while rounds < max_iter and not settled:
         last = current
         labels = ops.assign(x, current, metric, tier, tf32)
         if empty == "farthest":
-            labels = seeding.relabel_farthest(x, labels, current, metric)
+            labels = common.relabel_farthest(x, labels, current, metric)
         current, sizes, order = ops.update(x, labels, current, weight, metric, tier)
         moved = (current.to(limit.dtype) - last.to(limit.dtype)).square().sum((1, 2))
         settled = bool((moved <= limit).all())
         rounds += 1
-    cost = reference.inertia(x, current, labels, metric, weight)
+    cost = common.inertia(x, current, labels, metric, weight)
     return (labels, current, sizes, order, cost), rounds

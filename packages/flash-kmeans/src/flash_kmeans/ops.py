@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, common, reference
 
 _LIBRARY = torch.library.Library("flash_kmeans", "DEF")
 _LIBRARY.define("assign(Tensor x, Tensor centroids, str metric, str tier, bool tf32) -> Tensor")
@@ -38,18 +38,17 @@ def _assign(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) ->
     return _tier(tier).assign(x, centroids, metric, tf32=tf32)  # type: ignore[no-any-return]
 
 
-def point_weights(x: Tensor, metric: str, weight: Tensor | None) -> Tensor | None:
-    """Fold what the metric needs into weights: "cosine" sums points scaled to unit length."""
-    if metric != "cosine":
-        return weight
-    scale = reference.inverse_norms(x)
-    return scale if weight is None else scale * weight
+def accumulate(
+    x: Tensor, labels: Tensor, previous: Tensor, metric: str, scaled: Tensor | None, tier: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
+    return _tier(tier).accumulate(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
 
 
 def _update(
     x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, tier: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _tier(tier).update(x, labels, previous, metric, point_weights(x, metric, weight))  # type: ignore[no-any-return]
+    return _tier(tier).update(x, labels, previous, metric, common.point_weights(x, metric, weight))  # type: ignore[no-any-return]
 
 
 def _lloyd(
@@ -64,7 +63,7 @@ def _lloyd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.device.type == "cpu":
         checks.finite(x)
-    scaled = point_weights(x, metric, weight)
+    scaled = common.point_weights(x, metric, weight)
     if tier == "reference":
         return reference.lloyd(x, centroids, weight, scaled, metric, empty, rounds)  # type: ignore[arg-type]
     return _tier(tier).lloyd(x, centroids, weight, scaled, metric, empty, rounds, tf32)  # type: ignore[no-any-return]
@@ -93,7 +92,7 @@ def _lloyd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     labels = _assign_fake(x, centroids, metric, tier, tf32)
     means, sizes, order = _update_fake(x, labels, centroids, weight, metric, tier)
-    return labels, means, sizes, order, x.new_empty(x.shape[0], dtype=reference.compute_dtype(x))
+    return labels, means, sizes, order, x.new_empty(x.shape[0], dtype=common.compute_dtype(x))
 
 
 for _name, _run, _fake in (

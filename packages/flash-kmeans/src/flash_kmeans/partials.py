@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import common, ops
 from .checks import Metric
 
 
@@ -60,27 +60,20 @@ class Partials:
         """Add points `[N, D]` with `labels` `[N]` under `centroids` `[K, D]`."""
         batch, names, means = x[None], labels[None], centroids[None]
         given = None if weight is None else weight[None]
-        scaled = ops.point_weights(batch, metric, given)
-        if tier == "triton":
-            from .triton import launch
-
-            sums, totals, sizes = launch.accumulate(batch, names, means, metric, scaled)
-        else:
-            order, sizes = reference.sort_by_label(names, means.shape[1])
-            sums = reference.cluster_sums(batch, order, sizes, scaled)
-            totals = reference.cluster_weights(order, sizes, scaled, sums.dtype)
+        scaled = common.point_weights(batch, metric, given)
+        sums, totals, sizes = ops.accumulate(batch, names, means, metric, scaled, tier)
         self.sums += sums[0]
         self.totals += totals[0]
         self.counts += sizes[0]
         if metric == "euclidean":
-            costs = reference.point_costs(batch, means, names, metric)
+            costs = common.point_costs(batch, means, names, metric)
             self.cost += (costs if given is None else costs * given).sum(dtype=torch.float64)
         else:
             self.cost += x.shape[0] if given is None else given.sum(dtype=torch.float64)
 
     def finish(self, previous: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         """Return centroids in the dtype of `previous` and the objective over them, fp64 `[]`."""
-        new = reference.finalize(self.sums[None], self.totals[None], previous[None], metric)[0]
+        new = common.finalize(self.sums[None], self.totals[None], previous[None], metric)[0]
         c, before = new.double(), previous.double()
         if metric == "euclidean":
             step = c - before

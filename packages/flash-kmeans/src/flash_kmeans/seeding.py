@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import common
 from .checks import Metric
 
 
@@ -53,38 +53,17 @@ def plus_plus(
     chosen = torch.empty(batch, n_clusters, dim, dtype=x.dtype, device=x.device)
     none = torch.zeros(batch, n_points, dtype=torch.int32, device=x.device)
     taken = torch.zeros(batch, n_points, dtype=torch.bool, device=x.device)
-    mass = torch.ones(batch, n_points, dtype=reference.compute_dtype(x), device=x.device)
+    mass = torch.ones(batch, n_points, dtype=common.compute_dtype(x), device=x.device)
     nearest = torch.full_like(mass, torch.inf)
     for k in range(n_clusters):
         odds = mass if weight is None else mass * weight
         picked = _draw(odds, taken, generator)
         taken.scatter_(1, picked, True)
         chosen[:, k : k + 1] = _rows(x, picked)
-        costs = reference.point_costs(x, chosen[:, k : k + 1], none, seeding)
+        costs = common.point_costs(x, chosen[:, k : k + 1], none, seeding)
         nearest = torch.minimum(nearest, costs.clamp_min_(0))
         mass = nearest
     return chosen
-
-
-def relabel_farthest(x: Tensor, labels: Tensor, centroids: Tensor, metric: Metric) -> Tensor:
-    """Give each empty cluster one point: those that lie farthest from their own centroids.
-
-    Points that are alone in their cluster stay. Returns new labels; nothing synchronises.
-    """
-    n_clusters = centroids.shape[1]
-    index = labels.long()
-    sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
-    sizes.scatter_add_(1, index, torch.ones_like(index))
-    costs = reference.point_costs(x, centroids, labels, metric)
-    costs = costs.masked_fill(sizes.gather(1, index) <= 1, -torch.inf)
-    best = costs.topk(n_clusters, dim=1)
-    empty = sizes == 0
-    # The empty clusters first, in ascending order; the j-th of them takes the j-th farthest point.
-    homes = torch.sort(empty.to(torch.int32), dim=1, descending=True, stable=True).indices
-    rank = torch.arange(n_clusters, device=x.device).expand_as(homes)
-    moves = (rank < empty.sum(1, keepdim=True)) & torch.isfinite(best.values)
-    target = torch.where(moves, homes, index.gather(1, best.indices))
-    return index.scatter(1, best.indices, target).to(torch.int32)
 
 
 def _exponential(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import reference, seeding
+from .. import common
 from . import assign as assigning
 from . import launch_config
 from . import order as ordering
@@ -50,7 +50,7 @@ def _padded(
     k_tiles, d_tiles = triton.cdiv(n_clusters, tile.block_k), triton.cdiv(dim, tile.block_d)
     rows, width = k_tiles * tile.block_k, d_tiles * tile.block_d
     if centroids.dtype == torch.float32:
-        directions, bias = reference.scoring(centroids, metric, torch.float32)  # type: ignore[arg-type]
+        directions, bias = common.scoring(centroids, metric, torch.float32)  # type: ignore[arg-type]
         directions = F.pad(directions, (0, width - dim, 0, rows - n_clusters))
         bias = F.pad(bias, (0, rows - n_clusters), value=-torch.inf)
         return directions.contiguous(), bias, bias.contiguous(), k_tiles, d_tiles
@@ -165,7 +165,7 @@ def _sort(labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     starts = labels.new_empty(batch, n_clusters + 1)
     wide = min(1024, launch_config.next_power(n_clusters, 16))
     if batch * chunks * n_clusters > _MOST_COUNTERS or n_clusters * chunk > 2**31 - 2 * chunk:
-        order, sizes = reference.sort_by_label(labels, n_clusters)
+        order, sizes = common.sort_by_label(labels, n_clusters)
         ordering.starts_kernel[(batch,)](sizes, starts, n_clusters, BLOCK_K=wide)
         return order, sizes, starts
     keys = labels.new_empty(batch * chunks, chunk)
@@ -272,7 +272,7 @@ def lloyd(
     for i in range(rounds):
         labels = assign(x, current, metric, tf32=tf32)
         if empty == "farthest":
-            labels = seeding.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
+            labels = common.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
         current, sizes, order, costs, changes = _finish(
             x, labels, current, metric, scaled, cost=i == rounds - 1, raw=False
         )
