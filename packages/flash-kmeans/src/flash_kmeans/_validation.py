@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import POINT_DTYPES, finite
-
-if TYPE_CHECKING:
-    from .estimator import KMeans
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -25,7 +22,7 @@ class ConvergenceWarning(UserWarning):
     """Warn that a clustering is not what was asked for."""
 
 
-def kindred(own: type) -> Any:
+def sklearn_class(own: type) -> Any:
     """Return scikit-learn's exception of that name where it is installed, else our own.
 
     It is looked up when needed: importing scikit-learn takes longer than importing this package.
@@ -35,8 +32,14 @@ def kindred(own: type) -> Any:
     return getattr(importlib.import_module("sklearn.exceptions"), own.__name__)
 
 
-def as_points(estimator: KMeans, X: Any, *, fitting: bool) -> Tensor:
-    """Return `[N, D]` floating-point points on the estimator's device, and check their width.
+def as_points(X: Any, *, name: str, width: int | None, device: str | torch.device | None) -> Tensor:
+    """Return `[N, D]` floating-point points on `device` (where they are, if it is None).
+
+    Args:
+        X: what a user passed as points.
+        name: of the estimator, for messages.
+        width: of the points that it was fitted on, or None while it is being fitted.
+        device: where the estimator computes.
 
     Raises:
         TypeError: if the points are sparse or not numbers.
@@ -50,24 +53,20 @@ def as_points(estimator: KMeans, X: Any, *, fitting: bool) -> Tensor:
             "array.reshape(-1, 1) if your data has a single feature or array.reshape(1, -1) if it "
             "contains a single sample."
         )
-    rows, width = points.shape
-    if rows == 0 or width == 0:
+    rows, features = points.shape
+    if rows == 0 or features == 0:
         what = "sample" if rows == 0 else "feature"
         raise ValueError(
             f"Found array with 0 {what}(s) (shape={tuple(points.shape)}) while a minimum of 1 is "
-            f"required by {type(estimator).__name__}."
+            f"required by {name}."
         )
-    name = type(estimator).__name__
-    if fitting:
-        estimator.n_features_in_ = width
-    elif width != estimator.n_features_in_:
+    if width is not None and features != width:
         raise ValueError(
-            f"X has {width} features, but {name} is expecting {estimator.n_features_in_} features "
-            "as input"
+            f"X has {features} features, but {name} is expecting {width} features as input"
         )
     if points.dtype not in POINT_DTYPES:
         points = points.to(torch.float64)
-    points = points.to(estimator.device) if estimator.device is not None else points
+    points = points.to(device) if device is not None else points
     try:
         finite(points)
     except ValueError:
@@ -132,6 +131,6 @@ __all__ = [
     "NotFittedError",
     "as_points",
     "as_weights",
-    "kindred",
+    "sklearn_class",
     "random_state",
 ]

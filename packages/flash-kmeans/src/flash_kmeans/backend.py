@@ -1,4 +1,4 @@
-"""Which tier runs a request: plain torch everywhere, Triton where it can."""
+"""Which backend runs a request: plain torch everywhere, Triton where it can."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from .checks import Backend
 from .errors import UnsupportedError
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -20,7 +21,7 @@ def interpreting() -> bool:
 
 
 def triton_obstacle(x: Tensor) -> str | None:
-    """Say why the Triton tier cannot take these points, or return None if it can."""
+    """Return why the Triton backend cannot take these points, or None if it can."""
     if not _HAS_TRITON:
         return "the triton package is not installed"
     if x.dtype == torch.float64:
@@ -35,7 +36,7 @@ def triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def choose(x: Tensor, backend: str) -> str:
+def select_backend(x: Tensor, backend: Backend) -> Backend:
     """Return "triton" or "reference"; an explicit request that cannot run is an error.
 
     Raises:

@@ -95,7 +95,7 @@ class FlashKMeans:
         k: clusters K.
         niter: rounds; an upper bound when `tol > 0`.
         tol: relative, see `flash_kmeans.kmeans`.
-        use_triton: False asks for the reference tier.
+        use_triton: False asks for the reference backend.
         seed: of this object's own generator.
         verbose: ignored.
         dtype: points are converted to it, if given.

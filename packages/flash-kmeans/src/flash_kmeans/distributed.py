@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backend as tiers
 from . import checks, common, ops, seeding
+from .backend import select_backend
 from .checks import Backend, Metric
 from .partials import Partials
 from .result import KMeansResult
@@ -63,15 +63,15 @@ def kmeans_distributed(
     weight = checks.weights_like(sample_weight, points[None])
     counts = _counts(points, group)
     checks.cluster_count(n_clusters, sum(counts))
-    tier = tiers.choose(points, backend)
+    backend = select_backend(points, backend)
     current = _start(points, n_clusters, init, generator, weight, counts, group)
     limit = tol * _mean_variance(points, sum(counts), group) if tol > 0 else None
     rounds, settled = 0, False
     while rounds < max_iter and not settled:
         last = current
-        labels = ops.assign(points[None], last[None], metric, tier, False)[0]
+        labels = ops.assign(points[None], last[None], metric, backend, False)[0]
         total = Partials.zeros(n_clusters, points.shape[1], points.device)
-        total.add(points, labels, last, metric, None if weight is None else weight[0], tier)
+        total.add(points, labels, last, metric, None if weight is None else weight[0], backend)
         vector = total.packed()
         dist.all_reduce(vector, group=group)
         total.unpack(vector)

@@ -16,8 +16,8 @@ from ._validation import (
     NotFittedError,
     as_points,
     as_weights,
-    kindred,
     random_state,
+    sklearn_class,
 )
 from .checks import Backend, Empty, Metric
 from .kmeans import assign, kmeans
@@ -108,7 +108,8 @@ class KMeans:
         Raises:
             ValueError: if the points are not finite, two-dimensional and at least K.
         """
-        points = as_points(self, X, fitting=True)
+        points = self._points(X, width=None)
+        self.n_features_in_ = points.shape[1]
         if points.shape[0] < self.n_clusters:
             raise ValueError(
                 f"n_samples={points.shape[0]} should be >= n_clusters={self.n_clusters}"
@@ -125,7 +126,7 @@ class KMeans:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
                 f"({self.n_clusters}). Possibly due to duplicate points in X.",
-                kindred(ConvergenceWarning),
+                sklearn_class(ConvergenceWarning),
                 stacklevel=2,
             )
         self.cluster_centers_ = self._like(best.centroids, X)
@@ -196,13 +197,16 @@ class KMeans:
         batch = (points[None], centers[None], labels[None], self.metric)
         return -float(common.inertia(*batch, None if weight is None else weight[None])[0])
 
+    def _points(self, X: Any, width: int | None) -> Tensor:
+        return as_points(X, name=type(self).__name__, width=width, device=self.device)
+
     def _fitted(self, X: Any) -> tuple[Tensor, Tensor]:
         if not hasattr(self, "cluster_centers_"):
-            raise kindred(NotFittedError)(
+            raise sklearn_class(NotFittedError)(
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with "
                 "appropriate arguments before using this estimator."
             )
-        points = as_points(self, X, fitting=False)
+        points = self._points(X, width=self.n_features_in_)
         centers = torch.as_tensor(self.cluster_centers_)
         return points.to(centers.dtype), centers.to(points.device)
 
@@ -231,7 +235,9 @@ class KMeans:
     def get_feature_names_out(self, input_features: Any = None) -> Any:
         """Return names for the columns of `transform`: `kmeans0`, `kmeans1`, ..."""
         if not hasattr(self, "cluster_centers_"):
-            raise kindred(NotFittedError)(f"This {type(self).__name__} instance is not fitted yet.")
+            raise sklearn_class(NotFittedError)(
+                f"This {type(self).__name__} instance is not fitted yet."
+            )
         prefix = type(self).__name__.lower()
         return np.asarray([f"{prefix}{k}" for k in range(self.n_clusters)], dtype=object)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend as tiers
 from . import checks, common, ops, seeding
+from .backend import select_backend
 from .checks import Backend, Empty, Metric
 from .result import KMeansResult, Update
 
@@ -41,7 +41,7 @@ def kmeans(
     the call can be captured in a CUDA graph and stays one operator under `torch.compile`.
 
     Args:
-        x: `[N, D]` or `[B, N, D]`, fp16, bf16 or fp32 (fp64 on the reference tier), any strides.
+        x: `[N, D]` or `[B, N, D]`, fp16, bf16 or fp32 (fp64 on the reference backend), any strides.
         n_clusters: K, between 1 and N.
         metric: "euclidean", "cosine" or "dot".
         init: "random" (distinct points, uniformly), "k-means++", or a tensor `[B, K, D]` of
@@ -54,10 +54,10 @@ def kmeans(
         sample_weight: non-negative weights `[N]` or `[B, N]`.
         empty: "keep" leaves a cluster without points where it is; "farthest" moves into it the
             point that lies farthest from its own centroid.
-        deterministic: ask for bit-equal results from run to run. Every tier computes that way
+        deterministic: ask for bit-equal results from run to run. Every backend computes that way
             (no floating-point atomics), so this is a promise kept either way.
         backend: "auto", "reference" (plain torch, any device) or "triton".
-        allow_tf32: let the Triton tier compare fp32 points in TF32 (three decimal digits).
+        allow_tf32: let the Triton backend compare fp32 points in TF32 (three decimal digits).
 
     Returns:
         KMeansResult; `labels`, `centroids`, `sizes`, `inertia` and `order` belong together.
@@ -75,15 +75,15 @@ def kmeans(
     checks.cluster_count(n_clusters, points.shape[1])
     _check_options(metric, empty, backend, max_iter, tol)
     weight = checks.weights_like(sample_weight, points)
-    tier = tiers.choose(points, backend)
+    backend = select_backend(points, backend)
     start = _start(points, n_clusters, metric, init, generator, weight)
     if tol > 0:
         fields, rounds = _until_settled(
-            points, start, weight, metric, empty, max_iter, tol, tier, allow_tf32
+            points, start, weight, metric, empty, max_iter, tol, backend, allow_tf32
         )
     else:
         fields, rounds = (
-            ops.lloyd(points, start, weight, metric, empty, max_iter, tier, allow_tf32),
+            ops.lloyd(points, start, weight, metric, empty, max_iter, backend, allow_tf32),
             max_iter,
         )
     if x.dim() == 2:
@@ -109,7 +109,7 @@ def assign(
         centroids: `[K, D]` or `[B, K, D]`, converted to the dtype of `x`.
         metric: "euclidean", "cosine" or "dot".
         backend: "auto", "reference" or "triton".
-        allow_tf32: let the Triton tier compare fp32 points in TF32.
+        allow_tf32: let the Triton backend compare fp32 points in TF32.
 
     Returns:
         int32 `[N]` or `[B, N]`.
@@ -123,8 +123,8 @@ def assign(
     checks.choice("metric", metric, Metric)
     checks.choice("backend", backend, Backend)
     means = checks.centroids_like(centroids, points, None, "centroids")
-    tier = tiers.choose(points, backend)
-    labels: Tensor = ops.assign(points, means, metric, tier, allow_tf32)
+    backend = select_backend(points, backend)
+    labels: Tensor = ops.assign(points, means, metric, backend, allow_tf32)
     return labels[0] if x.dim() == 2 else labels
 
 
@@ -167,8 +167,8 @@ def update(
     names = checks.labels_like(labels, points)
     before = checks.centroids_like(previous, points, n_clusters, "previous")
     weight = checks.weights_like(sample_weight, points)
-    tier = tiers.choose(points, backend)
-    fields = ops.update(points, names, before, weight, metric, tier)
+    backend = select_backend(points, backend)
+    fields = ops.update(points, names, before, weight, metric, backend)
     return Update(*(f[0] for f in fields)) if x.dim() == 2 else Update(*fields)
 
 
@@ -207,7 +207,7 @@ def _until_settled(
     empty: Empty,
     max_iter: int,
     tol: float,
-    tier: str,
+    backend: Backend,
     tf32: bool,
 ) -> tuple[tuple[Tensor, ...], int]:
     checks.finite(x)
@@ -215,10 +215,10 @@ def _until_settled(
     current, rounds, settled = start, 0, False
     while rounds < max_iter and not settled:
         last = current
-        labels = ops.assign(x, current, metric, tier, tf32)
+        labels = ops.assign(x, current, metric, backend, tf32)
         if empty == "farthest":
             labels = common.relabel_farthest(x, labels, current, metric)
-        current, sizes, order = ops.update(x, labels, current, weight, metric, tier)
+        current, sizes, order = ops.update(x, labels, current, weight, metric, backend)
         moved = (current.to(limit.dtype) - last.to(limit.dtype)).square().sum((1, 2))
         settled = bool((moved <= limit).all())
         rounds += 1

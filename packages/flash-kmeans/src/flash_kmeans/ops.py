@@ -1,6 +1,6 @@
 """Operators registered with torch, so that `torch.compile` and CUDA graphs see whole calls.
 
-Each operator dispatches on a tier's name. The fakes describe outputs without touching data.
+Each operator dispatches on a backend's name. The fakes describe outputs without touching data.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 from . import checks, common, reference
 
 _LIBRARY = torch.library.Library("flash_kmeans", "DEF")
-_LIBRARY.define("assign(Tensor x, Tensor centroids, str metric, str tier, bool tf32) -> Tensor")
+_LIBRARY.define("assign(Tensor x, Tensor centroids, str metric, str backend, bool tf32) -> Tensor")
 _LIBRARY.define(
-    "update(Tensor x, Tensor labels, Tensor previous, Tensor? weight, str metric, str tier)"
+    "update(Tensor x, Tensor labels, Tensor previous, Tensor? weight, str metric, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "lloyd(Tensor x, Tensor centroids, Tensor? weight, str metric, str empty, int rounds,"
-    " str tier, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " str backend, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _tier(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
     if name == "reference":
         return reference
     from .triton import launch
@@ -32,23 +32,24 @@ def _tier(name: str) -> ModuleType:
     return launch
 
 
-def _assign(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) -> Tensor:
-    if tier == "reference":
+def _assign(x: Tensor, centroids: Tensor, metric: str, backend: str, tf32: bool) -> Tensor:
+    if backend == "reference":
         return reference.assign(x, centroids, metric)  # type: ignore[arg-type]
-    return _tier(tier).assign(x, centroids, metric, tf32=tf32)  # type: ignore[no-any-return]
+    return _module(backend).assign(x, centroids, metric, tf32=tf32)  # type: ignore[no-any-return]
 
 
 def accumulate(
-    x: Tensor, labels: Tensor, previous: Tensor, metric: str, scaled: Tensor | None, tier: str
+    x: Tensor, labels: Tensor, previous: Tensor, metric: str, scaled: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
-    return _tier(tier).accumulate(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
+    return _module(backend).accumulate(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
 
 
 def _update(
-    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, tier: str
+    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _tier(tier).update(x, labels, previous, metric, common.point_weights(x, metric, weight))  # type: ignore[no-any-return]
+    scaled = common.point_weights(x, metric, weight)
+    return _module(backend).update(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
 
 
 def _lloyd(
@@ -58,23 +59,23 @@ def _lloyd(
     metric: str,
     empty: str,
     rounds: int,
-    tier: str,
+    backend: str,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.device.type == "cpu":
         checks.finite(x)
     scaled = common.point_weights(x, metric, weight)
-    if tier == "reference":
+    if backend == "reference":
         return reference.lloyd(x, centroids, weight, scaled, metric, empty, rounds)  # type: ignore[arg-type]
-    return _tier(tier).lloyd(x, centroids, weight, scaled, metric, empty, rounds, tf32)  # type: ignore[no-any-return]
+    return _module(backend).lloyd(x, centroids, weight, scaled, metric, empty, rounds, tf32)  # type: ignore[no-any-return]
 
 
-def _assign_fake(x: Tensor, centroids: Tensor, metric: str, tier: str, tf32: bool) -> Tensor:
+def _assign_fake(x: Tensor, centroids: Tensor, metric: str, backend: str, tf32: bool) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int32)
 
 
 def _update_fake(
-    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, tier: str
+    x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = x.new_empty(previous.shape[:2], dtype=torch.int32)
     return x.new_empty(previous.shape), sizes, x.new_empty(x.shape[:2], dtype=torch.int32)
@@ -87,11 +88,11 @@ def _lloyd_fake(
     metric: str,
     empty: str,
     rounds: int,
-    tier: str,
+    backend: str,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    labels = _assign_fake(x, centroids, metric, tier, tf32)
-    means, sizes, order = _update_fake(x, labels, centroids, weight, metric, tier)
+    labels = _assign_fake(x, centroids, metric, backend, tf32)
+    means, sizes, order = _update_fake(x, labels, centroids, weight, metric, backend)
     return labels, means, sizes, order, x.new_empty(x.shape[0], dtype=common.compute_dtype(x))
 
 

@@ -55,13 +55,13 @@ class Partials:
         centroids: Tensor,
         metric: Metric,
         weight: Tensor | None,
-        tier: str,
+        backend: str,
     ) -> None:
         """Add points `[N, D]` with `labels` `[N]` under `centroids` `[K, D]`."""
         batch, names, means = x[None], labels[None], centroids[None]
         given = None if weight is None else weight[None]
         scaled = common.point_weights(batch, metric, given)
-        sums, totals, sizes = ops.accumulate(batch, names, means, metric, scaled, tier)
+        sums, totals, sizes = ops.accumulate(batch, names, means, metric, scaled, backend)
         self.sums += sums[0]
         self.totals += totals[0]
         self.counts += sizes[0]

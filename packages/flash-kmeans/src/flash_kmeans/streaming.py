@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backend as tiers
 from . import checks, ops, seeding
+from .backend import select_backend
 from .checks import Backend, Metric
 from .partials import Partials
 
@@ -96,7 +96,7 @@ def kmeans_stream(
     weight = checks.weights_like(sample_weight, host.unsqueeze(0))
     weights = None if weight is None else weight[0]
     current = _start(host, n_clusters, init, generator, weight).to(place)
-    tier = tiers.choose(current, backend)
+    backend = select_backend(current, backend)
     chunks = range(0, host.shape[0], chunk_rows)
     labels = torch.empty(host.shape[0], dtype=torch.int32, device=place)
     bar = _Bar(max_iter * len(chunks)) if progress else None
@@ -105,9 +105,9 @@ def kmeans_stream(
         total = Partials.zeros(n_clusters, host.shape[1], place)
         for start, x in _chunks(host, chunk_rows, place):
             rows = slice(start, start + x.shape[0])
-            labels[rows] = ops.assign(x[None], current[None], metric, tier, False)[0]
+            labels[rows] = ops.assign(x[None], current[None], metric, backend, False)[0]
             part = None if weights is None else weights[rows].to(place)
-            total.add(x, labels[rows], current, metric, part, tier)
+            total.add(x, labels[rows], current, metric, part, backend)
             if bar:
                 bar.step()
         last = current

@@ -1,4 +1,4 @@
-"""Launchers of the Triton tier: allocate, choose tiles, launch. Nothing here synchronises."""
+"""Launchers of the Triton backend: allocate, choose tiles, launch. Nothing here synchronises."""
 
 from __future__ import annotations
 
