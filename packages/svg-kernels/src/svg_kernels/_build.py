@@ -81,8 +81,6 @@ def compile_command(
     """Return the nvcc command that compiles one file for `architectures`."""
     command = [str(nvcc), "-c", str(source), "-o", str(target), "-std=c++17", "-O3"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
-    if source.suffix != ".cu":
-        return command
     for arch in architectures:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     if ptx and architectures[0].isdigit():
@@ -94,8 +92,8 @@ def compile_command(
 def cache_dir(source_dir: Path, architectures: Sequence[str]) -> Path:
     """Return where a library built here lives: one folder per state of the sources."""
     digest = hashlib.sha256(repr(tuple(architectures)).encode())
-    for file in sorted(source_dir.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(source_dir.rglob("*.*")):
+        digest.update(str(file.relative_to(source_dir)).encode() + b"\0" + file.read_bytes())
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "svg-kernels" / digest.hexdigest()[:16]
 
@@ -107,7 +105,7 @@ def build_once(source_dir: Path, architectures: Sequence[str], jobs: int = 2) ->
     process that dies while it builds leaves no half-written library.
 
     Args:
-        source_dir: folder with the `.cu` files and `exports.cc`.
+        source_dir: folder of the sources, whose `.cu` files lie in folders of their own.
         architectures: compute capabilities without the dot, oldest first.
         jobs: how many files to compile at once.
 
@@ -144,7 +142,7 @@ def build(
     """Build the library and its register report into `target_dir`; return the library.
 
     Args:
-        source_dir: folder with the `.cu` files and `exports.cc`.
+        source_dir: folder of the sources, whose `.cu` files lie in folders of their own.
         target_dir: folder to write to; the library appears there whole or not at all.
         architectures: compute capabilities without the dot, oldest first.
         jobs: how many files to compile at once.
@@ -157,14 +155,16 @@ def build(
     nvcc, headers = find_nvcc(), find_headers()
     if reason or nvcc is None or headers is None:
         raise RuntimeError(f"cannot build the kernels: {reason}")
-    files = [(path, architectures_of(path, architectures)) for path in source_dir.glob("*.cu")]
+    files = [(path, architectures_of(path, architectures)) for path in source_dir.rglob("*.cu")]
     files = sorted((path, archs) for path, archs in files if archs)
-    files.insert(0, (source_dir / "exports.cc", ()))  # the slowest first
     target_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target_dir) as scratch:
         objects = [Path(scratch) / f"{path.stem}.o" for path, _ in files]
         commands = [
-            [*compile_command(nvcc, path, out, archs, len(architectures) > 1), f"-I{headers}"]
+            [
+                *compile_command(nvcc, path, out, archs, len(architectures) > 1),
+                *(f"-I{source_dir}", f"-I{headers}"),
+            ]
             for (path, archs), out in zip(files, objects, strict=True)
         ]
         with ThreadPoolExecutor(jobs) as pool:

@@ -1,6 +1,6 @@
 """Launchers of the compiled kernels for arguments that need a conversion first.
 
-The functions mirror `reference.py`. The library checks what it is given (`csrc/arguments.h`) and
+The functions mirror `reference.py`. The library checks what it is given (in `csrc/ops`) and
 has a slower kernel for what vectors cannot serve (alignment, widths); what is left to do here is a
 last axis that is contiguous, tables in fp32 and rows that two strides describe.
 """

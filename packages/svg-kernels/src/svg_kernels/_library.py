@@ -19,7 +19,7 @@ _devices: dict[torch.device, str] = {}
 
 
 def functions() -> Any:
-    """Return the loaded library, whose attributes are the launchers of `csrc/exports.cc`."""
+    """Return the loaded library; its attributes are what the files of `csrc/` export."""
     return _module
 
 
@@ -71,7 +71,7 @@ def _find(device: torch.device) -> str:
 
 def _try(device: torch.device) -> str:
     try:
-        _module.probe(device.index or 0)
+        _module.check_device(device.index or 0)
     except RuntimeError as error:
         return f"{_path} does not run on this GPU and driver: {error}"
     return ""

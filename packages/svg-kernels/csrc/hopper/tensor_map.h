@@ -1,4 +1,4 @@
-// Host side of the bulk tensor copies: how rows of [sequences, rows, head_dim] are described.
+// Tensor maps of TMA loads: how rows of [sequences, rows, head_dim] are described. Host side.
 #pragma once
 
 #include <cuda.h>
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace svg {
+namespace svg::hopper {
 
 // The driver's encoder, found at run time so that the library needs no libcuda at load.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -22,16 +22,16 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Describes 16-bit rows so that one copy fetches `groups` groups of eight consecutive rows from any
-// first row, and lays each group out as swizzled 1,024-byte blocks of 64 columns.
+// Describes 16-bit rows so that one load fetches `atoms` swizzle atoms of eight consecutive rows
+// from any first row, each atom as 1,024 bytes for every block of 64 columns.
 //
-// The axes are 64 columns, row within a group, block of columns, group, sequence. The axis of
-// groups strides over eight rows of the same memory that the axis of rows walks, so a box of many
-// groups has the layout of as many boxes of one. The engine checks the row of the first group only:
-// a box of several groups must end inside the sequence, a single group may overrun it (zeros).
-inline cudaError_t encode_rows(CUtensorMap* map, bool bfloat16, const void* base, int head_dim,
-                               int64_t rows, int64_t row_stride, int64_t sequences,
-                               int64_t sequence_stride, int groups) {
+// The axes are 64 columns, row within an atom, block of columns, atom, sequence. The axis of atoms
+// strides over eight rows of the same memory that the axis of rows walks, so a box of many atoms
+// has the layout of as many boxes of one. TMA checks the row of the first atom only: a box of
+// several atoms must end inside the sequence, a single atom may overrun it (zeros).
+inline cudaError_t encode_row_map(CUtensorMap* map, bool bfloat16, const void* base, int head_dim,
+                                  int64_t rows, int64_t row_stride, int64_t sequences,
+                                  int64_t sequence_stride, int atoms) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(row_stride) * 2;
@@ -41,7 +41,7 @@ inline cudaError_t encode_rows(CUtensorMap* map, bool bfloat16, const void* base
   const cuuint64_t strides[4] = {row_bytes, 128, 8 * row_bytes,
                                  static_cast<cuuint64_t>(sequence_stride) * 2};
   const cuuint32_t box[5] = {64, 8, static_cast<cuuint32_t>(head_dim / 64),
-                             static_cast<cuuint32_t>(groups), 1};
+                             static_cast<cuuint32_t>(atoms), 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result =
       encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
@@ -51,4 +51,4 @@ inline cudaError_t encode_rows(CUtensorMap* map, bool bfloat16, const void* base
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace svg
+}  // namespace svg::hopper

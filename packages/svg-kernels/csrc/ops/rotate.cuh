@@ -1,6 +1,7 @@
 // The rotation of kVec neighbouring channels, shared by rope.cu and qk_norm_rope.cu.
 #pragma once
-#include "common.cuh"
+#include "ops/common.cuh"
+#include "ops/rotary_tables.h"
 
 namespace svg {
 
@@ -15,8 +16,8 @@ template <bool HALF>
 __device__ __forceinline__ Angles<HALF> load_angles(const Tables& t, int64_t batch, int64_t row,
                                                     int channel, int dim) {
   const int pair = HALF ? (channel < dim / 2 ? channel : channel - dim / 2) : channel / 2;
-  const int64_t base = batch * t.batch_stride + row * t.row_stride +
-                       static_cast<int64_t>(pair) * t.pair_stride;
+  const int64_t base =
+      batch * t.batch_stride + row * t.row_stride + static_cast<int64_t>(pair) * t.pair_stride;
   Angles<HALF> a;
 #pragma unroll
   for (int i = 0; i < Angles<HALF>::kCount; ++i) {

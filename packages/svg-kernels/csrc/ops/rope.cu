@@ -1,17 +1,37 @@
 // Rotary embedding of [B, H, S, D], of one tensor or of query and key: a thread keeps the angles of
 // its token and walks the heads.
-#include "rotate.cuh"
+#include "ffi/arguments.h"
+#include "ffi/launch.h"
+#include "ops/rotate.cuh"
 
 namespace svg {
 namespace {
+
+struct RopeTensor {
+  const void* x;
+  void* y;  // equal to x: in place
+  int64_t xb, xh, xs;
+  int64_t yb, yh, ys;
+  int heads;
+};
+
+struct RopeArgs {
+  RopeTensor tensor[2];
+  int count;
+  int dtype;
+  int64_t batch, tokens;
+  int dim;
+  bool half;
+  Tables tables;
+};
 
 constexpr int kThreads = 128;
 constexpr int kHeads = 2;  // heads in flight per thread
 
 // Block b works on `kThreads / lanes` tokens and one share of the heads of all tensors together.
 template <int DTYPE, bool HALF, int COUNT>
-__global__ void __launch_bounds__(kThreads) rope_vec(const RopeArgs a, int lanes, int shares,
-                                                     int64_t tiles) {
+__global__ void __launch_bounds__(kThreads)
+    rope_vec(const RopeArgs a, int lanes, int shares, int64_t tiles) {
   const int per_block = kThreads / lanes;
   const int64_t tile = blockIdx.x % tiles;
   const int64_t rest = blockIdx.x / tiles;
@@ -115,7 +135,7 @@ bool vector_tensor(const RopeTensor& t) {
 
 }  // namespace
 
-cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
+cudaError_t launch_rope(const RopeArgs& a, cudaStream_t stream) {
   // An absent tensor is all zeros: it has no heads, and vectors can serve it.
   const int heads = a.tensor[0].heads + a.tensor[1].heads;
   if (a.batch * a.tokens * heads * a.dim == 0) return cudaSuccess;
@@ -136,3 +156,59 @@ cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
 }
 
 }  // namespace svg
+
+#ifndef __CUDA_ARCH__
+namespace svg {
+namespace {
+
+bool read_rope_tensor(const DLTensor& x, const DLTensor& y, RopeTensor* out) {
+  if (x.ndim != 4 || dtype_of(x) == kNoDType || !packed(x) || !packed(y) || !same_shape(x, y) ||
+      !same_dtype(x, y) || !same_device(x, y)) {
+    return false;
+  }
+  *out = {data_of(x), data_of(y), step(x, 0),
+          step(x, 1), step(x, 2), step(y, 0),
+          step(y, 1), step(y, 2), static_cast<int>(x.shape[1])};
+  return true;
+}
+
+// One tensor [B, H, S, D], or two that differ in heads and strides alone; null where absent.
+bool read_rope(const DLTensor* const (&x)[2], const DLTensor* const (&y)[2], const DLTensor& cos,
+               const DLTensor* sin, bool half, int64_t start, RopeArgs* out) {
+  const DLTensor& first = *x[0];
+  out->count = x[1] == nullptr ? 1 : 2;
+  for (int i = 0; i < out->count; ++i) {
+    if (!read_rope_tensor(*x[i], *y[i], &out->tensor[i])) return false;
+  }
+  if (out->count == 2) {
+    const DLTensor& second = *x[1];
+    if (second.shape[0] != first.shape[0] || second.shape[2] != first.shape[2] ||
+        second.shape[3] != first.shape[3] || !same_dtype(first, second) ||
+        !same_device(first, second)) {
+      return false;
+    }
+  }
+  const int64_t tokens = first.shape[2], dim = first.shape[3];
+  if (dim % 2 != 0 || !read_tables(cos, sin, first, tokens, dim, half, start, &out->tables)) {
+    return false;
+  }
+  out->dtype = dtype_of(first);
+  out->batch = first.shape[0], out->tokens = tokens;
+  out->dim = static_cast<int>(dim);
+  out->half = half;
+  return true;
+}
+
+// One launch for one tensor or two, the second None where there is one.
+bool rope(DLTensor* x0, DLTensor* y0, Maybe x1, Maybe y1, DLTensor* cos, Maybe sin, bool half,
+          int64_t start) {
+  RopeArgs args{};
+  return read_rope({x0, get(x1)}, {y0, get(y1)}, *cos, get(sin), half, start, &args) &&
+         launch_on(launch_rope, args, *x0);
+}
+
+}  // namespace
+}  // namespace svg
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope, svg::rope);
+#endif

@@ -1,8 +1,8 @@
 // Loads, stores and conversions. The dtype is a run-time value: the branch is the same for a whole
 // grid and free beside the memory traffic, and one kernel serves every pair of dtypes.
 #pragma once
-#include "launch.h"
-#include "ptx.cuh"
+#include "ffi/arguments.h"
+#include "ops/ptx.cuh"
 
 namespace svg {
 

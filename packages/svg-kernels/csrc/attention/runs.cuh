@@ -1,33 +1,35 @@
-// How one warp turns a tile's list of runs into stages of key rows, for the attention kernel.
+// How one warp turns a tile's list of runs into stages of key rows.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
-namespace svg::runs {
+namespace svg::attention {
 
-constexpr int kGranule = 8;      // rows of one swizzle atom: the finest copy
+constexpr int kAtomRows = 8;     // rows of a swizzle atom: the finest TMA load
 constexpr int kStageRows = 128;  // key rows of a stage
-constexpr int kGranules = kStageRows / kGranule;
+constexpr int kStageAtoms = kStageRows / kAtomRows;
 
-// What a tile's runs amount to: each takes granules of its own, the last of them perhaps in part.
+// What a tile's runs amount to: each takes atoms of its own, the last of them perhaps in part.
 struct Extent {
-  int granules;
-  bool whole;  // no granule is taken in part: every length is a multiple of eight
+  int atoms;
+  bool whole;  // no atom is taken in part: every length is a multiple of eight
 };
 
 // Called by one warp.
 __device__ inline Extent measure(const int* lengths, int runs, int lane) {
-  int granules = 0, rows = 0;
+  int atoms = 0, rows = 0;
   for (int run = lane; run < runs; run += 32) {
     const int length = lengths[run];
-    granules += (length + kGranule - 1) / kGranule;
+    atoms += (length + kAtomRows - 1) / kAtomRows;
     rows |= length;
   }
-  return {__reduce_add_sync(~0u, granules), __reduce_or_sync(~0u, rows) % kGranule == 0};
+  return {__reduce_add_sync(~0u, atoms), __reduce_or_sync(~0u, rows) % kAtomRows == 0};
 }
 
 // A warp's window on the run list: lane r holds run r of the current 32, and where it ends counted
-// in granules.
+// in atoms.
 class RunReader {
  public:
   __device__ RunReader(const int* starts, const int* lengths, int runs, int lane)
@@ -35,13 +37,13 @@ class RunReader {
     load(0);
   }
 
-  // Lane g < 16 learns the first row and the valid rows of granule g of the next stage; past the
-  // end both the row (beyond every key, so that the copy engine fills zeros) and the count say so.
+  // Lane g < 16 learns the first row and the valid rows of atom g of the next stage; past the
+  // end both the row (beyond every key, so that TMA fills zeros) and the count say so.
   // Returns false when the list is exhausted.
   __device__ bool next(int past_the_end, int* row, int* count) {
     int wanted = taken_ + lane_;
-    bool open = lane_ < kGranules;
-    *row = past_the_end + lane_ * kGranule;
+    bool open = lane_ < kStageAtoms;
+    *row = past_the_end + lane_ * kAtomRows;
     *count = 0;
     while (true) {
       int run = 0;
@@ -54,9 +56,9 @@ class RunReader {
       const int length = __shfl_sync(~0u, length_, run & 31);
       const int end = __shfl_sync(~0u, end_, run & 31);
       if (open && wanted < total_) {
-        const int offset = (wanted - (end - (length + kGranule - 1) / kGranule)) * kGranule;
+        const int offset = (wanted - (end - (length + kAtomRows - 1) / kAtomRows)) * kAtomRows;
         *row = start + offset;
-        *count = min(kGranule, length - offset);
+        *count = min(kAtomRows, length - offset);
         open = false;
       }
       if (!__any_sync(~0u, open) || first_ + 32 >= runs_) break;
@@ -64,7 +66,7 @@ class RunReader {
       taken_ -= total_;
       load(first_ + 32);
     }
-    taken_ += kGranules;
+    taken_ += kStageAtoms;
     return __shfl_sync(~0u, *count, 0) > 0;
   }
 
@@ -74,7 +76,7 @@ class RunReader {
     const int run = first + lane_;
     length_ = run < runs_ ? lengths_[run] : 0;
     start_ = run < runs_ ? starts_[run] : 0;
-    end_ = (length_ + kGranule - 1) / kGranule;
+    end_ = (length_ + kAtomRows - 1) / kAtomRows;
 #pragma unroll
     for (int step = 1; step < 32; step <<= 1) {
       const int below = __shfl_up_sync(~0u, end_, step);
@@ -89,17 +91,17 @@ class RunReader {
   int start_ = 0, length_ = 0, end_ = 0;
 };
 
-// Log2 of the granules that this lane's copy moves, or -1 when another lane's copy covers its
-// granule. A segment of n consecutive granules is cut into the powers of two of n, the largest
-// first. Only a copy of a single granule may reach beyond the last key: the copy engine checks the
-// bounds of the first group of a box only.
-__device__ __forceinline__ int copy_size(int row, int key_length, int lane) {
+// Log2 of the atoms in this lane's TMA box, or -1 when another lane's box covers its atom. A
+// segment of n consecutive atoms is cut into the powers of two of n, the largest first. Only a box
+// of a single atom may reach beyond the last key: TMA checks the bounds of the first atom of a box
+// only.
+__device__ __forceinline__ int box_log2(int row, int key_length, int lane) {
   const int below = __shfl_up_sync(~0u, row, 1);
   const bool joined =
-      lane > 0 && lane < kGranules && row == below + kGranule && row + kGranule <= key_length;
+      lane > 0 && lane < kStageAtoms && row == below + kAtomRows && row + kAtomRows <= key_length;
   const uint32_t breaks =
       ~__ballot_sync(~0u, joined);  // lanes that begin a segment; lanes beyond 16 always do
-  if (lane >= kGranules) return -1;
+  if (lane >= kStageAtoms) return -1;
   const int begin = 31 - __clz(breaks & (2u << lane) - 1);
   const int end = __ffs(breaks & ~((2u << lane) - 1)) - 1;
   const int place = lane - begin, size = end - begin;
@@ -107,4 +109,4 @@ __device__ __forceinline__ int copy_size(int row, int key_length, int lane) {
   return (place & ((2 << bit) - 1)) == 0 ? bit : -1;
 }
 
-}  // namespace svg::runs
+}  // namespace svg::attention

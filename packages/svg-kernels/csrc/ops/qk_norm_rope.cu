@@ -1,8 +1,30 @@
 // RMSNorm of q and k (per head or across heads), RoPE and [B, S, H*D] -> [B, H, S, D] in one pass.
-#include "rotate.cuh"
+#include "ffi/arguments.h"
+#include "ffi/launch.h"
+#include "ops/rotate.cuh"
 
 namespace svg {
 namespace {
+
+struct QkTensor {
+  const void* x;
+  const void* weight;
+  void* y;
+  int64_t xb, xs;
+  int64_t yb, yh, ys;
+  int heads, weight_dtype;
+  bool across;  // the mean is over all heads
+};
+
+struct QkArgs {
+  QkTensor tensor[2];
+  int dtype;
+  int64_t batch, tokens;
+  int dim;
+  float eps;
+  bool half;
+  Tables tables;
+};
 
 constexpr int kVecs = 4;
 constexpr int kMaxThreads = 512;  // more would spill registers
@@ -129,9 +151,12 @@ using Kernel = void (*)(QkArgs);
 template <int DTYPE, bool HALF>
 Kernel kernel_of(int lanes) {
   switch (lanes) {
-    case 8: return qk_vec<DTYPE, HALF, 8>;    // head_dim 64
-    case 16: return qk_vec<DTYPE, HALF, 16>;  // 128
-    default: return qk_vec<DTYPE, HALF, 32>;  // 256
+    case 8:
+      return qk_vec<DTYPE, HALF, 8>;  // head_dim 64
+    case 16:
+      return qk_vec<DTYPE, HALF, 16>;  // 128
+    default:
+      return qk_vec<DTYPE, HALF, 32>;  // 256
   }
 }
 
@@ -151,7 +176,7 @@ bool vector_tensor(const QkTensor& t) {
 
 }  // namespace
 
-cudaError_t qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
+cudaError_t launch_qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
   const int64_t places = a.batch * a.tokens;
   if (places == 0 || a.dim == 0) return cudaSuccess;
   const int lanes = a.dim / kVec;
@@ -179,3 +204,75 @@ cudaError_t qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
 }
 
 }  // namespace svg
+
+#ifndef __CUDA_ARCH__
+namespace svg {
+namespace {
+
+// x [B, S, H * D], weight [D] or [H * D], y [B, H, S, D].
+bool read_qk_tensor(const DLTensor& x, const DLTensor& weight, const DLTensor& y, QkTensor* out) {
+  if (x.ndim != 3 || y.ndim != 4 || weight.ndim != 1) return false;
+  const int64_t heads = y.shape[1], dim = y.shape[3];
+  if (y.shape[0] != x.shape[0] || y.shape[2] != x.shape[1] || x.shape[2] != heads * dim ||
+      (weight.shape[0] != dim && weight.shape[0] != x.shape[2]) || !packed(x) || !packed(y) ||
+      !packed(weight) || dtype_of(x) == kNoDType || dtype_of(weight) == kNoDType ||
+      !same_dtype(x, y) || !same_device(x, y) || !same_device(x, weight)) {
+    return false;
+  }
+  *out = {data_of(x),
+          data_of(weight),
+          data_of(y),
+          step(x, 0),
+          step(x, 1),
+          step(y, 0),
+          step(y, 1),
+          step(y, 2),
+          static_cast<int>(heads),
+          dtype_of(weight),
+          weight.shape[0] != dim || heads == 1};
+  return true;
+}
+
+bool read_qk(const DLTensor* const (&x)[2], const DLTensor* const (&weight)[2],
+             const DLTensor* const (&y)[2], const DLTensor* cos, const DLTensor* sin, double eps,
+             bool half, int64_t start, QkArgs* out) {
+  for (int i = 0; i < 2; ++i) {
+    if (!read_qk_tensor(*x[i], *weight[i], *y[i], &out->tensor[i])) return false;
+  }
+  const int64_t dim = y[0]->shape[3];
+  // A single head is normalised alike per head and across heads, so it fits either kind.
+  const bool one = out->tensor[0].heads == 1 || out->tensor[1].heads == 1;
+  if (dim % 2 != 0 || y[1]->shape[3] != dim || x[0]->shape[0] != x[1]->shape[0] ||
+      x[0]->shape[1] != x[1]->shape[1] || !same_dtype(*x[0], *x[1]) || !same_device(*x[0], *x[1]) ||
+      (out->tensor[0].across != out->tensor[1].across && !one)) {
+    return false;
+  }
+  if (cos != nullptr) {
+    if (!read_tables(*cos, sin, *x[0], x[0]->shape[1], dim, half, start, &out->tables)) {
+      return false;
+    }
+  } else if (sin != nullptr) {
+    return false;
+  }
+  out->dtype = dtype_of(*x[0]);
+  out->batch = x[0]->shape[0], out->tokens = x[0]->shape[1];
+  out->dim = static_cast<int>(dim);
+  out->eps = static_cast<float>(eps);
+  out->half = half;
+  return true;
+}
+
+bool qk_norm_rope(DLTensor* query, DLTensor* key, DLTensor* query_weight, DLTensor* key_weight,
+                  DLTensor* query_out, DLTensor* key_out, Maybe cos, Maybe sin, double eps,
+                  bool half, int64_t start) {
+  QkArgs args{};
+  return read_qk({query, key}, {query_weight, key_weight}, {query_out, key_out}, get(cos), get(sin),
+                 eps, half, start, &args) &&
+         launch_on(launch_qk_norm_rope, args, *query);
+}
+
+}  // namespace
+}  // namespace svg
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_rope, svg::qk_norm_rope);
+#endif

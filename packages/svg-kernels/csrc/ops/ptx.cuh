@@ -4,9 +4,9 @@
 
 namespace svg {
 
-// Four words, loaded where it is written: left to itself the compiler sinks loads to their uses, one
-// by one. Hints to the caches (no_allocate here, evict-first at the stores) cost 4 to 6 % of the
-// bandwidth on an H200.
+// Four words, loaded where it is written: left to itself the compiler sinks loads to their uses,
+// one by one. Hints to the caches (no_allocate here, evict-first at the stores) cost 4 to 6 % of
+// the bandwidth on an H200.
 __device__ __forceinline__ uint4 load_quad(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"

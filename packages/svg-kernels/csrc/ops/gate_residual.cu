@@ -1,8 +1,18 @@
 // residual + x * gate: three vectors in, one out, no reduction.
-#include "common.cuh"
+#include "ffi/arguments.h"
+#include "ffi/launch.h"
+#include "ops/common.cuh"
 
 namespace svg {
 namespace {
+
+struct GateArgs {
+  Rows residual, x, gate;
+  void* y;  // contiguous
+  int y_dtype;
+  int64_t outer, inner;
+  int width;
+};
 
 constexpr int kUnroll = 2;
 constexpr int kThreads = 256;
@@ -71,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) gate_any(const GateArgs a, int64_t t
        i += stride) {
     const Place p = place_of(a, i, a.width, false);
     const float v = load_one(a.x.data, offset(a.x, p.outer, p.inner) + p.column, a.x.dtype);
-    const float g = load_one(a.gate.data, offset(a.gate, p.outer, p.inner) + p.column,
-                             a.gate.dtype);
+    const float g =
+        load_one(a.gate.data, offset(a.gate, p.outer, p.inner) + p.column, a.gate.dtype);
     const float r = load_one(a.residual.data, offset(a.residual, p.outer, p.inner) + p.column,
                              a.residual.dtype);
     store_one(a.y, i, a.y_dtype, r + v * g);
@@ -81,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) gate_any(const GateArgs a, int64_t t
 
 }  // namespace
 
-cudaError_t gate_residual(const GateArgs& a, cudaStream_t stream) {
+cudaError_t launch_gate_residual(const GateArgs& a, cudaStream_t stream) {
   const int64_t elements = a.outer * a.inner * a.width;
   if (elements == 0) return cudaSuccess;
   const bool vector = a.width % kVec == 0 && aligned(a.y) && vector_rows(a.residual) &&
@@ -100,3 +110,36 @@ cudaError_t gate_residual(const GateArgs& a, cudaStream_t stream) {
 }
 
 }  // namespace svg
+
+#ifndef __CUDA_ARCH__
+namespace svg {
+namespace {
+
+bool read_gate(const DLTensor& residual, const DLTensor& x, const DLTensor& gate, const DLTensor& y,
+               GateArgs* out) {
+  if (residual.ndim != 3 || !same_shape(residual, x) || !same_shape(residual, y) ||
+      dtype_of(residual) == kNoDType || dtype_of(x) == kNoDType || dtype_of(y) == kNoDType ||
+      !packed(residual) || !packed(x) || !contiguous(y) || !same_device(residual, x) ||
+      !same_device(residual, y) || !read_modulation(gate, residual, &out->gate)) {
+    return false;
+  }
+  out->residual = rows_of(residual, step(residual, 0), step(residual, 1));
+  out->x = rows_of(x, step(x, 0), step(x, 1));
+  out->y = data_of(y);
+  out->y_dtype = dtype_of(y);
+  out->outer = residual.shape[0], out->inner = residual.shape[1];
+  out->width = static_cast<int>(residual.shape[2]);
+  return true;
+}
+
+bool gate_residual(DLTensor* residual, DLTensor* x, DLTensor* gate, DLTensor* y) {
+  GateArgs args{};
+  return read_gate(*residual, *x, *gate, *y, &args) &&
+         launch_on(launch_gate_residual, args, *residual);
+}
+
+}  // namespace
+}  // namespace svg
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gate_residual, svg::gate_residual);
+#endif

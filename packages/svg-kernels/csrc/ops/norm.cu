@@ -9,10 +9,23 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common.cuh"
+#include "ffi/arguments.h"
+#include "ffi/launch.h"
+#include "ops/common.cuh"
 
 namespace svg {
 namespace {
+
+struct NormArgs {
+  Rows x;
+  void* y;  // contiguous
+  int y_dtype;
+  Rows weight, bias, scale, shift;  // data may be null
+  int64_t outer, inner;
+  int width;
+  float eps;
+  bool center;  // LayerNorm, else RMSNorm
+};
 
 constexpr int kThreads = 256;  // of blocks whose warps hold several rows
 constexpr int kRows = 4;       // narrow rows in flight per thread
@@ -129,7 +142,8 @@ __global__ void __launch_bounds__(kThreads) norm_narrow(const NormArgs a) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int64_t row = first + r * kGroups;
-      if (inside && row < rows) raw[r] = load_raw(a.x.data, offset(a.x, row_of(a, row)) + column, in);
+      if (inside && row < rows)
+        raw[r] = load_raw(a.x.data, offset(a.x, row_of(a, row)) + column, in);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -330,8 +344,6 @@ __global__ void __launch_bounds__(kThreads) norm_any(const NormArgs a) {
   }
 }
 
-__global__ void probe_kernel() {}
-
 using Kernel = void (*)(NormArgs);
 
 // One vector of a row per lane; modulation is left to the wide kernels.
@@ -387,7 +399,7 @@ int common_dtype(const NormArgs& a) {
 
 }  // namespace
 
-cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
+cudaError_t launch_norm(const NormArgs& a, cudaStream_t stream) {
   const int64_t rows = a.outer * a.inner;
   if (rows == 0 || a.width == 0) return cudaSuccess;
   const int vectors = a.width / kVec;
@@ -411,9 +423,47 @@ cudaError_t norm(const NormArgs& a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t probe() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, probe_kernel);
+}  // namespace svg
+
+#ifndef __CUDA_ARCH__
+namespace svg {
+namespace {
+
+bool read_norm(const DLTensor& x, const DLTensor* weight, const DLTensor* bias,
+               const DLTensor* scale, const DLTensor* shift, const DLTensor& y, double eps,
+               bool center, NormArgs* out) {
+  if (x.ndim == 0 || dtype_of(x) == kNoDType || dtype_of(y) == kNoDType || !packed(x) ||
+      !same_shape(x, y) || !contiguous(y) || !same_device(x, y) ||
+      !read_vector(weight, x, &out->weight) || !read_vector(bias, x, &out->bias)) {
+    return false;
+  }
+  if (scale != nullptr) {
+    if (x.ndim != 3 || !read_modulation(*scale, x, &out->scale) ||
+        !read_modulation(*shift, x, &out->shift)) {
+      return false;
+    }
+    out->outer = x.shape[0], out->inner = x.shape[1];
+    out->x = rows_of(x, step(x, 0), step(x, 1));
+  } else if (!fold(x, &out->outer, &out->inner, &out->x)) {
+    return false;
+  }
+  out->y = data_of(y);
+  out->y_dtype = dtype_of(y);
+  out->width = static_cast<int>(x.shape[x.ndim - 1]);
+  out->eps = static_cast<float>(eps);
+  out->center = center;
+  return true;
 }
 
+bool norm(DLTensor* x, Maybe weight, Maybe bias, Maybe scale, Maybe shift, DLTensor* y, double eps,
+          bool center) {
+  NormArgs args{};
+  return read_norm(*x, get(weight), get(bias), get(scale), get(shift), *y, eps, center, &args) &&
+         launch_on(launch_norm, args, *x);
+}
+
+}  // namespace
 }  // namespace svg
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm, svg::norm);
+#endif

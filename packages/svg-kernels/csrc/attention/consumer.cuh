@@ -1,0 +1,269 @@
+// A consumer warpgroup: S = Q K^T, online softmax, O += P V over the stages of the pipeline.
+//
+// The two warpgroups play ping-pong: while one takes the exponentials of stage j, the tensor cores
+// run its product with the values of stage j-1 and the products of the other. They take turns to
+// issue through warp-scheduler barriers.
+//
+// Rescaling is lazy: probabilities are relative to the maximum of the first stage, and floating
+// point does not mind that they exceed one, so no later stage looks for its maximum or rescales O,
+// which is half of the work between products. Only where a sum passes kRescaleThreshold is that
+// stage's S computed once more and the maximum raised.
+#pragma once
+
+#include "attention/epilogue.cuh"
+#include "attention/query_tile.cuh"
+#include "attention/softmax.cuh"
+#include "attention/storage.cuh"
+#include "hopper/wgmma.cuh"
+
+namespace svg::attention {
+
+// The same value, of which the compiler knows nothing: what is rarely computed from it is not kept
+// in registers meanwhile.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+template <typename T, int kHeadDim>
+class Consumer {
+ public:
+  static constexpr int kAtomBytes = SharedStorage<kHeadDim>::kAtomBytes;
+  static constexpr int kStageBytes = SharedStorage<kHeadDim>::kStageBytes;
+
+  __device__ Consumer(const Params& params, SharedStorage<kHeadDim>& shared, int sequence, int tile)
+      : tile_(params, shared, sequence, tile) {
+    softmax_.scale_log2 = params.scale * kLog2E;
+  }
+
+  __device__ void run(int summary_stages) {
+    tile_.load();
+    const Params& params = tile_.params;
+    extent_ = measure(params.run_lengths + tile_.index() * params.runs, params.runs, tile_.lane);
+    run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
+    key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
+    const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
+    if (stages > 0) attend(stages);
+    store_output(tile_, softmax_, output_);
+  }
+
+ private:
+  __device__ __forceinline__ void attend(int stages) {
+    // Stages that need no mask, a loop of their own.
+    const int filled = hopper::warp_uniform(extent_.whole ? extent_.atoms / kStageAtoms : 0);
+    float scores[64];
+    uint32_t probabilities[32];
+    PipelineState key, value;
+    SharedStorage<kHeadDim>& shared = tile_.shared;
+
+    // The first warpgroup starts.
+    if (tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
+    hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
+    warp_scheduler_barrier_sync();
+    multiply_keys(scores, key.stage);
+    warp_scheduler_barrier_arrive();
+    hopper::wgmma_wait<0>();
+    hopper::fence_registers(scores);
+    mask(scores, 0, key.stage);
+    float correction[2];
+    softmax_.rescale(scores, correction);
+    to_operand(scores, probabilities);
+    vote_rescale(0, false);
+    pending_sum_[0] = pending_sum_[1] = 0.f;
+
+    int j = 1;
+    for (; j < filled; ++j) step<false>(j, scores, probabilities, key, value);
+    for (; j < stages; ++j) step<true>(j, scores, probabilities, key, value);
+
+    hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
+    if (must_rescale(j - 1)) rescale<true>(j - 1, scores, probabilities, key.stage);
+    add_pending_sum();
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
+    multiply_values(probabilities, value.stage);
+    hopper::wgmma_wait<0>();
+    hopper::fence_registers(output_);
+  }
+
+  // The scores and probabilities of stage j, and the product of those of the stage before with its
+  // values. Keys stay until no warp asks to rescale what was made of them.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int j, float (&scores)[64], uint32_t (&probabilities)[32],
+                                       PipelineState& key, PipelineState& value) {
+    SharedStorage<kHeadDim>& shared = tile_.shared;
+    const int before = key.stage;
+    key.advance();
+    hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
+    warp_scheduler_barrier_sync();
+    multiply_keys(scores, key.stage);
+    if (must_rescale(j - 1)) {
+      hopper::wgmma_wait<0>();
+      rescale<kMasked>(j - 1, scores, probabilities, opaque(before));
+      multiply_keys(scores, opaque(key.stage));
+    }
+    add_pending_sum();
+    release_keys(before);
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
+    multiply_values(probabilities, value.stage);
+    warp_scheduler_barrier_arrive();
+    hopper::wgmma_wait<1>();
+    hopper::fence_registers(scores);
+    if (kMasked) mask(scores, j, key.stage);
+    softmax_.exponentiate(scores, pending_sum_);
+    vote_rescale(j, max(pending_sum_[0], pending_sum_[1]) > kRescaleThreshold<T> ||
+                        min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY);
+    hopper::wgmma_wait<0>();
+    hopper::fence_registers(output_);
+    release_values(value.stage);
+    value.advance();
+    to_operand(scores, probabilities);
+  }
+
+  // Ping-pong: waits for this warpgroup's turn to issue products, and hands the turn over.
+  __device__ __forceinline__ void warp_scheduler_barrier_sync() const {
+    hopper::named_barrier_sync(kWarpScheduler + tile_.group, kConsumers);
+  }
+
+  __device__ __forceinline__ void warp_scheduler_barrier_arrive() const {
+    hopper::named_barrier_arrive(kWarpScheduler + 1 - tile_.group, kConsumers);
+  }
+
+  // Tells the other warps of the warpgroup, after their next barrier, whether this one needs its
+  // probabilities of stage j rescaled. Warps may be a stage apart, hence the two places.
+  __device__ __forceinline__ void vote_rescale(int j, bool needed) {
+    const bool any = __any_sync(~0u, needed);
+    if (tile_.lane == 0) tile_.shared.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
+  }
+
+  __device__ __forceinline__ bool must_rescale(int j) const {
+    const int4 any =
+        *reinterpret_cast<const int4*>(&tile_.shared.rescale_votes[j & 1][tile_.group * 4]);
+    return __any_sync(~0u, any.x | any.y | any.z | any.w);
+  }
+
+  // Computes the probabilities of stage j once more, relative to a maximum that includes them.
+  template <bool kMasked>
+  __device__ __forceinline__ void rescale(int j, float (&scores)[64], uint32_t (&probabilities)[32],
+                                          int stage) {
+    multiply_keys(scores, stage);
+    hopper::wgmma_wait<0>();
+    hopper::fence_registers(scores);
+    if (kMasked) mask(scores, j, stage);
+    float correction[2];
+    softmax_.rescale(scores, correction);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] *= correction[i / 2 % 2];
+    to_operand(scores, probabilities);
+    pending_sum_[0] = pending_sum_[1] = 0.f;
+  }
+
+  // Counts the last stage's probabilities, which nobody will rescale any more.
+  __device__ __forceinline__ void add_pending_sum() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax_.sum[r] += pending_sum_[r];
+  }
+
+  // Issues S = Q K^T; whoever needs it waits for it.
+  __device__ __forceinline__ void multiply_keys(float (&scores)[64], int stage) {
+    hopper::fence_registers(scores);
+    hopper::wgmma_fence();
+    const uint64_t query =
+        hopper::matrix_descriptor(tile_.shared.query + tile_.group * 8 * kAtomBytes, kAtomBytes, 0);
+    const uint64_t key = hopper::advance_descriptor(
+        hopper::matrix_descriptor(tile_.shared.key, kAtomBytes, 0), kStageBytes, stage);
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      const int offset = k / 4 * 1024 + k % 4 * 32;
+      hopper::WgmmaSS<T, kStageRows>::run(scores, hopper::advance_descriptor(query, offset),
+                                          hopper::advance_descriptor(key, offset), k > 0);
+    }
+    hopper::wgmma_commit();
+  }
+
+  // Issues O += P V.
+  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage) {
+    hopper::fence_registers(output_);
+    hopper::wgmma_fence();
+    const uint64_t value = hopper::advance_descriptor(
+        hopper::matrix_descriptor(tile_.shared.value, kAtomBytes, 1024), kStageBytes, stage);
+#pragma unroll
+    for (int k = 0; k < kStageRows / 16; ++k)
+      hopper::WgmmaRS<T, kHeadDim>::run(output_, probabilities + 4 * k,
+                                        hopper::advance_descriptor(value, 2 * k * kAtomBytes));
+    hopper::wgmma_commit();
+  }
+
+  // Takes out the rows an atom read beyond its run, and weighs the summaries of keys that were not
+  // read.
+  __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
+    if (j >= run_stages_) {
+      weigh_summaries(scores, j - run_stages_);
+    } else if (!extent_.whole) {
+      const uint64_t valid = tile_.shared.valid[stage];
+      if (valid != kAllValid)
+        keep(scores, [&](int atom) { return static_cast<int>(valid >> (4 * atom)) & 15; });
+    } else if ((j + 1) * kStageAtoms > extent_.atoms) {
+      const int filled = extent_.atoms - j * kStageAtoms;
+      keep(scores, [&](int atom) { return atom < filled ? kAtomRows : 0; });
+    }
+  }
+
+  // Keeps the first rows(i) rows of each atom i.
+  template <typename Rows>
+  __device__ __forceinline__ void keep(float (&scores)[64], Rows rows) {
+    const int column = 2 * (tile_.lane % 4);
+#pragma unroll
+    for (int i = 0; i < kStageAtoms; ++i) {
+      const int count = rows(i);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (column + e >= count) scores[4 * i + e] = scores[4 * i + 2 + e] = -INFINITY;
+    }
+  }
+
+  __device__ __forceinline__ void weigh_summaries(float (&scores)[64], int j) {
+    const Params& params = tile_.params;
+    const int first = j * kStageRows + 2 * (tile_.lane % 4);
+    const float* weights = params.summary_weights + tile_.index() * params.summaries;
+    const float inverse_scale = 1.f / params.scale;
+#pragma unroll
+    for (int i = 0; i < kStageAtoms; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = first + 8 * i + e;
+        const float weight = c < params.summaries ? weights[c] * inverse_scale : -INFINITY;
+        scores[4 * i + e] += weight;
+        scores[4 * i + 2 + e] += weight;
+      }
+    }
+  }
+
+  // Where lanes read how many rows of a stage count, each gives the stage back itself; else one
+  // answers for its warp, which is 7 % faster.
+  __device__ __forceinline__ void release_keys(int stage) {
+    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&tile_.shared.key_empty[stage], key_arrivals_);
+  }
+
+  __device__ __forceinline__ void release_values(int stage) {
+    if (tile_.lane == 0) hopper::mbarrier_arrive(&tile_.shared.value_empty[stage]);
+  }
+
+  // The accumulator layout of S is the register layout of P's operand, two column groups of eight
+  // at a time.
+  __device__ __forceinline__ void to_operand(const float (&scores)[64],
+                                             uint32_t (&probabilities)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  QueryTile<T, kHeadDim> tile_;
+  int run_stages_;
+  Extent extent_;
+  int key_arrivals_;  // on behalf of how many lanes this one gives keys back
+  Softmax softmax_;
+  float pending_sum_[2];  // of the last stage's probabilities, which may yet be rescaled
+  float output_[kHeadDim / 2];
+};
+
+}  // namespace svg::attention
