@@ -128,6 +128,20 @@ def masked_attention() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture
+def attend() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return a function that has a backend attend, into rows that lie between other heads'."""
+
+    def attend(
+        backend: Any, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, *, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, rows, _ = query.shape
+        out = query.new_full((batch, rows, heads, value.shape[-1]), torch.nan).transpose(1, 2)
+        return out, backend.attend(query, key, value, plan, out, scale=scale, return_lse=True)
+
+    return attend
+
+
+@pytest.fixture
 def random_plan() -> Callable[..., SparsePlan]:
     """Return a maker of plans with random orders, cluster sizes (some zero) and choices."""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -201,3 +202,25 @@ def test_a_backend_that_cannot_run_is_not_replaced_in_silence(
     with pytest.raises(UnsupportedError, match="it is raining") as caught:
         sparse_attention(query, key, value, plan, backend="never")
     assert {"never", "reference"} <= set(caught.value.reasons)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sparse_attention_fills_out_of_any_strides(full: bool, random_plan: Any) -> None:
+    plan = SparsePlan.full(2, 3, 200, 170) if full else random_plan(2, 3, 200, 170)
+    query, key, value = (torch.randn(2, 3, n, 16) for n in (200, 170, 170))
+    expected = sparse_attention(query, key, value, plan)
+    buffer = torch.full((2, 200, 3, 16), torch.nan)
+    out = sparse_attention(query, key, value, plan, out=buffer.transpose(1, 2))
+    assert out.data_ptr() == buffer.data_ptr()
+    assert torch.equal(buffer.transpose(1, 2), expected)
+    packed = torch.full_like(expected, torch.nan)
+    assert sparse_attention(query, key, value, plan, out=packed) is packed
+    assert torch.equal(packed, expected)
+
+
+def test_sparse_attention_refuses_an_out_that_does_not_fit(random_plan: Any) -> None:
+    plan = random_plan(1, 2, 130, 90)
+    query, key, value = (torch.randn(1, 2, n, 16) for n in (130, 90, 90))
+    for out in (query[:, :1], query.double(), query.transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"out must be \[1, 2, 130, 16\] in torch.float32"):
+            sparse_attention(query, key, value, plan, out=out)

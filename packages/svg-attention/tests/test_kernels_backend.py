@@ -36,7 +36,7 @@ def test_tensors_on_a_cpu_are_refused_by_name(name, random_plan):
 
 @needs_kernels
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads):
+def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads, attend):
     # The kernels' own reference stands in for a GPU: what is tested is how a plan is handed over.
     import svg_kernels
 
@@ -48,21 +48,21 @@ def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads):
     )
     plan = random_plan(2, 2, 300, 200, key_heads=key_heads)
     query, key, value = tensors(plan, key_heads=key_heads)
-    got, lse = KernelsBackend("triton").run(query, key, value, plan, scale=0.2, return_lse=True)
-    want, want_lse = BACKENDS["reference"].run(query, key, value, plan, scale=0.2, return_lse=True)
+    got, lse = attend(KernelsBackend("triton"), query, key, value, plan, scale=0.2)
+    want, want_lse = attend(BACKENDS["reference"], query, key, value, plan, scale=0.2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
-    rounded, _ = KernelsBackend("cuda").run(query, key, value, plan, scale=0.2, return_lse=False)
-    want, _ = BACKENDS["reference"].run(
-        query, key, value, plan.rounded(8), scale=0.2, return_lse=False
-    )
+    rounded, _ = attend(KernelsBackend("cuda"), query, key, value, plan, scale=0.2)
+    want, _ = attend(BACKENDS["reference"], query, key, value, plan.rounded(8), scale=0.2)
     torch.testing.assert_close(rounded, want, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 @pytest.mark.parametrize("scratch", [1, 15_000, 60_000])
 @pytest.mark.parametrize("summarised", [False, True])
-def test_groups_of_heads_compute_what_all_heads_do(monkeypatch, random_plan, scratch, summarised):
+def test_groups_of_heads_compute_what_all_heads_do(
+    monkeypatch, random_plan, scratch, summarised, attend
+):
     import svg_kernels
 
     kernel, calls = svg_kernels.block_sparse_attention, []
@@ -82,10 +82,10 @@ def test_groups_of_heads_compute_what_all_heads_do(monkeypatch, random_plan, scr
         )
         plan = replace(plan, summary=summary)
     inputs = tensors(plan, key_heads=3, dim=8)
-    whole, whole_lse = KernelsBackend("cuda").run(*inputs, plan, scale=0.3, return_lse=True)
+    whole, whole_lse = attend(KernelsBackend("cuda"), *inputs, plan, scale=0.3)
     assert len(calls) == 1
     monkeypatch.setattr(kernels, "SCRATCH", scratch)
-    parts, parts_lse = KernelsBackend("cuda").run(*inputs, plan, scale=0.3, return_lse=True)
+    parts, parts_lse = attend(KernelsBackend("cuda"), *inputs, plan, scale=0.3)
     # A head's keys and values take 12,800 bytes.
     heads = {1: [2, 2, 2], 15_000: [2, 2, 2], 60_000: [6]}[scratch]
     assert calls[1:] == [(1, h, 300, 8) for h in heads] * 2
@@ -94,7 +94,7 @@ def test_groups_of_heads_compute_what_all_heads_do(monkeypatch, random_plan, scr
 
 
 @needs_kernels
-def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan):
+def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan, attend):
     import svg_kernels
 
     kernel = svg_kernels.block_sparse_attention
@@ -120,8 +120,8 @@ def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan):
         summary=summary,
     )
     inputs = tensors(plan, key_heads=1)
-    got, _ = KernelsBackend("cuda").run(*inputs, plan, scale=0.2, return_lse=False)
-    want, _ = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=False)
+    got, _ = attend(KernelsBackend("cuda"), *inputs, plan, scale=0.2)
+    want, _ = attend(BACKENDS["reference"], *inputs, plan, scale=0.2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -130,14 +130,14 @@ def test_key_blocks_say_what_the_plan_says(random_plan, key_heads):
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_flashinfer_is_given_the_plan(flashinfer, random_plan, key_heads, monkeypatch):
+def test_flashinfer_is_given_the_plan(flashinfer, random_plan, key_heads, monkeypatch, attend):
     from svg_attention.backends import flashinfer as module
 
     monkeypatch.setattr(module, "WORKSPACE", 8)
     plan = random_plan(2, 2, 300, 200, key_heads=key_heads, share=0.2)
     inputs = tensors(plan, key_heads=key_heads)
-    got, lse = FlashInferBackend().run(*inputs, plan, scale=0.2, return_lse=False)
-    want, _ = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=False)
+    got, lse = attend(FlashInferBackend(), *inputs, plan, scale=0.2)
+    want, _ = attend(BACKENDS["reference"], *inputs, plan, scale=0.2)
     assert lse is None
     assert len(flashinfer) == 1
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -158,23 +158,23 @@ def test_block_lists_are_ascending_and_complete():
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_flash_attention_is_given_the_blocks(flash_attention, key_heads):
+def test_flash_attention_is_given_the_blocks(flash_attention, key_heads, attend):
     plan = block_plan()
     if key_heads == 1:
         object.__setattr__(plan, "key_order", plan.key_order[:, :1])
     inputs = tensors(plan, key_heads=key_heads)
-    got, lse = FlashAttentionBackend().run(*inputs, plan, scale=0.2, return_lse=True)
-    want, want_lse = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=True)
+    got, lse = attend(FlashAttentionBackend(), *inputs, plan, scale=0.2)
+    want, want_lse = attend(BACKENDS["reference"], *inputs, plan, scale=0.2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-5)
 
 
-def test_flash_attention_computes_a_full_plan(flash_attention):
+def test_flash_attention_computes_a_full_plan(flash_attention, attend):
     order = torch.randperm(200).int().expand(1, 2, 200)
     plan = SparsePlan.full(1, 4, 130, 200, key_order=order)
     inputs = tensors(plan)
-    got, lse = FlashAttentionBackend().run(*inputs, plan, scale=0.2, return_lse=True)
-    want, want_lse = BACKENDS["reference"].run(*inputs, plan, scale=0.2, return_lse=True)
+    got, lse = attend(FlashAttentionBackend(), *inputs, plan, scale=0.2)
+    want, want_lse = attend(BACKENDS["reference"], *inputs, plan, scale=0.2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-5)
 

@@ -9,8 +9,10 @@ from svg_attention.metrics import density, mass_coverage, recall
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.schedule import Schedule
 from svg_attention.session import Call, CallRecord, Session
+from svg_attention.status import BackendStatus, backend_status
 
 __all__ = [
+    "BackendStatus",
     "Call",
     "CallRecord",
     "Dense",
@@ -25,6 +27,7 @@ __all__ = [
     "SparsePlan",
     "TokenLayout",
     "UnsupportedError",
+    "backend_status",
     "dense_attention",
     "density",
     "mass_coverage",

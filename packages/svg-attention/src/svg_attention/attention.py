@@ -24,6 +24,7 @@ def sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
+    out: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -37,6 +38,7 @@ def sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[True],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -49,6 +51,7 @@ def sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to the keys that a plan names.
 
@@ -65,10 +68,12 @@ def sparse_attention(
         backend: "auto" takes the best that can run, and for a full plan torch's own dense kernel;
             a name takes that backend or fails.
         return_lse: also return the natural logarithm of each row's softmax denominator.
+        out: where to write the output: `[B, H, Sq, D]`, typed as `query`, of any strides, such as
+            `torch.empty(B, Sq, H, D).transpose(1, 2)`; None allocates.
 
     Returns:
-        Tensor shaped and typed as `query`, tokens in the given order; with `return_lse` also fp32
-        `[B, H, Sq]`, minus infinity for a query that reads nothing.
+        `[B, H, Sq, D]` typed as `query` with the channels of `value`, tokens in the given order;
+        with `return_lse` also fp32 `[B, H, Sq]`, minus infinity for a query that reads nothing.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit each other or the plan.
@@ -77,19 +82,25 @@ def sparse_attention(
     """
     check_tensors(query, key, value)
     check_plan(query, key, plan)
+    if out is not None:
+        check_out(out, query, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = select_backend(backend, query, key, value, plan)
     if plan.is_full and backend == "auto" and not return_lse:
         if plan.key_order is not None:
             order = match_heads(plan.key_order, key.shape[1])
             key, value = take_rows(key, order), take_rows(value, order)
-        return dense_attention(query, key, value, key_lengths=plan.key_lengths, scale=scale)
+        return dense_attention(
+            query, key, value, key_lengths=plan.key_lengths, scale=scale, out=out
+        )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise RuntimeError(
             "sparse attention has no gradient; run the model under torch.no_grad() or "
             "torch.inference_mode()"
         )
-    out, lse = chosen.run(query, key, value, plan, scale=scale, return_lse=return_lse)
+    if out is None:
+        out = torch.empty(out_shape(query, value), dtype=query.dtype, device=query.device)
+    lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=return_lse)
     if not return_lse:
         return out
     if lse is None:
@@ -105,6 +116,7 @@ def dense_attention(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attend to every key.
 
@@ -117,14 +129,18 @@ def dense_attention(
             passed, which rules out the fastest kernels.
         scale: factor of the logits, `D ** -0.5` when None.
         backend: "auto" or "sdpa", torch's `scaled_dot_product_attention`.
+        out: where to write the output, as for `sparse_attention`; it is a copy. Without it the
+            output lies in memory as `query` does wherever torch's kernel allows.
 
     Returns:
-        Tensor shaped and typed as `query`.
+        `[B, H, Sq, D]` typed as `query` with the channels of `value`.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or the backend is unknown.
     """
     check_tensors(query, key, value)
+    if out is not None:
+        check_out(out, query, value)
     if backend not in ("auto", "sdpa"):
         raise ValueError(f"unknown dense backend {backend!r}; choose one of auto, sdpa")
     mask = None
@@ -135,7 +151,7 @@ def dense_attention(
         else:
             place = torch.arange(key.shape[2], device=key.device)
             mask = (place < key_lengths.to(key.device)[:, None])[:, None, None]
-    return F.scaled_dot_product_attention(
+    found = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -143,6 +159,23 @@ def dense_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return found if out is None else out.copy_(found)
+
+
+def out_shape(query: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    """Return the shape of the output of a call."""
+    batch, heads, length, _ = query.shape
+    return batch, heads, length, value.shape[-1]
+
+
+def check_out(out: Tensor, query: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless `out` can hold the output of a call."""
+    expected = out_shape(query, value)
+    if tuple(out.shape) != expected or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"out must be {list(expected)} in {query.dtype} on {query.device}, "
+            f"got {list(out.shape)} in {out.dtype} on {out.device}"
+        )
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

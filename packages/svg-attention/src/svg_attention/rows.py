@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PACKED = torch.contiguous_format
+
 
 def flat_index(order: Tensor, length: int) -> Tensor:
     """Turn row numbers `[B, H, N]` within each head into int64 row numbers over all heads."""
@@ -25,13 +27,16 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
     return rows.view(batch, heads, -1, width)
 
 
-def put_rows(x: Tensor, order: Tensor) -> Tensor:
+def put_rows(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
     """Undo `take_rows` for a permutation: `y[b, h, order[b, h, i]] = x[b, h, i]`.
 
     Args:
         x: `[B, H, S]` or `[B, H, S, D]`.
         order: integers `[B, H, S]`, a permutation for each head.
+        out: where to put them; shaped and typed as `x`, any strides.
     """
-    flat = torch.empty_like(x).view(-1, *x.shape[3:])
+    direct = out is not None and out.is_contiguous()
+    target = out if out is not None and direct else torch.empty_like(x, memory_format=PACKED)
+    flat = target.view(-1, *x.shape[3:])
     flat.index_copy_(0, flat_index(order, x.shape[2]).view(-1), x.reshape(-1, *x.shape[3:]))
-    return flat.view(x.shape)
+    return target if out is None or direct else out.copy_(target)

@@ -1,6 +1,6 @@
 """Backends compute a plan; they meet the methods only in the plan.
 
-A backend is an object with `name`, `unsupported(...)` and `run(...)`. `BACKENDS` lists them from
+A backend is an object with `name`, `unsupported(...)` and `attend(...)`. `BACKENDS` lists them from
 the fastest to the one that runs everywhere, which "auto" never passes; after it come other people's
 kernels, which are taken by name only, since they wait for the device.
 """
@@ -33,17 +33,22 @@ class Backend(Protocol):
         """Return one sentence saying why this call cannot run here, or None if it can."""
         ...
 
-    def run(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         plan: SparsePlan,
+        out: Tensor,
         *,
         scale: float,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output, `[B, H, Sq, D]`, and the log-sum-exp, fp32 `[B, H, Sq]`, or None."""
+    ) -> Tensor | None:
+        """Fill `out`, `[B, H, Sq, D]` with rows of any stride, with the attention of a plan.
+
+        Returns:
+            The log-sum-exp, fp32 `[B, H, Sq]`; None if it was not asked for or is not known.
+        """
         ...
 
 
@@ -55,6 +60,7 @@ _ALL: tuple[Backend, ...] = (
     FlashAttentionBackend(),
 )
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
+AUTO_BACKENDS = ("cuda", "triton", "reference")
 
 
 def select_backend(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svg_attention.plan import SparsePlan
-from svg_attention.rows import take_rows
+from svg_attention.rows import put_rows, take_rows
 from svg_attention.tiles import match_heads
 
 
@@ -45,6 +45,13 @@ def in_plan_order(
         order = match_heads(plan.key_order, heads)
         key, value = take_rows(key, order), take_rows(value, order)
     return query, key, value
+
+
+def token_ordered(x: Tensor, plan: SparsePlan, out: Tensor | None = None) -> Tensor:
+    """Move rows `[B, H, Sq, ...]` from plan order to token order, into `out` if it is given."""
+    if plan.query_order is not None:
+        return put_rows(x, plan.query_order, out)
+    return x if out is None else out.copy_(x)
 
 
 def clear_empty_rows(x: Tensor, plan: SparsePlan, fill: float = 0.0) -> Tensor:

@@ -14,9 +14,9 @@ from svg_attention.backends.blocks import (
     in_plan_order,
     not_half_precision,
     not_on_cuda,
+    token_ordered,
 )
 from svg_attention.plan import SparsePlan
-from svg_attention.rows import put_rows
 
 HEAD_DIMS = (64, 128)
 BLOCK = 128
@@ -42,25 +42,27 @@ class FlashAttentionBackend:
             return "flash_attn.cute is not installed; pip install flash-attn-4"
         return not_half_precision(query, value, HEAD_DIMS) or not_in_blocks(plan)
 
-    def run(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         plan: SparsePlan,
+        out: Tensor,
         *,
         scale: float,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as `plan` says; see `Backend.run`."""
+    ) -> Tensor | None:
+        """Fill `out` as `plan` says; see `Backend.attend`."""
         interface: Any = importlib.import_module("flash_attn.cute.interface")
         if plan.is_full:
             # The order of keys changes nothing, and that of queries only where rows go.
             tokens_first = [x.transpose(1, 2) for x in (query, key, value)]
-            out, lse = interface.flash_attn_func(
+            found, lse = interface.flash_attn_func(
                 *tokens_first, softmax_scale=scale, return_lse=True
             )
-            return out.transpose(1, 2).contiguous(), lse
+            out.copy_(found.transpose(1, 2))
+            return lse
         query, key, value = in_plan_order(query, key, value, plan)
         sparsity: Any = importlib.import_module("flash_attn.cute.block_sparsity")
         counts, index = block_lists(plan)
@@ -71,18 +73,14 @@ class FlashAttentionBackend:
             full_block_idx=index,
             block_size=(plan.tile_rows, BLOCK),
         )
-        out, lse = interface.flash_attn_func(
+        found, lse = interface.flash_attn_func(
             *(x.transpose(1, 2) for x in (query, key, value)),
             softmax_scale=scale,
             block_sparse_tensors=operand,
             return_lse=True,
         )
-        out = clear_empty_rows(out.transpose(1, 2), plan)
-        lse = clear_empty_rows(lse, plan, -torch.inf)
-        if plan.query_order is None:
-            return out.contiguous(), lse
-        out, lse = out.contiguous(), lse.contiguous()
-        return put_rows(out, plan.query_order), put_rows(lse, plan.query_order)
+        token_ordered(clear_empty_rows(found.transpose(1, 2), plan), plan, out)
+        return token_ordered(clear_empty_rows(lse, plan, -torch.inf), plan)
 
 
 def installed() -> bool:

@@ -14,9 +14,9 @@ from svg_attention.backends.blocks import (
     in_plan_order,
     not_half_precision,
     not_on_cuda,
+    token_ordered,
 )
 from svg_attention.plan import SparsePlan
-from svg_attention.rows import put_rows
 
 HEAD_DIMS = (64, 128, 256)
 # Scratch that FlashInfer is lent, in bytes.
@@ -49,17 +49,18 @@ class FlashInferBackend:
             return "a plan with a summary weighs its centroids, which FlashInfer cannot"
         return None
 
-    def run(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         plan: SparsePlan,
+        out: Tensor,
         *,
         scale: float,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as `plan` says; see `Backend.run`."""
+    ) -> Tensor | None:
+        """Fill `out` as `plan` says; see `Backend.attend`."""
         query, key, value = in_plan_order(query, key, value, plan)
         mask, rows, columns = key_blocks(plan)
         sparse: Any = importlib.import_module("flashinfer").sparse
@@ -78,8 +79,9 @@ class FlashInferBackend:
             kv_data_type=key.dtype,
         )
         flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
-        out = clear_empty_rows(wrapper.run(*flat).reshape(query.shape), plan)
-        return (out if plan.query_order is None else put_rows(out, plan.query_order)), None
+        found = clear_empty_rows(wrapper.run(*flat).reshape(query.shape), plan)
+        token_ordered(found, plan, out)
+        return None
 
 
 def key_blocks(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:

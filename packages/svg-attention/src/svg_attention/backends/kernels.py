@@ -53,18 +53,18 @@ class KernelsBackend:
             )
         return unsupported(self.name, query.device, query.dtype, query.shape[-1])
 
-    def run(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         plan: SparsePlan,
+        out: Tensor,
         *,
         scale: float,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as `plan` says; see `Backend.run`."""
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    ) -> Tensor | None:
+        """Fill `out` as `plan` says; see `Backend.attend`."""
         lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
         for batch, heads, key_heads in groups(query, key, value, plan):
             part = plan_of_heads(plan, batch, heads, key_heads, key.shape[1])
@@ -79,7 +79,7 @@ class KernelsBackend:
             )
             if lse is not None and part_lse is not None:
                 lse[batch, heads] = part_lse
-        return out, lse
+        return lse
 
     def _attend(
         self,
@@ -102,6 +102,8 @@ class KernelsBackend:
             summary = (plan.summary.keys, plan.summary.values, plan.summary.log_weights)
         elif self.name == "cuda" and not plan.is_full:
             plan = plan.rounded(COPY_ROWS)
+        # The kernels write rows that lie next to each other.
+        target = out if out.is_contiguous() else None
         result: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention(
             query,
             key,
@@ -113,10 +115,13 @@ class KernelsBackend:
             tile_order=None if plan.is_full else long_tiles_first(plan.run_lengths),
             scale=scale,
             return_lse=return_lse,
-            out=out,
+            out=target,
             backend=self.name,
         )
-        return None if isinstance(result, Tensor) else result[1]
+        found, lse = (result, None) if isinstance(result, Tensor) else result
+        if target is None:
+            out.copy_(found)
+        return lse
 
 
 def groups(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svg_attention.backends.blocks import token_ordered
 from svg_attention.plan import KeySummary, SparsePlan
-from svg_attention.rows import put_rows, take_rows
+from svg_attention.rows import take_rows
 from svg_attention.tiles import match_heads
 
 # Keys gathered at once, over all tiles of a group: few enough to stay in a CPU's last-level cache,
@@ -31,17 +32,18 @@ class ReferenceBackend:
         """Return None: every call can run."""
         return None
 
-    def run(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         plan: SparsePlan,
+        out: Tensor,
         *,
         scale: float,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as `plan` says; see `Backend.run`."""
+    ) -> Tensor | None:
+        """Fill `out` as `plan` says; see `Backend.attend`."""
         batch, heads, length, width = query.shape
         tiles, rows = plan.tiles, plan.tile_rows
         tiled = plan_ordered_tiles(query, plan)
@@ -52,7 +54,7 @@ class ReferenceBackend:
         table = torch.cat([key, value], dim=-1).flatten(0, 2)
         first_rows = first_key_rows(plan, key)
         shape = (batch * heads * tiles, rows)
-        out = query.new_empty((*shape, value.shape[-1]))
+        rows_out = query.new_empty((*shape, value.shape[-1]))
         lse = torch.empty(shape, dtype=torch.float32, device=query.device) if return_lse else None
         starts, lengths = plan.run_starts.flatten(0, 2), plan.run_lengths.flatten(0, 2)
         buffer = table.new_empty(0)
@@ -74,11 +76,12 @@ class ReferenceBackend:
                 group_out, group_lse = attend(queries, read_keys, read_values, bias)
                 if lse is not None:
                     lse[items] = group_lse
-            out[items] = group_out.to(out.dtype)
-        out = token_ordered(out.view(batch, heads, tiles * rows, -1)[:, :, :length], plan)
-        if lse is not None:
-            lse = token_ordered(lse.view(batch, heads, tiles * rows)[:, :, :length], plan)
-        return out, lse
+            rows_out[items] = group_out.to(out.dtype)
+        found = rows_out.view(batch, heads, tiles * rows, -1)[:, :, :length]
+        token_ordered(found, plan, out)
+        if lse is None:
+            return None
+        return token_ordered(lse.view(batch, heads, tiles * rows)[:, :, :length], plan)
 
 
 def plan_ordered_tiles(query: Tensor, plan: SparsePlan) -> Tensor:
@@ -89,11 +92,6 @@ def plan_ordered_tiles(query: Tensor, plan: SparsePlan) -> Tensor:
     if missing:
         query = torch.nn.functional.pad(query, (0, 0, 0, missing))
     return query.reshape(-1, plan.tile_rows, query.shape[-1])
-
-
-def token_ordered(x: Tensor, plan: SparsePlan) -> Tensor:
-    """Move rows `[B, H, Sq, ...]` from plan order back to token order."""
-    return x.contiguous() if plan.query_order is None else put_rows(x, plan.query_order)
 
 
 def first_key_rows(plan: SparsePlan, key: Tensor) -> Tensor:
