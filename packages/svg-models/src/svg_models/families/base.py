@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from svg_models.families.blocks import BlockRule
 from svg_models.families.dense import DenseKernel, dense_attention
 from svg_models.families.processors import SparseProcessor
 from svg_models.families.published import Published
@@ -74,6 +75,7 @@ class Family:
         processor: the attention processor that takes their place.
         grid: latent frames, rows and columns of tokens, from the transformer and the arguments of
             its forward pass by name.
+        blocks: how its blocks are computed by kernels that join what stands between their products.
         task: names what a transformer was trained for, `"t2v"` or `"i2v"`: which recipes fit it.
         checkpoints: names on the hub of those whose attentions were checked.
         recipes: published settings; without any, those that most models share.
@@ -95,6 +97,7 @@ class Family:
     stock_processors: tuple[str, ...]
     processor: type[SparseProcessor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
+    blocks: tuple[BlockRule, ...] = ()
     task: Callable[[Any], str] = text_to_video
     checkpoints: tuple[str, ...] = ()
     recipes: tuple[Published, ...] = ()
@@ -114,6 +117,15 @@ class Family:
     def covers(self, transformer: nn.Module) -> bool:
         """Tell whether `transformer` is of this family."""
         return any(cls.__name__ in self.transformers for cls in type(transformer).__mro__)
+
+    def find_blocks(self, transformer: nn.Module) -> list[tuple[nn.Module, BlockRule]]:
+        """Return each block that a rule computes, with its rule."""
+        return [
+            (module, rule)
+            for module in transformer.modules()
+            for rule in self.blocks
+            if type(module).__name__ in rule.blocks
+        ]
 
     def find_attentions(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """Return path and module of each video self-attention, in the order they run.

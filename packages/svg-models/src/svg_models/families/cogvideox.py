@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import Family
+from svg_models.families.blocks import COGVIDEOX_BLOCKS
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
@@ -78,6 +79,7 @@ COGVIDEOX = Family(
     attentions=r"transformer_blocks\.\d+\.attn1",
     stock_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     processor=SparseCogVideoXProcessor,
+    blocks=COGVIDEOX_BLOCKS,
     grid=grid,
     task=task,
     usual=usual,

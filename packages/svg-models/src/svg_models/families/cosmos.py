@@ -8,6 +8,7 @@ from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
+from svg_models.families.blocks import COSMOS_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
 from svg_models.families.steps import PER_HEAD_IN_HALVES, make_heads, project_qkv
@@ -39,6 +40,7 @@ COSMOS = Family(
     attentions=r"transformer_blocks\.\d+\.attn1",
     stock_processors=("CosmosAttnProcessor2_0",),
     processor=SparseCosmosProcessor,
+    blocks=COSMOS_BLOCKS,
     grid=patch_grid,
     task=task,
     checkpoints=(

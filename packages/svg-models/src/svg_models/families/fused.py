@@ -14,7 +14,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-__all__ = ["Pairing", "norm_rope", "rope", "serves"]
+__all__ = ["Pairing", "is_untouched", "norm_rope", "rope", "serves", "serves_tensor"]
 
 Pairing = Literal["interleaved", "half"]
 _NORMS = (nn.RMSNorm, RMSNorm)
@@ -66,7 +66,7 @@ def norm_rope(
     dim = width // heads
     size = width if across_heads else dim
     if not (
-        _serves_tensor(query)
+        serves_tensor(query)
         and key.shape == query.shape
         and key.dtype == query.dtype
         and dim % 2 == 0
@@ -108,8 +108,8 @@ def rope(
     """
     dim = query.shape[3]
     if not (
-        _serves_tensor(query)
-        and _serves_tensor(key)
+        serves_tensor(query)
+        and serves_tensor(key)
         and key.shape[:2] == query.shape[:2]
         and key.shape[3] == dim
         and key.dtype == query.dtype
@@ -135,7 +135,7 @@ def _find(device: torch.device) -> bool:
     return svg_kernels.status(device).auto != "reference"
 
 
-def _serves_tensor(x: Tensor) -> bool:
+def serves_tensor(x: Tensor) -> bool:
     """Tell whether the kernels take `x` and whatever comes of it needs no gradient."""
     return (
         type(x) is Tensor
@@ -145,22 +145,30 @@ def _serves_tensor(x: Tensor) -> bool:
     )
 
 
-def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
-    """Tell whether a norm does nothing but scale rows of `x` by a weight `[size]` of its dtype.
+def is_untouched(module: nn.Module) -> bool:
+    """Return whether a module does what its class does, on its own device, when it is called.
 
     Hooks stand for offloading, quantisation and whatever else moves or changes a weight. Those of
     accelerate and diffusers put a function over `forward`; their attributes tell so, too.
     """
-    if type(norm) not in _NORMS:
-        return False
-    # Asking a module for an attribute that it has not takes torch as long as all the rest here.
-    own, weight = norm.__dict__, norm.weight
+    own = module.__dict__
     return (
-        not norm._forward_pre_hooks
-        and not norm._forward_hooks
+        not module._forward_pre_hooks
+        and not module._forward_hooks
         and "_hf_hook" not in own
         and "_diffusers_hook" not in own
         and "forward" not in own
+    )
+
+
+def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
+    """Return whether a norm only scales rows of `x` by a weight `[size]` of its dtype."""
+    if type(norm) not in _NORMS:
+        return False
+    # Asking a module for an attribute that it has not takes torch as long as all the rest here.
+    weight = norm.weight
+    return (
+        is_untouched(norm)
         and type(weight) is nn.Parameter
         and weight.shape == (size,)
         and weight.dtype == x.dtype

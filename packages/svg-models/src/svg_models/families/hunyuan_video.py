@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
+from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
 from svg_models.families.steps import PER_HEAD, join, make_heads, project_qkv
@@ -78,6 +79,7 @@ HUNYUAN_VIDEO = Family(
     attentions=(r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
     stock_processors=("HunyuanVideoAttnProcessor2_0",),
     processor=SparseHunyuanVideoProcessor,
+    blocks=HUNYUAN_VIDEO_BLOCKS,
     grid=patch_grid,
     task=task,
     usual=usual,

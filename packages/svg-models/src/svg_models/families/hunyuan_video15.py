@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from svg_models.families.base import Family, patch_grid
+from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.hunyuan_video import SparseHunyuanVideoProcessor
 
 __all__ = ["HUNYUAN_VIDEO_15"]
@@ -43,6 +44,7 @@ HUNYUAN_VIDEO_15 = Family(
     attentions=r"transformer_blocks\.\d+\.attn",
     stock_processors=("HunyuanVideo15AttnProcessor2_0",),
     processor=SparseHunyuanVideoProcessor,
+    blocks=HUNYUAN_VIDEO_BLOCKS,
     grid=patch_grid,
     task=task,
     usual=usual,

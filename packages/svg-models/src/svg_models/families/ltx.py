@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor
 
 from svg_models.families.base import Family
+from svg_models.families.blocks import LTX_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.steps import project_qkv, split_heads
 
@@ -47,6 +48,7 @@ LTX = Family(
     attentions=r"transformer_blocks\.\d+\.attn1",
     stock_processors=("LTXVideoAttnProcessor",),
     processor=SparseLTXProcessor,
+    blocks=LTX_BLOCKS,
     grid=grid,
     checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
+from svg_models.families.blocks import WAN_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
 from svg_models.families.steps import ACROSS_HEADS, make_heads, project_qkv
@@ -54,6 +55,7 @@ WAN = Family(
     attentions=(r"vace_blocks\.\d+\.attn1", r"blocks\.\d+\.attn1"),
     stock_processors=("WanAttnProcessor",),
     processor=SparseWanProcessor,
+    blocks=WAN_BLOCKS,
     grid=patch_grid,
     task=task,
     usual=usual,

@@ -1,0 +1,441 @@
+"""What stands between the matrix products of a transformer block, by kernels of svg-kernels.
+
+Each function computes a whole block as its class in diffusers does, but reads and writes the hidden
+states once where the class does so for every sum, product and conversion. Modules that hold weights
+for a matrix product are called, never read, so LoRA, quantised layers and offloading keep working;
+norms, which are read, must be plain. A `BlockRule` says which those are: where one is not, or where
+the kernels do not serve a tensor, the class itself computes the block.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.normalization import (
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    CogVideoXLayerNormZero,
+    FP32LayerNorm,
+    RMSNorm,
+)
+from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNormZero
+from torch import Tensor, nn
+
+from svg_models.families import fused
+
+__all__ = [
+    "COGVIDEOX_BLOCKS",
+    "COSMOS_BLOCKS",
+    "HUNYUAN_VIDEO_BLOCKS",
+    "LTX_BLOCKS",
+    "WAN_BLOCKS",
+    "BlockRule",
+    "FusedForward",
+]
+
+Streams = tuple[Tensor, Tensor]
+_MODULATIONS = (
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    CogVideoXLayerNormZero,
+    CosmosAdaLayerNormZero,
+)
+_READ = (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm, RMSNorm, nn.Identity, nn.GELU, *_MODULATIONS)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRule:
+    """How blocks of some classes are computed by fewer passes over their hidden states.
+
+    Attributes:
+        blocks: names of the classes.
+        norms: returns the modules whose work the kernels do: norms, and modules around them.
+        forward: computes the block; takes it and what its class's `forward` takes.
+    """
+
+    blocks: tuple[str, ...]
+    norms: Callable[[Any], tuple[nn.Module, ...]]
+    forward: Callable[..., Any]
+
+
+class FusedForward:
+    """The `forward` of one block instance while a run is on; afterwards what its class does.
+
+    It is an attribute of the block, as hooks of diffusers and accelerate are. It holds the block
+    weakly, so that it makes no circle, and a deep copy of the block gets one that is switched off.
+
+    Args:
+        block: the block.
+        rule: how to compute it.
+    """
+
+    def __init__(self, block: nn.Module, rule: BlockRule | None) -> None:
+        self._block = weakref.ref(block)
+        self._plain = type(block).forward  # asked here: not all classes let a compiler look it up
+        self.rule = rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the block; takes and returns what its class's `forward` does."""
+        block, rule = self._block(), self.rule
+        # A compiler fuses these steps itself, into one graph with the rest of the block.
+        if (
+            rule is None
+            or torch.compiler.is_compiling()
+            or not fused.serves_tensor(args[0] if args else kwargs["hidden_states"])
+            or not all(_is_plain(norm) for norm in rule.norms(block))
+        ):
+            return self._plain(block, *args, **kwargs)
+        return rule.forward(block, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        return FusedForward(memo[id(self._block())], None)
+
+    @classmethod
+    def install(cls, block: nn.Module, rule: BlockRule) -> FusedForward | None:
+        """Put one into a block; leave a block alone over which something else has put itself."""
+        own = block.__dict__.get("forward")
+        if isinstance(own, FusedForward) and own.rule is None:
+            del block.forward  # of a run that has ended
+        if not fused.is_untouched(block):
+            return None
+        forward = cls(block, rule)
+        block.forward = forward  # type: ignore[method-assign]
+        return forward
+
+    def remove(self) -> None:
+        """Compute the block as its class does from now on, also where a hook still calls this."""
+        self.rule = None
+        block = self._block()
+        if block is not None and block.__dict__.get("forward") is self:
+            del block.forward
+
+
+def wan_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Compute a block of Wan or SkyReels V2; modulation is `[B, 6, C]`, or a row for each token."""
+    if temb.ndim == 4:
+        # Wan 2.2 5B counts tokens before the six, SkyReels' diffusion forcing behind them.
+        axis = 2 if temb.shape[2] == 6 else 1
+        table = block.scale_shift_table.unsqueeze(0 if axis == 2 else 2)
+        modulation = (table + temb.float()).unbind(axis)
+    else:
+        modulation = (block.scale_shift_table + temb.float()).split(1, dim=1)
+    return _wan_steps(
+        block, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask
+    )
+
+
+def vace_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    control_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+) -> tuple[Tensor | None, Tensor]:
+    """Compute a control block of Wan VACE."""
+    states = control_hidden_states
+    if block.proj_in is not None:
+        states = block.proj_in(states) + hidden_states
+    modulation = (block.scale_shift_table.to(temb.device) + temb.float()).split(1, dim=1)
+    states = _wan_steps(block, states, encoder_hidden_states, modulation, rotary_emb, None)
+    return None if block.proj_out is None else block.proj_out(states), states
+
+
+def _wan_steps(
+    block: Any,
+    states: Tensor,
+    text: Tensor,
+    modulation: tuple[Tensor, ...],
+    rotation: Any,
+    mask: Tensor | None,
+) -> Tensor:
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+    attended = block.attn1(_modulate(block.norm1, states, scale, shift), None, mask, rotation)
+    states = _gate(states, attended, gate)
+    across = states if isinstance(block.norm2, nn.Identity) else _normalise(block.norm2, states)
+    states = states + block.attn2(across, text, None, None)
+    return _gate(states, block.ffn(_modulate(block.norm3, states, ff_scale, ff_shift)), ff_gate)
+
+
+def dual_stream_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Streams:
+    """Compute a block of HunyuanVideo (1.0 or 1.5) that has layers of its own for the text."""
+    video, text = hidden_states, encoder_hidden_states
+    norms, gates, feeds = [], [], []
+    for norm, states in ((block.norm1, video), (block.norm1_context, text)):
+        shift, scale, gate, *feed = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+        norms.append(_modulate(norm.norm, states, scale, shift))
+        gates.append(gate)
+        feeds.append(feed)
+    attended = block.attn(
+        hidden_states=norms[0],
+        encoder_hidden_states=norms[1],
+        attention_mask=attention_mask,
+        image_rotary_emb=freqs_cis,
+    )
+    out = []
+    layers = ((block.norm2, block.ff), (block.norm2_context, block.ff_context))
+    streams = zip((video, text), attended, gates, feeds, layers, strict=True)
+    for states, attention, gate, (shift, scale, ff_gate), (norm, feed) in streams:
+        states = _gate(states, attention, gate)
+        out.append(_gate(states, feed(_modulate(norm, states, scale, shift)), ff_gate))
+    return out[0], out[1]
+
+
+def single_stream_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Streams:
+    """Compute a block of HunyuanVideo whose feed-forward stands beside its attention.
+
+    What both return is written side by side at once; the class joins three times.
+    """
+    text = encoder_hidden_states.shape[1]
+    states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+    shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
+    normed = _modulate(block.norm.norm, states, scale, shift)
+    projected = block.proj_mlp(normed)
+    width = states.shape[2]
+    both = projected.new_empty(*projected.shape[:2], width + projected.shape[2])
+    approximate = block.act_mlp.approximate
+    torch.ops.aten.gelu.out(projected, approximate=approximate, out=both[..., width:])
+    del projected
+    attended = block.attn(
+        hidden_states=normed[:, :-text],
+        encoder_hidden_states=normed[:, -text:],
+        attention_mask=attention_mask,
+        image_rotary_emb=image_rotary_emb,
+    )
+    both[:, :-text, :width] = attended[0]
+    both[:, -text:, :width] = attended[1]
+    states = _gate(states, block.proj_out(both), gate)
+    return states[:, :-text], states[:, -text:]
+
+
+def cogvideox_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> Streams:
+    """Compute a block of CogVideoX, whose feed-forward takes text and video in one sequence."""
+    video, text = hidden_states, encoder_hidden_states
+    parts = block.norm1.linear(block.norm1.silu(temb)).chunk(6, dim=1)
+    shift, scale, gate, text_shift, text_scale, text_gate = parts
+    attended = block.attn1(
+        hidden_states=_modulate(block.norm1.norm, video, scale, shift),
+        encoder_hidden_states=_modulate(block.norm1.norm, text, text_scale, text_shift),
+        image_rotary_emb=image_rotary_emb,
+        **(attention_kwargs or {}),
+    )
+    video, text = _gate(video, attended[0], gate), _gate(text, attended[1], text_gate)
+    parts = block.norm2.linear(block.norm2.silu(temb)).chunk(6, dim=1)
+    shift, scale, gate, text_shift, text_scale, text_gate = parts
+    normed = torch.cat(
+        (
+            _modulate(block.norm2.norm, text, text_scale, text_shift),
+            _modulate(block.norm2.norm, video, scale, shift),
+        ),
+        dim=1,
+    )
+    fed, length = block.ff(normed), text.shape[1]
+    return _gate(video, fed[:, length:], gate), _gate(text, fed[:, :length], text_gate)
+
+
+def cosmos_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Any,
+    embedded_timestep: Tensor,
+    temb: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    extra_pos_emb: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    controlnet_residual: Tensor | None = None,
+    latents: Tensor | None = None,
+    block_idx: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute a block of Cosmos; its steps are modulated by low-rank layers each."""
+    states = hidden_states
+    if block.before_proj is not None:
+        states = block.before_proj(states) + latents
+    if extra_pos_emb is not None:
+        states = states + extra_pos_emb
+
+    def modulation(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = norm.linear_2(norm.linear_1(norm.activation(embedded_timestep)))
+        shift, scale, gate = (hidden if temb is None else hidden + temb).chunk(3, dim=-1)
+        return shift, scale, gate
+
+    shift, scale, gate = modulation(block.norm1)
+    normed = _modulate(block.norm1.norm, states, scale, shift)
+    states = _gate(states, block.attn1(normed, image_rotary_emb=image_rotary_emb), gate)
+    shift, scale, gate = modulation(block.norm2)
+    normed = _modulate(block.norm2.norm, states, scale, shift)
+    attended = block.attn2(
+        normed, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
+    )
+    states = _gate(states, attended, gate)
+    shift, scale, gate = modulation(block.norm3)
+    states = _gate(states, block.ff(_modulate(block.norm3.norm, states, scale, shift)), gate)
+    if controlnet_residual is not None:
+        states += controlnet_residual
+    if block.after_proj is not None:
+        return states, block.after_proj(states)
+    return states
+
+
+def ltx_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Compute a block of LTX, which scales rows without centring them."""
+    states, table = hidden_states, block.scale_shift_table
+    rows = temb.reshape(states.shape[0], temb.shape[1], table.shape[0], -1)
+    modulation = (table[None, None].to(temb.device) + rows).unbind(dim=2)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+    attended = block.attn1(
+        hidden_states=_modulate_rms(block.norm1, states, scale, shift),
+        encoder_hidden_states=None,
+        image_rotary_emb=image_rotary_emb,
+    )
+    states = _gate(states, attended, gate)
+    states = states + block.attn2(
+        states,
+        encoder_hidden_states=encoder_hidden_states,
+        image_rotary_emb=None,
+        attention_mask=encoder_attention_mask,
+    )
+    fed = block.ff(_modulate_rms(block.norm2, states, ff_scale, ff_shift))
+    return _gate(states, fed, ff_gate)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether kernels may do a module's work: a known class, no hook, weights of floats."""
+    if type(module) not in _READ or not fused.is_untouched(module):
+        return False
+    return all(
+        weight is None or (type(weight) is nn.Parameter and weight.dtype in _FLOATS)
+        for weight in module._parameters.values()
+    )
+
+
+def _modulate(norm: Any, states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    import svg_kernels
+
+    return svg_kernels.layer_norm_modulate(
+        states, scale, shift, weight=norm.weight, bias=norm.bias, eps=norm.eps
+    )
+
+
+def _modulate_rms(norm: Any, states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    import svg_kernels
+
+    return svg_kernels.rms_norm(states, norm.weight, eps=norm.eps) * (1 + scale) + shift
+
+
+def _normalise(norm: Any, states: Tensor) -> Tensor:
+    import svg_kernels
+
+    return svg_kernels.layer_norm(states, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _gate(states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+    import svg_kernels
+
+    return svg_kernels.gate_residual(states, added, gate)
+
+
+def _wan_norms(block: Any) -> tuple[nn.Module, ...]:
+    return block.norm1, block.norm2, block.norm3
+
+
+def _dual_stream_norms(block: Any) -> tuple[nn.Module, ...]:
+    outer = (block.norm1, block.norm1_context)
+    inner = (block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context)
+    return (*outer, *inner)
+
+
+def _single_stream_norms(block: Any) -> tuple[nn.Module, ...]:
+    return block.norm, block.norm.norm, block.act_mlp
+
+
+def _norms_in(*names: str) -> Callable[[Any], tuple[nn.Module, ...]]:
+    def norms(block: Any) -> tuple[nn.Module, ...]:
+        outer = [getattr(block, name) for name in names]
+        return (*outer, *(module.norm for module in outer))
+
+    return norms
+
+
+WAN_BLOCKS = (
+    BlockRule(
+        blocks=("WanTransformerBlock", "SkyReelsV2TransformerBlock"),
+        norms=_wan_norms,
+        forward=wan_block,
+    ),
+    BlockRule(blocks=("WanVACETransformerBlock",), norms=_wan_norms, forward=vace_block),
+)
+HUNYUAN_VIDEO_BLOCKS = (
+    BlockRule(
+        blocks=("HunyuanVideoTransformerBlock", "HunyuanVideo15TransformerBlock"),
+        norms=_dual_stream_norms,
+        forward=dual_stream_block,
+    ),
+    BlockRule(
+        blocks=("HunyuanVideoSingleTransformerBlock",),
+        norms=_single_stream_norms,
+        forward=single_stream_block,
+    ),
+)
+COGVIDEOX_BLOCKS = (
+    BlockRule(
+        blocks=("CogVideoXBlock",), norms=_norms_in("norm1", "norm2"), forward=cogvideox_block
+    ),
+)
+COSMOS_BLOCKS = (
+    BlockRule(
+        blocks=("CosmosTransformerBlock",),
+        norms=_norms_in("norm1", "norm2", "norm3"),
+        forward=cosmos_block,
+    ),
+)
+LTX_BLOCKS = (
+    BlockRule(
+        blocks=("LTXVideoTransformerBlock",),
+        norms=lambda block: (block.norm1, block.norm2),
+        forward=ltx_block,
+    ),
+)

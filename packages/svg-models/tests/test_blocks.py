@@ -1,0 +1,264 @@
+"""Blocks by kernels: as near to the truth as their classes, and only where they may be.
+
+There is no GPU here, so the reference backend computes for the kernels where a test says it serves.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import svg_kernels
+from svg_models.families import family_of, fused, transformers_of
+from svg_models.families.blocks import FusedForward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CASES = (
+    "wan t2v",
+    "wan 2.1 i2v",
+    "wan 2.2 ti2v, text",
+    "wan vace",
+    "skyreels v2 t2v",
+    "hunyuan_video t2v",
+    "hunyuan_video15 t2v",
+    "cosmos predict2 v2w",
+    "cosmos predict2.5 t2w",
+    "cogvideox 1.5 t2v",
+    "ltx t2v",
+)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> zoo.Case:
+    return zoo.case(request.param)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Say that kernels serve the CPU; return the names of those that blocks launched."""
+    monkeypatch.setattr(fused, "serves", lambda device: True)
+    names: list[str] = []
+    for name in ("layer_norm_modulate", "layer_norm", "rms_norm", "gate_residual"):
+        launch = getattr(svg_kernels, name)
+
+        def call(*args: Any, _name: str = name, _launch: Any = launch, **options: Any) -> Any:
+            names.append(_name)
+            return _launch(*args, **options)
+
+        monkeypatch.setattr(svg_kernels, name, call)
+    return names
+
+
+def install(model: nn.Module) -> list[FusedForward]:
+    forwards = [
+        FusedForward.install(block, rule) for block, rule in family_of(model).find_blocks(model)
+    ]
+    assert forwards
+    return [forward for forward in forwards if forward is not None]
+
+
+@contextmanager
+def fused_pipe(pipe: Any) -> Iterator[list[FusedForward]]:
+    forwards = [forward for model in transformers_of(pipe).values() for forward in install(model)]
+    yield forwards
+    for forward in forwards:
+        forward.remove()
+
+
+def modulate_visibly(pipe: Any) -> None:
+    """Give modulations weights that change the result; those of a new model are near 0."""
+    draw = torch.Generator().manual_seed(9)
+    for model in transformers_of(pipe).values():
+        for name, weight in model.named_parameters():
+            if ("norm" in name and "linear" in name) or "scale_shift_table" in name:
+                weight.data += 0.2 * torch.randn(weight.shape, generator=draw)
+
+
+def inputs_of_blocks(pipe: Any, case: zoo.Case) -> list[tuple[nn.Module, tuple, dict, Any]]:
+    """Return what each block was given and returned in one step."""
+    seen: list[tuple[nn.Module, tuple, dict, Any]] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda module, args, kwargs, out: seen.append((module, args, kwargs, out)),
+            with_kwargs=True,
+        )
+        for model in transformers_of(pipe).values()
+        for block, _ in family_of(model).find_blocks(model)
+    ]
+    case.run(pipe, num_inference_steps=1)
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    return seen
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(converted(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: converted(item, dtype) for key, item in value.items()}
+    return value
+
+
+def flat(out: Any) -> list[Tensor]:
+    return [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None]
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    assert [x.shape for x in found] == [x.shape for x in exact]
+    pairs = list(zip(found, exact, strict=True))
+    off = sum((a.double() - b).square().sum() for a, b in pairs)
+    return float((off / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+def test_fused_forward_is_as_near_to_fp64_as_the_class_in_bf16(
+    case: zoo.Case, launches: list[str]
+) -> None:
+    pipe = case.build()
+    modulate_visibly(pipe)
+    with torch.no_grad():
+        calls = inputs_of_blocks(pipe, case)
+        for block, args, kwargs, _ in calls[:4]:
+
+            def result(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+                return flat(module(*converted(args, dtype), **converted(kwargs, dtype)))  # noqa: B023
+
+            exact = result(copy.deepcopy(block).double(), torch.float64)
+            narrow = copy.deepcopy(block).bfloat16()
+            plain = error(result(narrow, torch.bfloat16), exact)
+            model = next(m for m in transformers_of(pipe).values() if block in list(m.modules()))
+            rule = next(r for b, r in family_of(model).find_blocks(model) if b is block)
+            launches.clear()
+            assert FusedForward.install(narrow, rule) is not None
+            ours = error(result(narrow, torch.bfloat16), exact)
+            assert "gate_residual" in launches
+            assert len(launches) >= 2
+            assert ours <= 1.1 * plain + 1e-6, (type(block).__name__, ours, plain)
+
+
+def test_fused_forward_gives_the_clip_of_the_class_in_fp32(
+    case: zoo.Case, launches: list[str]
+) -> None:
+    pipe = case.build()
+    modulate_visibly(pipe)
+    before = case.run(pipe)
+    with fused_pipe(pipe):
+        during = case.run(pipe)
+    assert launches
+    launches.clear()
+    torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
+    assert torch.equal(case.run(pipe), before)
+    assert not launches
+
+
+def test_remove_leaves_no_attribute(case: zoo.Case, launches: list[str]) -> None:
+    pipe = case.build()
+    blocks = [b for m in transformers_of(pipe).values() for b, _ in family_of(m).find_blocks(m)]
+    before = [dict(block.__dict__) for block in blocks]
+    with fused_pipe(pipe) as forwards:
+        assert all(block.__dict__["forward"] in forwards for block in blocks)
+    assert [dict(block.__dict__) for block in blocks] == before
+
+
+def wan() -> tuple[zoo.Case, Any]:
+    case = zoo.case("wan t2v")
+    return case, case.build()
+
+
+def test_fused_forward_leaves_a_block_with_a_hooked_norm_to_its_class(launches: list[str]) -> None:
+    case, pipe = wan()
+    hooked = pipe.transformer.blocks[0].norm2
+    hooked.register_forward_hook(lambda module, args, out: out * 1.5)
+    before = case.run(pipe)
+    one = []
+    with fused_pipe(pipe):
+        launches.clear()
+        during = case.run(pipe)
+        one = list(launches)
+    torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
+    # Of two blocks one is left: two modulated norms and two gates in each pass.
+    assert one.count("layer_norm_modulate") == 2 * len(case.branches) * case.steps
+
+
+@pytest.mark.parametrize("first", ["hook", "fused"])
+def test_install_beside_hooks_over_forward(launches: list[str], first: str) -> None:
+    case, pipe = wan()
+    before = case.run(pipe)
+    block = pipe.transformer.blocks[0]
+    if first == "hook":
+        add_hook_to_module(block, ModelHook())
+        with fused_pipe(pipe) as forwards:
+            assert len(forwards) == 1
+            torch.testing.assert_close(case.run(pipe), before, rtol=2e-3, atol=2e-4)
+        assert "_hf_hook" in block.__dict__
+    else:
+        with fused_pipe(pipe) as forwards:
+            assert len(forwards) == 2
+            add_hook_to_module(block, ModelHook())
+            torch.testing.assert_close(case.run(pipe), before, rtol=2e-3, atol=2e-4)
+    launches.clear()
+    assert torch.equal(case.run(pipe), before)
+    assert not launches
+    remove_hook_from_module(block)
+    assert torch.equal(case.run(pipe), before)
+
+
+def test_fused_forward_with_lora(launches: list[str]) -> None:
+    case, pipe = wan()
+    torch.manual_seed(4)
+    names = ["ffn.net.0.proj", "ffn.net.2", "to_q", "to_out.0"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    before = case.run(pipe)
+    with fused_pipe(pipe):
+        torch.testing.assert_close(case.run(pipe), before, rtol=2e-3, atol=2e-4)
+        assert launches
+
+
+def test_fused_forward_in_a_compiled_block_is_the_class(launches: list[str]) -> None:
+    case, pipe = wan()
+    before = case.run(pipe)
+    with fused_pipe(pipe):
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        during = case.run(pipe)
+    assert not launches
+    torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-5)
+
+
+def test_deepcopy_of_a_fused_block_is_its_class(launches: list[str]) -> None:
+    case, pipe = wan()
+    before = case.run(pipe)
+    with fused_pipe(pipe):
+        double = copy.deepcopy(pipe.transformer)
+        pipe.transformer, own = double, pipe.transformer
+        launches.clear()
+        assert torch.equal(case.run(pipe), before)
+        assert not launches
+        pipe.transformer = own
+    assert len(install(double)) == 2
+
+
+def test_fused_forward_does_not_keep_its_block(launches: list[str]) -> None:
+    _, pipe = wan()
+    model = pipe.transformer
+    install(model)
+    block = weakref.ref(model.blocks[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del model, pipe
+        assert block() is None
+    finally:
+        gc.enable()
