@@ -1,0 +1,115 @@
+"""The root README's first screen runs, and its numbers are the stored ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import speed_table
+from distributions import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON, SHELL = (
+    re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "bash")
+)
+
+
+def test_the_speed_table_is_the_stored_run():
+    stored = json.loads(speed_table.STORED.read_text(encoding="utf-8"))
+    assert speed_table.fill(README, speed_table.render(stored)) == README
+
+
+def test_the_speed_table_changes_with_the_stored_run():
+    stored = json.loads(speed_table.STORED.read_text(encoding="utf-8"))
+    stored["models"][0]["ms_per_forward"]["SVG2"]["median"] /= 2
+    assert speed_table.fill(README, speed_table.render(stored)) != README
+
+
+def test_render_compares_within_a_row_only():
+    times = {"diffusers": 400.0, "SVG2": 100.0, "diffusers, compiled": 300.0, "SVG1": 200.0}
+    model = {
+        "name": "Toy",
+        "layers": 2,
+        "ms_per_forward": {name: {"median": time} for name, time in times.items()},
+    }
+    stored = {
+        "environment": {"gpu": "G", "torch": "T", "date": "D"},
+        "density": 0.25,
+        "band_density": 0.3,
+        "models": [model],
+    }
+    rows = speed_table.render(stored).splitlines()[2:4]
+    assert rows == [
+        "| Toy | 200 ms | 50 ms, **4.00x faster** | 100 ms, **2.00x faster** |",
+        "| Toy, compiled | 150 ms |  |  |",
+    ]
+
+
+def test_fill_wants_its_marks():
+    with pytest.raises(ValueError, match="expected <!-- speed -->"):
+        speed_table.fill("no marks", "text")
+
+
+def test_the_site_opens_with_the_first_screen_of_the_readme():
+    assert '--8<-- "README.md:first-minute"' in (ROOT / "docs" / "index.md").read_text()
+    first, rest = README.split("<!-- --8<-- [end:first-minute] -->")
+    assert "](docs/" not in first, "a link into docs/ leads nowhere from the site"
+    assert PYTHON[0] in first
+    assert "<!-- speed -->" in first
+    assert "```python" not in rest
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_example_runs_as_printed(tmp_path, monkeypatch):
+    """With the embedded model on the CPU instead of a checkpoint of 28 GB on a GPU."""
+    diffusers = pytest.importorskip("diffusers")
+    models = pytest.importorskip("svg_models")
+    pipe = diffusers.WanPipeline.from_pretrained(models.embedded_path())
+    settings = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    asked = {}
+
+    class Small(diffusers.WanPipeline):
+        """What the README names, at a size that a test can wait for."""
+
+        def to(self, device):
+            asked["device"] = device
+            return self
+
+        def __call__(self, prompt, num_frames):
+            asked.update(prompt=prompt, frames=num_frames)
+            return super().__call__(prompt, num_frames=17, **settings)
+
+        @classmethod
+        def from_pretrained(cls, name, **options):
+            asked.update(name=name, **options)
+            return cls(**pipe.components)
+
+    monkeypatch.setattr(diffusers, "WanPipeline", Small)
+    monkeypatch.chdir(tmp_path)
+    (example,) = PYTHON
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert asked["name"] == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    assert asked["device"] == "cuda"
+    assert asked["frames"] == 81
+    assert names["frames"].shape == (17, 64, 64, 3)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_the_commands_of_the_first_screen_are_understood():
+    typer = pytest.importorskip("typer")
+    pytest.importorskip("svg_models")
+    from svg_models.cli import app
+
+    lines = [shlex.split(line, comments=True) for line in SHELL[1].splitlines()]
+    assert [line[:2] for line in lines] == [["svg", "generate"], ["svg", "compare"]]
+    group = typer.main.get_command(app)
+    for _, name, *arguments in lines:
+        command = group.commands[name]
+        context = command.make_context(name, list(arguments))
+        assert not context.args
+        assert Path(str(context.params["output"])).name in {"star.mp4", "out"}
