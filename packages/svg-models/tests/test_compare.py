@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import tiny
 
 from svg_models.comparison.result import Comparison
-from svg_models.comparison.run import DEFAULT_METHODS, compare, parse_methods
+from svg_models.comparison.run import compare
 from svg_models.errors import SettingError
-from svg_models.generation.method_names import METHODS, MethodSpec
+from svg_models.generation.request import DEFAULT_METHODS, CompareRequest
 from svg_models.generation.sample import generate
 from svg_models.generation.settings import Settings
 from svg_models.loading import Defaults, LoadedPipeline, load_pipeline
+from svg_models.method_names import METHODS, MethodSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"steps": 5, "guidance": 2.0, "height": 48, "width": 48, "frames": 9}
@@ -65,7 +67,7 @@ def test_every_method_keeps_its_budget(comparison: Comparison) -> None:
 
 
 def test_methods_are_configured_as_they_are_named(comparison: Comparison) -> None:
-    configs = {c.clip.method.name: c.clip.config["method"] for c in comparison.candidates}
+    configs = {c.clip.method.name: c.clip.stats.recipe["settings"] for c in comparison.candidates}
     assert configs["svg2"]["compensate"] is False
     assert configs["svg2-error"] | {"compensate": True, "route": "error"} == configs["svg2-error"]
     assert configs["svg1"]["density"] == 0.4
@@ -126,19 +128,18 @@ def test_loading_reports_progress_to_the_end(tmp_path: Path) -> None:
 
 
 def test_the_default_methods_share_one_budget() -> None:
-    specs = parse_methods(None)
+    specs = CompareRequest().specs
     assert [spec.name for spec in specs] == list(DEFAULT_METHODS)
     assert len({spec.density for spec in specs}) == 1
 
 
 def test_settings_come_from_the_model_unless_given() -> None:
     defaults = Defaults(prompt="a fox", steps=7, guidance=3.0)
-    settings = Settings.resolve(defaults, steps=9, guidance=None, seed=4)
+    settings = Settings(steps=9, seed=4).complete(defaults, height=64)
     assert (settings.prompt, settings.steps, settings.guidance) == ("a fox", 9, 3.0)
-    with pytest.raises(TypeError, match="unknown settings"):
-        Settings.resolve(defaults, stepz=3)
+    assert (settings.seed, settings.height, settings.width) == (4, 64, defaults.width)
     with pytest.raises(SettingError, match="steps must be 1 or more"):
-        Settings.resolve(defaults, steps=0)
+        Settings(steps=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -146,7 +147,7 @@ def test_every_method_name_builds_a_method(name: str) -> None:
     from svg_attention import SVG2
 
     base = SVG2(q_clusters=7, k_clusters=9)
-    method = MethodSpec.parse(name, density=0.3).build(base)
+    method = MethodSpec.parse(name, density=None if name == "dense" else 0.3).build(base)
     if name.startswith("svg2"):
         assert (method.q_clusters, method.k_clusters, method.density) == (7, 9, 0.3)
         by_mass = MethodSpec.parse(name, top_p=0.8).build(base)
@@ -159,12 +160,12 @@ def test_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline) -> None
     few = generate("a red circle", model=loaded, **SETTINGS)
     assert few.method == MethodSpec(name="dense")
     assert few.stats.sparse_records == ()
-    assert "5 denoising steps are too few" in few.config["note"]
+    assert "5 denoising steps are too few" in few.stats.recipe["note"]
     asked = generate("a red circle", model=loaded, method="auto@0.5", **SETTINGS)
     assert asked.method == MethodSpec(name="svg2", density=0.5)
     assert 0.4 < asked.stats.mean_density <= 0.5
     with pytest.raises(SettingError, match="auto is for svg generate alone"):
-        parse_methods(["auto"])
+        CompareRequest(methods=["auto"])
 
 
 @pytest.mark.parametrize(
@@ -174,5 +175,6 @@ def test_a_method_tells_its_name(text: str) -> None:
     from svg_attention import SVG2
 
     spec = MethodSpec.parse(text)
-    assert MethodSpec.of(spec.build(SVG2())) == spec
-    assert MethodSpec.of(SVG2(top_p=0.8)) == MethodSpec(name="svg2", top_p=0.8)
+    method = spec.build(SVG2())
+    assert MethodSpec.of(method) == dataclasses.replace(spec, method=method)
+    assert MethodSpec.of(SVG2(top_p=0.8)).top_p == 0.8

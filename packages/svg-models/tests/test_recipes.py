@@ -110,7 +110,7 @@ def test_few_steps_stay_dense_and_say_so() -> None:
 
 
 def test_a_single_frame_stays_dense_and_says_so() -> None:
-    recipe = recipe_for(published(num_layers=1), 14_400, num_frames=1)
+    recipe = recipe_for(published(num_layers=1), 14_400, latent_frames=1)
     assert isinstance(recipe.method, Dense)
     assert "a single frame is an image" in recipe.note
 

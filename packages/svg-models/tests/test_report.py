@@ -18,13 +18,12 @@ from svg_models.comparison.page import comparison_page
 from svg_models.comparison.result import Candidate, Comparison
 from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
-from svg_models.generation.method_names import MethodSpec
 from svg_models.generation.settings import Settings
+from svg_models.method_names import MethodSpec
 from svg_models.report import run_page, write_run_report
-from svg_models.report.grids import grids
 from svg_models.report.plots import layer_bands
 from svg_models.report.render import NBSP, percent, seconds
-from svg_models.stats import RunStats
+from svg_models.stats import Grids, RunStats
 from svg_models.video import read_video, similarity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +80,8 @@ def stats(density: float, *, dense: bool = False, steps: int = 5) -> RunStats:
         for layer in range(3)
     ]
     recipe = {"method": "SVG2", "settings": {"top_p": 0.9}, "schedule": {"dense_steps": 0.2}}
-    return RunStats(records=tuple(records), recipe=recipe, messages=("a <short> clip",))
+    messages = ("a <short> clip",)
+    return RunStats(records=tuple(records), recipe=recipe, messages=messages, grid=(3, 12, 12))
 
 
 def clip(method: str, shift: int, took: float) -> Clip:
@@ -104,11 +104,9 @@ def clip(method: str, shift: int, took: float) -> Clip:
         method=spec,
         model="embedded",
         loras=(),
-        config={"method": {"name": "SVG2"}},
         seconds=took,
         step_seconds=(took / 5,) * 5,
         decode_seconds=0.1,
-        tokens=432,
         stats=stats(0.25, dense=method == "dense"),
     )
 
@@ -239,7 +237,7 @@ def test_a_run_without_calls_has_a_page_too() -> None:
 
 
 def test_grids_mean_over_branches_and_sum_their_time() -> None:
-    table = grids(stats(0.3).records)
+    table = stats(0.3).grids
     assert table is not None
     assert table.density.shape == (5, 3)
     assert table.density[0].tolist() == [1, 1, 1]
@@ -247,7 +245,7 @@ def test_grids_mean_over_branches_and_sum_their_time() -> None:
     assert table.seconds is not None
     assert table.seconds[2] == pytest.approx([0.02, 0.04, 0.06])
     assert table.dense.tolist() == [[True] * 3] + [[False] * 3] * 4
-    assert grids([]) is None
+    assert Grids.of([]) is None
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 7, 30, 40])

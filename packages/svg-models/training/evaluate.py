@@ -296,8 +296,8 @@ def _evaluate_size(
 
 def _draw_sheet(pipe: Any, *, side: int, batch: int, options: dict[str, Any]) -> Image.Image:
     from svg_models import recipe_for, sparsify
-    from svg_models.generation.method_names import MethodSpec
     from svg_models.loading import Geometry
+    from svg_models.method_names import MethodSpec
 
     tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=FRAMES)
     recipe = recipe_for(pipe, tokens)

@@ -6,21 +6,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svg_attention import SVG1, SVG2, Dense, RandomBlocks, Schedule, UnsupportedError
     from svg_models.comparison.run import compare
     from svg_models.embedded import embedded_path
+    from svg_models.errors import SvgModelsError
     from svg_models.generation.sample import generate
+    from svg_models.loading import load_pipeline
     from svg_models.recipes import recipe_for
     from svg_models.sparse.run import SparseRun, sparsify
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseRun", "compare", "embedded_path", "generate", "recipe_for", "sparsify"]
+__all__ = [
+    "SVG1",
+    "SVG2",
+    "Dense",
+    "RandomBlocks",
+    "Schedule",
+    "SparseRun",
+    "SvgModelsError",
+    "UnsupportedError",
+    "compare",
+    "embedded_path",
+    "generate",
+    "load_pipeline",
+    "recipe_for",
+    "sparsify",
+]
 
 _HOMES = {
+    "SVG1": "svg_attention",
+    "SVG2": "svg_attention",
+    "Dense": "svg_attention",
+    "RandomBlocks": "svg_attention",
+    "Schedule": "svg_attention",
     "SparseRun": "svg_models.sparse.run",
+    "SvgModelsError": "svg_models.errors",
+    "UnsupportedError": "svg_attention",
     "compare": "svg_models.comparison.run",
     "embedded_path": "svg_models.embedded",
     "generate": "svg_models.generation.sample",
+    "load_pipeline": "svg_models.loading",
     "recipe_for": "svg_models.recipes",
     "sparsify": "svg_models.sparse.run",
 }
@@ -33,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

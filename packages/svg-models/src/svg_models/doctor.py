@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from svg_models.loading.memory import GIB, machine_memory
+from svg_models.sparse.checks import backend_reasons
 
 _PACKAGES = (
     "svg-models",
@@ -130,33 +131,6 @@ def _nvcc_version(nvcc: str) -> str:
         return f"{nvcc} does not answer ({error})"
     release = [word for word in answer.replace(",", " ").split() if word.startswith("V")]
     return f"{release[0] if release else 'unknown version'} at {nvcc}"
-
-
-def backend_reasons(device: str, dtype: torch.dtype, *, head_dim: int = 128) -> dict[str, str]:
-    """Return why each backend of sparse attention cannot run, empty where it can.
-
-    Args:
-        device: where.
-        dtype: of query, key and value.
-        head_dim: of each head.
-    """
-    from svg_attention import SparsePlan
-    from svg_attention.backends import BACKENDS
-
-    query = torch.zeros(1, 2, 256, head_dim, device=device, dtype=dtype)
-    starts = torch.zeros(1, 2, 2, 1, device=device, dtype=torch.int32)
-    plan = SparsePlan(
-        query_length=256,
-        key_length=256,
-        run_starts=starts,
-        run_lengths=torch.full_like(starts, 128),
-        query_order=None,
-        key_order=None,
-    )
-    return {
-        name: backend.unsupported(query, query, query, plan) or ""
-        for name, backend in BACKENDS.items()
-    }
 
 
 def _sparse_attention(device: str) -> list[Check]:

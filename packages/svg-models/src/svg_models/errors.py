@@ -15,6 +15,10 @@ class SettingError(SvgModelsError, ValueError):
     """A size, count, density, method or path that cannot be used."""
 
 
+class UnknownSettingError(SettingError, TypeError):
+    """A setting that does not exist, or one that was given twice."""
+
+
 class ModelUnavailableError(SvgModelsError, OSError):
     """A model that could not be found, reached or read."""
 

@@ -15,9 +15,13 @@ from torch import nn
 
 import svg_attention
 from svg_attention import SVG1, Dense, Method, Schedule
+from svg_models.families import family_of, transformers_of
 from svg_models.families.published import SHARED, Published
+from svg_models.method_names import MethodSpec
+from svg_models.spelling import checks_names
+from svg_models.summary import Summarised, described
 
-__all__ = ["Recipe", "cluster_counts", "nearest", "recipe_for"]
+__all__ = ["Recipe", "choose_recipe", "cluster_counts", "nearest", "recipe_for"]
 
 TOKENS_PER_QUERY_CLUSTER = 64
 TOKENS_PER_KEY_CLUSTER = 16
@@ -30,8 +34,8 @@ SMALL_ITERATIONS = 10
 LARGEST_SVG1_DENSITY = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Recipe(Summarised):
     """What to run, where it comes from, and what was changed.
 
     Attributes:
@@ -56,6 +60,16 @@ class Recipe:
             "note": self.note,
         }
 
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        rows = [
+            ("settings", described(self.method.to_dict()) or "none"),
+            ("schedule", described(self.schedule.to_dict())),
+            ("source", self.source),
+        ]
+        if self.note:
+            rows.append(("note", self.note))
+        return f"Recipe: {type(self.method).__name__}", rows
+
 
 def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, int]:
     """Shrink published cluster counts to a short sequence.
@@ -78,12 +92,56 @@ def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, 
     )
 
 
+def choose_recipe(
+    spec: MethodSpec,
+    pipe: object,
+    tokens: int,
+    *,
+    schedule: Schedule | None = None,
+    num_steps: int | None = None,
+    latent_frames: int | None = None,
+) -> Recipe:
+    """Choose what a clip runs with: what was asked for, and the model's recipe for the rest.
+
+    Args:
+        spec: the method that was asked for; `auto` is the recipe's.
+        pipe: as `recipe_for`; not looked at where method and schedule are both given.
+        tokens: as `recipe_for`.
+        schedule: the schedule that was asked for; None for the recipe's.
+        num_steps: as `recipe_for`; decides only whether `auto` stays dense.
+        latent_frames: as `recipe_for`; decides only whether `auto` stays dense.
+
+    Returns:
+        A recipe whose source is "user" where a ready method or dense attention was asked for.
+    """
+    if spec.method is not None and schedule is not None:
+        return Recipe(method=spec.method, schedule=schedule, source="user")
+    auto = spec.name == "auto"
+    recipe = recipe_for(
+        pipe,
+        tokens,
+        num_steps=num_steps if auto else None,
+        latent_frames=latent_frames if auto else None,
+        method="svg1" if spec.name == "svg1" else "svg2",
+    )
+    recipe = dataclasses.replace(recipe, schedule=schedule or recipe.schedule)
+    if spec.method is not None or spec.name == "dense":
+        method = spec.build(recipe.method)
+        return dataclasses.replace(recipe, method=method, source="user", note="")
+    if isinstance(recipe.method, Dense) and (not auto or spec.density or spec.top_p):
+        counts = cluster_counts(tokens, SHARED.q_clusters, SHARED.k_clusters)
+        base = svg_attention.SVG2(q_clusters=counts[0], k_clusters=counts[1])
+        return dataclasses.replace(recipe, method=spec.build(base), note="")
+    return dataclasses.replace(recipe, method=spec.build(recipe.method))
+
+
+@checks_names({"num_inference_steps": "num_steps"})
 def recipe_for(
     pipe: object,
     tokens: int,
     *,
     num_steps: int | None = None,
-    num_frames: int | None = None,
+    latent_frames: int | None = None,
     method: Literal["svg1", "svg2"] = "svg2",
 ) -> Recipe:
     """Choose settings and schedule for a pipeline and a clip.
@@ -92,7 +150,7 @@ def recipe_for(
         pipe: a diffusers pipeline of a known family, or its transformer.
         tokens: video tokens of the clip: frames times rows times columns after patching.
         num_steps: denoising steps, if known.
-        num_frames: latent frames, if known.
+        latent_frames: frames of the latents, if known.
         method: which method to choose settings for.
 
     Returns:
@@ -102,8 +160,6 @@ def recipe_for(
     Raises:
         ValueError: if the family or the method is unknown, or `tokens` is not positive.
     """
-    from svg_models.families import family_of, transformers_of
-
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
     if method not in ("svg1", "svg2"):
@@ -112,7 +168,7 @@ def recipe_for(
     family = family_of(transformer)
     task, width = family.task(transformer), _width(transformer)
     row = nearest(family.recipes, task, tokens)
-    dense = _why_dense(tokens, width, num_steps, num_frames)
+    dense = _why_dense(tokens, width, num_steps, latent_frames)
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
     adjusted, words = (_svg1 if method == "svg1" else _svg2)(row, tokens, width)
@@ -169,8 +225,8 @@ def _svg1(row: Published, tokens: int, width: int) -> tuple[Method, str]:
     return method, f"density {method.density:.2f}"
 
 
-def _why_dense(tokens: int, width: int, num_steps: int | None, num_frames: int | None) -> str:
-    if num_frames == 1:
+def _why_dense(tokens: int, width: int, num_steps: int | None, latent_frames: int | None) -> str:
+    if latent_frames == 1:
         return (
             "a single frame is an image, for which no sparse settings were published; "
             "pass a method to run it anyway"

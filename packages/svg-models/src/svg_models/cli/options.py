@@ -1,118 +1,85 @@
-"""The options that commands share."""
+"""Give a command the options of a request, each as its field describes itself."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-WHAT, HOW, WHERE = "What to generate", "Attention", "Machine and output"
+from svg_models.cli.output import spoken_errors
+from svg_models.generation.request import Request
+from svg_models.generation.settings import WHAT, Option, options_of
 
-Prompt = Annotated[
-    str | None,
-    typer.Argument(help="What the clip shows. [dim]Default: an example of the model.[/]"),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A folder in diffusers' format or a hub id, such as "
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers. [dim]Default: the embedded model.[/]",
-        rich_help_panel=WHAT,
-    ),
-]
-Negative = Annotated[
-    str | None,
-    typer.Option("--negative-prompt", help="What to steer away from.", rich_help_panel=WHAT),
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps.", rich_help_panel=WHAT)
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option("--guidance", help="Strength of classifier-free guidance.", rich_help_panel=WHAT),
-]
-Size = Annotated[
-    str | None,
-    typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT),
-]
-NumFrames = Annotated[
-    int | None,
-    typer.Option(
-        "--frames",
-        help="Video frames, for most models a multiple of 4 plus 1.",
-        rich_help_panel=WHAT,
-    ),
-]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames a second.", rich_help_panel=WHAT)]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", help="Start of the noise; one seed, one clip.", rich_help_panel=WHAT),
-]
-Backend = Annotated[
-    str,
-    typer.Option(
-        "--backend", help="Kernel of sparse attention, see svg doctor.", rich_help_panel=HOW
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        help="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16.",
-        rich_help_panel=WHERE,
-    ),
-]
-Offload = Annotated[
-    str,
-    typer.Option(
-        "--offload",
-        help="What waits in memory until the GPU needs it: none, model (components), group or "
-        "sequential (layers).",
-        rich_help_panel=WHERE,
-    ),
-]
-Image = Annotated[
-    str | None,
-    typer.Option(
-        "--image",
-        metavar="PATH",
-        help="A picture to start from, for image-to-video models.",
-        rich_help_panel=WHAT,
-    ),
-]
-Video = Annotated[
-    str | None,
-    typer.Option(
-        "--video",
-        metavar="PATH",
-        help="A video to start from: redrawn, followed or continued, as the model does.",
-        rich_help_panel=WHAT,
-    ),
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(
-        "--strength",
-        help="How much of the video is redrawn, above 0 and up to 1.",
-        rich_help_panel=WHAT,
-    ),
-]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora",
-        metavar="PATH[:WEIGHT]",
-        help="A LoRA, by path or hub id; repeat for more.",
-        rich_help_panel=WHAT,
-    ),
-]
+__all__ = ["has_options_of"]
+
+SIZE = typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT)
+
+
+def has_options_of(
+    kind: type[Request], *, without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn a function of a request, and of options of its own, into a command.
+
+    What a person can mend becomes one sentence, whether it is found while the request is made or
+    while the function runs.
+
+    Args:
+        kind: the class of the request.
+        without: fields that this command has no option for.
+    """
+    shared = {name: o for name, o in options_of(kind).items() if o.names or name == "prompt"}
+    shared = {name: o for name, o in shared.items() if name not in without}
+    defaults = {f.name: f.default for f in fields(kind)}
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        given = [_parameter(name, about, defaults[name]) for name, about in shared.items()]
+        parameters = [*given, _keyword("size", None, Annotated[str | None, SIZE])]
+        parameters += [_keyword(p.name, p.default, p.annotation) for p in own]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            with spoken_errors():
+                rest = {p.name: values[p.name] for p in own}
+                asked = {name: values[name] for name in shared}
+                asked = {
+                    name: (tuple(value or ()) if shared[name].repeats else value)
+                    for name, value in asked.items()
+                }
+                function(kind(**asked, **read_size(values["size"])), **rest)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return wrap
+
+
+def _parameter(name: str, about: Option, default: Any) -> inspect.Parameter:
+    kind: Any = about.kind
+    if about.repeats:
+        kind = list[kind]
+    if name == "prompt":
+        says: Any = typer.Argument(help=about.help)
+    else:
+        says = typer.Option(
+            *about.names, help=about.help, metavar=about.metavar, rich_help_panel=about.panel
+        )
+    if about.repeats:
+        default = None
+    optional: Any = kind | None if default is None else kind
+    return _keyword(name, default, Annotated[optional, says])
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def read_size(text: str | None) -> dict[str, Any]:

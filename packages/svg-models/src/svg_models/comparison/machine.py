@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,6 @@ def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
     """Describe what a comparison ran on."""
     import diffusers
 
-    import svg_attention
-    import svg_models
-
     on_gpu = loaded.device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(loaded.device) if on_gpu else _processor(),
@@ -31,8 +29,8 @@ def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "svg-attention": svg_attention.__version__,
-        "svg-models": svg_models.__version__,
+        "svg-attention": metadata.version("svg-attention"),
+        "svg-models": metadata.version("svg-models"),
     }
 
 

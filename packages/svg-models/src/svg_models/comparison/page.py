@@ -8,24 +8,48 @@ import math
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
 
-from svg_models.report.grids import Grids, grids
 from svg_models.report.plots import density_map, lines_per_frame, time_stack
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.report.run import top_density
 from svg_models.video import enlarge, write_video
 
 if TYPE_CHECKING:
-    from svg_models.comparison.result import Candidate, Comparison
+    from svg_models.comparison.candidate import Candidate
     from svg_models.generation.clip import Clip
+    from svg_models.stats import Grids
 
 _SHOWN_WIDTH = 384  # small clips are enlarged so that 4:2:0 video does not smear their edges
 
 
-def comparison_page(comparison: Comparison) -> str:
+class Compared(Protocol):
+    """What the page shows."""
+
+    @property
+    def dense(self) -> Clip:
+        """The clip that the others are measured against."""
+        ...
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The sparse clips."""
+        ...
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What they ran on."""
+        ...
+
+    @property
+    def clips(self) -> list[Clip]:
+        """The dense clip, then the others."""
+        ...
+
+
+def comparison_page(comparison: Compared) -> str:
     """Return the whole comparison as one HTML page that loads nothing from elsewhere.
 
     Args:
@@ -34,7 +58,7 @@ def comparison_page(comparison: Comparison) -> str:
     settings = comparison.dense.settings
     rows = _rows(comparison)
     best = max(comparison.candidates, key=lambda c: c.similarity.mean_psnr, default=None)
-    tables = [grids(clip.stats.records) for clip in comparison.clips]
+    tables = [clip.stats.grids for clip in comparison.clips]
     found = [table for table in tables if table is not None]
     top = top_density(found)
     colours = {row["series"]: c for row, c in zip(rows[1:], comparison.candidates, strict=True)}
@@ -69,12 +93,12 @@ def comparison_page(comparison: Comparison) -> str:
         maps=_maps(comparison, rows, tables, top),
         times=_times(comparison, rows, tables),
         settings=_settings(comparison),
-        configs=[(c.method.label, json.dumps(c.config)) for c in comparison.clips],
+        configs=[(c.method.label, json.dumps(c.stats.recipe)) for c in comparison.clips],
         command=_command(comparison),
     )
 
 
-def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+def _rows(comparison: Compared) -> list[dict[str, Any]]:
     dense = comparison.dense
     rows = [_row(dense, 0, None)]
     for index, candidate in enumerate(comparison.candidates):
@@ -126,7 +150,7 @@ def _data_address(frames: Any, fps: float) -> str:
         return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _meta(comparison: Comparison) -> list[str]:
+def _meta(comparison: Compared) -> list[str]:
     settings, machine = comparison.dense.settings, comparison.machine
     name = "embedded model" if comparison.dense.model == "embedded" else comparison.dense.model
     count = machine.get("threads")
@@ -135,7 +159,7 @@ def _meta(comparison: Comparison) -> list[str]:
     return [
         name,
         f"{settings.frames} frames of {settings.width} × {settings.height}",
-        f"{comparison.dense.tokens:,} tokens",
+        f"{comparison.dense.stats.tokens:,} tokens",
         f"{settings.steps} steps" if run == settings.steps else f"{run} of {settings.steps} steps",
         f"seed {settings.seed}",
         f"{machine['device']}{threads}, {machine['dtype']}",
@@ -169,8 +193,8 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _verdict(comparison: Comparison, best: Candidate) -> str:
-    tokens, clip = comparison.dense.tokens, best.clip
+def _verdict(comparison: Compared, best: Candidate) -> str:
+    tokens, clip = comparison.dense.stats.tokens, best.clip
     busy = comparison.machine.get("busy")
     if busy:
         return f"The machine was busy with other work ({busy}), so the times here say little."
@@ -198,7 +222,7 @@ def _verdict(comparison: Comparison, best: Candidate) -> str:
     return text
 
 
-def _table_note(comparison: Comparison) -> str:
+def _table_note(comparison: Compared) -> str:
     budgets = {c.clip.method.density for c in comparison.candidates}
     if len(budgets) == 1 and (budget := next(iter(budgets))) is not None:
         return (
@@ -209,7 +233,7 @@ def _table_note(comparison: Comparison) -> str:
 
 
 def _maps(
-    comparison: Comparison, rows: list[dict[str, Any]], tables: list[Grids | None], top: float
+    comparison: Compared, rows: list[dict[str, Any]], tables: list[Grids | None], top: float
 ) -> list[dict[str, Any]]:
     items = []
     for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
@@ -221,7 +245,7 @@ def _maps(
 
 
 def _times(
-    comparison: Comparison, rows: list[dict[str, Any]], tables: list[Grids | None]
+    comparison: Compared, rows: list[dict[str, Any]], tables: list[Grids | None]
 ) -> list[dict[str, Any]]:
     ready = [
         (row, table, clip)
@@ -244,7 +268,7 @@ def _times(
     return items
 
 
-def _settings(comparison: Comparison) -> list[tuple[str, str]]:
+def _settings(comparison: Compared) -> list[tuple[str, str]]:
     settings = comparison.dense.settings
     pairs = [
         ("model", comparison.dense.model),
@@ -252,22 +276,20 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
         ("guidance", f"{settings.guidance:g}"),
         ("frames a second", f"{settings.fps:g}"),
     ]
-    pairs += [("starts from", path) for path in (settings.image, settings.video) if path]
+    pairs += [("starts from", str(path)) for path in (settings.image, settings.video) if path]
     pairs += [("LoRA", lora) for lora in comparison.dense.loras]
     pairs += [(name, f"{value}") for name, value in comparison.machine.items() if value is not None]
     return pairs
 
 
-def _command(comparison: Comparison) -> str:
+def _command(comparison: Compared) -> str:
     dense = comparison.dense
     settings = dense.settings
     words = ["svg", "compare", settings.prompt]
     if dense.model != "embedded":
         words += ["--model", dense.model]
     for candidate in comparison.candidates:
-        spec = candidate.clip.method
-        at = "" if spec.density is None else f"@{spec.density:g}"
-        words += ["--method", spec.name + at]
+        words += ["--method", str(candidate.clip.method)]
     words += ["--seed", str(settings.seed), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--frames", str(settings.frames)]
     words += ["--size", f"{settings.width}x{settings.height}"]
@@ -277,6 +299,6 @@ def _command(comparison: Comparison) -> str:
         "--video": settings.video,
         "--strength": None if settings.strength is None else f"{settings.strength:g}",
     }
-    words += [word for name, value in optional.items() if value for word in (name, value)]
+    words += [word for name, value in optional.items() if value for word in (name, str(value))]
     words += [word for lora in dense.loras for word in ("--lora", lora)]
     return shlex.join(words)

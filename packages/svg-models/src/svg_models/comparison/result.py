@@ -8,27 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from svg_models.comparison.candidate import Candidate
+from svg_models.comparison.page import comparison_page
 from svg_models.generation.clip import Clip
-from svg_models.video import Similarity, atomic_path, side_by_side, writable_folder, write_video
+from svg_models.video import atomic_path, side_by_side, writable_folder, write_video
 
-__all__ = ["Candidate", "Comparison", "clip_label"]
+__all__ = ["Comparison", "clip_label"]
 
 PAGE, DATA, TOGETHER = "index.html", "compare.json", "side-by-side.mp4"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """One sparse clip beside the dense one.
-
-    Attributes:
-        clip: the clip.
-        similarity: PSNR and SSIM per frame against the dense clip.
-        speedup: dense seconds over this clip's seconds, denoising loop only.
-    """
-
-    clip: Clip
-    similarity: Similarity
-    speedup: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +49,7 @@ class Comparison:
             "format": "svg-compare/1",
             "model": self.dense.model,
             "loras": list(self.dense.loras),
-            "tokens": self.dense.tokens,
+            "tokens": self.dense.stats.tokens,
             "settings": asdict(self.dense.settings),
             "machine": self.machine,
             "reference": "dense",
@@ -87,8 +74,6 @@ class Comparison:
         Raises:
             SettingError: if the folder cannot be written.
         """
-        from svg_models.comparison.page import comparison_page
-
         place = writable_folder(folder)
         for clip in self.clips:
             clip.save(place / f"{clip.method.slug}.mp4")
@@ -112,17 +97,14 @@ def clip_label(clip: Clip) -> str:
 
 
 def _clip_dict(clip: Clip) -> dict[str, Any]:
-    is_dense = clip.method.name == "dense"
     return {
         "name": clip.method.slug,
         "label": clip.method.label,
         "file": f"{clip.method.slug}.mp4",
-        "config": clip.config,
+        "config": clip.stats.recipe,
         "seconds": round(clip.seconds, 4),
         "decode_seconds": round(clip.decode_seconds, 4),
-        "mean_density": 1.0 if is_dense else float(clip.stats.mean_density),
-        "mean_density_with_dense_calls": clip.stats.mean_density_with_dense_calls,
-        "attention_seconds_total": clip.stats.seconds,
+        "attention": {k: v for k, v in clip.stats.numbers().items() if not isinstance(v, dict)},
         "step_seconds": [round(value, 5) for value in clip.step_seconds],
         "messages": list(clip.stats.messages),
         **_tables(clip),
@@ -131,9 +113,7 @@ def _clip_dict(clip: Clip) -> dict[str, Any]:
 
 def _tables(clip: Clip) -> dict[str, Any]:
     """Return density and seconds as `[step][layer]`; null where nothing ran or was timed."""
-    from svg_models.report.grids import grids
-
-    table = grids(clip.stats.records)
+    table = clip.stats.grids
     if table is None:
         return {"density": None, "attention_seconds": None}
     density = [[round(x, 5) if x == x else None for x in row] for row in table.density.tolist()]

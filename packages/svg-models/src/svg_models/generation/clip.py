@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from svg_models.generation.method_names import MethodSpec
 from svg_models.generation.settings import Settings
+from svg_models.method_names import MethodSpec
 from svg_models.stats import RunStats
 from svg_models.video import write_video
 
@@ -24,15 +23,13 @@ class Clip:
     Attributes:
         frames: uint8 `[F, H, W, 3]`.
         settings: what was asked for.
-        method: what attention was asked for.
+        method: what attention was asked for; what `auto` came to.
         model: name of the model.
         loras: adapters that it had, each with its weight.
-        config: the attention method and schedule in full and where they come from, as plain values.
         seconds: time of the denoising loop.
         step_seconds: time of each step; exact only if profiled, else a device may lag behind.
         decode_seconds: time of the VAE afterwards.
-        tokens: video tokens of the clip.
-        stats: densities and times of every attention call.
+        stats: densities and times of every attention call, and the recipe.
     """
 
     frames: np.ndarray
@@ -40,11 +37,9 @@ class Clip:
     method: MethodSpec
     model: str
     loras: tuple[str, ...]
-    config: dict[str, Any]
     seconds: float
     step_seconds: tuple[float, ...]
     decode_seconds: float
-    tokens: int
     stats: RunStats
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svg_models.loading.defaults import Defaults
-from svg_models.loading.device import pick_device
+from svg_models.loading.device import pick_device, pick_dtype
 from svg_models.loading.geometry import Geometry
 from svg_models.loading.inputs import Inputs
 from svg_models.loading.lora import Lora
@@ -19,5 +19,6 @@ __all__ = [
     "Progress",
     "load_pipeline",
     "pick_device",
+    "pick_dtype",
     "quiet",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from svg_models.report.grids import Grids
+from svg_models.stats import Grids
 
 INK, MUTED, GRID, PAPER, KEPT, REST = (f"#0{i}0{i}0{i}" for i in range(1, 7))
 SERIES = tuple(f"#0a{i:02x}00" for i in range(6))

@@ -6,13 +6,12 @@ import colorsys
 import math
 from datetime import datetime, timezone
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-
-import svg_models
 
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 HERE = Path(__file__).parent
@@ -48,7 +47,7 @@ def render(template: str, **values: Any) -> str:
         .render(
             css=Markup(css),
             js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-            version=svg_models.__version__,
+            version=metadata.version("svg-models"),
             date=datetime.now(timezone.utc).strftime("%d %B %Y"),
             **values,
         )

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from svg_models.report.grids import Grids, grids
 from svg_models.report.plots import density_map, time_stack
 from svg_models.report.render import NBSP, percent, render, seconds
 from svg_models.video import atomic_path
 
 if TYPE_CHECKING:
-    from svg_models.stats import RunStats
+    from svg_models.stats import Grids, RunStats
 
 
 def write_run_report(stats: RunStats, path: str | os.PathLike[str]) -> Path:
@@ -43,7 +42,7 @@ def run_page(stats: RunStats) -> str:
     Args:
         stats: of the run; without any call it says so instead of drawing plots.
     """
-    table = grids(stats.records)
+    table = stats.grids
     recipe = stats.recipe
     sparse = len(stats.sparse_records)
     tiles = [

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from svg_attention import Call, CallRecord, Dense, Method, Schedule, Session, TokenLayout
+from svg_attention import Call, CallRecord, Dense, Schedule, Session, TokenLayout
 from svg_models import attention_op
-from svg_models.recipes import Recipe, recipe_for
+from svg_models.method_names import MethodSpec
+from svg_models.recipes import Recipe, choose_recipe
 from svg_models.sparse.context import Clock, ForwardContext, Moment
 from svg_models.sparse.hooks import Slot
 
@@ -23,7 +24,7 @@ class Engine:
 
     Args:
         pipe: the pipeline or transformer, held weakly.
-        method: the method, or None for the recipe's.
+        spec: the method that was asked for.
         schedule: the schedule, or None for the recipe's.
         backend: see `svg_attention.sparse_attention`.
         seed: seed of every video.
@@ -33,13 +34,14 @@ class Engine:
         number: identifies the run in this process.
         slots: the attentions that the run has taken over; handles count in it.
         recipe: what the current video runs with; None before the first forward pass.
+        grid: its latent frames, rows and columns of tokens.
         messages: warnings given so far.
     """
 
     def __init__(
         self,
         pipe: Any,
-        method: Method | None,
+        spec: MethodSpec,
         schedule: Schedule | None,
         *,
         backend: str,
@@ -47,13 +49,14 @@ class Engine:
         profile: bool,
     ) -> None:
         self._pipe = weakref.ref(pipe)
-        self._method, self._schedule = method, schedule
+        self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
         self._clock = Clock(pipe)
         self._session: Session | None = None
         self._contexts: dict[str, ForwardContext] = {}
         self.slots: list[Slot] = []
         self.recipe: Recipe | None = None
+        self.grid: tuple[int, int, int] | None = None
         self.messages: list[str] = []
         self.number = attention_op.register(self)
 
@@ -89,6 +92,7 @@ class Engine:
 
     def _begin_video(self, context: ForwardContext) -> None:
         recipe = self._choose(context)
+        self.grid = context.grid
         same = self.recipe is not None and (recipe.method, recipe.schedule) == (
             self.recipe.method,
             self.recipe.schedule,
@@ -100,25 +104,17 @@ class Engine:
             self._session = Session(recipe.method, recipe.schedule, **self._options)
 
     def _choose(self, context: ForwardContext) -> Recipe:
-        if self._method is not None and self._schedule is not None:
-            return Recipe(method=self._method, schedule=self._schedule, source="user")
-        tokens = math.prod(context.grid)
-        recipe = recipe_for(
+        recipe = choose_recipe(
+            self._spec,
             self._pipe(),
-            tokens,
+            math.prod(context.grid),
+            schedule=self._schedule,
             num_steps=context.moment.num_steps,
-            num_frames=context.grid[0],
+            latent_frames=context.grid[0],
         )
-        if self._method is not None:
-            return Recipe(method=self._method, schedule=recipe.schedule, source="user")
-        if isinstance(recipe.method, Dense):
+        if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
-        return Recipe(
-            method=recipe.method,
-            schedule=self._schedule or recipe.schedule,
-            source=recipe.source,
-            note=recipe.note,
-        )
+        return recipe
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of one layer in the current forward pass.

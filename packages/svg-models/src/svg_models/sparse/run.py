@@ -9,19 +9,26 @@ from typing import Any
 
 from svg_attention import Method, Schedule
 from svg_models.families import family_of, transformers_of
+from svg_models.method_names import MethodSpec, read_method
 from svg_models.recipes import Recipe
+from svg_models.sparse.checks import check_backend, check_schedule, device_and_dtype
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation
+from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
+from svg_models.summary import Summarised
 
 __all__ = ["SparseRun", "sparsify"]
 
 
+@checks_names()
 def sparsify(
     pipe: Any,
-    method: Method | None = None,
+    method: Method | MethodSpec | str | None = None,
     schedule: Schedule | None = None,
     *,
+    density: float | None = None,
+    top_p: float | None = None,
     backend: str = "auto",
     seed: int = 0,
     profile: bool = False,
@@ -41,9 +48,13 @@ def sparsify(
             For a transformer alone, tell the step with diffusers' own
             `transformer.cache_context("cond", step_index=i, num_inference_steps=n)`; without it
             every call stays dense.
-        method: `SVG2(...)`, `SVG1(...)`, `Dense()` or another method of svg_attention. None takes
-            the recipe of the model for the clip's size, see `recipe_for`.
+        method: `SVG2(...)`, `SVG1(...)`, `Dense()` or another method of svg_attention, or a name as
+            `generate` takes it, such as `"svg2"` or `"svg2-error@0.25"`; its other settings are
+            those of the model's recipe. None takes the recipe for the clip's size, see
+            `recipe_for`.
         schedule: steps and layers that stay dense. None takes the recipe's.
+        density: share of query-key pairs that a method given by name computes on sparse calls.
+        top_p: attention mass that an svg2 method given by name keeps, in place of a density.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
         seed: seed of every random choice; each video starts from it again.
         profile: time each attention call. Costs a little, and a synchronisation when read.
@@ -52,29 +63,36 @@ def sparsify(
         The run.
 
     Raises:
-        TypeError: if `pipe` has no transformer.
-        ValueError: if no family covers it, it is sparse already, or its attention processors were
-            replaced by some that this package cannot reproduce.
-        UnsupportedError: if it runs ring attention over several devices (Ulysses is supported).
+        TypeError: if `pipe` has no transformer, or an argument is of another type or unknown.
+        ValueError: if no family covers it, it is sparse already, its attention processors were
+            replaced by some that this package cannot reproduce, or a name or number is wrong.
+        UnsupportedError: if `backend` cannot run here, or the pipeline runs ring attention over
+            several devices (Ulysses is supported).
     """
-    return SparseRun(pipe, method, schedule, backend=backend, seed=seed, profile=profile)
+    spec = read_method(method, density=density, top_p=top_p)
+    check_schedule(schedule)
+    return SparseRun(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
 
 
-class SparseRun:
-    """A pipeline made sparse; made by `sparsify`, whose arguments it takes."""
+class SparseRun(Summarised):
+    """A pipeline made sparse; made by `sparsify`, whose arguments it takes, checked."""
 
     def __init__(
         self,
         pipe: Any,
-        method: Method | None = None,
-        schedule: Schedule | None = None,
+        spec: MethodSpec,
+        schedule: Schedule | None,
         *,
-        backend: str = "auto",
-        seed: int = 0,
-        profile: bool = False,
+        backend: str,
+        seed: int,
+        profile: bool,
     ) -> None:
         found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
-        self._engine = Engine(pipe, method, schedule, backend=backend, seed=seed, profile=profile)
+        for _, transformer, _ in found:
+            device, dtype = device_and_dtype(pipe, transformer)
+            check_backend(backend, device, dtype, head_dim=_head_dim(transformer))
+        self._title = type(pipe).__name__
+        self._engine = Engine(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
         self._installations: list[Installation] = []
         try:
             for name, transformer, family in found:
@@ -130,7 +148,12 @@ class SparseRun:
     def stats(self) -> RunStats:
         """Return what the last video did; waits for the device once."""
         recipe = {} if self.recipe is None else self.recipe.to_dict()
-        return RunStats(records=self._engine.records(), recipe=recipe, messages=self.messages)
+        return RunStats(
+            records=self._engine.records(),
+            recipe=recipe,
+            messages=self.messages,
+            grid=self._engine.grid,
+        )
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write a self-contained HTML page about the last video.
@@ -147,3 +170,29 @@ class SparseRun:
         from svg_models.report import write_run_report
 
         return write_run_report(self.stats(), path)
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        where = ", ".join(f"{len(i.slots)} attentions of {i.name}" for i in self._installations)
+        state = f"sparse ({where})" if self.active else "restored"
+        rows = []
+        if self.recipe is None:
+            rows.append(("last video", "none yet"))
+        else:
+            stats = self.stats()
+            rows += [
+                ("method", f"{self.recipe.method}"),
+                ("source", self.recipe.source),
+                (
+                    "last video",
+                    f"{stats.sparse_calls:,} of {stats.calls:,} attention calls sparse, at "
+                    f"{stats.mean_density:.1%} of the query-key pairs",
+                ),
+            ]
+        if self.messages:
+            rows.append(("messages", " | ".join(self.messages)))
+        return f"SparseRun: {self._title} is {state}", rows
+
+
+def _head_dim(transformer: Any) -> int | None:
+    size = getattr(getattr(transformer, "config", None), "attention_head_dim", None)
+    return size if isinstance(size, int) else None

@@ -1,0 +1,245 @@
+"""One value for everything that a person can ask of `generate` or `compare`.
+
+A field says about itself what people, the command line and the check need to know, so that a new
+option is a field here and the place that reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from svg_models.errors import SettingError
+from svg_models.generation.settings import HOW, WHERE, Settings, option
+from svg_models.method_names import METHODS, MethodSpec, read_method
+from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
+
+if TYPE_CHECKING:
+    from svg_attention import Method
+    from svg_models.loading import LoadedPipeline, Progress
+
+__all__ = ["DEFAULT_DENSITY", "DEFAULT_METHODS", "CompareRequest", "GenerateRequest", "Request"]
+
+DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
+DEFAULT_DENSITY = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Settings):
+    """What to generate, with which model, where.
+
+    Raises:
+        SettingError: if a number is out of its range, or one option makes another void.
+    """
+
+    model: str | os.PathLike[str] | LoadedPipeline | None = option(
+        None,
+        "A folder in diffusers' format or a hub id, such as Wan-AI/Wan2.1-T2V-14B-Diffusers. "
+        "[dim]Default: the embedded model.[/]",
+        "--model",
+        "-m",
+    )
+    loras: Sequence[str] = option(
+        (),
+        "A LoRA, by path or hub id; repeat for more.",
+        "--lora",
+        metavar="PATH[:WEIGHT]",
+        repeats=True,
+    )
+    backend: str = option(
+        "auto", "Kernel of sparse attention, see svg doctor.", "--backend", panel=HOW
+    )
+    compiled: bool = option(
+        False,
+        "Compile the transformer: its first step takes longer, the others less.",
+        "--compile",
+        kind=bool,
+        panel=HOW,
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "--device", panel=WHERE)
+    dtype: str = option(
+        "auto",
+        "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16.",
+        "--dtype",
+        panel=WHERE,
+    )
+    offload: str = option(
+        "none",
+        "What waits in memory until the GPU needs it: none, model (components), group or "
+        "sequential (layers).",
+        "--offload",
+        panel=WHERE,
+    )
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None or isinstance(self.model, str | os.PathLike):
+            return
+        for f in fields(Request):
+            if f.name in ("loras", "compiled", "device", "dtype", "offload"):
+                value = getattr(self, f.name)
+                if value != f.default:
+                    raise SettingError(
+                        f"{f.name} {value!r} was given beside a pipeline that is loaded already; "
+                        "pass it to load_pipeline"
+                    )
+
+    def report(self, stage: str, done: float, total: float) -> None:
+        """Tell `progress`, if somebody wants to know."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(Request):
+    """What `generate` takes."""
+
+    method: str | Method | MethodSpec = option(
+        "auto",
+        "auto (the model's recipe), " + ", ".join(n for n in METHODS if n != "auto") + ".",
+        "--method",
+        panel=HOW,
+    )
+    density: float | None = option(
+        None,
+        "Share of query-key pairs to compute on sparse calls, 0 to 1.",
+        "--density",
+        kind=float,
+        panel=HOW,
+    )
+    top_p: float | None = option(
+        None,
+        "Attention mass that SVG2 keeps, 0 to 1, in place of a density.",
+        "--top-p",
+        kind=float,
+        panel=HOW,
+    )
+    compensate: bool = option(
+        False,
+        "Count what is left out through its centroids: auto and svg2 become svg2-comp.",
+        "--compensate",
+        kind=bool,
+        panel=HOW,
+    )
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.spec
+
+    @property
+    def spec(self) -> MethodSpec:
+        """Return the attention method.
+
+        Raises:
+            SettingError: if it is unknown, out of range, or given twice.
+        """
+        spec = read_method(self.method, density=self.density, top_p=self.top_p)
+        return spec.compensated() if self.compensate else spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(Request):
+    """What `compare` takes."""
+
+    methods: Sequence[str | Method | MethodSpec] = option(
+        (),
+        "A method to set beside dense; repeat for more. svg2, svg2-comp, svg2-error, svg1 or "
+        "random, each with @DENSITY if you like. [dim]Default: "
+        + ", ".join(DEFAULT_METHODS)
+        + ".[/]",
+        "--method",
+        repeats=True,
+        panel=HOW,
+    )
+    density: float | None = option(
+        None,
+        "Budget of every method that names none, 0 to 1.",
+        "--density",
+        kind=float,
+        panel=HOW,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.methods, str):
+            raise SettingError(f"methods must be a list, such as ['{self.methods}']")
+        _ = self.specs
+
+    @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """Return the methods to compare, one budget for all that name none.
+
+        Raises:
+            SettingError: if one is unknown, is dense or auto, or stands there twice; or if a
+                density is given that none of them takes.
+        """
+        budget = DEFAULT_DENSITY if self.density is None else self.density
+        specs = []
+        for method in self.methods or DEFAULT_METHODS:
+            bare = isinstance(method, str) and "@" not in method and method != "dense"
+            specs.append(read_method(method, density=budget if bare else None))
+        if any(spec.name == "dense" for spec in specs):
+            raise SettingError("dense is always part of a comparison; name the others")
+        if any(spec.name == "auto" for spec in specs):
+            raise SettingError("a comparison names its methods; auto is for svg generate alone")
+        if (
+            self.density is not None
+            and self.methods
+            and not any(isinstance(method, str) and "@" not in method for method in self.methods)
+        ):
+            raise SettingError(
+                f"density {self.density:g} is for methods that name none, and all of them do"
+            )
+        return _numbered(specs)
+
+
+def _numbered(specs: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
+    """Give methods that differ in more than name and budget names of their own."""
+    import dataclasses
+
+    told: list[MethodSpec] = []
+    for spec in specs:
+        if spec in specs[: len(told)]:
+            raise SettingError(f"each method is compared once, got {spec.slug} more than once")
+        same = sum(other.slug == spec.slug for other in specs[: len(told)])
+        told.append(dataclasses.replace(spec, number=same + 1))
+    return tuple(told)
+
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Request)
+T = TypeVar("T")
+
+
+def takes(
+    kind: Callable[P, R],
+) -> Callable[[Callable[[R], T]], Callable[P, T]]:
+    """Turn a function of a request into one that takes the fields of the request.
+
+    Its signature is that of the request, so that an editor completes it. diffusers' names of a
+    setting are understood, and an unknown one is refused with the nearest that is known.
+
+    Args:
+        kind: the class of the request.
+    """
+    signature = inspect.signature(kind)
+    known = list(signature.parameters)
+
+    def wrap(function: Callable[[R], T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> T:
+            settings = respell(kwargs, DIFFUSERS_NAMES)
+            check_names(function.__name__, settings, [*known, *DIFFUSERS_NAMES])
+            return function(kind(*args, **settings))  # type: ignore[arg-type]
+
+        returned = inspect.signature(function).return_annotation
+        called.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return called
+
+    return wrap

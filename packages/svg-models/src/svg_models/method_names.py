@@ -1,0 +1,224 @@
+"""Attention methods by name: `auto`, `svg2`, `svg2-error@0.25`, `svg1`, `dense`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from svg_models.errors import SettingError
+from svg_models.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from svg_attention import Method
+
+__all__ = ["METHODS", "MethodSpec", "read_method"]
+
+METHODS: dict[str, str] = {
+    "auto": "The model's recipe",
+    "dense": "Dense attention",
+    "svg1": "SVG1",
+    "svg2": "SVG2",
+    "svg2-comp": "SVG2 + compensation",
+    "svg2-error": "SVG2 + compensation + error routing",
+    "random": "Random blocks",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One attention method as a person names it.
+
+    Args:
+        name: a key of `METHODS`, or with `method` any name.
+        density: share of query-key pairs to compute on sparse calls, in (0, 1]; `None` leaves
+            it to the method (`top_p` for SVG2, its own default for the others).
+        top_p: attention mass that SVG2 keeps per query tile, in (0, 1]; not with a density.
+        method: a ready method of `svg_attention`, which then runs as it is; the other fields
+            describe it.
+        number: tells apart methods that have the same name and budget.
+
+    Raises:
+        SettingError: if the name is unknown, a number is out of range, or both are given.
+    """
+
+    name: str
+    density: float | None = None
+    top_p: float | None = None
+    method: Method | None = None
+    number: int = 1
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            return
+        if self.name not in METHODS:
+            raise SettingError(
+                f"method must be one of {', '.join(METHODS)} (with @DENSITY if you like, as in "
+                f"svg2@0.25), got '{self.name}'{did_you_mean(self.name, METHODS)}"
+            )
+        for label, value in (("density", self.density), ("top-p", self.top_p)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SettingError(f"{label} must be a number, got {value!r}")
+            if not 0.0 < value <= 1.0:
+                raise SettingError(f"{label} must be above 0 and at most 1, got {value:g}")
+        if self.top_p is not None and not self.name.startswith(("svg2", "auto")):
+            raise SettingError(f"top-p belongs to the svg2 methods, got method '{self.name}'")
+        if self.top_p is not None and self.density is not None:
+            raise SettingError("density and top-p both set how much is computed; give one of them")
+        if self.name == "dense" and self.density is not None:
+            raise SettingError(
+                f"dense computes everything and has no density, got {self.density:g}; leave the "
+                "density out, or choose another method"
+            )
+
+    @classmethod
+    def parse(
+        cls, text: str, *, density: float | None = None, top_p: float | None = None
+    ) -> MethodSpec:
+        """Read `name` or `name@density`.
+
+        Args:
+            text: what was typed.
+            density: of a text that names none.
+            top_p: passed on.
+
+        Raises:
+            SettingError: as the class, if what follows `@` is no number, or if a density is given
+                in both ways.
+        """
+        name, at, number = text.strip().lower().partition("@")
+        if at:
+            if density is not None:
+                raise SettingError(
+                    f"'{text}' names its density, and density {density:g} was given, too; "
+                    "give one of them"
+                )
+            try:
+                density = float(number)
+            except ValueError:
+                raise SettingError(
+                    f"expected a density after '@', as in svg2@0.25, got '{text}'"
+                ) from None
+        return cls(name=name, density=density, top_p=top_p)
+
+    @classmethod
+    def of(cls, method: Method) -> MethodSpec:
+        """Return the name and budget of a method of `svg_attention`, which will run as it is."""
+        from svg_attention import SVG1, SVG2, Dense, RandomBlocks
+
+        if isinstance(method, SVG2):
+            name = "svg2"
+            if method.compensate:
+                name = "svg2-error" if method.route == "error" else "svg2-comp"
+            top_p = method.top_p if method.density is None else None
+            return cls(name=name, density=method.density, top_p=top_p, method=method)
+        names: dict[type, str] = {Dense: "dense", SVG1: "svg1", RandomBlocks: "random"}
+        name = names.get(type(method), type(method).__name__.lower())
+        density = None if isinstance(method, Dense) else getattr(method, "density", None)
+        return cls(name=name, density=density, method=method)
+
+    def compensated(self) -> MethodSpec:
+        """Return this method with compensation.
+
+        Raises:
+            SettingError: if it is not of the svg2 family, or is a ready method.
+        """
+        if self.method is not None or not self.name.startswith(("svg2", "auto")):
+            raise SettingError(f"only the svg2 methods can compensate, got '{self.name}'")
+        plain = self.name in ("svg2", "auto")
+        return dataclasses.replace(self, name="svg2-comp" if plain else self.name)
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return METHODS.get(self.name, type(self.method).__name__)
+
+    @property
+    def slug(self) -> str:
+        """Name for files: letters, digits and dashes."""
+        parts = [self.name]
+        if self.density is not None:
+            parts.append(f"{round(self.density * 100):02d}")
+        elif self.top_p is not None:
+            parts.append(f"p{round(self.top_p * 100):02d}")
+        if self.number > 1:
+            parts.append(f"n{self.number}")
+        return "-".join(parts)
+
+    def __str__(self) -> str:
+        """Return the name as `parse` reads it."""
+        return self.name if self.density is None else f"{self.name}@{self.density:g}"
+
+    def build(self, base: Method) -> Method:
+        """Return the `svg_attention` method.
+
+        Args:
+            base: the recipe's method; its settings are kept where it is of the same family, and
+                this name then modifies them.
+        """
+        from svg_attention import SVG1, SVG2, Dense, RandomBlocks
+
+        if self.method is not None:
+            return self.method
+        if self.name == "dense":
+            return Dense()
+        if self.name == "svg1":
+            band = base if isinstance(base, SVG1) else SVG1()
+            return band if self.density is None else SVG1(density=self.density)
+        if self.name == "random":
+            return RandomBlocks() if self.density is None else RandomBlocks(density=self.density)
+        if self.name == "auto" and not isinstance(base, SVG2):
+            return base
+        method = base if isinstance(base, SVG2) else SVG2()
+        changes: dict[str, Any] = {}
+        if self.name != "auto":
+            changes = {
+                "compensate": self.name != "svg2",
+                "route": "error" if self.name == "svg2-error" else "mass",
+            }
+        if self.density is not None:
+            changes["density"] = self.density
+        if self.top_p is not None:
+            changes |= {"top_p": self.top_p, "density": None}
+        return dataclasses.replace(method, **changes)
+
+
+def read_method(
+    method: Method | MethodSpec | str | None,
+    *,
+    density: float | None = None,
+    top_p: float | None = None,
+) -> MethodSpec:
+    """Read a method however a person gives it.
+
+    Args:
+        method: a name such as `"svg2"` or `"svg2-error@0.25"`, a method such as `SVG2(...)`, or
+            None for the model's recipe.
+        density: for a name that says none.
+        top_p: for a name of an svg2 method.
+
+    Raises:
+        SettingError: if the name is unknown or a budget is out of range, given twice, or given
+            beside a method that has its own.
+        TypeError: if it is neither; a class is told from its instance.
+    """
+    if method is None or isinstance(method, str):
+        return MethodSpec.parse(method or "auto", density=density, top_p=top_p)
+    if isinstance(method, type):
+        raise TypeError(f"method is the class {method.__name__}; give one: {method.__name__}()")
+    if not isinstance(method, MethodSpec):
+        if not (hasattr(method, "plan") and hasattr(method, "to_dict")):
+            raise TypeError(
+                "method must be a name such as 'svg2' or a method such as SVG2(), got "
+                f"{type(method).__name__} {method!r}"
+            )
+        method = MethodSpec.of(method)
+    for label, value in (("density", density), ("top_p", top_p)):
+        if value is not None:
+            raise SettingError(
+                f"{label} {value:g} was given beside a method that has its own settings; "
+                f"set it in the method, or give a name such as 'svg2'"
+            )
+    return method

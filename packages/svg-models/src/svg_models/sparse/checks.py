@@ -1,0 +1,102 @@
+"""Refuse what cannot run, when it is asked for and not minutes later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from svg_attention import Schedule, UnsupportedError
+from svg_models.errors import SettingError
+from svg_models.spelling import did_you_mean
+
+__all__ = ["backend_reasons", "check_backend", "check_schedule", "device_and_dtype"]
+
+
+def backend_reasons(device: str, dtype: torch.dtype, *, head_dim: int = 128) -> dict[str, str]:
+    """Return why each backend of sparse attention cannot run, empty where it can.
+
+    Args:
+        device: where.
+        dtype: of query, key and value.
+        head_dim: of each head.
+    """
+    from svg_attention import SparsePlan
+    from svg_attention.backends import BACKENDS
+
+    query = torch.zeros(1, 2, 256, head_dim, device=device, dtype=dtype)
+    starts = torch.zeros(1, 2, 2, 1, device=device, dtype=torch.int32)
+    plan = SparsePlan(
+        query_length=256,
+        key_length=256,
+        run_starts=starts,
+        run_lengths=torch.full_like(starts, 128),
+        query_order=None,
+        key_order=None,
+    )
+    return {
+        name: backend.unsupported(query, query, query, plan) or ""
+        for name, backend in BACKENDS.items()
+    }
+
+
+def check_backend(
+    backend: str, device: str, dtype: torch.dtype, *, head_dim: int | None = None
+) -> None:
+    """Refuse a backend that cannot run here, before minutes of dense steps have passed.
+
+    Args:
+        backend: "auto" or a name.
+        device: where it will run. A pipeline in CPU memory may still be moved, so where there is a
+            GPU a backend that runs there is let pass.
+        dtype: of query, key and value.
+        head_dim: of each head; 128 while it is not known.
+
+    Raises:
+        SettingError: if there is no such backend.
+        UnsupportedError: if it cannot run; it lists every backend's reason.
+    """
+    if backend == "auto":
+        return
+    reasons = backend_reasons(device, dtype, head_dim=head_dim or 128)
+    if backend not in reasons:
+        known = ["auto", *reasons]
+        raise SettingError(
+            f"backend must be one of {', '.join(known)}, got {backend!r}"
+            f"{did_you_mean(str(backend), known)}"
+        )
+    if reasons[backend] and torch.device(device).type == "cpu" and torch.cuda.is_available():
+        kind = torch.bfloat16 if dtype == torch.float32 else dtype
+        reasons = backend_reasons("cuda", kind, head_dim=head_dim or 128)
+    if reasons[backend]:
+        raise UnsupportedError({name: why or "can run" for name, why in reasons.items()})
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuse what is no schedule.
+
+    Raises:
+        TypeError: it says how to make one.
+    """
+    if schedule is None or isinstance(schedule, Schedule):
+        return
+    if isinstance(schedule, type):
+        raise TypeError(f"schedule is the class {schedule.__name__}; give one: Schedule()")
+    hint = f"Schedule(dense_steps={schedule})" if isinstance(schedule, float) else "Schedule()"
+    raise TypeError(
+        f"schedule must be a Schedule such as {hint}, got {type(schedule).__name__} {schedule!r}"
+    )
+
+
+def device_and_dtype(pipe: Any, transformer: Any) -> tuple[str, torch.dtype]:
+    """Return where a transformer of a pipeline will run, and in which floating type."""
+    dtype = getattr(transformer, "dtype", torch.float32)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = torch.bfloat16  # quantised or stored in fp8: it computes in something wider
+    try:
+        device = torch.device(pipe._execution_device)  # with offloading, not where weights lie
+    except AttributeError:
+        device = next((p.device for p in transformer.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        device = torch.device("cpu")
+    return str(device), dtype
