@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels.attention import _triton as attention
+from svg_kernels.attention import triton as attention
 
 SHARED_KB = {80: 163, 86: 99, 90: 227}
 POINTERS = {
@@ -43,7 +43,7 @@ def shared_bytes(capability: int, size: int, dim: int) -> int:
         "HAS_SUMMARY": blocks.stages == 1,
         "HAS_LSE": True,
     }
-    names = attention.attend_tile.arg_names
+    names = attention.block_sparse_attention_kernel.arg_names
     signature = {}
     for name in names:
         if name in constants:
@@ -58,7 +58,7 @@ def shared_bytes(capability: int, size: int, dim: int) -> int:
         if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
     }
     source = ASTSource(
-        attention.attend_tile,
+        attention.block_sparse_attention_kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=aligned,

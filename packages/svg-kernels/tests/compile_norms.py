@@ -12,7 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels import _triton as kernels
+from svg_kernels.norm.triton import rms_norm_kernel
+from svg_kernels.qk_norm_rope.triton import qk_norm_rope_kernel
 
 INSTRUCTION = re.compile(r"\b(?:sqrt|rsqrt|rcp|div)\.[\w.]*f32")
 
@@ -29,9 +30,8 @@ def instructions(kernel: Any, **constants: Any) -> set[str]:
 
 
 found = instructions(
-    kernels._norm, CENTER=False, HAS_WEIGHT=True, HAS_BIAS=False, MODULATED=False,
-    BLOCK_R=4, BLOCK_C=64,
-)  # fmt: skip
+    rms_norm_kernel, HAS_WEIGHT=True, HAS_BIAS=False, MODULATED=False, BLOCK_R=4, BLOCK_C=64
+)
 for across in (True, False):
-    found |= instructions(kernels._qk, ACROSS=across, ROTATE=True, BLOCK_H=4, BLOCK_P=32)
+    found |= instructions(qk_norm_rope_kernel, ACROSS=across, ROTATE=True, BLOCK_H=4, BLOCK_P=32)
 print(*sorted(found))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from svg_kernels import _build, _library
 
@@ -146,7 +147,7 @@ def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path, monkeypa
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / _build.LIBRARY).write_bytes(b"not a library")
     monkeypatch.setattr(_library, "_PACKAGE", tmp_path)
-    assert "cannot be loaded" in _library._find(None)
+    assert "cannot be loaded" in _library._find(torch.device("cuda", 0)).reason
 
 
 def load_hook():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import svg_kernels
-from svg_kernels import _backends, _cuda, _library
+from svg_kernels import _dispatch, _library
+from svg_kernels.modulation import cuda as compiled_modulation
 
 pytestmark = pytest.mark.timeout(900)  # compiling takes half a minute on two idle cores
 CPU = torch.device("cpu")
@@ -35,9 +37,10 @@ def library(library_path):
 
 @pytest.fixture(autouse=True)
 def emulated(library, monkeypatch):
-    monkeypatch.setattr(_library, "_module", library)
-    monkeypatch.setitem(_backends._chosen, ("cuda", CPU), _cuda)
-    monkeypatch.setitem(_backends._launchers, ("cuda", CPU), library)
+    monkeypatch.setitem(_library._libraries, CPU, _library.Library(functions=library))
+    monkeypatch.setattr(_dispatch, "_no_cuda_device", lambda device: None)
+    monkeypatch.setattr(_dispatch, "_selected", {})
+    monkeypatch.setitem(_dispatch._launchers, ("cuda", CPU), library)
 
 
 def normal(shape, dtype, generator, mean=0.0):
@@ -209,9 +212,13 @@ def test_blocks_that_walk_over_many_rows(generator):
 
 
 def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
-    for name in ("rms_norm", "layer_norm_modulate", "gate_residual", "rope",
-                 "qk_norm_rope", "permute_rows"):  # fmt: skip
-        monkeypatch.delattr(_cuda, name)
+    def refuse(package, backend, device):
+        assert backend == "reference", "the call went through the dispatcher"
+        return _dispatch.select_backend(package, backend, device)
+
+    for operation in ("norm", "modulation", "rope", "qk_norm_rope", "permute"):
+        module = importlib.import_module(f"svg_kernels.{operation}")
+        monkeypatch.setattr(module, "select_backend", refuse)
     x = normal((2, 5, 64), BF16, generator)
     scale = torch.nn.Parameter(normal((2, 64), FP32, generator))
     table = torch.rand(5, 32, generator=generator)
@@ -279,7 +286,7 @@ def test_refusals_are_the_same_sentences():
         with pytest.raises(ValueError, match="order must name each of the 4 rows"):
             svg_kernels.unpermute_rows(x[None], torch.arange(3).int(), backend="cuda")
     with pytest.raises(RuntimeError, match="did not take arguments"):
-        _cuda.gate_residual(x.long(), x, vector[None], FP32)
+        compiled_modulation.gate_residual(x.long(), x, vector[None], FP32)
 
 
 def test_nothing_outside_the_tensors_is_touched(library_path):

@@ -43,7 +43,8 @@ __device__ __forceinline__ Place place_of(const GateArgs& a, int64_t index, int 
   return {outer, row - outer * a.inner, column};
 }
 
-__global__ void __launch_bounds__(kThreads) gate_vec(const GateArgs a, int64_t total, bool narrow) {
+__global__ void __launch_bounds__(kThreads)
+    gate_residual_kernel(const GateArgs a, int64_t total, bool narrow) {
   const int per_row = a.width / kVec;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
   Raw residual[kUnroll], x[kUnroll];
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) gate_vec(const GateArgs a, int64_t t
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gate_any(const GateArgs a, int64_t total) {
+__global__ void __launch_bounds__(kThreads)
+    gate_residual_scalar_kernel(const GateArgs a, int64_t total) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
        i += stride) {
@@ -100,11 +102,12 @@ cudaError_t launch_gate_residual(const GateArgs& a, cudaStream_t stream) {
   const int64_t blocks = ceil_div(vectors, kThreads * kUnroll);
   if (vector && blocks <= kMaxGrid) {
     const bool narrow = vectors < (int64_t{1} << 31);
-    gate_vec<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, vectors, narrow);
+    gate_residual_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, vectors,
+                                                                                 narrow);
   } else {
     const int64_t wanted = ceil_div(elements, kThreads);
     const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
-    gate_any<<<grid, kThreads, 0, stream>>>(a, elements);
+    gate_residual_scalar_kernel<<<grid, kThreads, 0, stream>>>(a, elements);
   }
   return cudaGetLastError();
 }

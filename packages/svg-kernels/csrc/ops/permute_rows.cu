@@ -38,7 +38,8 @@ __device__ __forceinline__ void store_word(unsigned char* p, unsigned char v) { 
 
 // blockIdx.y names the tensor; blockIdx.x a stretch of one head's output words.
 template <typename Word>
-__global__ void __launch_bounds__(kThreads, 8) permute_words(const PermuteArgs a, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 8)
+    permute_rows_kernel(const PermuteArgs a, int64_t tiles) {
   const PermuteTensor& t = a.tensor[blockIdx.y];
   const int64_t tile = blockIdx.x % tiles;
   const int64_t place = blockIdx.x / tiles;
@@ -109,7 +110,7 @@ cudaError_t launch(const PermuteArgs& a, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.count));
-  permute_words<Word><<<grid, kThreads, 0, stream>>>(a, tiles);
+  permute_rows_kernel<Word><<<grid, kThreads, 0, stream>>>(a, tiles);
   return cudaGetLastError();
 }
 

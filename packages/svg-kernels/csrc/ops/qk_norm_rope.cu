@@ -32,7 +32,7 @@ constexpr int kMaxThreads = 512;  // more would spill registers
 // A block per token of one of the two tensors. Lanes of a head are a power of two that divides 32,
 // so a thread sees the same channel of a head in all its vectors: one set of angles serves them.
 template <int DTYPE, bool HALF, int LANES>
-__global__ void __launch_bounds__(kMaxThreads, 1) qk_vec(const QkArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) qk_norm_rope_kernel(const QkArgs a) {
   __shared__ float shared[32];
   const int which = blockIdx.x & 1;
   const int64_t place = blockIdx.x >> 1;
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) qk_vec(const QkArgs a) {
 
 // A warp per token and head (the mean is taken again for each head): any even head_dim, any
 // alignment, any width.
-__global__ void __launch_bounds__(256) qk_any(const QkArgs a, int which, int64_t total) {
+__global__ void __launch_bounds__(256)
+    qk_norm_rope_scalar_kernel(const QkArgs a, int which, int64_t total) {
   const QkTensor& t = a.tensor[which];
   const int lane = threadIdx.x & 31, pairs = a.dim / 2;
   const int width = t.heads * a.dim;
@@ -152,11 +153,11 @@ template <int DTYPE, bool HALF>
 Kernel kernel_of(int lanes) {
   switch (lanes) {
     case 8:
-      return qk_vec<DTYPE, HALF, 8>;  // head_dim 64
+      return qk_norm_rope_kernel<DTYPE, HALF, 8>;  // head_dim 64
     case 16:
-      return qk_vec<DTYPE, HALF, 16>;  // 128
+      return qk_norm_rope_kernel<DTYPE, HALF, 16>;  // 128
     default:
-      return qk_vec<DTYPE, HALF, 32>;  // 256
+      return qk_norm_rope_kernel<DTYPE, HALF, 32>;  // 256
   }
 }
 
@@ -198,7 +199,7 @@ cudaError_t launch_qk_norm_rope(const QkArgs& a, cudaStream_t stream) {
     if (total == 0) continue;
     const int64_t wanted = ceil_div(total, 8);
     const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
-    qk_any<<<grid, 256, 0, stream>>>(a, which, total);
+    qk_norm_rope_scalar_kernel<<<grid, 256, 0, stream>>>(a, which, total);
   }
   return cudaGetLastError();
 }

@@ -31,7 +31,7 @@ constexpr int kHeads = 2;  // heads in flight per thread
 // Block b works on `kThreads / lanes` tokens and one share of the heads of all tensors together.
 template <int DTYPE, bool HALF, int COUNT>
 __global__ void __launch_bounds__(kThreads)
-    rope_vec(const RopeArgs a, int lanes, int shares, int64_t tiles) {
+    rope_kernel(const RopeArgs a, int lanes, int shares, int64_t tiles) {
   const int per_block = kThreads / lanes;
   const int64_t tile = blockIdx.x % tiles;
   const int64_t rest = blockIdx.x / tiles;
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A thread per pair: any even head_dim, any alignment.
-__global__ void __launch_bounds__(kThreads) rope_any(const RopeArgs a, int which, int64_t total) {
+__global__ void __launch_bounds__(kThreads)
+    rope_scalar_kernel(const RopeArgs a, int which, int64_t total) {
   const RopeTensor& t = a.tensor[which];
   const int pairs = a.dim / 2;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -109,8 +110,9 @@ using Kernel = void (*)(RopeArgs, int, int, int64_t);
 
 template <bool HALF, int COUNT>
 Kernel kernel_for(int dtype) {
-  if (dtype == kFloat32) return rope_vec<kFloat32, HALF, COUNT>;
-  return dtype == kBFloat16 ? rope_vec<kBFloat16, HALF, COUNT> : rope_vec<kFloat16, HALF, COUNT>;
+  if (dtype == kFloat32) return rope_kernel<kFloat32, HALF, COUNT>;
+  return dtype == kBFloat16 ? rope_kernel<kBFloat16, HALF, COUNT>
+                            : rope_kernel<kFloat16, HALF, COUNT>;
 }
 
 template <bool HALF>
@@ -150,7 +152,7 @@ cudaError_t launch_rope(const RopeArgs& a, cudaStream_t stream) {
     if (pairs == 0) continue;
     const int64_t wanted = ceil_div(pairs, kThreads);
     const unsigned grid = static_cast<unsigned>(wanted < (1 << 20) ? wanted : 1 << 20);
-    rope_any<<<grid, kThreads, 0, stream>>>(a, which, pairs);
+    rope_scalar_kernel<<<grid, kThreads, 0, stream>>>(a, which, pairs);
   }
   return cudaGetLastError();
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import FLOATS
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_rows(name: str, x: Tensor, out_dtype: torch.dtype | None = None) -> None:

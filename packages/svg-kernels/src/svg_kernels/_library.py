@@ -1,9 +1,10 @@
-"""Find the compiled library, or build it at first use, and say why where neither works."""
+"""Find the compiled library for a device, or build it at first use; say why where neither works."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +13,83 @@ import torch
 from svg_kernels import _build
 
 _PACKAGE = Path(__file__).resolve().parent
-_module: Any = None
-_path: Path | None = None
-_failure: str | None = None  # why there is no library; None: not tried yet
-_devices: dict[torch.device, str] = {}
+_REQUIREMENT = "apache-tvm-ffi>=0.1.13.post2,<0.2"
 
 
-def functions() -> Any:
-    """Return the loaded library; its attributes are what the files of `csrc/` export."""
-    return _module
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """What was found for one device: a loaded library and its file, or why there is none."""
+
+    functions: Any = None
+    path: Path | None = None
+    reason: str | None = None
 
 
-def path() -> Path | None:
-    """Return the file that was loaded, or None."""
-    return _path
+_libraries: dict[torch.device, Library] = {}
+_loaded: dict[Path, Any] = {}  # devices of one architecture share a library
 
 
-def why_not(device: torch.device) -> str:
-    """Return why the library cannot run on `device`, empty when it can; loads or builds it."""
-    if device not in _devices:
-        _devices[device] = _load(device) or _try(device)
-    return _devices[device]
+def functions(device: torch.device) -> Any:
+    """Return the library of `device`; its attributes are what the files of `csrc/` export."""
+    return _library(device).functions
 
 
-def _load(device: torch.device) -> str:
-    global _module, _path, _failure
-    if _module is not None:
-        return ""
-    if _failure is None:
-        _failure = _find(device)
-    return _failure
+def path(device: torch.device) -> Path | None:
+    """Return the file that was loaded for `device`, or None."""
+    return _library(device).path
 
 
-def _find(device: torch.device) -> str:
-    global _module, _path
+def unsupported(device: torch.device) -> str | None:
+    """Return why no library can run on `device`, None when one can; loads or builds it."""
+    return _library(device).reason
+
+
+def require_launch(launched: bool) -> None:
+    """Raise RuntimeError if a launcher refused arguments that had passed every check in words."""
+    if not launched:
+        raise RuntimeError(
+            "the compiled kernels did not take arguments that had passed every check; please "
+            "report their shapes, strides and dtypes, and use backend='triton' meanwhile"
+        )
+
+
+def _library(device: torch.device) -> Library:
+    library = _libraries.get(device)
+    if library is None:
+        library = _libraries[device] = _find(device)
+    return library
+
+
+def _find(device: torch.device) -> Library:
     if importlib.util.find_spec("tvm_ffi") is None:
-        return "apache-tvm-ffi is not installed; pip install 'apache-tvm-ffi>=0.1.13.post2,<0.2'"
+        return Library(reason=f"apache-tvm-ffi is not installed; pip install '{_REQUIREMENT}'")
     found = _PACKAGE / "lib" / _build.LIBRARY
     if not found.exists():
         major, minor = torch.cuda.get_device_capability(device)
         folder, architectures = _build.sources(_PACKAGE), (f"{major}{minor}",)
         found = _build.cache_dir(folder, architectures) / _build.LIBRARY
         if not found.exists() and (reason := _build.missing()):
-            return f"this wheel has no compiled library, and it cannot be built: {reason}"
+            return Library(
+                reason=f"this wheel has no compiled library, and it cannot be built: {reason}"
+            )
         try:
             found = _build.build_once(folder, architectures, jobs=os.cpu_count() or 1)
         except (RuntimeError, OSError) as error:
-            return f"building the library failed: {error}"
+            return Library(reason=f"building the library failed: {error}")
     try:
-        import tvm_ffi
-
-        _module = tvm_ffi.load_module(str(found))
+        module = _load(found)
     except (RuntimeError, OSError) as error:
-        return f"{found} cannot be loaded: {error}"
-    _path = found
-    return ""
-
-
-def _try(device: torch.device) -> str:
+        return Library(reason=f"{found} cannot be loaded: {error}")
     try:
-        _module.check_device(device.index or 0)
+        module.check_device(device.index or 0)
     except RuntimeError as error:
-        return f"{_path} does not run on this GPU and driver: {error}"
-    return ""
+        return Library(reason=f"{found} does not run on this GPU and driver: {error}")
+    return Library(functions=module, path=found)
+
+
+def _load(path: Path) -> Any:
+    import tvm_ffi
+
+    if path not in _loaded:
+        _loaded[path] = tvm_ffi.load_module(str(path))
+    return _loaded[path]

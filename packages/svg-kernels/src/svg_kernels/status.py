@@ -7,24 +7,24 @@ from typing import Any
 
 import torch
 
-from svg_kernels import _backends, _build, _library
-from svg_kernels._backends import Tier
+from svg_kernels import _build, _dispatch, _library
+from svg_kernels._dispatch import BackendStatus
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """The tiers on one device, which of them `auto` takes, and where the library came from.
+    """The backends on one device, which of them `auto` takes, and where the library came from.
 
     Attributes:
         device: the device asked about.
-        tiers: one `Tier` per backend, best first.
+        backends: one `BackendStatus` each, best first.
         auto: the backend that `"auto"` takes.
         library: file of the compiled library, or None if none is loaded.
         nvcc: the compiler a first-use build would take, or None.
     """
 
     device: str
-    tiers: tuple[Tier, ...]
+    backends: tuple[BackendStatus, ...]
     auto: str
     library: str | None
     nvcc: str | None
@@ -35,7 +35,7 @@ class Status:
 
 
 def status(device: torch.device | str | None = None) -> Status:
-    """Say which backends can run on `device` and why the others cannot.
+    """Return which backends can run on `device` and why the others cannot.
 
     Asking about a GPU loads the compiled library, or builds it where nvcc is found.
 
@@ -50,12 +50,13 @@ def status(device: torch.device | str | None = None) -> Status:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    tiers = tuple(_backends.probe(name, device) for name in _backends.ORDER)
-    library, nvcc = _library.path(), _build.find_nvcc()
+    backends = tuple(_dispatch.backend_status(name, device) for name in _dispatch.ORDER)
+    library = _library.path(device) if device.type == "cuda" else None
+    nvcc = _build.find_nvcc()
     return Status(
         device=str(device),
-        tiers=tiers,
-        auto=_backends.auto(device),
+        backends=backends,
+        auto=_dispatch.auto_backend(device),
         library=None if library is None else str(library),
         nvcc=None if nvcc is None else str(nvcc),
     )

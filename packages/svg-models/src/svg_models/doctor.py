@@ -172,7 +172,7 @@ def _fused_kernels(device: str) -> list[Check]:
             works=tier.available,
             detail=tier.note or ("runs, and is chosen" if tier.name == state.auto else "runs"),
         )
-        for tier in state.tiers
+        for tier in state.backends
     ]
     if state.auto == "reference":
         works, who = None, "diffusers; the reference tier would be no faster"

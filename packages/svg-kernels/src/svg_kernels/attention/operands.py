@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import FLOATS
-from svg_kernels.attention._tiers import MAX_HEAD_DIM
+from svg_kernels._checks import FLOATS
+from svg_kernels.attention.limits import MAX_HEAD_DIM
 
 TILE_ROWS = 128
 
@@ -17,7 +17,7 @@ Summary = tuple[Tensor, Tensor, Tensor]
 
 
 class Operands(NamedTuple):
-    """The inputs of one call in the order of the operator's schema; `sparse` describes each."""
+    """The inputs of one call in the order of the operator's schema, which describes them."""
 
     query: Tensor
     key: Tensor

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import launchers, register, select
 from svg_kernels._checks import check_rows, check_vector
+from svg_kernels._dispatch import define_op, launchers, select_backend
+
+__all__ = ["layer_norm", "rms_norm"]
 
 
 def rms_norm(
@@ -101,7 +103,9 @@ def layer_norm(
 def _run_rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype | None, backend: str
 ) -> Tensor:
-    y: Tensor = select(backend, x.device).rms_norm(x, weight, eps, out_dtype or x.dtype)
+    y: Tensor = select_backend(__name__, backend, x.device).rms_norm(
+        x, weight, eps, out_dtype or x.dtype
+    )
     return y
 
 
@@ -119,8 +123,8 @@ def _run_layer_norm(
     out_dtype: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    tier = select(backend, x.device)
-    y: Tensor = tier.layer_norm(x, weight, bias, eps, out_dtype or x.dtype)
+    module = select_backend(__name__, backend, x.device)
+    y: Tensor = module.layer_norm(x, weight, bias, eps, out_dtype or x.dtype)
     return y
 
 
@@ -135,13 +139,13 @@ def _fake_layer_norm(
     return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
-_rms_norm = register(
+_rms_norm = define_op(
     "rms_norm",
     "(Tensor x, Tensor? weight, float eps, ScalarType? out_dtype, str backend) -> Tensor",
     _run_rms_norm,
     _fake_rms_norm,
 )
-_layer_norm = register(
+_layer_norm = define_op(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype, str backend)"
     " -> Tensor",

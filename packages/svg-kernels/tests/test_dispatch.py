@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 import svg_kernels
-from svg_kernels import _backends, _library
+from svg_kernels import _dispatch, _library
 
 CPU = torch.device("cpu")
 
 
 def test_auto_on_the_cpu_is_the_reference():
-    tiers = {tier.name: tier for tier in svg_kernels.status("cpu").tiers}
-    assert list(tiers) == ["cuda", "triton", "reference"]
+    backends = {state.name: state for state in svg_kernels.status("cpu").backends}
+    assert list(backends) == ["cuda", "triton", "reference"]
     assert svg_kernels.status("cpu").auto == "reference"
-    assert not tiers["cuda"].available
-    assert "CUDA device" in tiers["cuda"].note
+    assert not backends["cuda"].available
+    assert "CUDA device" in backends["cuda"].note
 
 
 def test_an_explicit_request_is_never_replaced():
@@ -33,39 +36,48 @@ def test_unknown_backends_are_named():
 
 def test_status_is_plain_data():
     data = svg_kernels.status().to_dict()
-    assert data["auto"] in {tier["name"] for tier in data["tiers"] if tier["available"]}
-    assert all(tier["note"] for tier in data["tiers"])
+    assert data["auto"] in {state["name"] for state in data["backends"] if state["available"]}
+    assert all(state["note"] for state in data["backends"])
 
 
-def test_every_tier_has_every_operation():
-    from svg_kernels import reference
+OPERATIONS = {
+    "norm": {"rms_norm", "layer_norm"},
+    "modulation": {"layer_norm_modulate", "gate_residual"},
+    "rope": {"rope"},
+    "qk_norm_rope": {"qk_norm_rope"},
+    "permute": {"permute_rows"},
+    "attention": {"block_sparse_attention"},
+}
 
-    operations = {
-        name
-        for name, value in vars(reference).items()
-        if getattr(value, "__module__", "") == reference.__name__ and not name.startswith("_")
-    }
-    assert operations == {
-        "rms_norm", "layer_norm", "layer_norm_modulate", "gate_residual",
-        "rope", "qk_norm_rope", "permute_rows",
-    }  # fmt: skip
-    pytest.importorskip("triton")
-    from svg_kernels import _triton
 
-    assert all(hasattr(_triton, name) for name in operations)
+@pytest.mark.parametrize("backend", _dispatch.ORDER)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_backend_has_every_operation(operation, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    module = importlib.import_module(f"svg_kernels.{operation}.{backend}")
+    assert OPERATIONS[operation] <= set(vars(module))
+
+
+def test_operations_are_the_folders_of_the_package():
+    package = Path(svg_kernels.__file__).parent
+    assert set(OPERATIONS) == {path.parent.name for path in package.glob("*/cuda.py")}
 
 
 def test_gpu_reasons(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "this GPU has 7.5" in _backends.probe("cuda", device).note
+    assert "this GPU has 7.5" in _dispatch.unsupported("cuda", device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(_library, "why_not", lambda _: "nvcc was not found")
-    assert _backends.auto(device) in ("triton", "reference")
-    assert _backends.probe("cuda", device).note == "nvcc was not found"
-    monkeypatch.setattr(_library, "why_not", lambda _: "")
-    assert _backends.auto(device) == "cuda"
+    none = _library.Library(reason="nvcc was not found")
+    monkeypatch.setattr(_library, "_libraries", {device: none})
+    assert _dispatch.auto_backend(device) in ("triton", "reference")
+    assert _dispatch.backend_status("cuda", device).note == "nvcc was not found"
+    library = _library.Library(path=Path("libsvg_kernels.so"))
+    monkeypatch.setitem(_library._libraries, device, library)
+    assert _dispatch.auto_backend(device) == "cuda"
+    assert _dispatch.backend_status("cuda", device).note == "libsvg_kernels.so"
 
 
 def cases():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svg_kernels.attention.operands import TILE_ROWS, Operands
 
-COUNT_TILES = 32  # tiles that one program of `count_chunks` looks after
+COUNT_TILES = 32  # tiles that one program of `count_chunks_kernel` looks after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,10 @@ def blocks_for(capability: int, element_size: int, head_dim: int) -> Blocks:
 
 
 @triton.jit
-def count_chunks(run_lengths, counts, tiles, runs, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Count the chunks of `BLOCK_T` tiles, packing runs as `attend_tile` does."""
+def count_chunks_kernel(
+    run_lengths, counts, tiles, runs, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Count the chunks of `BLOCK_T` tiles, packing runs as `block_sparse_attention_kernel` does."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < tiles
     chunks = tl.zeros([BLOCK_T], dtype=tl.int32)
@@ -93,7 +95,7 @@ def absorb(q, k, v, bias, qk_scale, maximum, total, acc, PRECISION: tl.constexpr
 
 
 @triton.jit
-def attend_tile(
+def block_sparse_attention_kernel(
     query,
     key,
     value,
@@ -221,7 +223,7 @@ def attend_tile(
 
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
-    """Launch both kernels on the current stream; see `sparse.block_sparse_attention`."""
+    """Launch both kernels on the current stream; see `svg_kernels.block_sparse_attention`."""
     query, key, value, run_starts, run_lengths, *others, scale = operands
     _, heads, length, width = query.shape
     runs = run_starts.shape[-1]
@@ -237,10 +239,10 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
     total = run_starts.numel() // runs
     counts = torch.empty(total, dtype=torch.int32, device=query.device)
     with _on(query.device):
-        count_chunks[(triton.cdiv(total, COUNT_TILES),)](
+        count_chunks_kernel[(triton.cdiv(total, COUNT_TILES),)](
             run_lengths, counts, total, runs, BLOCK_N=blocks.keys, BLOCK_T=COUNT_TILES, num_warps=1
         )
-        attend_tile[(total * (TILE_ROWS // blocks.rows),)](
+        block_sparse_attention_kernel[(total * (TILE_ROWS // blocks.rows),)](
             query,
             key,
             value,

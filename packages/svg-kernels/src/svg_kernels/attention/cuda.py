@@ -12,11 +12,10 @@ from svg_kernels.attention.operands import Operands
 
 _CODES = {torch.float16: 1, torch.bfloat16: 2}
 _VECTOR = 8  # elements of 16 bytes
-_stream = torch._C._cuda_getCurrentRawStream
 
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
-    """Launch the kernel on the current stream; see `sparse.block_sparse_attention`."""
+    """Launch the kernel on the current stream; see `svg_kernels.block_sparse_attention`."""
     # Copies must outlive the launch, so they keep a name until it returns.
     query, key = _vectors(operands.query), _sequences(operands.key)
     value = _sequences(operands.value)
@@ -31,8 +30,11 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
     described.extend((operands.run_starts.shape[-1], summaries))
     described.extend((query.shape[3], _CODES[query.dtype]))
     device = query.device.index
-    _library.functions().block_sparse_attention(
-        described.buffer_info()[0], operands.scale, device, _stream(device)
+    _library.functions(query.device).block_sparse_attention(
+        described.buffer_info()[0],
+        operands.scale,
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
     )
 
 

@@ -8,11 +8,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import launchers, register, select
+from svg_kernels._dispatch import define_op, launchers, select_backend
+from svg_kernels.permute.cuda import MAX_TENSORS, UNUSED, as_bytes
 
-MAX_TENSORS = 4
-UNUSED = [(None,) * (3 * (MAX_TENSORS - count)) for count in range(MAX_TENSORS + 1)]
-"""What the launcher takes in the place of tensors, orders and outputs beyond a count."""
+__all__ = ["permute_rows", "unpermute_rows"]
 
 
 @overload
@@ -131,16 +130,6 @@ def _quick(
     return outs if compiled.permute_rows(inverse, *arguments, *UNUSED[len(xs)]) else None
 
 
-def as_bytes(x: Tensor, order: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the launcher takes for them: bytes as such.
-
-    Not every torch can hand over its 8-bit floats.
-    """
-    if x.element_size() == 1:
-        x, out = x.view(torch.uint8), out.view(torch.uint8)
-    return x, order, out
-
-
 def _check(x: Tensor, order: Tensor, inverse: bool) -> Tensor:
     if x.ndim != 4:
         raise ValueError(f"tensors must be [batch, heads, tokens, head_dim], got {list(x.shape)}")
@@ -175,7 +164,7 @@ def _outputs(xs: list[Tensor], orders: list[Tensor]) -> list[Tensor]:
 
 def _run(xs: list[Tensor], orders: list[Tensor], inverse: bool, backend: str) -> list[Tensor]:
     outs = _outputs(xs, orders)
-    select(backend, xs[0].device).permute_rows(xs, orders, outs, inverse)
+    select_backend(__name__, backend, xs[0].device).permute_rows(xs, orders, outs, inverse)
     return outs
 
 
@@ -183,7 +172,7 @@ def _fake(xs: list[Tensor], orders: list[Tensor], inverse: bool, backend: str) -
     return _outputs(xs, orders)
 
 
-_permute_rows = register(
+_permute_rows = define_op(
     "permute_rows",
     "(Tensor[] xs, Tensor[] orders, bool inverse, str backend) -> Tensor[]",
     _run,

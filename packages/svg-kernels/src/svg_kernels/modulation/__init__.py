@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._backends import launchers, register, select
 from svg_kernels._checks import (
     check_companion,
     check_modulation,
@@ -13,6 +12,9 @@ from svg_kernels._checks import (
     check_tokens,
     check_vector,
 )
+from svg_kernels._dispatch import define_op, launchers, select_backend
+
+__all__ = ["gate_residual", "layer_norm_modulate"]
 
 
 def layer_norm_modulate(
@@ -122,8 +124,8 @@ def _run_layer_norm_modulate(
     out_dtype: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    tier = select(backend, x.device)
-    y: Tensor = tier.layer_norm_modulate(x, scale, shift, weight, bias, eps, out_dtype or x.dtype)
+    module = select_backend(__name__, backend, x.device)
+    y: Tensor = module.layer_norm_modulate(x, scale, shift, weight, bias, eps, out_dtype or x.dtype)
     return y
 
 
@@ -143,8 +145,8 @@ def _fake_layer_norm_modulate(
 def _run_gate_residual(
     residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dtype | None, backend: str
 ) -> Tensor:
-    tier = select(backend, x.device)
-    y: Tensor = tier.gate_residual(residual, x, gate, out_dtype or residual.dtype)
+    module = select_backend(__name__, backend, x.device)
+    y: Tensor = module.gate_residual(residual, x, gate, out_dtype or residual.dtype)
     return y
 
 
@@ -154,14 +156,14 @@ def _fake_gate_residual(
     return residual.new_empty(residual.shape, dtype=out_dtype or residual.dtype)
 
 
-_layer_norm_modulate = register(
+_layer_norm_modulate = define_op(
     "layer_norm_modulate",
     "(Tensor x, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType? out_dtype, str backend) -> Tensor",
     _run_layer_norm_modulate,
     _fake_layer_norm_modulate,
 )
-_gate_residual = register(
+_gate_residual = define_op(
     "gate_residual",
     "(Tensor residual, Tensor x, Tensor gate, ScalarType? out_dtype, str backend) -> Tensor",
     _run_gate_residual,

@@ -6,10 +6,21 @@ A form is complex or a pair of real tables, `[length, ...]`, `[B or 1, length, .
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from svg_kernels._checks import check_device
+
+Pairing = Literal["interleaved", "half"]
+
+
+def is_half(pairing: str) -> bool:
+    """Return whether pairs are `(i, i + D/2)`; raise ValueError if `pairing` is unknown."""
+    if pairing not in ("interleaved", "half"):
+        raise ValueError(f"pairing must be 'interleaved' or 'half', got {pairing!r}")
+    return pairing == "half"
 
 
 def check_tables(cos: Tensor, sin: Tensor | None, x: Tensor, dim: int) -> int:
