@@ -87,7 +87,8 @@ def the_class(library: Any, results: dict[str, Any]) -> None:
             model = library.FlashKMeans(4, k, 25, 1e-8, False, 3, 7, 5, 1000, False, None, None)
             labels = model.fit_predict(points)
             results[f"class {name} {k}"] = {
-                "labels": ((labels[..., :1] == labels), model.predict(points).dtype),
+                "labels": labels[..., :1] == labels,
+                "predicted": model.predict(points) - labels,
                 "centroids": model.centroids_b.sort(dim=1).values,
                 "ids": model.cluster_ids_b.shape,
                 "chains": model.fit(points) is model,
