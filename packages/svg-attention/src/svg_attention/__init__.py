@@ -1,5 +1,6 @@
 """Model-agnostic sparse attention for video diffusion: SVG1, SVG2 and beyond."""
 
+import svg_attention._kmeans_files  # noqa: F401 - raises where flash_kmeans is another project's
 from svg_attention.attention import dense_attention, sparse_attention
 from svg_attention.errors import UnsupportedError
 from svg_attention.layout import TokenLayout
