@@ -54,7 +54,8 @@ def environment(folder: Path, wheels: Path, *names: str) -> Path:
         check=True,
     )
     # Dependencies come from this environment, after what was installed; svg_attention from here.
-    around = [str(ROOT / "packages/svg-attention/src"), *(p for p in sys.path if "-packages" in p)]
+    ours = [str(ROOT / f"packages/{name}/src") for name in ("svg-attention", "svg-models")]
+    around = [*ours, *(p for p in sys.path if "-packages" in p)]
     (Path(purelib.stdout.strip()) / "around.pth").write_text("\n".join(around))
     return python
 
@@ -103,3 +104,14 @@ def test_import_accepts_our_files_over_the_other_and_refuses_half_of_them(
     assert "with no __init__.py" in done.stderr
     assert "svg-flash-kmeans 0.1.0 and flash-kmeans not installed" in done.stderr
     assert "pip install --force-reinstall --no-deps svg-flash-kmeans" in done.stderr
+
+
+def test_doctor_says_one_sentence(wheels: Path, tmp_path: Path) -> None:
+    pytest.importorskip("typer", reason="the command line needs it")
+    python = environment(tmp_path / "env", wheels, "svg-flash-kmeans", OTHER)
+    code = "from svg_models.cli import app; app(['doctor'])"
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in said
+    assert "pip install --force-reinstall --no-deps svg-flash-kmeans" in said

@@ -20,7 +20,7 @@ _PACKAGES = (
     "svg-models",
     "svg-attention",
     "svg-kernels",
-    "flash-kmeans",
+    "svg-flash-kmeans",
     "torch",
     "triton",
     "diffusers",

@@ -33,7 +33,7 @@ def _show_version(wanted: bool) -> None:
         return
     import importlib.metadata as metadata
 
-    for name in ("svg-models", "svg-attention", "flash-kmeans", "svg-kernels"):
+    for name in ("svg-models", "svg-attention", "svg-flash-kmeans", "svg-kernels"):
         try:
             out().print(f"{name} {metadata.version(name)}", highlight=False)
         except metadata.PackageNotFoundError:

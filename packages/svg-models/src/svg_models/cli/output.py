@@ -40,7 +40,10 @@ def escaped(text: str) -> str:
 @contextmanager
 def spoken_errors() -> Iterator[None]:
     """Turn what a person can mend into one sentence and exit code 2."""
-    from svg_attention import UnsupportedError
+    try:
+        from svg_attention import UnsupportedError
+    except ImportError as error:  # as where flash_kmeans is another project's
+        _fail(str(error))
     from svg_models.errors import SvgModelsError
 
     try:
