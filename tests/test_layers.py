@@ -1,14 +1,14 @@
-"""Imports run one way between the packages, and inside svg_attention."""
+"""Imports run one way: between the packages, and from floor to floor inside each."""
 
 from __future__ import annotations
 
-import ast
-from dataclasses import dataclass
 from pathlib import Path
 
+import import_graph
 import pytest
+from import_graph import imports, inside
 
-ROOT = Path(__file__).resolve().parent.parent
+FILES = import_graph.modules()
 PACKAGES = {"flash_kmeans", "svg_attention", "svg_kernels", "svg_models"}
 MODEL_LIBRARIES = {"diffusers", "transformers", "accelerate", "peft"}
 
@@ -21,46 +21,48 @@ FORBIDDEN = {
 }
 
 
-@dataclass(frozen=True)
-class Import:
-    """One imported module, absolute, and where it stands."""
-
-    name: str
-    line: int
-    lazy: bool
-
-
-def imports(source: str, module: str, *, is_package: bool = False) -> list[Import]:
-    """Return what a module imports, relative names resolved; `from a import b` counts as `a.b`."""
-    found: list[Import] = []
-
-    def visit(node: ast.AST, lazy: bool) -> None:
-        if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, node.lineno, lazy) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parents = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*parents, base]).rstrip(".")
-            found.extend(Import(f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
-        deferred = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-        lazy = lazy or isinstance(node, deferred) or is_type_checking(node)
-        for child in ast.iter_child_nodes(node):
-            visit(child, lazy)
-
-    visit(ast.parse(source), False)
-    return found
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    """Say whether a node is an `if TYPE_CHECKING:` block."""
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def inside(name: str, package: str) -> bool:
-    """Say whether a dotted name is a package or lies in it."""
-    return name == package or name.startswith(package + ".")
+# The rooms of each package (a subpackage, or a file beside its `__init__`), lowest floor first. A
+# room imports only from floors below its own; rooms of one floor do not know each other. Whoever
+# adds a room places it here.
+FLOORS = {
+    "flash_kmeans": (
+        ("errors", "checks", "result"),
+        ("backend", "common", "_validation"),
+        ("reference", "seeding", "triton"),
+        ("ops",),
+        ("kmeans", "partials"),
+        ("estimator", "streaming", "distributed"),
+        ("__init__", "compat"),
+    ),
+    "svg_kernels": (
+        ("errors", "_build", "_checks", "_arithmetic", "_rows"),
+        ("_library",),
+        ("_dispatch",),
+        ("norm", "rope", "permute", "attention", "status"),
+        ("modulation", "qk_norm_rope"),
+        ("__init__",),
+    ),
+    "svg_attention": (
+        ("errors", "config", "tiles", "rows", "memory", "_ops", "_kmeans_files"),
+        ("layout", "schedule", "planning"),
+        ("plan",),
+        ("methods", "backends", "metrics"),
+        ("attention", "status"),
+        ("session",),
+        ("__init__",),
+    ),
+    "svg_models": (
+        ("errors", "attention_op", "embedded", "interrupts", "summary"),
+        ("spelling", "numeric", "files", "stats", "families"),
+        ("method_names", "video", "loading"),
+        ("recipes", "report", "catalog"),
+        ("sparse",),
+        ("generation", "doctor"),
+        ("comparison",),
+        ("cli", "__init__"),
+        ("__main__",),
+    ),
+}
 
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
@@ -86,23 +88,99 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
     return broken
 
 
-def modules() -> list[tuple[str, Path]]:
+def test_every_package_is_looked_at():
+    assert {name.split(".")[0] for name in FILES} == PACKAGES == {*FLOORS}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_between_packages_point_down(module):
+    path = FILES[module]
+    is_package = path.name == "__init__.py"
+    assert violations(path.read_text(encoding="utf-8"), module, is_package=is_package) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_circles_inside_a_package(package):
+    assert import_graph.circles(import_graph.graph(package, FILES)) == []
+
+
+def upward(package: str, edges: import_graph.Graph) -> list[str]:
+    """Return a sentence for each import that does not lead to a lower floor."""
+    floor = {name: number for number, names in enumerate(FLOORS[package]) for name in names}
     found = []
-    for source in sorted(ROOT.glob("packages/*/src")):
-        for path in sorted(source.rglob("*.py")):
-            parts = path.relative_to(source).with_suffix("").parts
-            found.append((".".join(parts).removesuffix(".__init__"), path))
+    for module, others in edges.items():
+        for other in sorted(others):
+            here, there = import_graph.room(module), import_graph.room(other)
+            if here != there and floor.get(there, 99) >= floor.get(here, -1):
+                found.append(f"{module} imports {other}")
     return found
 
 
-def test_every_package_is_looked_at():
-    assert {name.split(".")[0] for name, _ in modules()} == PACKAGES
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_inside_a_package_point_to_a_lower_floor(package):
+    edges = import_graph.graph(package, FILES)
+    homeless = {*import_graph.rooms(edges)} - {name for names in FLOORS[package] for name in names}
+    assert homeless == set(), "place these rooms in FLOORS"
+    assert upward(package, edges) == []
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value).split("/")[-1])
-def test_imports_point_down(module, path):
-    is_package = path.name == "__init__.py"
-    assert violations(path.read_text(encoding="utf-8"), module, is_package=is_package) == []
+def test_upward_sees_imports_up_and_sideways():
+    edges = {
+        "svg_models.video.mp4": {"svg_models.errors", "svg_models.cli.options"},
+        "svg_models.loading": {"svg_models.video.mp4"},
+        "svg_models.loading.hub": {"svg_models.loading"},
+    }
+    assert upward("svg_models", edges) == [
+        "svg_models.video.mp4 imports svg_models.cli.options",
+        "svg_models.loading imports svg_models.video.mp4",
+    ]
+
+
+def written(folder: Path, sources: dict[str, str]) -> import_graph.Graph:
+    """Return the graph of a package `toy` made of these files."""
+    for name, source in sources.items():
+        path = folder / "packages" / "toy" / "src" / "toy" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return import_graph.graph("toy", import_graph.modules(folder))
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from toy import one",
+        "from toy.one import name",
+        "import toy.one",
+        "from .one import name",
+        "def later():\n    from toy.one import name",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toy.one import name",
+        "HOMES = {'name': 'toy.one'}",
+        "from toy.three import name",
+    ],
+)
+def test_circles_are_seen_however_they_are_closed(tmp_path, back):
+    files = {"one": "import toy.two", "two": back, "three": "from toy import one"}
+    (circle,) = import_graph.circles(written(tmp_path, files))
+    assert {"toy.one", "toy.two"} <= {*circle}
+
+
+def test_circles_are_seen_through_what_a_package_gathers(tmp_path):
+    files = {"part/one": "a = 1", "part/two": "from toy.part import a", "part/__init__": ""}
+    assert import_graph.circles(written(tmp_path, files)) == []
+    files["part/__init__"] = "from .one import a\nfrom .two import b"
+    assert import_graph.circles(written(tmp_path, files)) == [["toy.part", "toy.part.two"]]
+
+
+def test_circles_are_none_among_neighbours(tmp_path):
+    files = {
+        "part/__init__": "from .two import b",
+        "part/one": "a = 1",
+        "part/two": "from toy.part import one\nfrom .one import a",
+        "top": "from toy.part import b\nname = 'toy'",
+    }
+    edges = written(tmp_path, files)
+    assert import_graph.circles(edges) == []
+    assert import_graph.floors(edges) == [["part"], ["top"]]
 
 
 @pytest.mark.parametrize(

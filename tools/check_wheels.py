@@ -71,8 +71,8 @@ def build(package: Distribution, target: Path) -> Path:
 def metadata(wheel: Path) -> email.message.Message:
     """Return a wheel's METADATA."""
     with zipfile.ZipFile(wheel) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        return email.message_from_string(archive.read(name).decode())
+        file = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_string(archive.read(file).decode())
 
 
 def inspect(package: Distribution, wheel: Path, *, compiled: bool = False) -> None:
@@ -135,9 +135,9 @@ def write_index(wheels: Iterable[Path], folder: Path) -> str:
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         link = f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a><br>'
         links.setdefault(project, []).append(link)
-    for project, lines in links.items():
-        (folder / project / "index.html").write_text(page(lines), encoding="utf-8")
-    projects = [f'<a href="{project}/">{project}</a><br>' for project in links]
+    for name, lines in links.items():
+        (folder / name / "index.html").write_text(page(lines), encoding="utf-8")
+    projects = [f'<a href="{name}/">{name}</a><br>' for name in links]
     (folder / "index.html").write_text(page(projects), encoding="utf-8")
     return folder.resolve().as_uri()
 
