@@ -26,6 +26,7 @@ from svg_models import generate
 from svg_models.errors import ModelUnavailableError, SettingError
 from svg_models.loading import Geometry, Inputs, Lora, load_pipeline
 from svg_models.loading.defaults import defaults_for
+from svg_models.loading.folder import read_index
 from svg_models.loading.inputs import choose_pipeline
 from svg_models.loading.lora import load_loras
 from svg_models.loading.pipeline import _correct_scale, _outline
@@ -168,7 +169,7 @@ def test_the_pipeline_that_takes_what_is_given_is_chosen(
 ) -> None:
     folder = checkpoint(tmp_path, pipeline, **index)
     kinds = {"image": "image" in given, "video": "video" in given}
-    assert choose_pipeline("it", folder, **kinds).__name__ == expected
+    assert choose_pipeline("it", read_index(folder), **kinds).__name__ == expected
 
 
 @pytest.mark.parametrize(
@@ -193,13 +194,13 @@ def test_what_no_pipeline_takes_is_refused(
     folder = checkpoint(tmp_path, pipeline, **index)
     kinds = {"image": "image" in given, "video": "video" in given}
     with pytest.raises(SettingError, match=sentence):
-        choose_pipeline("it", folder, **kinds)
+        choose_pipeline("it", read_index(folder), **kinds)
 
 
 def test_a_pipeline_that_diffusers_does_not_have_is_named(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "WanPipelineOfTomorrow")
     with pytest.raises(ModelUnavailableError, match=r"needs diffusers\.WanPipelineOfTomorrow"):
-        choose_pipeline("it", folder, image=False, video=False)
+        choose_pipeline("it", read_index(folder), image=False, video=False)
 
 
 def test_a_vae_that_joins_pixels_counts_them(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailableError, match="WanTransformer3DModel: size mismatch"):
         load_loras(tiny.pipeline(), [Lora(source=source)])
     (tmp_path / "text.safetensors").write_text("no weights at all")
-    with pytest.raises(ModelUnavailableError, match="does not fit WanTransformer3DModel"):
+    with pytest.raises(ModelUnavailableError, match="is cut off or is no safetensors"):
         load_loras(tiny.pipeline(), [Lora(source=str(tmp_path / "text.safetensors"))])
 
 
@@ -293,7 +294,7 @@ def test_a_lora_is_named_by_source_and_weight(tmp_path: Path) -> None:
     assert Lora.parse(str(Lora(source="somebody/style", weight=0.25))).weight == 0.25
     with pytest.raises(SettingError, match=r"no LoRA at '/missing/style\.safetensors'"):
         Lora.parse("/missing/style.safetensors:0.8")
-    with pytest.raises(SettingError, match="must be finite, got nan"):
+    with pytest.raises(SettingError, match="must be a finite number, got nan"):
         Lora.parse("somebody/style:nan")
 
 

@@ -49,7 +49,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_frames_are_those_shown_at_a_steady_rate(
     fps: float, to: float, expected: list[int]
 ) -> None:
-    assert resampled(np.arange(10), fps, to).tolist() == expected
+    assert resampled(10, fps, to).tolist() == expected
 
 
 def test_a_picture_is_cut_and_never_squeezed() -> None:

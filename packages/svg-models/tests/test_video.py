@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from svg_models.errors import SettingError
+from svg_models.files import atomic_path
 from svg_models.video import (
-    atomic_path,
     read_video,
     side_by_side,
     similarity,

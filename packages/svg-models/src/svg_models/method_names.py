@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import SettingError
+from svg_models.numeric import as_number
 from svg_models.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ class MethodSpec:
         for label, value in (("density", self.density), ("top-p", self.top_p)):
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise SettingError(f"{label} must be a number, got {value!r}")
-            if not 0.0 < value <= 1.0:
-                raise SettingError(f"{label} must be above 0 and at most 1, got {value:g}")
+            number = as_number(label, value)
+            if not 0.0 < number <= 1.0:
+                raise SettingError(f"{label} must be above 0 and at most 1, got {number:g}")
+            object.__setattr__(self, label.replace("-", "_"), number)
         if self.top_p is not None and not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"top-p belongs to the svg2 methods, got method '{self.name}'")
         if self.top_p is not None and self.density is not None:

@@ -10,12 +10,13 @@ from svg_models.cli import compare as _compare
 from svg_models.cli import generate as _generate
 from svg_models.cli import models as _models
 from svg_models.cli.doctor import doctor
-from svg_models.cli.output import out
+from svg_models.cli.output import SpokenGroup, out
 
 __all__ = ["app"]
 
 app = typer.Typer(
     name="svg",
+    cls=SpokenGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -57,6 +58,3 @@ app.command("generate", epilog=_generate.EXAMPLES)(_generate.generate)
 app.command("compare", epilog=_compare.EXAMPLES)(_compare.compare)
 app.command("models", epilog=_models.EXAMPLES)(_models.models)
 app.command("doctor")(doctor)
-
-if __name__ == "__main__":
-    app()

@@ -8,10 +8,11 @@ import typer
 from rich.table import Table
 
 from svg_models.cli.options import has_options_of
-from svg_models.cli.output import escaped, out
+from svg_models.cli.output import escaped, out, say_path
 from svg_models.cli.progress import progress_bars
 from svg_models.generation.request import CompareRequest
 from svg_models.generation.settings import WHERE
+from svg_models.interrupts import unwinding
 
 if TYPE_CHECKING:
     from svg_models.comparison.result import Comparison
@@ -33,17 +34,19 @@ def compare(
     ] = "svg-compare",
 ) -> None:
     """Generate one clip dense and sparse, measure the difference, and make a page of it."""
-    from svg_models.comparison.run import compare as run
-    from svg_models.video import writable_folder
+    from svg_models.files import check_folder
 
-    folder = writable_folder(output)
-    with progress_bars() as progress:
+    folder = check_folder(output)
+    from svg_models.comparison.result import PAGE
+    from svg_models.comparison.run import compare as run
+
+    with progress_bars() as progress, unwinding(folder / PAGE):
         comparison = run(**vars(request.replace(progress=progress)))
         progress("writing the page", 0, 0)
         page = comparison.save(folder)
         progress.end()
     out().print(_comparison_table(comparison))
-    out().print(f"page: {page.resolve()}", soft_wrap=True, highlight=False, markup=False)
+    say_path(page.resolve(), "page: ")
 
 
 def _comparison_table(comparison: Comparison) -> Table:

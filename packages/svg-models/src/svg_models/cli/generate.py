@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svg_models.cli.options import has_options_of
-from svg_models.cli.output import err, escaped, out
+from svg_models.cli.output import err, escaped, say_path
 from svg_models.cli.progress import progress_bars
 from svg_models.generation.request import GenerateRequest
 from svg_models.generation.settings import WHERE
+from svg_models.interrupts import unwinding
 
 if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
@@ -36,20 +38,21 @@ def generate(
     ] = "video.mp4",
 ) -> None:
     """Generate one clip with sparse attention and write it as an mp4."""
-    from svg_models.generation.sample import generate as run
-    from svg_models.video import check_suffix, writable_path
+    from svg_models.files import check_output, check_suffix
 
     check_suffix(output)
-    path = writable_path(output)
-    with progress_bars() as progress:
+    path = check_output(output)
+    from svg_models.generation.sample import generate as run
+
+    with progress_bars() as progress, unwinding(path):
         clip = run(**vars(request.replace(progress=progress)))
         progress("writing", 0, 0)
         clip.save(path)
         progress.end()
-    _tell_clip(clip, str(path))
+    _tell_clip(clip, Path(output).expanduser())
 
 
-def _tell_clip(clip: Clip, path: str) -> None:
+def _tell_clip(clip: Clip, path: Path) -> None:
     settings = clip.settings
     text = (
         f"{len(clip.frames)} frames of {settings.width} x {settings.height} in "
@@ -58,4 +61,4 @@ def _tell_clip(clip: Clip, path: str) -> None:
     if clip.stats.sparse_records:
         text += f", density {clip.stats.mean_density:.0%} on sparse calls"
     err().print(escaped(text), highlight=False)
-    out().print(path, soft_wrap=True, highlight=False, markup=False)
+    say_path(path)

@@ -51,7 +51,9 @@ def has_options_of(
                     name: (tuple(value or ()) if shared[name].repeats else value)
                     for name, value in asked.items()
                 }
-                function(kind(**asked, **read_size(values["size"])), **rest)
+                request = kind(**asked, **read_size(values["size"]))
+                check_where(request)
+                function(request, **rest)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -95,7 +97,36 @@ def read_size(text: str | None) -> dict[str, Any]:
 
     if text is None:
         return {}
-    match = re.fullmatch(r"\s*(\d+)\s*[x×X]\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[x×X]\s*(\d{1,9})\s*", text, re.ASCII)
     if match is None:
         raise SettingError(f"size is WIDTHxHEIGHT in pixels, such as 832x480, got '{text}'")
     return {"width": int(match[1]), "height": int(match[2])}
+
+
+def check_where(request: Request) -> None:
+    """Refuse names of models, files and devices that cannot be right, before torch is imported.
+
+    Raises:
+        SettingError: if an option or a file cannot be used.
+        ModelUnavailableError: if the model's folder or name cannot be right.
+    """
+    from svg_models.files import regular_file
+    from svg_models.loading.device import check_device, check_dtype
+    from svg_models.loading.folder import check_components, read_index
+    from svg_models.loading.hub import local_folder
+    from svg_models.loading.lora import Lora
+    from svg_models.loading.placement import check_offload
+
+    check_device(request.device)
+    check_dtype(request.dtype)
+    check_offload(request.offload, request.device, compiled=request.compiled)
+    for lora in request.loras:
+        Lora.parse(lora)
+    if request.image is not None:
+        regular_file(request.image, "as an image")
+    if request.video is not None:
+        regular_file(request.video, "as a video")
+    if isinstance(request.model, str) and request.model != "embedded":
+        folder = local_folder(request.model)
+        if folder is not None:
+            check_components(folder, read_index(folder))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+import errno
+import functools
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
 
-__all__ = ["err", "escaped", "out", "show_note", "spoken_errors"]
+from svg_models.errors import SvgModelsError, first_line, printable, shortened
+from svg_models.interrupts import STATUS, Interrupts, listening
 
-_INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+__all__ = ["SpokenGroup", "err", "escaped", "out", "say_path", "show_note", "spoken_errors"]
+
+_LONGEST = 600  # characters of an error; what was typed may be a megabyte
 
 
 def out() -> Console:
@@ -25,52 +36,130 @@ def err() -> Console:
     return Console(stderr=True)
 
 
+def escaped(text: str) -> str:
+    """Return `text` on one line, so that rich prints its brackets and a terminal obeys nothing.
+
+    Whatever a person, a file or a library has worded goes through here.
+    """
+    return escape(printable(" ".join(text.split())))
+
+
+def say_path(path: Path, label: str = "") -> None:
+    """Print where a result is, alone on its line of stdout."""
+    out().print(f"{label}{escaped(str(path))}", soft_wrap=True, highlight=False)
+
+
 def _fail(sentence: str) -> NoReturn:
-    err().print(f"[bold red]error:[/] {escaped(sentence)}", soft_wrap=True, highlight=False)
+    text = escaped(shortened(sentence, _LONGEST))
+    err().print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
     raise typer.Exit(2)
 
 
-def escaped(text: str) -> str:
-    """Return `text` on one line, so that rich prints its brackets."""
-    from rich.markup import escape
+class SpokenGroup(TyperGroup):
+    """A group of commands whose usage errors are one sentence, as all others are."""
 
-    return escape(" ".join(text.split()))
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line; see `click.Group.main`."""
+        run = functools.partial(
+            super().main,
+            args,
+            prog_name,
+            complete_var,
+            standalone_mode=False,
+            windows_expand_args=windows_expand_args,
+            **extra,
+        )
+        if not standalone_mode:
+            return run()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal without Unicode is no reason to fail
+                stream.reconfigure(errors="backslashreplace")
+        with listening() as interrupts:
+            sys.exit(_status(run, interrupts))
 
 
-@contextmanager
+def _status(run: Callable[[], Any], interrupts: Interrupts) -> int:
+    try:
+        result = run()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return _stopped(interrupts)
+    except Exception as error:  # noqa: BLE001 - nothing passes the last boundary unsaid
+        if interrupts.received:  # came into a module that was being imported, for example
+            return _stopped(interrupts)
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more
+            return 1
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if hasattr(error, "format_message"):  # of click, or of typer's copy of it
+            with contextlib.suppress(typer.Exit):
+                _fail(error.format_message())
+            return 2
+        return _own_fault(error)
+
+
+def _stopped(interrupts: Interrupts) -> int:
+    err().print(f"[yellow]{escape(interrupts.sentence())}[/]", soft_wrap=True, highlight=False)
+    return STATUS
+
+
+def _own_fault(error: Exception) -> int:
+    """Say that something went wrong which nobody thought of, and keep the traceback in a file."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        handle, name = tempfile.mkstemp(prefix="svg-fault-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        where = f"the traceback is in {name}; please report it"
+    except OSError:
+        where = printable(text)
+    sentence = f"a fault of svg itself ({type(error).__name__}: {first_line(error)}); {where}"
+    err().print(f"[bold red]error:[/] {escaped(sentence)}", soft_wrap=True, highlight=False)
+    return 1
+
+
+@contextlib.contextmanager
 def spoken_errors() -> Iterator[None]:
     """Turn what a person can mend into one sentence and exit code 2."""
-    try:
-        from svg_attention import UnsupportedError
-    except ImportError as error:  # as where flash_kmeans is another project's
-        _fail(str(error))
-    from svg_models.errors import SvgModelsError
-
-    try:
-        with _terminated_like_interrupted():
+    with listening() as interrupts:
+        try:
             yield
-    except SvgModelsError as error:
-        _fail(str(error))
-    except UnsupportedError as error:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in error.reasons.items())
-        _fail(f"this backend cannot run here ({reasons}); leave --backend out to use what can")
-    except KeyboardInterrupt:
-        err().print("[yellow]stopped:[/] nothing was written", highlight=False)
-        raise typer.Exit(_INTERRUPTED) from None
+        except SvgModelsError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            raise typer.Exit(_stopped(interrupts)) from None
+        except Exception as error:
+            if interrupts.received:
+                raise typer.Exit(_stopped(interrupts)) from None
+            if isinstance(error, ImportError):  # as where flash_kmeans is another project's
+                _fail(str(error))
+            if reasons := getattr(error, "reasons", None):  # UnsupportedError of svg_attention
+                listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                _fail(
+                    f"this backend cannot run here ({listed}); leave --backend out to use what can"
+                )
+            if _out_of_memory(error):
+                _fail(
+                    f"the memory was not enough ({first_line(error)}); take fewer --frames, a "
+                    "smaller --size, or --offload on a GPU"
+                )
+            raise
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which `timeout` and schedulers send, clean up as Ctrl-C does."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _out_of_memory(error: Exception) -> bool:
+    # torch has no class of its own for the CPU's allocator
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def show_note(message: Any, *_: Any, **__: Any) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import shlex
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
@@ -15,7 +14,7 @@ from markupsafe import Markup
 from svg_models.report.plots import density_map, lines_per_frame, time_stack
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.report.run import top_density
-from svg_models.video import enlarge, write_video
+from svg_models.video import encode, enlarge
 
 if TYPE_CHECKING:
     from svg_models.comparison.candidate import Candidate
@@ -145,9 +144,9 @@ def _cell(value: float, column: list[float], write: Any) -> dict[str, Any]:
 
 
 def _data_address(frames: Any, fps: float) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_video(frames, Path(folder) / "clip.mp4", fps=fps, crf=18)
-        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    file = io.BytesIO()
+    encode(frames, file, fps=fps, crf=18)
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _meta(comparison: Compared) -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from svg_models.comparison.candidate import Candidate
 from svg_models.comparison.page import comparison_page
+from svg_models.errors import OutputError, SvgModelsError
+from svg_models.files import atomic_folder, user_path
 from svg_models.generation.clip import Clip
-from svg_models.video import atomic_path, side_by_side, writable_folder, write_video
+from svg_models.video import side_by_side, write_video
 
 __all__ = ["Comparison", "clip_label"]
 
@@ -66,26 +70,38 @@ class Comparison:
 
         Args:
             folder: created if missing; `index.html`, `compare.json`, `side-by-side.mp4` and one
-                mp4 per method appear in it, each only when complete.
+                mp4 per method appear in it together, when all are complete.
 
         Returns:
             The page.
 
         Raises:
             SettingError: if the folder cannot be written.
+            OutputError: if a file cannot be written; the sentence says where everything is kept.
         """
-        place = writable_folder(folder)
-        for clip in self.clips:
-            clip.save(place / f"{clip.method.slug}.mp4")
-        everything = side_by_side(
-            [c.frames for c in self.clips], [clip_label(c) for c in self.clips]
-        )
-        write_video(everything, place / TOGETHER, fps=self.dense.settings.fps)
-        with atomic_path(place / DATA) as path:
-            path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        with atomic_path(place / PAGE) as path:
-            path.write_text(comparison_page(self), encoding="utf-8")
-        return place / PAGE
+        try:
+            return self._write(Path(folder))
+        except SvgModelsError as error:
+            spare = Path(tempfile.gettempdir()) / f"svg-compare-{secrets.token_hex(4)}"
+            try:
+                page = self._write(spare)
+            except SvgModelsError:
+                raise error from None
+            raise OutputError(f"{error}; everything is kept in {page.parent}") from error
+
+    def _write(self, folder: Path) -> Path:
+        with atomic_folder(folder) as staging:
+            for clip in self.clips:
+                path = staging / f"{clip.method.slug}.mp4"
+                write_video(clip.frames, path, fps=clip.settings.fps)
+            everything = side_by_side(
+                [c.frames for c in self.clips], [clip_label(c) for c in self.clips]
+            )
+            write_video(everything, staging / TOGETHER, fps=self.dense.settings.fps)
+            data = json.dumps(self.to_dict(), indent=1)
+            (staging / DATA).write_text(data, encoding="utf-8")
+            (staging / PAGE).write_text(comparison_page(self), encoding="utf-8")
+        return user_path(folder) / PAGE
 
 
 def clip_label(clip: Clip) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from svg_models.errors import OutputError, SvgModelsError
+from svg_models.files import check_suffix
 from svg_models.generation.settings import Settings
 from svg_models.method_names import MethodSpec
 from svg_models.stats import RunStats
-from svg_models.video import write_video
+from svg_models.video import keep_elsewhere, write_video
 
 __all__ = ["Clip"]
 
@@ -43,5 +45,16 @@ class Clip:
     stats: RunStats
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the clip as an mp4; see `svg_models.video.write_video`."""
-        return write_video(self.frames, path, fps=self.settings.fps)
+        """Write the clip as an mp4; see `svg_models.video.write_video`.
+
+        Raises:
+            SettingError: if the name is no mp4.
+            OutputError: if it cannot be written there; the sentence says where it is kept.
+        """
+        check_suffix(path)
+        fps = self.settings.fps
+        try:
+            return write_video(self.frames, path, fps=fps)
+        except SvgModelsError as error:
+            kept = keep_elsewhere(self.frames, self.method.slug, fps=fps)
+            raise OutputError(f"{error}; {kept}") from error

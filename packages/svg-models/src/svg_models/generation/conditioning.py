@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svg_models.errors import SettingError
-from svg_models.loading import LoadedPipeline
-from svg_models.video import read_video
+from svg_models.errors import SettingError, foreign_faults
+from svg_models.files import regular_file
+from svg_models.video import VideoFile
+from svg_models.video.reader import MOST_FRAMES, MOST_PIXELS
+
+if TYPE_CHECKING:
+    from svg_models.loading import LoadedPipeline
 
 __all__ = ["NOTHING", "Media", "read_media"]
+
+# What cameras, browsers and this package write; Pillow reads others by calling programs.
+_PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,13 +30,11 @@ class Media:
 
     Attributes:
         image: a PIL image in RGB, or None.
-        video: uint8 `[F, H, W, 3]`, or None.
-        fps: frames a second of the video.
+        video: not decoded yet, or None.
     """
 
     image: Any = None
-    video: np.ndarray | None = None
-    fps: float = 0.0
+    video: VideoFile | None = None
 
     def shape(self, loaded: LoadedPipeline, given: dict[str, Any]) -> dict[str, Any]:
         """Choose size, frames and strength where nobody has.
@@ -64,14 +69,14 @@ class Media:
             settings |= size_of(loaded, *source)
         if self.video is not None and loaded.inputs.video in ("redraw", "follow"):
             fps = given.get("fps") or loaded.defaults.fps
-            have = len(resampled(self.video, self.fps, fps))
+            have = len(resampled(self.video.frames, self.video.fps, fps))
             settings["frames"] = frames_of(loaded, have, given.get("frames"), fps)
         return settings
 
     def _source_size(self) -> tuple[int, int] | None:
         if self.image is not None:
             return int(self.image.height), int(self.image.width)
-        return None if self.video is None else self.video.shape[1:3]
+        return None if self.video is None else (self.video.height, self.video.width)
 
     def arguments(self, loaded: LoadedPipeline, settings: Any) -> dict[str, Any]:
         """Return arguments for the call of the pipeline.
@@ -87,12 +92,14 @@ class Media:
             image = covering(self.image, size)
             arguments[name] = image if name == "image" else [image]
         if self.video is not None:
-            frames = resampled(self.video, self.fps, settings.fps)
+            index = resampled(self.video.frames, self.video.fps, settings.fps)
             if loaded.inputs.video == "continue":
-                frames = frames[-(loaded.geometry.time + 1) :]  # two latent frames
+                index = index[-(loaded.geometry.time + 1) :]  # two latent frames
             else:
-                frames = frames[: settings.frames]
-            arguments["video"] = [covering(_picture(frame), size) for frame in frames]
+                index = index[: settings.frames]
+            arguments["video"] = self.video.pictures(
+                index.tolist(), lambda picture: covering(_picture(picture), size)
+            )
         return arguments
 
 
@@ -111,44 +118,58 @@ def read_media(
     Raises:
         SettingError: if one cannot be read.
     """
-    frames, fps = (None, 0.0) if video is None else read_video(video)
-    return Media(image=None if image is None else read_image(image), video=frames, fps=fps)
+    return Media(
+        image=None if image is None else read_image(image),
+        video=None if video is None else VideoFile.open(video),
+    )
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
     """Read a picture as a PIL image in RGB, upright as its camera noted.
 
     Raises:
-        SettingError: if it cannot be read.
+        SettingError: if it cannot be read, or is larger than is ever decoded.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    import warnings
 
-    try:
-        with Image.open(Path(path).expanduser()) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise SettingError(f"cannot read {path} as an image (unknown format)") from error
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SettingError(f"cannot read {path} as an image ({reason})") from error
+    from PIL import Image, ImageOps
+
+    file = regular_file(path, "as an image")
+    with foreign_faults(f"cannot read {path} as an image", SettingError), ExitStack() as opened:
+        opened.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what is wrong is said below, or does not matter
+        picture = opened.enter_context(Image.open(file, formats=_PICTURES))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise SettingError(
+                f"{path} is a picture of {picture.width} x {picture.height}, and at most "
+                f"{MOST_PIXELS:,} pixels are decoded; make it smaller"
+            )
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def resampled(frames: np.ndarray, fps: float, to: float) -> np.ndarray:
-    """Take the frames that are shown at a steady rate.
+def resampled(frames: int, fps: float, to: float) -> np.ndarray:
+    """Choose the frames of a video that are shown at a steady rate.
 
     Args:
-        frames: `[F, ...]`.
-        fps: frames a second of `frames`; 0 if unknown, which leaves them as they are.
+        frames: of the video, 1 or more.
+        fps: frames a second of the video; 0 if unknown, which takes every frame.
         to: frames a second wanted.
 
     Returns:
-        The frame shown at `i / to` seconds, for each `i` while the video lasts.
+        Index of the frame shown at `i / to` seconds, for each `i` while the video lasts.
+
+    Raises:
+        SettingError: if those are too many.
     """
     if not fps or fps == to:
-        return frames
-    count = math.floor((len(frames) - 1) / fps * to) + 1
-    index = np.floor(np.arange(count) / to * fps + 1e-6).astype(int)
-    return frames[index]
+        return np.arange(frames)
+    count = math.floor((frames - 1) / fps * to) + 1
+    if count > MOST_FRAMES:
+        raise SettingError(
+            f"the video lasts {frames / fps:.0f} s, which are {count:,} frames at {to:g} a second; "
+            "cut it to what is needed"
+        )
+    return np.floor(np.arange(count) / to * fps + 1e-6).astype(int)
 
 
 def size_of(loaded: LoadedPipeline, height: int, width: int) -> dict[str, int]:

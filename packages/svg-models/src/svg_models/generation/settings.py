@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from svg_models.errors import SettingError
+from svg_models.errors import MachineError, SettingError
+from svg_models.loading.memory import GIB, machine_memory
+from svg_models.numeric import as_number, as_whole, written
+from svg_models.video import FPS, LARGEST_SIDE
 
 if TYPE_CHECKING:
-    import os
-
     from typing_extensions import Self
 
     from svg_models.loading import Defaults
@@ -56,20 +56,14 @@ class Option:
         """
         if self.kind not in (int, float) or value is None:
             return value
-        family = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, family):
-            what = "a whole number" if self.kind is int else "a number"
-            raise SettingError(f"{name} must be {what}, got {value!r}")
-        value = int(value) if self.kind is int else float(value)  # type: ignore[call-overload]
-        if not math.isfinite(value):
-            raise SettingError(f"{name} must be a finite number, got {value}")
-        if self.least is not None and value < self.least:
-            raise SettingError(f"{name} must be {self.least:g} or more, got {value:g}")
-        if self.above is not None and value <= self.above:
-            raise SettingError(f"{name} must be above {self.above:g}, got {value:g}")
-        if self.most is not None and value > self.most:
-            raise SettingError(f"{name} must be at most {self.most:g}, got {value:g}")
-        return value
+        number = (as_whole if self.kind is int else as_number)(name, value)
+        if self.above is not None and number <= self.above:
+            raise SettingError(f"{name} must be above {self.above:g}, got {written(number)}")
+        if self.least is not None and number < self.least:
+            raise SettingError(f"{name} must be {self.least:g} or more, got {written(number)}")
+        if self.most is not None and number > self.most:
+            raise SettingError(f"{name} must be at most {self.most:,}, got {written(number)}")
+        return number
 
 
 def option(default: Any, help: str, *names: str, positional: bool = False, **about: Any) -> Any:
@@ -113,7 +107,13 @@ class Settings:
         most=1,
     )
     steps: int = option(
-        None, "Denoising steps.", "--steps", "--num-inference-steps", kind=int, least=1
+        None,
+        "Denoising steps.",
+        "--steps",
+        "--num-inference-steps",
+        kind=int,
+        least=1,
+        most=10_000,
     )
     guidance: float = option(
         None,
@@ -122,9 +122,10 @@ class Settings:
         "--guidance-scale",
         kind=float,
         least=0,
+        most=1000,
     )
-    height: int = option(None, "Pixels.", kind=int, least=1)
-    width: int = option(None, "Pixels.", kind=int, least=1)
+    height: int = option(None, "Pixels.", kind=int, least=1, most=LARGEST_SIDE)
+    width: int = option(None, "Pixels.", kind=int, least=1, most=LARGEST_SIDE)
     frames: int = option(
         None,
         "Video frames, for most models a multiple of 4 plus 1.",
@@ -132,18 +133,27 @@ class Settings:
         "--num-frames",
         kind=int,
         least=1,
+        most=100_000,
     )
-    fps: float = option(None, "Frames a second.", "--fps", kind=float, above=0)
+    fps: float = option(
+        None, "Frames a second.", "--fps", kind=float, above=0, least=FPS[0], most=FPS[1]
+    )
     seed: int = option(
         0, "Start of the noise; one seed, one clip.", "--seed", kind=int, least=0, most=2**64 - 1
     )
     max_sequence_length: int | None = option(
-        None, "Text tokens that the pipeline pads to.", kind=int, least=1
+        None, "Text tokens that the pipeline pads to.", kind=int, least=1, most=1 << 20
     )
 
     def __post_init__(self) -> None:
         for name, about in options_of(type(self)).items():
             object.__setattr__(self, name, about.checked(name, getattr(self, name)))
+        for name in ("prompt", "negative_prompt", "image", "video"):
+            value = getattr(self, name)
+            kinds = (str, os.PathLike) if name in ("image", "video") else (str,)
+            if value is not None and not isinstance(value, kinds):
+                raise SettingError(f"{name} must be a text, got a {type(value).__name__}")
+        check_clip_memory(self.frames or 1, self.height or 1, self.width or 1)
         if self.seed is None:
             object.__setattr__(self, "seed", 0)
         if self.steps is not None and self.steps_to_run < 1:
@@ -178,3 +188,17 @@ class Settings:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values."""
         return dataclasses.replace(self, **changes)
+
+
+def check_clip_memory(frames: int, height: int, width: int) -> None:
+    """Refuse a clip whose pictures alone, three float32 a pixel, are more than the memory.
+
+    Raises:
+        MachineError: says what they take.
+    """
+    need, have = frames * height * width * 3 * 4, machine_memory()
+    if need > have:
+        raise MachineError(
+            f"{frames:,} frames of {width} x {height} take {need / GIB:,.0f} GiB, and this machine "
+            f"has {have / GIB:,.0f} GiB of memory; take fewer frames or a smaller size"
+        )

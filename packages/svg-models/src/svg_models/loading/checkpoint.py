@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from svg_models.errors import ModelUnavailableError
+from svg_models.errors import ModelUnavailableError, foreign_faults
 from svg_models.families import SKIPPED, family_of, known_families
+from svg_models.loading.folder import ModelIndex
 
-__all__ = ["check_family", "check_transformers", "components", "networks"]
-
-
-def components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return library and class name of each component that the pipeline has.
-
-    Raises:
-        ModelUnavailableError: if `model_index.json` cannot be read.
-    """
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelUnavailableError(
-            f"cannot read {folder / 'model_index.json'}: {error}"
-        ) from error
-    return {
-        name: (value[0], value[1])
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
-    }
+__all__ = ["check_family", "check_transformers", "class_of", "networks", "sizes_of"]
 
 
-def check_family(name: str, folder: Path) -> None:
+def check_family(name: str, index: ModelIndex) -> None:
     """Refuse a pipeline whose transformer no family covers, before its weights are fetched.
 
     Raises:
         ModelUnavailableError: it lists the known families, or says why this one is skipped.
     """
-    kind = components(folder).get("transformer", ("", "nothing"))[1]
+    kind = index.components.get("transformer", ("", "nothing"))[1]
     if kind in SKIPPED:
         raise ModelUnavailableError(f"{name} has {kind} as its transformer: {SKIPPED[kind]}")
     families = known_families()
@@ -51,35 +34,89 @@ def check_family(name: str, folder: Path) -> None:
         )
 
 
-def networks(folder: Path) -> dict[str, nn.Module]:
+def class_of(index: ModelIndex, name: str) -> type[Any]:
+    """Return the class of a component: one that diffusers itself would load, from nowhere else.
+
+    Raises:
+        ModelUnavailableError: if the library is neither diffusers, one of its pipelines, nor
+            transformers, or has no such class.
+    """
+    library, class_name = index.components[name]
+    module = _library(library)
+    if module is None:
+        raise ModelUnavailableError(
+            f"component '{name}' is of a library '{library}', and only classes of diffusers and "
+            "transformers are loaded"
+        )
+    kind = getattr(module, class_name, None)
+    if kind is None:
+        raise ModelUnavailableError(
+            f"component '{name}' needs {library}.{class_name}, which is not installed here; a "
+            f"newer {library} may have it"
+        )
+    if not isinstance(kind, type) or not _loadable(kind, module):
+        raise ModelUnavailableError(
+            f"component '{name}' is {library}.{class_name}, which is no part of a pipeline"
+        )
+    return kind
+
+
+def _library(name: str) -> ModuleType | None:
+    if name in ("diffusers", "transformers"):
+        return importlib.import_module(name)
+    import diffusers.pipelines
+
+    # As diffusers does: a pipeline may have classes of its own, beside it.
+    module = getattr(diffusers.pipelines, name, None)
+    home = getattr(module, "__name__", "")
+    return (
+        module if isinstance(module, ModuleType) and home == f"diffusers.pipelines.{name}" else None
+    )
+
+
+def _loadable(kind: type[Any], module: ModuleType) -> bool:
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    if module.__name__ not in LOADABLE_CLASSES:
+        return kind.__module__.startswith(module.__name__)
+    bases = (getattr(module, name, None) for name in LOADABLE_CLASSES[module.__name__])
+    return issubclass(kind, tuple(base for base in bases if isinstance(base, type)))
+
+
+def networks(folder: Path, index: ModelIndex) -> dict[str, nn.Module]:
     """Build each component that is a network from its configuration, without its weights.
 
     Args:
-        folder: a pipeline in diffusers' format.
+        folder: a pipeline in diffusers' format, `check_components` passed.
+        index: of the folder.
 
     Returns:
         Component name -> network on the meta device, where parameters have a shape and no memory.
 
     Raises:
-        ModelUnavailableError: if `model_index.json` cannot be read or names unknown classes.
+        ModelUnavailableError: if a class is unknown or its configuration makes no network.
     """
     built = {}
-    for name, (library, class_name) in components(folder).items():
-        if not (folder / name / "config.json").is_file():
+    for name, (library, _) in index.components.items():
+        kind: Any = class_of(index, name)
+        place = folder / name
+        if not (place / "config.json").is_file() or not issubclass(kind, nn.Module):
             continue
-        try:
-            kind = getattr(importlib.import_module(library), class_name)
-        except (ImportError, AttributeError) as error:
-            raise ModelUnavailableError(
-                f"component '{name}' of {folder} needs {library}.{class_name}, which is not "
-                f"installed here; a newer {library} may have it"
-            ) from error
-        with torch.device("meta"):
-            if library == "diffusers":
-                built[name] = kind.from_config(kind.load_config(folder / name))
+        sentence = f"{place / 'config.json'} makes no {kind.__name__}"
+        with foreign_faults(sentence, ModelUnavailableError), torch.device("meta"):
+            if library == "transformers":
+                built[name] = kind(kind.config_class.from_pretrained(place))
             else:
-                built[name] = kind(kind.config_class.from_pretrained(folder / name))
+                built[name] = kind.from_config(kind.load_config(place))
     return built
+
+
+def sizes_of(built: dict[str, nn.Module]) -> dict[str, int]:
+    """Return how many numbers each network holds: parameters, and tables such as of positions."""
+    return {
+        name: sum(t.numel() for t in (*network.parameters(), *network.buffers()))
+        for name, network in built.items()
+    }
 
 
 def check_transformers(name: str, built: dict[str, nn.Module]) -> None:
@@ -92,6 +129,8 @@ def check_transformers(name: str, built: dict[str, nn.Module]) -> None:
     Raises:
         ModelUnavailableError: says why.
     """
+    if not any(part.startswith("transformer") for part in built):
+        raise ModelUnavailableError(f"{name} has no configuration of a transformer")
     for part, network in built.items():
         if part.startswith("transformer"):
             try:

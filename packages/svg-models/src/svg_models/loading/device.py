@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-import torch
+import re
+from typing import TYPE_CHECKING
 
 from svg_models.errors import MachineError, SettingError
 
-__all__ = ["pick_device", "pick_dtype"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_device", "check_dtype", "pick_device", "pick_dtype"]
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_device(device: str) -> None:
+    """Refuse what is no device that this package runs on, without looking whether it is there.
+
+    Raises:
+        SettingError: says what there is.
+    """
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise SettingError(f"device must be auto, cpu, cuda or cuda:N, got '{device}'")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a precision that no pipeline runs in.
+
+    Raises:
+        SettingError: says which there are.
+    """
+    if not isinstance(dtype, str) or _SHORT.get(dtype, dtype) not in _DTYPES:
+        raise SettingError(f"dtype must be one of {', '.join(_DTYPES)}, got '{dtype}'")
 
 
 def pick_device(device: str) -> str:
@@ -16,12 +44,12 @@ def pick_device(device: str) -> str:
         SettingError: if it is no device.
         MachineError: if it is a GPU that is not there.
     """
+    check_device(device)
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise SettingError(f"device must be auto, cpu, cuda or cuda:N, got '{device}'") from None
+    kind = torch.device(device)
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise MachineError(
@@ -37,13 +65,10 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     Raises:
         SettingError: if it is none of those a pipeline runs in.
     """
-    names = {
-        "auto": torch.float32 if device == "cpu" else torch.bfloat16,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
-    if short not in names:
-        raise SettingError(f"dtype must be one of {', '.join(names)}, got '{dtype}'")
-    return names[short]
+    check_dtype(dtype)
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    kind: torch.dtype = getattr(torch, _SHORT.get(dtype, dtype))
+    return kind

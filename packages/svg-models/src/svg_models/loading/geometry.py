@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from svg_models.errors import SettingError
+from svg_models.errors import ModelUnavailableError, SettingError, foreign_faults
 
 __all__ = ["Geometry"]
 
@@ -22,6 +22,7 @@ class Geometry:
         multiple: what height and width must be divisible by.
         frame_step: frames must be a multiple of this plus 1.
         only: the one height and width that the model knows, or None.
+        positions: tokens that the model can tell apart along each axis, or None if any number.
     """
 
     space: int
@@ -30,10 +31,22 @@ class Geometry:
     multiple: int
     frame_step: int
     only: tuple[int, int] | None = None
+    positions: int | None = None
 
     @classmethod
     def of(cls, pipe: Any) -> Geometry:
-        """Read the sizes from a loaded pipeline."""
+        """Read the sizes from a loaded pipeline.
+
+        Raises:
+            ModelUnavailableError: if its configuration gives no sizes.
+        """
+        with foreign_faults(
+            f"{type(pipe).__name__} does not say which sizes it takes", ModelUnavailableError
+        ):
+            return cls._of(pipe)
+
+    @classmethod
+    def _of(cls, pipe: Any) -> Geometry:
         space = _factor(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
         time = _factor(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
         config = (getattr(pipe, "transformer", None) or pipe.transformer_2).config
@@ -50,6 +63,7 @@ class Geometry:
             # CogVideoX's VAE works on pairs of latent frames after the first
             frame_step=time * getattr(pipe.vae, "num_latent_frames_batch_size", 1),
             only=(config.sample_height * space, config.sample_width * space) if learned else None,
+            positions=_positions(config, patch),
         )
 
     def latent_frames(self, frames: int) -> int:
@@ -108,6 +122,35 @@ class Geometry:
                 f"frames must be a multiple of {self.frame_step} plus 1, got {frames}; "
                 f"the nearest valid number is {near_frames}"
             )
+        self._check_positions(height, width, frames)
+
+    def _check_positions(self, height: int, width: int, frames: int) -> None:
+        if self.positions is None:
+            return
+        t, h, w = self.patch
+        along = {
+            "frames": (frames, math.ceil(self.latent_frames(frames) / t), self.time * t),
+            "height": (height, height // self.space // h, self.space * h),
+            "width": (width, width // self.space // w, self.space * w),
+        }
+        for name, (value, tokens, each) in along.items():
+            if tokens > self.positions:
+                most = self.positions * each
+                if name == "frames":
+                    most = self.most_frames((self.positions * t - 1) * self.time + 1)
+                raise SettingError(
+                    f"this model knows {self.positions} positions along an axis, and {name} "
+                    f"{value} needs {tokens}; ask for at most {most}"
+                )
+
+
+def _positions(config: Any, patch: tuple[int, int, int]) -> int | None:
+    """Return the length of the model's table of positions, which a longer axis would leave."""
+    if config.get("rope_max_seq_len"):
+        return int(config["rope_max_seq_len"])
+    if config.get("max_size"):
+        return max(size // side for size, side in zip(config["max_size"], patch, strict=True))
+    return None
 
 
 def _factor(pipe: Any, *names: str) -> int:

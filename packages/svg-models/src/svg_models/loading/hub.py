@@ -8,12 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from svg_models.errors import ModelUnavailableError, first_line
+from svg_models.errors import ModelUnavailableError, first_line, shortened
+from svg_models.files import user_path
 from svg_models.loading.progress import Progress, quiet
 
-__all__ = ["HUB_ID", "fetch_configuration", "fetch_weights", "hub_errors", "locate", "unreachable"]
+__all__ = [
+    "HUB_ID",
+    "fetch_configuration",
+    "fetch_weights",
+    "hub_errors",
+    "local_folder",
+    "locate",
+    "unreachable",
+]
 
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+# What the hub allows: no dot or dash at an end, none doubled, at most 96 characters.
+HUB_ID = re.compile(
+    r"(?=[\w./-]{3,96}\Z)(?!.*(--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII
+)
 _REACH_SECONDS = 6.0
 
 
@@ -33,17 +45,33 @@ def locate(
         from svg_models.embedded import embedded_path
 
         return "embedded", Path(embedded_path()), False
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(model), _checked(folder, str(folder)), False
-    text = str(model)
-    if folder.is_absolute() or text.startswith((".", "~")) or not HUB_ID.match(text):
-        raise ModelUnavailableError(
-            f"unknown model '{text}': expected 'embedded', an existing folder in diffusers' "
-            "format, or a hub id like Wan-AI/Wan2.1-T2V-14B-Diffusers"
-        )
+    folder = local_folder(model)
+    if folder is not None:
+        return str(model), folder, False
     progress("looking for the model", 0, 0)
-    return text, fetch_configuration(text), True
+    return str(model), fetch_configuration(str(model)), True
+
+
+def local_folder(model: str | os.PathLike[str]) -> Path | None:
+    """Return the folder that `model` names, or None if it is an id of the hub.
+
+    Raises:
+        ModelUnavailableError: if it is neither.
+    """
+    text = os.fspath(model)
+    try:
+        folder = user_path(text)
+        if folder.is_dir():
+            return folder
+        elsewhere = folder.is_absolute() or text.startswith((".", "~"))
+    except (OSError, ValueError):  # a name too long, or no name at all
+        elsewhere = True
+    if elsewhere or not HUB_ID.fullmatch(text):
+        raise ModelUnavailableError(
+            f"unknown model '{shortened(text, 120)}': expected 'embedded', an existing folder in "
+            "diffusers' format, or a hub id like Wan-AI/Wan2.1-T2V-14B-Diffusers"
+        )
+    return None
 
 
 def fetch_configuration(model: str) -> Path:
@@ -69,7 +97,9 @@ def fetch_weights(model: str) -> Path:
     from diffusers import DiffusionPipeline
 
     with hub_errors(model) as offline:
-        return Path(DiffusionPipeline.download(model, local_files_only=offline))
+        return Path(
+            DiffusionPipeline.download(model, local_files_only=offline, use_safetensors=True)
+        )
 
 
 @contextmanager
@@ -88,6 +118,7 @@ def hub_errors(model: str) -> Iterator[bool]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
     )
 
@@ -101,6 +132,10 @@ def hub_errors(model: str) -> Iterator[bool]:
     except RepositoryNotFoundError as error:
         raise ModelUnavailableError(
             f"the hub has no model '{model}' (or it is private); check the name"
+        ) from error
+    except HFValidationError as error:
+        raise ModelUnavailableError(
+            f"'{model}' is no id of the hub ({first_line(error)}); check the name"
         ) from error
     except (HfHubHTTPError, OSError) as error:  # a file missing from the local cache included
         raise ModelUnavailableError(

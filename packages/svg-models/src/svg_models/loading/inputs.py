@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from svg_models.errors import ModelUnavailableError, SettingError
-from svg_models.loading.checkpoint import components
+from svg_models.loading.folder import ModelIndex
 
 __all__ = ["SIBLINGS", "Inputs", "choose_pipeline"]
 
@@ -106,12 +105,12 @@ class Inputs:
             raise SettingError(f"{model} does not start from a prompt alone; add {options}")
 
 
-def choose_pipeline(model: str, folder: Path, *, image: bool, video: bool) -> type[Any]:
+def choose_pipeline(model: str, index: ModelIndex, *, image: bool, video: bool) -> type[Any]:
     """Return the pipeline class that runs a checkpoint on what is given.
 
     Args:
         model: its name for people.
-        folder: the checkpoint in diffusers' format.
+        index: of the checkpoint.
         image: whether an image is given.
         video: whether a video is given.
 
@@ -120,17 +119,16 @@ def choose_pipeline(model: str, folder: Path, *, image: bool, video: bool) -> ty
 
     Raises:
         SettingError: if no class takes what is given, or what is needed was not given.
-        ModelUnavailableError: if diffusers has no such class.
+        ModelUnavailableError: if diffusers has no such pipeline.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    own = _pipeline_class(model, str(index.get("_class_name")))
+    own = _pipeline_class(model, index.pipeline)
     inputs = Inputs.of(own)
     if (image and not inputs.image) or (video and not inputs.video):
         for sibling in SIBLINGS.get(own.__name__, ()):
             given = {"image": image, "video": video}[sibling.takes]
-            fits = not sibling.only_if or index.get(sibling.only_if)
+            fits = not sibling.only_if or index.options.get(sibling.only_if)
             if given and fits:
-                own = _fitting(model, _pipeline_class(model, sibling.name), components(folder))
+                own = _fitting(model, _pipeline_class(model, sibling.name), index.components)
                 inputs = Inputs.of(own)
     inputs.check(model, image=image, video=video)
     return own
@@ -139,16 +137,17 @@ def choose_pipeline(model: str, folder: Path, *, image: bool, video: bool) -> ty
 def _pipeline_class(model: str, name: str) -> type[Any]:
     import diffusers
 
-    try:
-        kind: type[Any] = getattr(diffusers, name)
-    except AttributeError as error:
+    kind = getattr(diffusers, name, None)
+    if kind is None:
         raise ModelUnavailableError(
             f"{model} needs diffusers.{name}, which diffusers {diffusers.__version__} does not have"
-        ) from error
+        )
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
+        raise ModelUnavailableError(f"{model} names diffusers.{name}, which is no pipeline")
     return kind
 
 
-def _fitting(model: str, kind: type[Any], parts: dict[str, tuple[str, str]]) -> type[Any]:
+def _fitting(model: str, kind: type[Any], parts: Iterable[str]) -> type[Any]:
     known = inspect.signature(kind.__init__).parameters
     lost = sorted(set(parts) - set(known))
     if lost:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from svg_models.errors import ModelUnavailableError, SettingError, first_line
+from svg_models.files import user_path
+from svg_models.loading.folder import check_safetensors
 from svg_models.loading.hub import HUB_ID, hub_errors
+from svg_models.numeric import as_number
 
 __all__ = ["Lora", "load_loras"]
 
@@ -32,9 +34,10 @@ class Lora:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise SettingError(f"the weight of a LoRA must be finite, got {self.weight}")
-        if not self.local and (os.path.isabs(self.source) or not HUB_ID.match(self.source)):
+        object.__setattr__(self, "weight", as_number("the weight of a LoRA", self.weight))
+        if not isinstance(self.source, str) or "\0" in self.source:
+            raise SettingError(f"the source of a LoRA is a path or a hub id, got {self.source!r}")
+        if not self.local and (os.path.isabs(self.source) or not HUB_ID.fullmatch(self.source)):
             raise SettingError(
                 f"no LoRA at '{self.source}': expected a file, a folder or a hub id, with a weight "
                 "if you like, as in style.safetensors:0.8"
@@ -61,7 +64,10 @@ class Lora:
     @property
     def local(self) -> bool:
         """Tell whether it is on this machine."""
-        return Path(self.source).expanduser().exists()
+        try:
+            return user_path(self.source).exists()
+        except (OSError, ValueError):  # no name that a file could have
+            return False
 
 
 def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
@@ -90,20 +96,37 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
 
 def _load(pipe: Any, name: str, lora: Lora) -> None:
     kind = type(pipe.transformer).__name__
+    if lora.local:
+        source = str(_local_weights(lora))
     try:
+        # An adapter in another format may run code when it is read.
+        options = {"adapter_name": name, "use_safetensors": True}
         if lora.local:
-            pipe.load_lora_weights(str(Path(lora.source).expanduser()), adapter_name=name)
+            pipe.load_lora_weights(source, **options)
         else:
             with hub_errors(lora.source) as offline:
-                pipe.load_lora_weights(lora.source, adapter_name=name, local_files_only=offline)
+                pipe.load_lora_weights(lora.source, local_files_only=offline, **options)
     except ModelUnavailableError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
         raise ModelUnavailableError(
             f"LoRA {lora.source} does not fit {kind}: {_reason(error)}"
         ) from error
     if name not in getattr(pipe.transformer, "peft_config", {}):
         raise ModelUnavailableError(f"LoRA {lora.source} holds no weights for {kind}")
+
+
+def _local_weights(lora: Lora) -> Path:
+    """Return the file or folder of a LoRA, whose headers hold what they say."""
+    path = user_path(lora.source)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise ModelUnavailableError(
+            f"LoRA {lora.source} is no safetensors file, and other formats can run code; convert it"
+        )
+    for file in files:
+        check_safetensors(file)
+    return path
 
 
 def _reason(error: BaseException) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from svg_models.errors import MachineError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["GIB", "check_memory", "machine_memory", "weight_bytes"]
 
@@ -41,6 +43,8 @@ def check_memory(
     Raises:
         MachineError: with an estimate of what is needed.
     """
+    import torch
+
     billions = max((n for part, n in sizes.items() if "transformer" in part), default=0) / 1e9
     gpu_bytes = weight_bytes(sizes, torch.bfloat16 if device == "cpu" else dtype)
     what = f"{name} has {billions:.1f} billion parameters"

@@ -6,7 +6,6 @@ time.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import time
@@ -17,15 +16,17 @@ from typing import Any
 
 import torch
 
-from svg_models.errors import ModelUnavailableError, first_line
+from svg_models.errors import ModelUnavailableError, foreign_faults
 from svg_models.loading.checkpoint import (
     check_family,
     check_transformers,
-    components,
+    class_of,
     networks,
+    sizes_of,
 )
 from svg_models.loading.defaults import Defaults, defaults_for
 from svg_models.loading.device import pick_device, pick_dtype
+from svg_models.loading.folder import ModelIndex, check_components, check_weights, read_index
 from svg_models.loading.geometry import Geometry
 from svg_models.loading.hub import fetch_weights, locate
 from svg_models.loading.inputs import Inputs, choose_pipeline
@@ -124,11 +125,13 @@ def load_pipeline(
     kind = pick_dtype(dtype, target)
     check_offload(offload, target, compiled=compiled)
     name, folder, on_hub = locate(model, progress=progress)
-    check_family(name, folder)
-    pipeline = choose_pipeline(name, folder, image=image, video=video)
-    built = networks(folder)
+    index = read_index(folder)
+    check_components(folder, index)
+    check_family(name, index)
+    pipeline = choose_pipeline(name, index, image=image, video=video)
+    built = networks(folder, index)
     check_transformers(name, built)
-    sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in built.items()}
+    sizes = sizes_of(built)
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
     chosen = {name: number for name, number in (size or {}).items() if number is not None}
     if chosen:
@@ -136,7 +139,10 @@ def load_pipeline(
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
         progress("downloading", 0, 0)
         folder = fetch_weights(name)
-    pipe = _assemble(pipeline, folder, sizes, kind, progress)
+        index = read_index(folder)
+        check_components(folder, index)
+    check_weights(folder, index)
+    pipe = _assemble(pipeline, folder, index, sizes, kind, progress)
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, loras)
     place(pipe, target, offload)
@@ -162,8 +168,10 @@ def _outline(pipeline: type[Any], built: Mapping[str, Any]) -> Any:
     parts = dict.fromkeys(wanted) | {n: x for n, x in built.items() if n in parameters}
     if "safety_checker" in parameters:  # else the pipeline would load one
         parts["safety_checker"] = _Absent()
-    pipe = pipeline(**parts)
-    _correct_scale(pipe)
+    sentence = f"the configurations do not fit diffusers.{pipeline.__name__}"
+    with foreign_faults(sentence, ModelUnavailableError):
+        pipe = pipeline(**parts)
+        _correct_scale(pipe)
     return pipe
 
 
@@ -174,28 +182,54 @@ class _Absent:
 def _assemble(
     pipeline: type[Any],
     folder: Path,
+    index: ModelIndex,
     sizes: dict[str, int],
     dtype: torch.dtype,
     progress: Progress,
 ) -> Any:
-    parts = components(folder)
     total, done = sum(sizes.values()), 0
-    loaded = {}
     progress("loading", 0, total)
-    try:
-        for name in sorted(sizes, key=lambda n: sizes[n]):
-            library, class_name = parts[name]
-            kind = getattr(importlib.import_module(library), class_name)
-            precision = torch.float32 if name == "vae" else dtype
-            argument = "torch_dtype" if library == "diffusers" else "dtype"
-            loaded[name] = kind.from_pretrained(folder / name, **{argument: precision})
-            done += sizes[name]
-            progress("loading", done, total)
-        pipe = pipeline.from_pretrained(folder, **loaded)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelUnavailableError(f"cannot load {folder}: {first_line(error)}") from error
-    _correct_scale(pipe)
+    # What has no weights is read first: a broken tokenizer is told before gigabytes are read.
+    small = [name for name in index.components if name not in sizes]
+    loaded = {name: _component(folder, index, name) for name in _accepted(pipeline, small)}
+    for name in sorted(sizes, key=lambda n: sizes[n]):
+        loaded[name] = _network(folder, index, name, torch.float32 if name == "vae" else dtype)
+        done += sizes[name]
+        progress("loading", done, total)
+    with foreign_faults(f"cannot load {folder}", ModelUnavailableError):
+        pipe = pipeline.from_pretrained(folder, use_safetensors=True, **loaded)
+        _correct_scale(pipe)
     return pipe
+
+
+def _accepted(pipeline: type[Any], names: Sequence[str]) -> list[str]:
+    known = inspect.signature(pipeline.__init__).parameters
+    return [name for name in names if name in known]
+
+
+def _component(folder: Path, index: ModelIndex, name: str) -> Any:
+    """Load a tokenizer, scheduler or processor."""
+    kind = class_of(index, name)
+    sentence = f"cannot load {folder / name} as {kind.__name__}"
+    with foreign_faults(sentence, ModelUnavailableError):
+        return kind.from_pretrained(folder / name)
+
+
+def _network(folder: Path, index: ModelIndex, name: str, dtype: torch.dtype) -> Any:
+    """Load a network from safetensors; every weight must be there."""
+    kind = class_of(index, name)
+    argument = "dtype" if index.components[name][0] == "transformers" else "torch_dtype"
+    with foreign_faults(f"cannot load {folder / name} as {kind.__name__}", ModelUnavailableError):
+        network, found = kind.from_pretrained(
+            folder / name, use_safetensors=True, output_loading_info=True, **{argument: dtype}
+        )
+        missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelUnavailableError(
+            f"{folder / name} lacks {len(missing)} of the weights of {kind.__name__}, "
+            f"{missing[0]} for one; copy or download it again"
+        )
+    return network
 
 
 def _correct_scale(pipe: Any) -> None:

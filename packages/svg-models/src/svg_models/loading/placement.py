@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from svg_models.errors import SettingError
 
 __all__ = ["OFFLOAD", "check_offload", "compile_transformers", "place"]
@@ -32,7 +30,7 @@ def check_offload(offload: str, device: str, *, compiled: bool = False) -> None:
     """
     if offload not in OFFLOAD:
         raise SettingError(f"offload must be one of {', '.join(OFFLOAD)}, got '{offload}'")
-    if offload != "none" and torch.device(device).type == "cpu":
+    if offload != "none" and device == "cpu":
         raise SettingError(
             f"offload '{offload}' moves weights between a GPU and memory, and this runs on the "
             "CPU; leave --offload out"
@@ -65,6 +63,8 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
         device: where it runs.
         offload: a key of `OFFLOAD`.
     """
+    import torch
+
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from svg_models.files import atomic_path
 from svg_models.report.plots import density_map, time_stack
 from svg_models.report.render import NBSP, percent, render, seconds
-from svg_models.video import atomic_path
 
 if TYPE_CHECKING:
     from svg_models.stats import Grids, RunStats

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a wrong option shall be refused in one
+    import torch
 
 __all__ = ["Frames", "to_frames"]
 
-Frames = np.ndarray | torch.Tensor | Sequence[Any]
+Frames: TypeAlias = "np.ndarray | torch.Tensor | Sequence[Any]"
 
 
 def to_frames(frames: Frames) -> np.ndarray:
@@ -28,7 +30,7 @@ def to_frames(frames: Frames) -> np.ndarray:
         ValueError: if the shape is none of these or there is no frame.
         TypeError: if the values are neither uint8 nor floating point.
     """
-    if isinstance(frames, np.ndarray | torch.Tensor):
+    if isinstance(frames, np.ndarray) or hasattr(frames, "detach"):
         clip = _as_array(frames)
     else:
         if len(frames) == 0:
@@ -48,7 +50,7 @@ def to_frames(frames: Frames) -> np.ndarray:
 
 
 def _as_array(frame: Any) -> np.ndarray:
-    if isinstance(frame, torch.Tensor):
+    if hasattr(frame, "detach"):  # a tensor
         frame = frame.detach().cpu()
         return (frame.float() if frame.is_floating_point() else frame).numpy()
     if hasattr(frame, "convert"):  # PIL, which need not be installed here

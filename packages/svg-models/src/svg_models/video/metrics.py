@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from svg_models.video.frames import Frames, to_frames
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Similarity", "similarity"]
 
@@ -93,6 +95,7 @@ def similarity(
     Source: Wang et al. 2004, Image quality assessment: from error visibility to structural
     similarity, IEEE TIP 13(4).
     """
+    import torch
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,

@@ -1,19 +1,39 @@
-"""Read and write video files."""
+"""Write clips as mp4."""
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
+import tempfile
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from svg_models.errors import SettingError
-from svg_models.video.files import atomic_path, check_suffix
+from svg_models.errors import OutputError, SettingError, SvgModelsError, first_line
+from svg_models.files import atomic_path, check_suffix, user_path
 from svg_models.video.frames import Frames, to_frames
 
-__all__ = ["read_video", "write_video"]
+__all__ = ["FPS", "LARGEST_SIDE", "check_fps", "encode", "keep_elsewhere", "write_video"]
+
+FPS = (0.01, 1000.0)
+"""The slowest and the fastest clip that is written, in frames a second."""
+LARGEST_SIDE = 16_384
+"""Pixels that H.264 takes along a side."""
+
+
+def check_fps(fps: float) -> None:
+    """Refuse a rate at which no clip can be written.
+
+    Raises:
+        SettingError: if it is not in the range `FPS`.
+    """
+    if not fps > 0:
+        raise SettingError(f"fps must be above 0, got {fps}")
+    if not FPS[0] <= fps <= FPS[1]:
+        raise SettingError(f"fps must be {FPS[0]:g} to {FPS[1]:g}, got {fps:g}")
 
 
 def write_video(
@@ -41,19 +61,45 @@ def write_video(
         The path written.
 
     Raises:
-        SettingError: if the path cannot be written or `fps` is not positive.
+        SettingError: if the path is no place for a file or `fps` is out of range.
+        OutputError: if the file cannot be written, for example because the disk is full.
         ValueError: if `frames` is not a clip.
+    """
+    check_fps(fps)
+    check_suffix(path)
+    clip = to_frames(frames)
+    with atomic_path(path) as temporary:
+        encode(clip, temporary, fps=fps, crf=crf, keyframe_every=keyframe_every)
+    return user_path(path)
+
+
+def encode(
+    frames: Frames, target: Path | BinaryIO, *, fps: float, crf: int = 15, keyframe_every: int = 12
+) -> None:
+    """Encode a clip; see `write_video`.
+
+    Args:
+        frames: anything `to_frames` takes.
+        target: an absolute path, which ffmpeg cannot take for an address, or a buffer in memory;
+            only a file has its index at the front.
+        fps: frames a second.
+        crf: constant rate factor.
+        keyframe_every: frames between two key frames.
+
+    Raises:
+        OutputError: if the encoder cannot take it or the file cannot be written.
     """
     import av
 
-    if not fps > 0:
-        raise SettingError(f"fps must be above 0, got {fps}")
-    check_suffix(path)
     clip = to_frames(frames)
     height, width = clip.shape[1:3]
     clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_path(path) as temporary:
-        with av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
+    is_file = isinstance(target, Path)
+    options = {"movflags": "+faststart"} if is_file else {}  # ffmpeg reads it again by its name
+    try:
+        with av.open(
+            str(target) if is_file else target, "w", format="mp4", options=options
+        ) as container:
             rate = Fraction(fps).limit_denominator(1001)
             stream: Any = container.add_stream("libx264", rate=rate)
             stream.width, stream.height = clip.shape[2], clip.shape[1]
@@ -70,33 +116,42 @@ def write_video(
                 )
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-    return Path(path).expanduser()
+    except av.error.FFmpegError as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise OutputError(f"cannot write {target} ({str(reason).lower()})") from error
 
 
-def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
-    """Decode a video file.
+def keep_elsewhere(frames: Frames, name: str, *, fps: float) -> str:
+    """Write a clip where there is room, because it cannot be written where it should be.
 
     Args:
-        path: any file that ffmpeg reads.
+        frames: anything `to_frames` takes.
+        name: a word for the file's name.
+        fps: frames a second.
 
     Returns:
-        uint8 `[F, H, W, 3]` and the frames a second.
-
-    Raises:
-        SettingError: if the file cannot be opened or holds no video.
+        The second half of a sentence that says where it is.
     """
-    import av
+    for write in (_keep_video, _keep_array):
+        for folder in (Path(tempfile.gettempdir()), Path.home(), Path("/dev/shm")):
+            try:
+                return f"the clip is kept as {write(to_frames(frames), folder, name, fps)}"
+            except (SvgModelsError, OSError):
+                continue
+    return "and there was no room for it anywhere else"
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise SettingError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            pictures = [
-                f.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray()
-                for f in container.decode(stream)
-            ]
-            fps = float(stream.average_rate or 0)
-    except (OSError, av.error.FFmpegError) as error:
-        raise SettingError(f"cannot read {path} as a video ({error})") from error
-    return np.stack(pictures), fps
+
+def _keep_video(clip: np.ndarray, folder: Path, name: str, fps: float) -> Path:
+    rate = min(max(fps, FPS[0]), FPS[1]) if math.isfinite(fps) else FPS[0]
+    return write_video(clip, _unused(folder, name, ".mp4"), fps=rate)
+
+
+def _keep_array(clip: np.ndarray, folder: Path, name: str, _: float) -> Path:
+    path = _unused(folder, name, ".npy")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, clip)
+    return path
+
+
+def _unused(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"svg-{name[:40]}-{secrets.token_hex(4)}{suffix}"
