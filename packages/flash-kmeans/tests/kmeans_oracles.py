@@ -1,4 +1,4 @@
-"""Brute force in fp64, the judge of every tier."""
+"""Brute force in fp64, the judge of every backend."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def public_names(path: Path) -> set[str]:
     return {name for name in found if not name.startswith("_")} - {"main"}
 
 
-def test_every_public_name_of_the_original_is_found_under_its_path(original: Path) -> None:
+def test_compat_has_every_public_name_of_the_original_under_its_path(original: Path) -> None:
     folder = original / "flash_kmeans"
     top = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
     names = next(n.value for n in top.body if ast.unparse(n).startswith("__all__"))  # type: ignore[attr-defined]
@@ -59,14 +59,14 @@ def test_every_public_name_of_the_original_is_found_under_its_path(original: Pat
             assert getattr(module, name) is getattr(compat, name), name
 
 
-def test_unknown_names_are_attribute_errors() -> None:
+def test_getattr_raises_attribute_errors_for_unknown_names() -> None:
     with pytest.raises(AttributeError, match="batch_kmeans_Manhattan"):
         fk.batch_kmeans_Manhattan  # noqa: B018
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("flash_kmeans.kmeans_small")
 
 
-def test_importing_the_package_leaves_compat_alone() -> None:
+def test_import_leaves_compat_alone() -> None:
     code = (
         "import sys, flash_kmeans; print([m for m in sys.modules if 'flash_kmeans.compat' in m])\n"
         "from flash_kmeans.interface import FlashKMeans\n"
@@ -91,7 +91,7 @@ def run_calls(path: Path, target: Path) -> dict[str, Any]:
     return results
 
 
-def test_same_calls_give_the_same_shapes_and_values(original: Path, tmp_path: Path) -> None:
+def test_compat_gives_what_the_original_gives(original: Path, tmp_path: Path) -> None:
     for needed in ("triton", "tqdm"):
         pytest.importorskip(needed, reason="the original imports it")
     theirs = run_calls(original, tmp_path / "theirs")

@@ -22,7 +22,7 @@ def twin_of(capability: launch_config.Capability) -> dict[tuple[int, int], launc
 
 
 @pytest.mark.parametrize("capability", launch_config.TABLE, ids=lambda c: f"{c[0]}.{c[1]}")
-def test_every_row_fits_shared_memory(capability: launch_config.Capability, tmp_path: Path) -> None:
+def test_TABLE_rows_fit_shared_memory(capability: launch_config.Capability, tmp_path: Path) -> None:
     pytest.importorskip("triton", minversion="3.6", reason="descriptors are spelled as in 3.6")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "{}.{}".format(*capability)],
@@ -47,7 +47,7 @@ def test_every_row_fits_shared_memory(capability: launch_config.Capability, tmp_
     assert all((row["wgmma"] > 0) == (capability == (9, 0)) for row in assigns), assigns
 
 
-def test_unknown_capabilities_take_the_nearest_lower_row() -> None:
+def test_table_for_unknown_capabilities_is_the_nearest_lower_one() -> None:
     assert launch_config.table_for((8, 7)) is launch_config.TABLE[8, 6]
     assert launch_config.table_for((11, 0)) is launch_config.TABLE[10, 0]
     assert launch_config.table_for((13, 0)) is launch_config.TABLE[12, 0]
@@ -64,7 +64,7 @@ def test_unknown_capabilities_take_the_nearest_lower_row() -> None:
         (513, 1000, 75_600, (128, 128, 64)),
     ],
 )
-def test_tiles_follow_the_problem(
+def test_tile_for_follows_the_problem(
     dim: int, clusters: int, points: int, expected: tuple[int, int, int]
 ) -> None:
     tile = launch_config.tile_for((9, 0), 2, dim, clusters, points)

@@ -24,7 +24,7 @@ CANNOT_APPLY = {
 SKIPPED_BY_SKLEARN = {"check_sample_weights_pandas_series", "check_array_api_input"}
 
 
-def test_passes_scikit_learns_checks() -> None:
+def test_KMeans_passes_scikit_learns_checks() -> None:
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -38,7 +38,7 @@ def test_passes_scikit_learns_checks() -> None:
     assert {name for name, status in outcome.items() if status == "xfail"} == set(CANNOT_APPLY)
 
 
-def test_agrees_with_scikit_learn_from_the_same_start() -> None:
+def test_KMeans_agrees_with_scikit_learn_from_the_same_start() -> None:
     cluster = pytest.importorskip("sklearn.cluster")
     x = blobs(1, 500, 6, 5)[0].double().numpy()
     start = x[:5].copy()
@@ -52,7 +52,7 @@ def test_agrees_with_scikit_learn_from_the_same_start() -> None:
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
-def test_labels_are_what_predict_and_transform_say(metric: str) -> None:
+def test_KMeans_labels_are_what_predict_and_transform_say(metric: str) -> None:
     x = blobs(1, 300, 5, 4)[0]
     model = KMeans(4, metric=metric, random_state=3).fit(x)
     assert isinstance(model.labels_, torch.Tensor)
@@ -64,7 +64,7 @@ def test_labels_are_what_predict_and_transform_say(metric: str) -> None:
     assert model.score(x) == pytest.approx(-model.inertia_, rel=1e-6)
 
 
-def test_weights_equal_repeated_points_from_the_same_start() -> None:
+def test_KMeans_with_weights_equals_repeated_points_from_the_same_start() -> None:
     x = blobs(1, 60, 3, 4)[0].numpy()
     weight = np.arange(60) % 3
     one = KMeans(4, init=x[1:5]).fit(x, sample_weight=weight)
@@ -72,7 +72,7 @@ def test_weights_equal_repeated_points_from_the_same_start() -> None:
     np.testing.assert_allclose(one.cluster_centers_, two.cluster_centers_, rtol=1e-5)
 
 
-def test_more_starts_never_cost_more_and_a_seed_fixes_the_result() -> None:
+def test_KMeans_costs_no_more_with_more_starts_and_a_seed_fixes_it() -> None:
     x = blobs(1, 400, 2, 9)[0].numpy()
     single = KMeans(9, init="random", random_state=0).fit(x)
     many = KMeans(9, init="random", n_init=5, random_state=0).fit(x)
@@ -81,7 +81,7 @@ def test_more_starts_never_cost_more_and_a_seed_fixes_the_result() -> None:
     np.testing.assert_array_equal(single.cluster_centers_, again.cluster_centers_)
 
 
-def test_survives_pickle_clone_and_a_pipeline() -> None:
+def test_KMeans_survives_pickle_clone_and_a_pipeline() -> None:
     base = pytest.importorskip("sklearn.base")
     pipeline = pytest.importorskip("sklearn.pipeline")
     scaling = pytest.importorskip("sklearn.preprocessing")
@@ -98,7 +98,7 @@ def test_survives_pickle_clone_and_a_pipeline() -> None:
     assert repr(KMeans(3)) == "KMeans(n_clusters=3)"
 
 
-def test_works_where_scikit_learn_is_missing() -> None:
+def test_KMeans_works_where_scikit_learn_is_missing() -> None:
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
         "import importlib.util, numpy as np\n"

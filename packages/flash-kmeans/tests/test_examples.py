@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-def test_digits_are_found() -> None:
+def test_digits_finds_the_digits() -> None:
     pytest.importorskip("sklearn")
     script = Path(__file__).parents[1] / "examples" / "digits.py"
     done = subprocess.run(

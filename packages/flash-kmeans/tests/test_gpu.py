@@ -1,4 +1,4 @@
-"""The Triton tier on a GPU: every width, large sizes, graphs, no synchronisation."""
+"""The Triton backend on a GPU: every width, large sizes, graphs, no synchronisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
-def test_rounds_equal_the_reference(dim: int, dtype: torch.dtype, metric: str) -> None:
+def test_assign_and_update_equal_the_reference(dim: int, dtype: torch.dtype, metric: str) -> None:
     x = blobs(2, 700, dim, 9, dtype=dtype).cuda()
     start = blobs(2, 70, dim, 9, seed=1, dtype=dtype).cuda()
     labels = fk.assign(x, start, metric=metric, backend="triton")
@@ -38,7 +38,7 @@ def test_rounds_equal_the_reference(dim: int, dtype: torch.dtype, metric: str) -
     )
 
 
-def test_a_common_offset_does_not_disturb_labels() -> None:
+def test_assign_is_not_disturbed_by_a_common_offset() -> None:
     x = (torch.randn(1, 65_536, 128, device="cuda") * 0.3 + 8).bfloat16()
     result = fk.kmeans(x, 64, max_iter=3, backend="triton")
     labels = fk.assign(x, result.centroids, backend="triton")
@@ -47,7 +47,7 @@ def test_a_common_offset_does_not_disturb_labels() -> None:
 
 
 @pytest.mark.parametrize("clusters", [65, 300, 1000, 4096])
-def test_both_assign_kernels_are_right(clusters: int) -> None:
+def test_assign_is_right_in_both_kernels(clusters: int) -> None:
     x = torch.randn(3, 5000, 128, device="cuda", dtype=torch.float16)
     start = x[:, :clusters].contiguous()
     wide = torch.empty(3, 5000, 136, device="cuda", dtype=torch.float16)
@@ -61,7 +61,7 @@ def test_both_assign_kernels_are_right(clusters: int) -> None:
         assert (regret(x, start, labels) <= limit).all()
 
 
-def test_nothing_synchronises_and_a_graph_replays() -> None:
+def test_kmeans_never_synchronises_and_its_graph_replays() -> None:
     x = torch.randn(4, 20_000, 128, device="cuda", dtype=torch.bfloat16)
     start = x[:, :500].contiguous()
     expected = fk.kmeans(x, 500, init=start, max_iter=2)
@@ -80,7 +80,7 @@ def test_nothing_synchronises_and_a_graph_replays() -> None:
         assert torch.equal(getattr(captured, name), getattr(expected, name)), name
 
 
-def test_compiles_whole() -> None:
+def test_kmeans_compiles_whole() -> None:
     x = torch.randn(2, 4000, 64, device="cuda", dtype=torch.bfloat16)
 
     def run(points: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), run(x))
 
 
-def test_two_runs_are_bit_equal() -> None:
+def test_kmeans_is_bit_equal_from_run_to_run() -> None:
     x = torch.randn(2, 100_000, 96, device="cuda", dtype=torch.float16)
     start = x[:, :20].contiguous()
     one, two = (fk.kmeans(x, 20, init=start, max_iter=5, deterministic=True) for _ in range(2))
@@ -97,7 +97,7 @@ def test_two_runs_are_bit_equal() -> None:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
-def test_more_batches_than_a_grid_axis_holds() -> None:
+def test_kmeans_takes_more_batches_than_a_grid_axis_holds() -> None:
     x = torch.randn(70_000, 40, 16, device="cuda", dtype=torch.float16)
     result = fk.kmeans(x, 4, init=x[:, :4], max_iter=1)
     some = slice(69_000, 70_000)
@@ -106,7 +106,7 @@ def test_more_batches_than_a_grid_axis_holds() -> None:
     ).all()
 
 
-def test_more_values_than_32_bits_count() -> None:
+def test_kmeans_takes_more_values_than_32_bits_count() -> None:
     points, dim = (1 << 31) // 64 + 4096, 64
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GB of device memory")
@@ -120,7 +120,7 @@ def test_more_values_than_32_bits_count() -> None:
     assert (by_label.diff() >= 0).all()
 
 
-def test_more_clusters_than_counters() -> None:
+def test_update_takes_more_clusters_than_counters() -> None:
     x = torch.randn(1, 600_000, 8, device="cuda", dtype=torch.float16)
     clusters = 300_000
     labels = torch.randint(0, clusters, (1, 600_000), device="cuda", dtype=torch.int32)
@@ -131,7 +131,7 @@ def test_more_clusters_than_counters() -> None:
     torch.testing.assert_close(ours.centroids, theirs.centroids, rtol=2e-3, atol=2e-3)
 
 
-def test_streams_through_pinned_buffers() -> None:
+def test_kmeans_stream_equals_in_memory_through_pinned_buffers() -> None:
     x = torch.randn(100_000, 64, dtype=torch.float16)
     whole = fk.kmeans(x.cuda(), 50, init=x[:50].cuda(), max_iter=3)
     parts = fk.kmeans_stream(
@@ -142,7 +142,7 @@ def test_streams_through_pinned_buffers() -> None:
     assert parts.inertia == pytest.approx(float(whole.inertia), rel=1e-3)
 
 
-def test_labels_never_leave_the_range_on_bad_points() -> None:
+def test_kmeans_keeps_labels_in_range_on_bad_points() -> None:
     x = torch.full((1, 1000, 128), torch.nan, device="cuda", dtype=torch.float16)
     result = fk.kmeans(x, 100, init=x[:, :100], max_iter=2)
     assert ((result.labels >= 0) & (result.labels < 100)).all()

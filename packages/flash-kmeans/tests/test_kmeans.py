@@ -1,4 +1,4 @@
-"""The reference tier through the public functions."""
+"""The reference backend through the public functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIMS = (1, 2, 16, 17, 31, 64, 96, 100, 128, 257, 511, 513, 2048)
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", DIMS)
-def test_labels_maximise_the_score_for_every_width(dim: int, metric: str) -> None:
+def test_assign_maximises_the_score_for_every_width(dim: int, metric: str) -> None:
     x = blobs(2, 63, dim, 7, dtype=torch.bfloat16)
     centroids = blobs(2, 9, dim, 7, seed=1, dtype=torch.bfloat16)
     labels = fk.assign(x, centroids, metric=metric, backend="reference")
@@ -23,7 +23,7 @@ def test_labels_maximise_the_score_for_every_width(dim: int, metric: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_result_fields_describe_one_state(dtype: torch.dtype) -> None:
+def test_kmeans_returns_fields_that_describe_one_state(dtype: torch.dtype) -> None:
     x = blobs(3, 200, 12, 5, dtype=dtype)
     result = fk.kmeans(x, 11, max_iter=4, backend="reference")
     assert result.n_iter == 4
@@ -46,7 +46,7 @@ def regret_free_score(x: torch.Tensor, result: fk.KMeansResult) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_inertia_never_rises(metric: str) -> None:
+def test_kmeans_never_raises_inertia(metric: str) -> None:
     x = blobs(2, 400, 6, 9)
     init = x[:, :9].clone()
     costs = torch.stack(
@@ -56,7 +56,7 @@ def test_inertia_never_rises(metric: str) -> None:
     assert (costs[-1] < costs[0]).all()
 
 
-def test_a_common_offset_does_not_disturb_labels() -> None:
+def test_assign_is_not_disturbed_by_a_common_offset() -> None:
     source = torch.Generator().manual_seed(0)
     x = (torch.randn(1, 8192, 128, generator=source) * 0.3 + 8).bfloat16()
     result = fk.kmeans(x, 64, max_iter=3, generator=source, backend="reference")
@@ -65,7 +65,7 @@ def test_a_common_offset_does_not_disturb_labels() -> None:
     assert wrong <= 0.005
 
 
-def test_half_precision_points_whose_squared_norm_overflows() -> None:
+def test_kmeans_takes_half_precision_points_whose_squared_norm_overflows() -> None:
     x = (blobs(1, 300, 64, 4) * 40 + 200).half()
     assert torch.isinf((x * x).sum(-1)).all()
     result = fk.kmeans(x, 4, max_iter=5, init="k-means++", backend="reference")
@@ -73,7 +73,7 @@ def test_half_precision_points_whose_squared_norm_overflows() -> None:
     assert torch.isfinite(result.inertia).all()
 
 
-def test_one_cluster_is_the_mean_and_as_many_clusters_as_points_cost_nothing() -> None:
+def test_kmeans_of_one_cluster_is_the_mean_and_of_as_many_as_points_costs_nothing() -> None:
     x = blobs(2, 33, 5, 3)
     single = fk.kmeans(x, 1, max_iter=1)
     torch.testing.assert_close(single.centroids[:, 0], x.mean(1))
@@ -84,7 +84,7 @@ def test_one_cluster_is_the_mean_and_as_many_clusters_as_points_cost_nothing() -
     assert torch.equal(lone.centroids, x[:, :1])
 
 
-def test_empty_clusters_keep_their_centroid() -> None:
+def test_kmeans_keeps_the_centroid_of_an_empty_cluster() -> None:
     x = blobs(2, 50, 4, 2)
     init = torch.cat([x[:, :3], torch.full((2, 2, 4), 1e4)], dim=1)
     result = fk.kmeans(x, 5, init=init, max_iter=3)
@@ -93,7 +93,7 @@ def test_empty_clusters_keep_their_centroid() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_empty_clusters_move_to_the_farthest_points(metric: str) -> None:
+def test_kmeans_moves_empty_clusters_to_the_farthest_points(metric: str) -> None:
     x = blobs(2, 60, 4, 6)
     far = -1e3 if metric == "dot" else 1e3
     init = torch.cat([x[:, :2], far * x[:, :2].mean(1, keepdim=True).expand(-1, 4, -1)], dim=1)
@@ -108,7 +108,7 @@ def test_empty_clusters_move_to_the_farthest_points(metric: str) -> None:
         torch.testing.assert_close(moved.centroids.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_ten_clusters_holding_nearly_all_points() -> None:
+def test_update_with_ten_clusters_that_hold_nearly_all_points() -> None:
     source = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 10, (2, 5000), generator=source)
     labels[:, :50] = torch.randint(10, 100, (2, 50), generator=source)
@@ -121,7 +121,7 @@ def test_ten_clusters_holding_nearly_all_points() -> None:
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "dot"])
-def test_integer_weights_equal_repeated_points(metric: str) -> None:
+def test_kmeans_with_integer_weights_equals_repeated_points(metric: str) -> None:
     x = blobs(1, 40, 3, 4)
     weight = torch.arange(40) % 3
     repeated = x.repeat_interleave(weight, dim=1)
@@ -132,7 +132,7 @@ def test_integer_weights_equal_repeated_points(metric: str) -> None:
     torch.testing.assert_close(one.inertia, two.inertia)
 
 
-def test_a_batch_equals_its_parts_and_a_view_equals_its_copy() -> None:
+def test_kmeans_of_a_batch_equals_its_parts_and_of_a_view_its_copy() -> None:
     x = blobs(3, 100, 16, 5)
     init = x[:, :7].clone()
     whole = fk.kmeans(x, 7, init=init, max_iter=3)
@@ -147,7 +147,7 @@ def test_a_batch_equals_its_parts_and_a_view_equals_its_copy() -> None:
     assert torch.equal(again.labels, whole.labels)
 
 
-def test_many_small_batches() -> None:
+def test_kmeans_of_many_small_batches() -> None:
     x = torch.randn(70_000, 3, 2, generator=torch.Generator().manual_seed(0))
     result = fk.kmeans(x, 2, init=x[:, :2], max_iter=1)
     assert (regret(x, x[:, :2], result.labels) <= rounding(x, x[:, :2])).all()
@@ -156,7 +156,7 @@ def test_many_small_batches() -> None:
     )
 
 
-def test_two_runs_are_bit_equal_and_a_generator_decides_the_start() -> None:
+def test_kmeans_is_bit_equal_from_run_to_run_and_a_generator_decides_the_start() -> None:
     x = blobs(2, 500, 8, 6)
     runs = [
         fk.kmeans(x, 6, init=init, generator=torch.Generator().manual_seed(seed), max_iter=3)
@@ -168,13 +168,13 @@ def test_two_runs_are_bit_equal_and_a_generator_decides_the_start() -> None:
         assert not torch.equal(same.centroids, other.centroids)
 
 
-def test_the_global_seed_is_left_alone() -> None:
+def test_kmeans_leaves_the_global_seed_alone() -> None:
     state = torch.get_rng_state()
     fk.kmeans(blobs(1, 50, 2, 2), 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_tol_stops_early_once_nothing_moves() -> None:
+def test_kmeans_stops_early_once_nothing_moves() -> None:
     x = blobs(2, 300, 4, 3)
     result = fk.kmeans(x, 3, init="k-means++", tol=1e-12, max_iter=100)
     assert 1 < result.n_iter < 100
@@ -184,7 +184,7 @@ def test_tol_stops_early_once_nothing_moves() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tol", [0.0, 1e-4])
-def test_points_must_be_finite(bad: float, tol: float) -> None:
+def test_kmeans_refuses_points_that_are_not_finite(bad: float, tol: float) -> None:
     x = blobs(1, 20, 3, 2)
     x[0, 3, 1] = bad
     with pytest.raises(ValueError, match="finite"):
@@ -211,19 +211,19 @@ def test_points_must_be_finite(bad: float, tol: float) -> None:
         ({"sample_weight": torch.ones(19)}, ValueError, "sample_weight"),
     ],
 )
-def test_bad_arguments_are_named(change: dict[str, object], error: type, words: str) -> None:
+def test_kmeans_names_bad_arguments(change: dict[str, object], error: type, words: str) -> None:
     arguments: dict[str, object] = {"x": torch.randn(20, 3), "n_clusters": 2, **change}
     with pytest.raises(error, match=words):
         fk.kmeans(arguments.pop("x"), arguments.pop("n_clusters"), **arguments)  # type: ignore[arg-type]
 
 
-def test_an_impossible_backend_says_why() -> None:
+def test_assign_says_why_a_backend_is_impossible() -> None:
     with pytest.raises(fk.UnsupportedError, match=r"float64|triton") as raised:
         fk.assign(torch.zeros(4, 2).double(), torch.zeros(2, 2).double(), backend="triton")
     assert set(raised.value.reasons) == {"triton"}
 
 
-def test_compiled_without_graph_breaks() -> None:
+def test_kmeans_compiles_without_graph_breaks() -> None:
     x = blobs(2, 100, 8, 4)
     init = x[:, :5].clone()
 
@@ -236,7 +236,7 @@ def test_compiled_without_graph_breaks() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_operators_pass_torchs_own_checks() -> None:
+def test_ops_pass_torchs_own_checks() -> None:
     x = blobs(2, 30, 4, 3)
     init = x[:, :3].clone()
     for args, op in (

@@ -18,7 +18,7 @@ METRICS = ("euclidean", "cosine", "dot")
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_streaming_equals_in_memory(metric: str, weighted: bool) -> None:
+def test_kmeans_stream_equals_in_memory(metric: str, weighted: bool) -> None:
     x = blobs(1, 1000, 7, 6)[0] + 3
     weight = torch.rand(1000, generator=torch.Generator().manual_seed(1)) if weighted else None
     arguments = {"init": x[:6].clone(), "metric": metric, "max_iter": 4, "sample_weight": weight}
@@ -33,7 +33,7 @@ def test_streaming_equals_in_memory(metric: str, weighted: bool) -> None:
         assert parts.inertia == pytest.approx(float(whole.inertia), rel=1e-5)
 
 
-def test_streams_a_memory_map_and_draws_the_same_start(
+def test_kmeans_stream_reads_a_memory_map_and_draws_the_same_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x = blobs(1, 700, 4, 5)[0]
@@ -56,7 +56,7 @@ def test_streams_a_memory_map_and_draws_the_same_start(
     assert "s left" in shown
 
 
-def test_streaming_stops_once_settled_and_refuses_what_it_cannot_do() -> None:
+def test_kmeans_stream_stops_once_settled_and_refuses_what_it_cannot_do() -> None:
     x = blobs(1, 300, 3, 3)[0]
     settled = fk.kmeans_stream(
         x, 3, init=x[:3], tol=1e-12, max_iter=99, device="cpu", progress=False
@@ -85,7 +85,9 @@ def _whole(metric: str, device: str) -> dict[str, fk.KMeansResult]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("metric", METRICS)
-def test_two_processes_equal_one(metric: str, device: str, tmp_path: Path) -> None:
+def test_kmeans_distributed_over_two_processes_equals_one(
+    metric: str, device: str, tmp_path: Path
+) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL wants a GPU per process, and there is one")
     results = tmp_path / "result"

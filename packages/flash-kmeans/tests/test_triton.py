@@ -1,4 +1,4 @@
-"""The Triton tier: its kernels in the interpreter, at toy sizes (fp16 and fp32 only)."""
+"""The Triton backend: its kernels in the interpreter, at toy sizes (fp16 and fp32 only)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ pytestmark = pytest.mark.usefixtures("interpreted")
         (torch.float32, "dot", 1),
     ],
 )
-def test_labels_maximise_the_score(dtype: torch.dtype, metric: str, dim: int) -> None:
+def test_assign_maximises_the_score(dtype: torch.dtype, metric: str, dim: int) -> None:
     x = blobs(2, 21, dim, 5, dtype=dtype)
     centroids = blobs(2, 7, dim, 5, seed=1, dtype=dtype)
     labels = fk.assign(x, centroids, metric=metric, backend="triton")
     assert (regret(x, centroids, labels, metric) <= rounding(x, centroids, metric)).all()
 
 
-def test_features_beyond_one_tile_are_looped_over() -> None:
+def test_assign_loops_over_features_beyond_one_tile() -> None:
     x = blobs(1, 9, 550, 3, dtype=torch.float16)
     centroids = blobs(1, 3, 550, 3, seed=1, dtype=torch.float16)
     labels = fk.assign(x, centroids, backend="triton")
     assert (regret(x, centroids, labels) <= rounding(x, centroids)).all()
 
 
-def test_the_lowest_of_equal_centroids_wins() -> None:
+def test_assign_takes_the_lowest_of_equal_centroids() -> None:
     x = blobs(1, 12, 4, 2)
     centroids = x[:, :1].expand(-1, 40, -1)
     labels = fk.assign(x, centroids, backend="triton")
@@ -52,8 +52,8 @@ def test_update_equals_the_reference(points: int, clusters: int, weighted: bool)
     previous = torch.randn(2, clusters, 6, generator=source).half()
     weight = torch.rand(2, points, generator=source) if weighted else None
     ours, theirs = (
-        fk.update(x, labels, clusters, previous=previous, sample_weight=weight, backend=tier)
-        for tier in ("triton", "reference")
+        fk.update(x, labels, clusters, previous=previous, sample_weight=weight, backend=backend)
+        for backend in ("triton", "reference")
     )
     assert torch.equal(ours.order, theirs.order)
     assert torch.equal(ours.sizes, theirs.sizes)
@@ -61,21 +61,21 @@ def test_update_equals_the_reference(points: int, clusters: int, weighted: bool)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
-def test_rounds_and_inertia_equal_the_reference(metric: str) -> None:
+def test_kmeans_equals_the_reference(metric: str) -> None:
     x = blobs(2, 24, 6, 4)
     weight = torch.rand(2, 24, generator=torch.Generator().manual_seed(2))
     ours, theirs = (
         fk.kmeans(
-            x, 4, init=x[:, :4], metric=metric, max_iter=2, sample_weight=weight, backend=tier
+            x, 4, init=x[:, :4], metric=metric, max_iter=2, sample_weight=weight, backend=backend
         )
-        for tier in ("triton", "reference")
+        for backend in ("triton", "reference")
     )
     assert torch.equal(ours.labels, theirs.labels)
     torch.testing.assert_close(ours.centroids, theirs.centroids)
     torch.testing.assert_close(ours.inertia, theirs.inertia, rtol=1e-4, atol=1e-4)
 
 
-def test_a_strided_view_equals_its_copy() -> None:
+def test_kmeans_of_a_strided_view_equals_its_copy() -> None:
     x = blobs(2, 24, 8, 3)
     wide = torch.full((2, 30, 16), torch.nan)
     wide[:, 3:27, :8] = x
@@ -86,7 +86,7 @@ def test_a_strided_view_equals_its_copy() -> None:
     assert torch.equal(ours.centroids, theirs.centroids)
 
 
-def test_the_interpreter_refuses_bfloat16() -> None:
+def test_assign_refuses_bfloat16_in_the_interpreter() -> None:
     x = blobs(1, 8, 4, 2, dtype=torch.bfloat16)
     with pytest.raises(fk.UnsupportedError, match="bfloat16"):
         fk.assign(x, x[:, :2], backend="triton")
