@@ -1,12 +1,12 @@
-"""k-means beside its peers: whole rounds, and assignment and update apart.
+"""k-means beside its baselines: whole rounds, and assignment and update apart.
 
-As a script it measures and stores: `bench_kmeans.py --peers FOLDER --out FILE`,
+As a script it measures and stores: `bench_kmeans.py --baselines FOLDER --out FILE`,
 where FOLDER holds the unpacked wheels of `flash-kmeans` 0.3.1 and `fastkmeans` (the former shares
 our import name, so it is loaded under another). `tables_kmeans.py` fills the Markdown files and
 draws the picture from what is stored. Under pytest-benchmark it times this package alone.
 
 Every row is checked first: our inertia after ten rounds against an fp64 recomputation on a sample
-of points, and against the peer's.
+of points, and against the baseline's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import _harness
 import flash_kmeans as fk
 
 ROUNDS = 10
-PEER = "flash-kmeans 0.3.1"
+BASELINE = "flash-kmeans 0.3.1"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ CASES = (
 )
 
 
-def load_peer(folder: Path, name: str) -> ModuleType:
+def load_baseline(folder: Path, name: str) -> ModuleType:
     """Import a package from `folder` and keep it apart from one of the same name."""
 
     def taken() -> list[str]:
@@ -83,13 +83,13 @@ def load_peer(folder: Path, name: str) -> ModuleType:
     ours = {module: sys.modules.pop(module) for module in taken()}
     sys.path.insert(0, str(folder))
     try:
-        peer = importlib.import_module(name)
+        baseline = importlib.import_module(name)
         for module in taken():
-            sys.modules[f"peer_{module}"] = sys.modules.pop(module)
+            sys.modules[f"baseline_{module}"] = sys.modules.pop(module)
     finally:
         sys.path.pop(0)
         sys.modules.update(ours)
-    return peer
+    return baseline
 
 
 def plain_round(x: Tensor, centroids: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def sampled_cost(x: Tensor, centroids: Tensor, rows: int = 2048) -> float:
     return float(torch.cdist(sample, centroids[:2].double()).amin(-1).square().mean())
 
 
-def check(x: Tensor, start: Tensor, peer: ModuleType | None) -> dict[str, float]:
+def check(x: Tensor, start: Tensor, baseline: ModuleType | None) -> dict[str, float]:
     """Return fp64 costs of both libraries' centroids after ten rounds, and of our own inertia."""
     ours = fk.kmeans(x, start.shape[1], init=start, max_iter=ROUNDS)
     again = fk.assign(x[:2, :2048], ours.centroids[:2])
@@ -129,26 +129,28 @@ def check(x: Tensor, start: Tensor, peer: ModuleType | None) -> dict[str, float]
         "ours_by_labels": by_labels,
         "inertia_per_point": float(ours.inertia.double().mean() / x.shape[1]),
     }
-    if peer is not None:
-        _, theirs, _ = peer.batch_kmeans_Euclid(
+    if baseline is not None:
+        _, theirs, _ = baseline.batch_kmeans_Euclid(
             x, start.shape[1], max_iters=ROUNDS, tol=-1.0, init_centroids=start
         )
-        costs["peer"] = sampled_cost(x, theirs)
+        costs["baseline"] = sampled_cost(x, theirs)
     if abs(by_labels / costs["ours"] - 1) > 1e-3 or costs["ours"] > 1.01 * costs.get(
-        "peer", costs["ours"]
+        "baseline", costs["ours"]
     ):
         raise RuntimeError(f"wrong result, not timed: {costs}")
     return costs
 
 
-def rounds_of(case: Case, x: Tensor, start: Tensor, peer: ModuleType | None, plain: bool) -> Any:
+def rounds_of(
+    case: Case, x: Tensor, start: Tensor, baseline: ModuleType | None, plain: bool
+) -> Any:
     """Return callables that run 1 and 1 + ROUNDS rounds, by name."""
     k = case.clusters
     calls: dict[str, Callable[[], Any]] = {}
     for rounds in (1, 1 + ROUNDS):
         calls[f"ours {rounds}"] = lambda r=rounds: fk.kmeans(x, k, init=start, max_iter=r)
-        if peer is not None:
-            calls[f"peer {rounds}"] = lambda r=rounds: peer.batch_kmeans_Euclid(
+        if baseline is not None:
+            calls[f"baseline {rounds}"] = lambda r=rounds: baseline.batch_kmeans_Euclid(
                 x, k, max_iters=r, tol=-1.0, init_centroids=start
             )
     if plain:
@@ -162,44 +164,48 @@ def per_round(times: dict[str, list[float]], name: str) -> dict[str, float]:
     return _harness.summary([(many - one) / ROUNDS for many, one in pairs])
 
 
-def measure_case(case: Case, peer: ModuleType | None, samples: int) -> dict[str, Any]:
+def measure_case(case: Case, baseline: ModuleType | None, samples: int) -> dict[str, Any]:
     """Check one shape, then time whole rounds, and assignment and update apart."""
     x, start = case.data()
-    result: dict[str, Any] = {"case": asdict(case), "check": check(x, start, peer)}
+    result: dict[str, Any] = {"case": asdict(case), "check": check(x, start, baseline)}
     plain = case.group == "video" or case.points <= 1 << 20
-    times = _harness.interleave(rounds_of(case, x, start, peer, plain), samples=samples, warmup=1)
-    result["round_ms"] = {n: per_round(times, n) for n in ("ours", "peer") if f"{n} 1" in times}
+    times = _harness.interleave(
+        rounds_of(case, x, start, baseline, plain), samples=samples, warmup=1
+    )
+    result["round_ms"] = {n: per_round(times, n) for n in ("ours", "baseline") if f"{n} 1" in times}
     result["ten_rounds_ms"] = {
         n: _harness.summary([t * ROUNDS / (1 + ROUNDS) for t in times[f"{n} {1 + ROUNDS}"]])
         for n in result["round_ms"]
     }
     if plain:
         result["round_ms"]["plain torch"] = _harness.summary(times["plain"])
-    result["parts_ms"] = measure_parts(x, start, peer, samples) if case.group == "video" else {}
+    result["parts_ms"] = measure_parts(x, start, baseline, samples) if case.group == "video" else {}
     return result
 
 
 def measure_parts(
-    x: Tensor, start: Tensor, peer: ModuleType | None, samples: int
+    x: Tensor, start: Tensor, baseline: ModuleType | None, samples: int
 ) -> dict[str, dict[str, float]]:
-    """Time assignment and update apart, of both libraries where the peer is there."""
+    """Time assignment and update apart, of both libraries where the baseline is there."""
     labels = fk.assign(x, start)
     calls: dict[str, Callable[[], Any]] = {
         "ours assign": lambda: fk.assign(x, start),
         "ours update": lambda: fk.update(x, labels, start.shape[1], previous=start),
     }
-    if peer is not None:
+    if baseline is not None:
         squares = (x**2).sum(-1)
-        theirs = sys.modules["peer_flash_kmeans.assign_euclid_triton"].euclid_assign_triton
-        calls["peer assign"] = lambda: theirs(x, start, squares)
-        calls["peer update"] = lambda: peer.triton_centroid_update_sorted_euclid(x, labels, start)
+        theirs = sys.modules["baseline_flash_kmeans.assign_euclid_triton"].euclid_assign_triton
+        calls["baseline assign"] = lambda: theirs(x, start, squares)
+        calls["baseline update"] = lambda: baseline.triton_centroid_update_sorted_euclid(
+            x, labels, start
+        )
     times = _harness.interleave(calls, samples=samples, warmup=1)
     return {name: _harness.summary(values) for name, values in times.items()}
 
 
 def measure_fastkmeans(folder: Path, case: Case) -> dict[str, Any]:
     """Time `fastkmeans` on one unbatched shape, points on the host as it wants them."""
-    module = load_peer(folder, "fastkmeans")
+    module = load_baseline(folder, "fastkmeans")
     x = torch.randn(case.points, case.dim).numpy()
     seconds = {}
     for rounds in (1, 1, 1 + ROUNDS):
@@ -219,20 +225,20 @@ def measure_fastkmeans(folder: Path, case: Case) -> dict[str, Any]:
 def main() -> None:
     """Measure every case and store one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=Path, help="folder with the peers' unpacked wheels")
+    parser.add_argument("--baselines", type=Path, help="folder with the baselines' unpacked wheels")
     parser.add_argument("--out", type=Path, help="file to write, JSON")
     parser.add_argument("--commit", help="commit that is measured, where git is not at hand")
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--warm", help="i/n: only compile, the i-th of n shares of the cases")
     options = parser.parse_args()
-    peer = load_peer(options.peers, "flash_kmeans") if options.peers else None
+    baseline = load_baseline(options.baselines, "flash_kmeans") if options.baselines else None
     if options.warm:
         part, parts = map(int, options.warm.split("/"))
         for case in CASES[part::parts]:
             x, start = case.data()
             rounds_of(case, x, start, None, False)["ours 1"]()
-            if peer is not None:
-                rounds_of(case, x, start, peer, False)["peer 1"]()
+            if baseline is not None:
+                rounds_of(case, x, start, baseline, False)["baseline 1"]()
         return
     result: dict[str, Any] = {
         "environment": _harness.environment(options.commit),
@@ -240,15 +246,15 @@ def main() -> None:
         "rows": [],
     }
     for case in CASES:
-        row = measure_case(case, peer, options.samples)
+        row = measure_case(case, baseline, options.samples)
         result["rows"].append(row)
         medians = {name: round(v["median"], 3) for name, v in row["round_ms"].items()}
         parts = {name: round(v["median"], 3) for name, v in row["parts_ms"].items()}
         print(case.group, case.name, medians, parts, flush=True)
         if options.out:
             _harness.store(options.out, result)
-    if options.peers and (options.peers / "fastkmeans").exists():
-        result["fastkmeans"] = measure_fastkmeans(options.peers, CASES[4])
+    if options.baselines and (options.baselines / "fastkmeans").exists():
+        result["fastkmeans"] = measure_fastkmeans(options.baselines, CASES[4])
         print("fastkmeans", result["fastkmeans"]["round_ms"])
     if options.out:
         _harness.store(options.out, result)

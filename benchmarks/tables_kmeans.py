@@ -16,7 +16,7 @@ import _harness
 
 DOCS = _harness.ROOT / "docs"
 README = _harness.ROOT / "packages" / "flash-kmeans" / "README.md"
-WHO = ("ours", "peer")
+WHO = ("ours", "baseline")
 Rows = list[dict[str, Any]]
 
 
@@ -57,22 +57,24 @@ def update_table(result: dict[str, Any]) -> str:
     return _stated(result) + _harness.table(["kernel", "us"], lines)
 
 
-def peer_table(result: dict[str, Any], groups: tuple[str, ...]) -> str:
-    """Return milliseconds per round beside the peers, with the ratio to flash-kmeans 0.3.1."""
+def rounds_table(result: dict[str, Any], groups: tuple[str, ...]) -> str:
+    """Return milliseconds per round beside the baselines, with the ratio to flash-kmeans 0.3.1."""
     lines = []
     for row in result["rows"]:
         if row["case"]["group"] not in groups:
             continue
         times = {name: value["median"] for name, value in row["round_ms"].items()}
-        cells = [f"{times[n]:.3f}" if n in times else "-" for n in ("ours", "peer", "plain torch")]
-        ratio = f"{times['peer'] / times['ours']:.2f}" if "peer" in times else "-"
+        cells = [
+            f"{times[n]:.3f}" if n in times else "-" for n in ("ours", "baseline", "plain torch")
+        ]
+        ratio = f"{times['baseline'] / times['ours']:.2f}" if "baseline" in times else "-"
         lines.append([f"{shape_of(row['case'])}, {row['case']['dtype']}", *cells, ratio])
     head = ["points, clusters", "ours, ms", "flash-kmeans 0.3.1, ms", "plain torch, ms", "ratio"]
     return _stated(result) + _harness.table(head, lines)
 
 
 def halves_table(result: dict[str, Any]) -> str:
-    """Return speed of assignment and of the update beside the peer's, by events."""
+    """Return speed of assignment and of the update beside the baseline's, by events."""
     lines = []
     for row in result["rows"]:
         case, parts = row["case"], row["parts_ms"]
@@ -83,13 +85,19 @@ def halves_table(result: dict[str, Any]) -> str:
         times = [(half, parts[f"{who} {half}"]["median"]) for half in work for who in WHO]
         cells = [f"{ms:.2f} ({work[half] / ms:,.0f})" for half, ms in times]
         lines.append([f"{shape_of(case)}, {case['dtype']}", *cells])
-    peer = "flash-kmeans 0.3.1"
-    head = ["points, clusters", "assign, ms (TFLOP/s)", peer, "update, ms (GB/s read)", peer]
+    baseline = "flash-kmeans 0.3.1"
+    head = [
+        "points, clusters",
+        "assign, ms (TFLOP/s)",
+        baseline,
+        "update, ms (GB/s read)",
+        baseline,
+    ]
     return _harness.table(head, lines)
 
 
 def fastkmeans_line(result: dict[str, Any]) -> str:
-    """Return a sentence on the peer that takes points from the host."""
+    """Return a sentence on the baseline that takes points from the host."""
     row = result["fastkmeans"]
     return (
         f"\n`fastkmeans` 0.5.0, which takes its points from the host, needs {row['round_ms']:.0f} "
@@ -98,15 +106,15 @@ def fastkmeans_line(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Draw time per round against the number of points and of clusters, beside the peers."""
+    """Draw time per round against the number of points and of clusters, beside the baselines."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), facecolor="white", sharey=True)
     for axis, key in zip(axes, ("points", "clusters"), strict=True):
         rows = [row for row in result["rows"] if row["case"]["group"] == key]
-        for name in ("ours", "peer", "plain torch"):
+        for name in ("ours", "baseline", "plain torch"):
             found = [r for r in rows if name in r["round_ms"]]
-            label = "flash-kmeans 0.3.1" if name == "peer" else name
+            label = "flash-kmeans 0.3.1" if name == "baseline" else name
             axis.loglog(
                 [r["case"][key] for r in found],
                 [r["round_ms"][name]["median"] for r in found],
@@ -130,7 +138,7 @@ def main(gpu: str) -> None:
     _harness.replace_between(page, "kmeans-update", update_table(result))
     if (_harness.RESULTS / gpu / "kmeans.json").exists():
         result = _harness.load(gpu, "kmeans")
-        rounds = peer_table(result, ("video", "public")) + fastkmeans_line(result)
+        rounds = rounds_table(result, ("video", "public")) + fastkmeans_line(result)
         for path in (page, README):
             _harness.replace_between(path, "kmeans-rounds", rounds)
             _harness.replace_between(path, "kmeans-halves", halves_table(result))
