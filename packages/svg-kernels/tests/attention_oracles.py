@@ -132,3 +132,20 @@ def brute_force(
                     weights = (logits - lse[b, h, token]).exp()
                     out[b, h, token] = weights @ torch.cat(values).double()
     return out, lse
+
+
+OUTPUT_LAYOUTS = ("token-major", "heads of a longer tensor", "not aligned")
+
+
+def output_layout(name: str, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a view to write an output to, and the tensor behind it, which is all NaN."""
+    batch, heads, length, width = query.shape
+    shape = {
+        "token-major": (batch, length, heads, width),
+        "heads of a longer tensor": (batch, heads + 1, length + 3, width),
+        "not aligned": (batch, length, heads, width + 1),
+    }[name]
+    whole = torch.full(shape, torch.nan, dtype=query.dtype, device=query.device)
+    if name == "heads of a longer tensor":
+        return whole[:, 1:, 2 : 2 + length], whole
+    return whole[..., -width:].transpose(1, 2), whole

@@ -55,7 +55,7 @@ def shared_bytes(capability: int, size: int, dim: int) -> int:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
+        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_", "o_")
     }
     source = ASTSource(
         attention.block_sparse_attention_kernel,

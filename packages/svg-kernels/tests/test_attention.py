@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_oracles import brute_force, permutations, random_call, random_runs, runs_of_blocks
+from attention_oracles import (
+    OUTPUT_LAYOUTS,
+    brute_force,
+    output_layout,
+    permutations,
+    random_call,
+    random_runs,
+    runs_of_blocks,
+)
 
 import svg_kernels
 from svg_kernels import UnsupportedError, block_sparse_attention
@@ -186,15 +194,26 @@ def test_the_operator_can_be_traced(generator):
     )
 
 
-def test_the_output_can_be_written_where_the_caller_says(generator):
-    arguments, keywords = random_call(generator, ordered=True)
+@pytest.mark.parametrize("layout", OUTPUT_LAYOUTS)
+def test_block_sparse_attention_writes_into_any_layout(layout, generator):
+    arguments, keywords = random_call(generator, batch=2, ordered=True, summaries=3)
     want, want_lse = block_sparse_attention(*arguments, return_lse=True, **keywords)
-    out = torch.full_like(arguments[0], torch.nan)
+    out, whole = output_layout(layout, arguments[0])
     got, lse = block_sparse_attention(*arguments, return_lse=True, out=out, **keywords)
     assert got is out
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
-    with pytest.raises(ValueError, match="out must be contiguous"):
-        block_sparse_attention(*arguments, out=out.transpose(2, 3).contiguous().mT, **keywords)
+    assert whole.isnan().sum() == whole.numel() - want.numel(), "nothing else may be written"
+
+
+def test_block_sparse_attention_refuses_an_output_that_does_not_fit(generator):
+    arguments, keywords = random_call(generator, ordered=True)
+    query = arguments[0]
+    with pytest.raises(ValueError, match="the last axis of out must be contiguous"):
+        block_sparse_attention(*arguments, out=query.mT.contiguous().mT, **keywords)
+    with pytest.raises(ValueError, match="a place for every element"):
+        block_sparse_attention(*arguments, out=query[:, :1].expand_as(query), **keywords)
     with pytest.raises(ValueError, match="like query"):
-        block_sparse_attention(*arguments, out=out[:, :, 1:], **keywords)
+        block_sparse_attention(*arguments, out=query[:, :, 1:], **keywords)
+    with pytest.raises(ValueError, match="like query"):
+        block_sparse_attention(*arguments, out=query.double(), **keywords)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_oracles import permutations, random_call, random_runs, runs_of_blocks
+from attention_oracles import (
+    OUTPUT_LAYOUTS,
+    output_layout,
+    permutations,
+    random_call,
+    random_runs,
+    runs_of_blocks,
+)
 
 from svg_kernels import block_sparse_attention
 from svg_kernels.attention import reference, unsupported
@@ -214,6 +221,27 @@ def test_strided_inputs(backend, draw):
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     got = block_sparse_attention(*strided, starts, lengths, backend=backend)
     assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("layout", OUTPUT_LAYOUTS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_block_sparse_attention_writes_into_any_layout(backend, layout, dim, draw):
+    arguments, keywords = on_gpu(
+        random_call(
+            draw, dtype=torch.bfloat16, batch=2, queries=300, dim=dim, ordered=True, summaries=9
+        )
+    )
+    want, want_lse = block_sparse_attention(
+        *arguments, return_lse=True, backend=backend, **keywords
+    )
+    out, whole = output_layout(layout, arguments[0])
+    got, lse = block_sparse_attention(
+        *arguments, return_lse=True, out=out, backend=backend, **keywords
+    )
+    assert got is out
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+    assert whole.isnan().sum() == whole.numel() - want.numel(), "nothing else may be written"
 
 
 def test_a_call_is_captured_and_replayed_with_new_data(backend, draw):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_oracles import random_call, random_runs
+from attention_oracles import OUTPUT_LAYOUTS, output_layout, random_call, random_runs
 
 from svg_kernels import block_sparse_attention
 
@@ -56,6 +56,17 @@ def test_no_run_slots(generator):
     got = block_sparse_attention(*arguments, backend="triton", **keywords)
     want = block_sparse_attention(*arguments, backend="reference", **keywords)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("layout", OUTPUT_LAYOUTS)
+def test_block_sparse_attention_writes_into_any_layout(layout, generator):
+    arguments, keywords = random_call(generator, queries=140, dim=20, ordered=True, summaries=3)
+    want = block_sparse_attention(*arguments, backend="triton", **keywords)
+    out, whole = output_layout(layout, arguments[0])
+    assert block_sparse_attention(*arguments, out=out, backend="triton", **keywords) is out
+    assert torch.equal(out, want)
+    assert whole.isnan().sum() == whole.numel() - want.numel(), "nothing else may be written"
 
 
 @pytest.mark.slow

@@ -115,12 +115,14 @@ def block_sparse_attention(
             changes speed only.
         scale: factor of the logits, above 0; `D ** -0.5` when None.
         return_lse: also return the natural logarithm of each row's softmax denominator.
-        out: where to write the output: contiguous, shaped and typed as `query`; None allocates.
+        out: where to write the output, shaped and typed as `query`; None allocates. Any strides
+            will do if the last axis is contiguous: a `[B, Sq, H, D]` buffer seen as
+            `[B, H, Sq, D]` is filled in place. It must not overlap the inputs.
         backend: `"auto"`, `"cuda"` (compute capability 9.0, D of 64 or 128, 16-bit), `"triton"`
             or `"reference"`.
 
     Returns:
-        Tensor shaped and typed as `query`, contiguous, tokens in the given order; with
+        `out`, or a contiguous tensor shaped and typed as `query`, tokens in the given order; with
         `return_lse` also fp32 `[B, H, Sq]`, minus infinity for a row that reads nothing. For
         inference only. Never waits for the device.
 

@@ -19,12 +19,15 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
     # Copies must outlive the launch, so they keep a name until it returns.
     query, key = _vectors(operands.query), _sequences(operands.key)
     value = _sequences(operands.value)
+    target = (
+        out if _aligned(out) else torch.empty_like(query, memory_format=torch.contiguous_format)
+    )
     starts, lengths, order, *summary, tiles = (_packed(x) for x in operands[3:10])
-    pointers = (query, key, value, out, lse, order, starts, lengths, tiles, *summary)
+    pointers = (query, key, value, target, lse, order, starts, lengths, tiles, *summary)
     summaries = 0 if summary[0] is None else summary[0].shape[2]
     described = array("q", [0 if x is None else x.data_ptr() for x in pointers])
     described.extend(query.stride()[:3])
-    described.extend(out.stride()[:3])
+    described.extend(target.stride()[:3])
     described.extend((*_steps(key), *_steps(value)))
     described.extend((query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2]))
     described.extend((operands.run_starts.shape[-1], summaries))
@@ -36,6 +39,8 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
         device,
         torch._C._cuda_getCurrentRawStream(device),
     )
+    if target is not out:
+        out.copy_(target)
 
 
 def _packed(x: Tensor | None) -> Tensor | None:
@@ -44,8 +49,14 @@ def _packed(x: Tensor | None) -> Tensor | None:
 
 def _vectors(x: Tensor) -> Tensor:
     """Return `x` if its rows can be read 16 bytes at a time, else a contiguous copy."""
-    aligned = x.data_ptr() % 16 == 0 and all(step % _VECTOR == 0 for step in x.stride()[:3])
-    return x if x.stride(3) == 1 and aligned else x.contiguous()
+    return x if _aligned(x) else x.contiguous()
+
+
+def _aligned(x: Tensor) -> bool:
+    """Return whether every row starts at a multiple of 16 bytes and is contiguous."""
+    batch, head, row, column = x.stride()
+    steps_fit = batch % _VECTOR == 0 and head % _VECTOR == 0 and row % _VECTOR == 0
+    return steps_fit and column == 1 and x.data_ptr() % 16 == 0
 
 
 def _sequences(x: Tensor) -> Tensor:

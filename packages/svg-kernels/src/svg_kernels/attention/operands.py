@@ -82,8 +82,14 @@ def check_out(out: Tensor, query: Tensor) -> None:
             f"out must be {_shape(query)}, {query.dtype}, on {query.device} like query, "
             f"got {_shape(out)}, {out.dtype}, on {out.device}"
         )
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise ValueError(
+            f"the last axis of out must be contiguous, got strides {list(out.stride())}"
+        )
+    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"out must have a place for every element, got strides {list(out.stride())}"
+        )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -118,6 +118,9 @@ def block_sparse_attention_kernel(
     v_batch,
     v_head,
     v_row,
+    o_batch,
+    o_head,
+    o_row,
     heads,
     group,
     tiles,
@@ -215,7 +218,7 @@ def block_sparse_attention_kernel(
 
     nonzero = tl.where(total > 0, total, 1.0)
     acc = acc / nonzero[:, None]
-    o_rows = out + (sequence * query_length + token[:, None]) * D + offs_d[None, :]
+    o_rows = out + batch * o_batch + head * o_head + token[:, None] * o_row + offs_d[None, :]
     tl.store(o_rows, acc.to(out.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
     if HAS_LSE:
         logsum = (maximum + tl.log2(nonzero)) * 0.6931471805599453
@@ -259,6 +262,7 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
+            *out.stride()[:3],
             heads,
             heads // key.shape[1],
             run_starts.shape[2],
