@@ -13,9 +13,8 @@ from torch import Tensor
 
 import svg_kernels
 from svg_attention import SVG1, SVG2, LayerMemory, SparsePlan, sparse_attention
-from svg_attention.backends.kernels import COPY_ROWS
-from svg_attention.methods.clustering import Clusters, cluster_rows
-from svg_attention.planning.order import long_tiles_first
+from svg_attention.methods.call import AttentionCall
+from svg_attention.planning.clustering import Clusters, cluster_rows
 
 Pair = tuple[Clusters, Clusters]
 DENSITY = 0.25
@@ -34,8 +33,7 @@ def recluster(
         tensors[side][:, :, video],
         work.clusters[side],
         remembered=known,
-        first_iterations=50,
-        step_iterations=ROUNDS,
+        iterations=(50, ROUNDS),
         generator=None,
     )
 
@@ -68,12 +66,11 @@ def parts(
     method = svg2(work)
     query, key, value = tensors
 
-    def plan() -> tuple[SparsePlan, Tensor]:
-        made = method.plan_clusters(query, key, value, *found, layout=work.layout)
-        made = made.rounded(COPY_ROWS)
-        return made, long_tiles_first(made.run_lengths)
+    def plan() -> SparsePlan:
+        asked = AttentionCall(query=query, key=key, value=value, layout=work.layout)
+        return method.plan_clusters(asked, *found)
 
-    made, first = plan()
+    made = plan()
     moved = svg_kernels.permute_rows((key, value), made.key_order)
 
     def attend() -> Tensor:
@@ -83,7 +80,7 @@ def parts(
             made.run_starts,
             made.run_lengths,
             query_order=made.query_order,
-            tile_order=first,
+            tile_order=made.tile_order.flatten(),
         )
 
     functions = (

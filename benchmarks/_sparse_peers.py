@@ -18,7 +18,7 @@ from _sparse_workloads import HEAD_DIM, check_close, exact
 from torch import Tensor
 
 import svg_kernels
-from svg_attention.methods.clustering import Clusters
+from svg_attention.planning.clustering import Clusters
 from svg_attention.planning.selection import keep_budget
 
 WORKSPACE = 2**30

@@ -47,8 +47,7 @@ from torch import Tensor
 
 import svg_kernels
 from svg_attention import SVG2, LayerMemory, SparsePlan
-from svg_attention.backends.kernels import COPY_ROWS
-from svg_attention.planning.order import long_tiles_first
+from svg_attention.methods.call import AttentionCall
 
 DENSITIES = (0.10, 0.15, 0.25, 0.40, 1.0)
 PAGE = ROOT / "docs" / "sparse-attention-kernel.md"
@@ -61,10 +60,9 @@ def kernels(
     query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
 ) -> dict[str, Callable[[], Tensor]]:
     """Return our kernels, each on one plan and keys already in its order."""
-    plan = plan if plan.is_full else plan.rounded(COPY_ROWS)
     if plan.key_order is not None:
         key, value = svg_kernels.permute_rows((key, value), plan.key_order)
-    first = None if plan.is_full else long_tiles_first(plan.run_lengths)
+    first = None if plan.tile_order is None else plan.tile_order.flatten()
     device = query.device
 
     def kernel(backend: str) -> Callable[[], Tensor]:
@@ -119,14 +117,15 @@ def measure_density(
     """Time the kernels and their peers at one density."""
     method = SVG2(q_clusters=work.clusters[0], k_clusters=work.clusters[1], density=density)
     if density < 1.0:
-        plan = method.plan_clusters(*tensors, *clusters, layout=work.layout)
+        query, key, value = tensors
+        call = AttentionCall(query=query, key=key, value=value, layout=work.layout)
+        plan = method.plan_clusters(call, *clusters)
     else:
         plan = method.plan(*tensors, layout=work.layout, memory=LayerMemory())
     functions: dict[str, Callable[[], Any]] = dict(kernels(*tensors, plan))
-    rounded = plan if plan.is_full else plan.rounded(COPY_ROWS)
     for name, function in functions.items():
-        check_plan(name, *tensors, rounded, function())
-    shares = dict.fromkeys(functions, rounded.density().mean().item())
+        check_plan(name, *tensors, plan, function())
+    shares = dict.fromkeys(functions, plan.density().mean().item())
     video = tuple(x[:, :, : work.layout.video_tokens] for x in tensors)
     for name in PEERS:
         try:
@@ -140,7 +139,7 @@ def measure_density(
         functions["cuDNN dense"] = lambda: dense(*tensors)
         shares["cuDNN dense"] = 1.0
     times = interleave(functions, samples=samples, warmup=1)
-    used = rounded.run_lengths > 0
+    used = plan.run_lengths > 0
     return {
         "workload": work.name,
         "tokens": work.layout.tokens,
@@ -149,7 +148,7 @@ def measure_density(
         "data": "structured",
         "density": shares.get("cuda", density),
         "densities": shares,
-        "mean_run": (rounded.run_lengths.sum() / used.sum()).item(),
+        "mean_run": (plan.run_lengths.sum() / used.sum()).item(),
         "peer_tokens": work.layout.video_tokens,
         "ms": {name: summary(values) for name, values in times.items()},
     }

@@ -43,7 +43,7 @@ FLOORS = {
         ("__init__",),
     ),
     "svg_attention": (
-        ("errors", "config", "tiles", "rows", "memory", "_ops", "_kmeans_files"),
+        ("errors", "config", "tiles", "rows", "memory", "log", "_ops", "_kmeans_files"),
         ("layout", "schedule", "planning"),
         ("plan",),
         ("methods", "backends", "metrics"),

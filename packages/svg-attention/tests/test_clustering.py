@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg_attention.methods.clustering import Clusters, cluster_rows, fits, neighbour_order
+from svg_attention.planning.clustering import Clusters, cluster_rows, fits, neighbour_order
 
 
 def cluster(
@@ -14,8 +14,7 @@ def cluster(
         x,
         count,
         remembered=remembered,
-        first_iterations=10,
-        step_iterations=2,
+        iterations=(10, 2),
         generator=torch.Generator().manual_seed(seed),
     )
 

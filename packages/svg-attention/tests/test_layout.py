@@ -23,9 +23,9 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"grid": (0, 4, 4)}, "three positive sizes"),
+        ({"grid": (0, 4, 4)}, "a size of grid must be at least 1, got 0"),
         ({"grid": (4, 4)}, "three positive sizes"),
-        ({"grid": (1, 4, 4), "text_tokens": -1}, "0 or more"),
+        ({"grid": (1, 4, 4), "text_tokens": -1}, "text_tokens must be at least 0, got -1"),
         ({"grid": (1, 4, 4), "text_position": "middle"}, "'first' or 'last'"),
     ],
 )

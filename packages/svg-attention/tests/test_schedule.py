@@ -46,7 +46,7 @@ def test_json_round_trip() -> None:
         ({"dense_layers": -0.1}, "dense_layers must lie"),
         ({"density": ()}, "at least one breakpoint"),
         ({"density": ((0.5, 0.3), (0.5, 0.2))}, "must rise"),
-        ({"density": ((0.5, 0.0),)}, r"density in \(0, 1\]"),
+        ({"density": ((0.5, 0.0),)}, r"density of a breakpoint must lie in \(0, 1\]"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict, message: str) -> None:

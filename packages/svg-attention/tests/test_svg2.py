@@ -17,10 +17,11 @@ from svg_attention import (
     RandomBlocks,
     SparsePlan,
     TokenLayout,
+    cluster_counts,
     recall,
     sparse_attention,
 )
-from svg_attention.methods import clustering
+from svg_attention.planning import clustering
 
 LAYOUT = TokenLayout(grid=(6, 16, 16))
 SMALL: dict[str, Any] = {"q_clusters": 16, "k_clusters": 48, "first_iterations": 10}
@@ -268,6 +269,28 @@ def test_more_clusters_than_tokens_is_an_error_that_says_what_to_do() -> None:
         plan_of(SVG2(density=0.3, **SMALL), data, layout)
     plan = plan_of(SVG2(density=0.5, q_clusters=16, k_clusters=16), data, layout)
     assert plan.density().item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 3, 5), (2, 9, 9), (6, 16, 16)])
+def test_svg2_without_cluster_counts_suits_any_number_of_tokens(
+    grid: tuple[int, int, int],
+) -> None:
+    layout = TokenLayout(grid=grid, text_tokens=3)
+    data = tuple(torch.randn(1, 2, layout.tokens, 8) for _ in range(3))
+    memory = LayerMemory()
+    plan = plan_of(SVG2(first_iterations=3), data, layout, memory)
+    counts = cluster_counts(layout.video_tokens)
+    assert memory.query_centroids.shape[2] == counts[0]
+    assert memory.key_centroids.shape[2] == counts[1]
+    assert sparse_attention(*data, plan).isfinite().all()
+    assert SVG2.from_dict(SVG2().to_dict()) == SVG2()
+
+
+def test_cluster_counts_shrink_with_the_sequence_and_keep_the_published_ones() -> None:
+    assert cluster_counts(75_600) == (300, 1000)
+    assert cluster_counts(1536) == (24, 96)
+    assert cluster_counts(1536, 10, 20) == (10, 20)
+    assert cluster_counts(5) == (1, 1)
 
 
 @pytest.mark.parametrize(

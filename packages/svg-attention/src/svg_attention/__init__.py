@@ -4,12 +4,21 @@ import svg_attention._kmeans_files  # noqa: F401 - raises where flash_kmeans is 
 from svg_attention.attention import dense_attention, sparse_attention
 from svg_attention.errors import UnsupportedError
 from svg_attention.layout import TokenLayout
+from svg_attention.log import Call, CallRecord
 from svg_attention.memory import LayerMemory
-from svg_attention.methods import SVG1, SVG2, Dense, Method, RandomBlocks, method_from_dict
+from svg_attention.methods import (
+    SVG1,
+    SVG2,
+    Dense,
+    Method,
+    RandomBlocks,
+    cluster_counts,
+    method_from_dict,
+)
 from svg_attention.metrics import density, mass_coverage, recall
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.schedule import Schedule
-from svg_attention.session import Call, CallRecord, Session
+from svg_attention.session import Session
 from svg_attention.status import BackendStatus, backend_status
 
 __all__ = [
@@ -29,6 +38,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "backend_status",
+    "cluster_counts",
     "dense_attention",
     "density",
     "mass_coverage",

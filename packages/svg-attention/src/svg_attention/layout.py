@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from svg_attention import config
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
@@ -20,6 +22,7 @@ class TokenLayout:
         text_position: whether the text stands before or after the video.
 
     Raises:
+        TypeError: if a size is no integer.
         ValueError: if a size is not positive or `text_position` is unknown.
     """
 
@@ -28,16 +31,19 @@ class TokenLayout:
     text_position: Literal["first", "last"] = "last"
 
     def __post_init__(self) -> None:
-        grid = tuple(int(size) for size in self.grid)
-        if len(grid) != 3 or min(grid) < 1:
+        try:
+            frames, rows, columns = self.grid
+        except (TypeError, ValueError):
             raise ValueError(
                 f"grid must be three positive sizes (frames, rows, columns), got {self.grid!r}"
-            )
-        if self.text_tokens < 0:
-            raise ValueError(f"text_tokens must be 0 or more, got {self.text_tokens}")
-        if self.text_position not in ("first", "last"):
-            raise ValueError(f"text_position must be 'first' or 'last', got {self.text_position!r}")
-        object.__setattr__(self, "grid", grid)
+            ) from None
+        grid = tuple(config.integer("a size of grid", n, least=1) for n in (frames, rows, columns))
+        config.assign(
+            self,
+            grid=grid,
+            text_tokens=config.integer("text_tokens", self.text_tokens, least=0),
+            text_position=config.choice("text_position", self.text_position, ("first", "last")),
+        )
 
     @property
     def num_frames(self) -> int:
@@ -75,5 +81,10 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TokenLayout:
-        """Build a layout from what `to_dict` returned."""
-        return cls(**{**fields, "grid": tuple(fields["grid"])})
+        """Build a layout from what `to_dict` returned.
+
+        Raises:
+            TypeError: if a value is of the wrong type.
+            ValueError: if it is out of range, or a key names no field.
+        """
+        return cls(**config.settings(cls, fields))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from svg_attention.planning.dispatch import select_planner
+from svg_attention.planning.order import long_tiles_first
 from svg_attention.planning.runs import cluster_runs, round_runs
 from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
 
@@ -52,7 +54,14 @@ class SparsePlan:
             The output of the others is unspecified but finite.
         key_lengths: int32 `[B]`, valid keys, which come first in plan order; None for all.
             No run holds any other.
+        run_multiple: every run is a multiple of this many rows, but for one that ends the valid
+            keys.
+        tile_order: int32 `[B, H, T]`, the order in which tiles are best started, head by head: tile
+            `t` of head `h` of item `b` is `(b * H + h) * T + t`. None leaves it to the backend. It
+            changes speed only.
         summary: centroids that stand in for what is not read, or None.
+        broken: bool `[B, H]`, heads that read everything because a query or key is not finite; None
+            where the method does not look.
         is_full: known without looking at the device that every query reads every valid key.
     """
 
@@ -65,7 +74,10 @@ class SparsePlan:
     run_lengths: Tensor
     query_lengths: Tensor | None = None
     key_lengths: Tensor | None = None
+    run_multiple: int = 1
+    tile_order: Tensor | None = None
     summary: KeySummary | None = None
+    broken: Tensor | None = None
     is_full: bool = False
 
     def __post_init__(self) -> None:
@@ -219,7 +231,24 @@ class SparsePlan:
             multiple=multiple,
             limit=limit,
         )
-        return replace(self, run_starts=starts, run_lengths=lengths)
+        return replace(self, run_starts=starts, run_lengths=lengths, run_multiple=multiple)
+
+    def ready(self) -> SparsePlan:
+        """Return this plan as the kernels of its device want it, so that a run of it only computes.
+
+        On a GPU runs are rounded up to what its copy engine moves at once (not beside a summary)
+        and tiles are ordered; on a CPU nothing changes.
+        """
+        planner = select_planner("auto", self.device)
+        if self.is_full or not planner.ORDERS_TILES:
+            return self
+        plan = self
+        if plan.summary is None and plan.run_multiple % planner.RUN_MULTIPLE:
+            plan = plan.rounded(planner.RUN_MULTIPLE)
+        if plan.tile_order is None:
+            order = long_tiles_first(plan.run_lengths).view(plan.run_starts.shape[:3])
+            plan = replace(plan, tile_order=order)
+        return plan
 
     def tile_rows_valid(self) -> Tensor:
         """Count the valid query rows of each tile: int64 `[B or 1, T]`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from svg_attention import config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Schedule:
             method's own density.
 
     Raises:
+        TypeError: if a value is of the wrong type.
         ValueError: if a fraction or a density is out of range, or breakpoints do not rise.
     """
 
@@ -34,23 +37,16 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_layers"):
-            fraction = getattr(self, name)
-            if not 0.0 <= fraction <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {fraction}")
+            checked = config.fraction(name, getattr(self, name), zero=True)
+            config.assign(self, **{name: checked})
         if self.density is None:
             return
-        points = tuple((float(done), float(value)) for done, value in self.density)
+        points = _points(self.density)
         if not points:
             raise ValueError("density needs at least one breakpoint, or None")
         if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
             raise ValueError(f"the fractions of density breakpoints must rise, got {points}")
-        for done, value in points:
-            if not (0.0 <= done <= 1.0 and 0.0 < value <= 1.0):
-                raise ValueError(
-                    "a density breakpoint is (fraction in [0, 1], density in (0, 1]), "
-                    f"got {(done, value)}"
-                )
-        object.__setattr__(self, "density", points)
+        config.assign(self, density=points)
 
     def is_dense(
         self, *, step: int | None, num_steps: int | None, layer: int, num_layers: int
@@ -89,7 +85,34 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Schedule:
-        """Build a schedule from what `to_dict` returned."""
-        points = fields.get("density")
-        pairs = None if points is None else tuple((done, value) for done, value in points)
-        return cls(**{**fields, "density": pairs})
+        """Build a schedule from what `to_dict` returned.
+
+        Raises:
+            TypeError: if a value is of the wrong type.
+            ValueError: if it is out of range, or a key names no field.
+        """
+        return cls(**config.settings(cls, fields))
+
+
+def _points(density: Any) -> tuple[tuple[float, float], ...]:
+    """Return breakpoints as pairs of floats; raise unless they are pairs of fractions."""
+    if isinstance(density, (str, bytes)) or not isinstance(density, Iterable):
+        raise TypeError(
+            f"density must be a list of (fraction of steps done, density), got {density!r}; "
+            "one density for every step is a setting of the method"
+        )
+    points = []
+    for point in density:
+        try:
+            done, value = point
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"a density breakpoint is (fraction of steps done, density), got {point!r}"
+            ) from None
+        points.append(
+            (
+                config.fraction("the fraction of a density breakpoint", done, zero=True),
+                config.fraction("the density of a breakpoint", value),
+            )
+        )
+    return tuple(points)

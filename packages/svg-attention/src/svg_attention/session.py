@@ -3,65 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from svg_attention import config
 from svg_attention.attention import sparse_attention
 from svg_attention.layout import TokenLayout
+from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
 from svg_attention.methods import Dense, Method
 from svg_attention.schedule import Schedule
 
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """Say which attention call of a generation this is.
-
-    Args:
-        step: denoising step from 0; None when unknown, which keeps the call dense.
-        num_steps: denoising steps of the generation, or None.
-        layer: self-attention layer from 0.
-        num_layers: self-attention layers of the transformer.
-        branch: guidance branch, such as "cond" and "uncond".
-        transformer: which transformer, for pipelines with two.
-    """
-
-    step: int | None
-    num_steps: int | None
-    layer: int
-    num_layers: int
-    branch: str = "cond"
-    transformer: str = "transformer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallRecord:
-    """Report one attention call.
-
-    Attributes:
-        step: as in the call.
-        layer: as in the call.
-        branch: as in the call.
-        transformer: as in the call.
-        method: name of the method that ran; "Dense" for what the schedule kept dense.
-        density: fraction of the valid query-key pairs computed exactly, mean over batch and heads.
-        seconds: time of planning and attention together; None unless the session profiles.
-        tokens: tokens of the sequence.
-    """
-
-    step: int | None
-    layer: int
-    branch: str
-    transformer: str
-    method: str
-    density: float
-    seconds: float | None
-    tokens: int
+Layout = Literal["BHSD", "BSHD"]
+# Calls that the log keeps: ten videos of 50 guided steps through 60 layers.
+MAX_RECORDS = 60_000
 
 
 @dataclass
@@ -72,60 +32,35 @@ class _Site:
     generator: torch.Generator
 
 
-@dataclass
-class _Entry:
-    """A call record whose numbers may still be on the device."""
-
-    call: Call
-    method: str
-    tokens: int
-    density: Tensor | None
-    clock: _Clock | None = field(default=None)
-
-
-class _Clock:
-    """Time a stretch of work: by CUDA events on a GPU, by the wall elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._elapsed = 0.0
-        self._begin = 0.0
-        if device.type == "cuda":
-            self._events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
-            self._events[0].record()
-        else:
-            self._begin = time.perf_counter()
-
-    def stop(self) -> None:
-        """End the stretch."""
-        if self._events is not None:
-            self._events[1].record()
-        else:
-            self._elapsed = time.perf_counter() - self._begin
-
-    def seconds(self) -> float:
-        """Return the length of the stretch, waiting for the device if need be."""
-        if self._events is None:
-            return self._elapsed
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000.0
-
-
 class Session:
     """Run the attention calls of one generation; knows no model.
 
     Each layer, guidance branch and transformer has its own memory and its own random generator,
-    seeded from `seed` and its name, so that a call's result depends on no other call's draws.
+    seeded from `seed` and its name, so that a call's result depends on no other call's draws, and
+    not on which heads of the layer are on this device.
+
+    ```python
+    session = Session(SVG2(), layout=layout, num_steps=50, num_layers=30)
+    for i in range(50):
+        with session.step(i):
+            ...                                     # and in block n of the transformer:
+            out = session.attend(query, key, value, layer=n)
+    ```
 
     Args:
         method: which keys each query reads in calls that are not dense.
-        schedule: which calls stay dense.
+        schedule: which calls stay dense; `Schedule()` when None.
+        layout: where the tokens of every call are, unless a call says otherwise.
+        num_steps: denoising steps of a generation; None when unknown.
+        num_layers: self-attention layers of the transformer.
         backend: passed on to `sparse_attention`.
         seed: start of all random draws.
         profile: also record the seconds of every call.
+        max_records: calls that the log keeps; older ones are dropped.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a number is not positive.
     """
 
     def __init__(
@@ -133,17 +68,59 @@ class Session:
         method: Method,
         schedule: Schedule | None = None,
         *,
+        layout: TokenLayout | None = None,
+        num_steps: int | None = None,
+        num_layers: int | None = None,
         backend: str = "auto",
         seed: int = 0,
         profile: bool = False,
+        max_records: int = MAX_RECORDS,
     ) -> None:
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a Method such as SVG2(), got {method!r}")
+        if not isinstance(schedule, Schedule | None):
+            raise TypeError(f"schedule must be a Schedule or None, got {schedule!r}")
         self.method = method
         self.schedule = Schedule() if schedule is None else schedule
+        self.layout = layout
+        self.num_steps = _count("num_steps", num_steps)
+        self.num_layers = _count("num_layers", num_layers)
         self.backend = backend
         self.seed = seed
         self.profile = profile
+        self._log = CallLog(config.integer("max_records", max_records, least=1))
         self._sites: dict[tuple[str, str, int, str], _Site] = {}
-        self._entries: list[_Entry] = []
+        self._current: tuple[int, str, str] | None = None
+        self._latest = -1
+
+    @contextmanager
+    def step(
+        self, index: int, *, branch: str = "cond", transformer: str = "transformer"
+    ) -> Iterator[None]:
+        """Say which denoising step the calls inside the `with` block belong to.
+
+        A step before the last one begins a new video, as `reset` does.
+
+        Args:
+            index: step from 0.
+            branch: guidance branch, such as "cond" and "uncond".
+            transformer: which transformer, for models with two.
+
+        Raises:
+            ValueError: if the step is not one of `num_steps`.
+        """
+        index = config.integer("step", index, least=0)
+        if self.num_steps is not None and index >= self.num_steps:
+            raise ValueError(
+                f"step {index} is not one of the {self.num_steps} steps, which count from 0"
+            )
+        if index < self._latest:
+            self.reset()
+        outer, self._current, self._latest = self._current, (index, branch, transformer), index
+        try:
+            yield
+        finally:
+            self._current = outer
 
     def attend(
         self,
@@ -151,11 +128,13 @@ class Session:
         key: Tensor,
         value: Tensor,
         *,
-        layout: TokenLayout,
-        call: Call,
+        layer: int | None = None,
+        layout: TokenLayout | None = None,
+        call: Call | None = None,
         text_lengths: Tensor | None = None,
         scale: float | None = None,
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        out_layout: Layout = "BHSD",
     ) -> Tensor:
         """Compute one self-attention call, dense or sparse as the schedule says, and log it.
 
@@ -163,19 +142,31 @@ class Session:
             query: `[B, H, S, D]`.
             key: `[B, H_kv, S, D]`.
             value: `[B, H_kv, S, D]`.
-            layout: where the video and text tokens are.
-            call: which call of the generation this is.
+            layer: self-attention layer from 0, inside `with session.step(...)`.
+            layout: where the video and text tokens are; the session's when None.
+            call: which call of the generation this is, in place of `layer` and `step`; for
+                adapters that follow a pipeline.
             text_lengths: integers `[B]` on the device, valid text tokens; None for all.
             scale: factor of the logits, `D ** -0.5` when None.
             dense: what computes dense calls, for results equal to the last bit with a model's own
                 kernel; it must know about text padding itself.
+            out_layout: how the output lies in memory; with "BSHD" `out.transpose(1, 2)` is
+                contiguous. Its shape is `[B, H, S, D]` either way.
 
         Returns:
             Tensor shaped and typed as `query`.
+
+        Raises:
+            ValueError: if the tensors are not one self-attention call over the layout, or it is
+                not said which layer or step this is.
         """
-        clock = _Clock(query.device) if self.profile else None
+        call = self._call(layer) if call is None else call
+        layout = self.layout if layout is None else layout
+        if layout is None:
+            raise ValueError("where are the tokens? pass layout=TokenLayout(...) to the session")
+        stopwatch = Stopwatch(query.device) if self.profile else None
         method = self._method_for(call)
-        density = None
+        density = broken = None
         if isinstance(method, Dense) and dense is not None:
             out = dense(query, key, value)
         else:
@@ -190,36 +181,57 @@ class Session:
                 generator=site.generator,
                 scale=scale,
             )
+            # A dense kernel chooses its own layout, which is mostly that of the queries.
+            target = None if plan.is_full else _allocate(query, value, out_layout)
             backend = "auto" if plan.is_full else self.backend
-            out = sparse_attention(query, key, value, plan, scale=scale, backend=backend)
-            density = None if plan.is_full else plan.density().mean()
-        if clock is not None:
-            clock.stop()
-        self._entries.append(_Entry(call, type(method).__name__, layout.tokens, density, clock))
+            out = sparse_attention(
+                query, key, value, plan, scale=scale, backend=backend, out=target
+            )
+            if not plan.is_full:
+                density = plan.density().mean()
+                broken = None if plan.broken is None else plan.broken.any()
+        if out_layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        if stopwatch is not None:
+            stopwatch.stop()
+        self._log.add(call, type(method).__name__, layout.tokens, density, broken, stopwatch)
         return out
 
     def reset(self) -> None:
         """Begin a new video: forget what was remembered and the log, keep the configuration."""
         self._sites.clear()
-        self._entries.clear()
+        self._log.clear()
+        self._latest = -1
 
     def records(self) -> list[CallRecord]:
-        """Return one record per call since the last reset, in order; waits for the device."""
-        pending = [entry.density for entry in self._entries if entry.density is not None]
-        numbers = iter(_to_floats(pending))
-        return [
-            CallRecord(
-                step=entry.call.step,
-                layer=entry.call.layer,
-                branch=entry.call.branch,
-                transformer=entry.call.transformer,
-                method=entry.method,
-                density=1.0 if entry.density is None else next(numbers),
-                seconds=None if entry.clock is None else entry.clock.seconds(),
-                tokens=entry.tokens,
+        """Return one record per call since the last reset, in order; waits for the device.
+
+        Of more than `max_records` calls these are the latest.
+        """
+        return self._log.records()
+
+    def _call(self, layer: int | None) -> Call:
+        """Return the call of a layer in the current step."""
+        if layer is None:
+            raise ValueError("which layer is this? pass layer=n, counted from 0")
+        if self._current is None:
+            raise ValueError("which step is this? attend inside `with session.step(i):`")
+        layer = config.integer("layer", layer, least=0)
+        if self.num_layers is None:
+            raise ValueError("pass num_layers to the session, so that it knows which stay dense")
+        if layer >= self.num_layers:
+            raise ValueError(
+                f"layer {layer} is not one of the {self.num_layers} layers, which count from 0"
             )
-            for entry in self._entries
-        ]
+        step, branch, transformer = self._current
+        return Call(
+            step=step,
+            num_steps=self.num_steps,
+            layer=layer,
+            num_layers=self.num_layers,
+            branch=branch,
+            transformer=transformer,
+        )
 
     def _method_for(self, call: Call) -> Method:
         """Return what runs this call: dense, or the method at the density of this step."""
@@ -252,12 +264,13 @@ def site_seed(seed: int, transformer: str, branch: str, layer: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
 
 
-def _to_floats(numbers: list[Tensor]) -> list[float]:
-    """Bring scalar tensors to the host with one transfer per device."""
-    devices = {number.device for number in numbers}
-    values: dict[int, float] = {}
-    for device in devices:
-        places = [i for i, number in enumerate(numbers) if number.device == device]
-        column = torch.stack([numbers[i] for i in places]).tolist()
-        values.update(zip(places, column, strict=True))
-    return [values[i] for i in range(len(numbers))]
+def _count(name: str, value: int | None) -> int | None:
+    return None if value is None else config.integer(name, value, least=1)
+
+
+def _allocate(query: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Allocate `[B, H, S, D]` that lies in memory as asked."""
+    batch, heads, length, _ = query.shape
+    if layout == "BHSD":
+        return query.new_empty(batch, heads, length, value.shape[-1])
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)

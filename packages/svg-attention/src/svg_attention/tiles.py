@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Query rows of a tile, in every plan that a method builds.
 TILE_ROWS = 128
+# Key rows that a GPU's copy engine moves at once.
+COPY_ROWS = 8
 
 
 def count_tiles(length: int, tile_rows: int = TILE_ROWS) -> int:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.planning.order import long_tiles_first
-from svg_attention.tiles import match_heads
+from svg_attention.tiles import COPY_ROWS, match_heads
 
-# Rows that the copy engine moves at once: runs of a multiple need no mask in the compiled kernel.
-COPY_ROWS = 8
 # Bytes that permuted keys and values may take; a call that needs more is run by groups of heads.
 SCRATCH = 2**30
 
@@ -100,10 +98,13 @@ class KernelsBackend:
         summary = None
         if plan.summary is not None:
             summary = (plan.summary.keys, plan.summary.values, plan.summary.log_weights)
-        elif self.name == "cuda" and not plan.is_full:
-            plan = plan.rounded(COPY_ROWS)
-        # The kernels write rows that lie next to each other.
-        target = out if out.is_contiguous() else None
+        elif self.name == "cuda" and not plan.is_full and plan.run_multiple % COPY_ROWS:
+            plan = plan.rounded(COPY_ROWS)  # Not made by a method: those are ready.
+        tile_order = plan.tile_order
+        if tile_order is None and not plan.is_full:
+            tile_order = long_tiles_first(plan.run_lengths)
+        # The kernels fill rows wherever they lie, but not channels.
+        target = out if out.stride(-1) == 1 else None
         result: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention(
             query,
             key,
@@ -112,7 +113,7 @@ class KernelsBackend:
             plan.run_lengths,
             query_order=plan.query_order,
             summary=summary,
-            tile_order=None if plan.is_full else long_tiles_first(plan.run_lengths),
+            tile_order=None if tile_order is None else tile_order.flatten(),
             scale=scale,
             return_lse=return_lse,
             out=target,
@@ -161,6 +162,11 @@ def plan_of_heads(
     def of_keys(x: Tensor) -> Tensor:
         return match_heads(x, key_head_count)[batch, key_heads]
 
+    tile_order = plan.tile_order
+    if tile_order is not None:
+        # Tiles are numbered from the first of the part.
+        first = (batch.start * plan.heads + heads.start) * plan.tiles
+        tile_order = tile_order[batch, heads] - first
     summary = plan.summary
     if summary is not None:
         summary = KeySummary(
@@ -176,5 +182,7 @@ def plan_of_heads(
         run_lengths=plan.run_lengths[batch, heads],
         query_lengths=None if plan.query_lengths is None else plan.query_lengths[batch],
         key_lengths=None if plan.key_lengths is None else plan.key_lengths[batch],
+        tile_order=tile_order,
         summary=summary,
+        broken=None,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from svg_attention.methods.base import Method, MethodConfig
+from svg_attention.methods.base import Method
 from svg_attention.methods.dense import Dense
 from svg_attention.methods.random_blocks import RandomBlocks
 from svg_attention.methods.svg1 import SVG1
-from svg_attention.methods.svg2 import SVG2
+from svg_attention.methods.svg2 import SVG2, cluster_counts
 
-METHODS: dict[str, type[MethodConfig]] = {
+METHODS: dict[str, type[Method]] = {
     method.__name__: method for method in (Dense, SVG1, SVG2, RandomBlocks)
 }
 
@@ -20,13 +20,22 @@ def method_from_dict(values: Mapping[str, Any]) -> Method:
     """Build the method that `to_dict` described.
 
     Raises:
-        ValueError: if no method has that name.
+        TypeError: if a setting is of the wrong type.
+        ValueError: if no method has that name, or a setting is unknown or out of range.
     """
     name = values.get("name")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    method: Any = METHODS[name].from_dict(values)
-    return method
+    return METHODS[name].from_dict(values)
 
 
-__all__ = ["METHODS", "SVG1", "SVG2", "Dense", "Method", "RandomBlocks", "method_from_dict"]
+__all__ = [
+    "METHODS",
+    "SVG1",
+    "SVG2",
+    "Dense",
+    "Method",
+    "RandomBlocks",
+    "cluster_counts",
+    "method_from_dict",
+]

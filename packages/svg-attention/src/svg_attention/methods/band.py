@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svg_attention.layout import TokenLayout
-from svg_attention.methods.base import text_tiles
+from svg_attention.methods.call import text_tiles
 from svg_attention.planning.segments import merge_segments
 from svg_attention.tiles import TILE_ROWS, count_tiles
 

@@ -8,8 +8,13 @@ from torch import Tensor
 from svg_attention._ops import define_op
 from svg_attention.planning.dispatch import select_planner
 
+# Tiles that read more than this many times their head's mean are started first.
+LONG_RATIO = 1.5
 
-def long_tiles_first(run_lengths: Tensor, *, ratio: float = 1.5, backend: str = "auto") -> Tensor:
+
+def long_tiles_first(
+    run_lengths: Tensor, *, ratio: float = LONG_RATIO, backend: str = "auto"
+) -> Tensor:
     """Order tiles head by head, those that read much more than their head's average first.
 
     A tile of text rows reads every key; started last, it would run on alone. The others keep

@@ -13,6 +13,9 @@ from svg_attention.planning.segments import merge_segments
 from svg_attention.rows import take_rows
 from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
 
+# Runs may have any length here, and tiles be computed in any order.
+RUN_MULTIPLE = 1
+ORDERS_TILES = False
 # Logits held at once: of probes with centroids, of probes with keys, of sampled rows with keys.
 MASS_LOGITS = 2**26
 ERROR_LOGITS = 2**24
@@ -80,7 +83,7 @@ def keep_top_p(
     ranked = mass.gather(-1, order)
     kept = ranked.cumsum(dim=-1) - ranked < top_p
     kept[..., :min_clusters] = True
-    return _scatter(kept, order, sizes)
+    return _scatter(kept, order, priority, sizes)
 
 
 def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def keep_budget(priority: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
         spare = left - (keys * kept).sum(dim=-1, keepdim=True)
         fits = ~kept & (keys <= spare)
         kept = kept | (fits & ((keys * fits).cumsum(dim=-1) <= spare))
-    return _scatter(kept, order, sizes)
+    return _scatter(kept, order, priority, sizes)
 
 
 def _rank(priority: Tensor, sizes: Tensor) -> Tensor:
@@ -104,8 +107,11 @@ def _rank(priority: Tensor, sizes: Tensor) -> Tensor:
     return priority.masked_fill(empty, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
-def _scatter(kept: Tensor, order: Tensor, sizes: Tensor) -> Tensor:
-    return torch.zeros_like(kept).scatter_(-1, order, kept) & (sizes > 0)[:, :, None]
+def _scatter(kept: Tensor, order: Tensor, priority: Tensor, sizes: Tensor) -> Tensor:
+    """Return which clusters are kept: all those with keys where a priority is not finite."""
+    found = torch.zeros_like(kept).scatter_(-1, order, kept)
+    unknown = ~priority.isfinite().all(dim=-1, keepdim=True)
+    return (found | unknown) & (sizes > 0)[:, :, None]
 
 
 def centroid_error(
@@ -184,14 +190,19 @@ def pattern_error(rows: Tensor, key: Tensor, value: Tensor, reads: Tensor, scale
     return totals / (count * value.shape[-1])
 
 
-def merge_clusters(mask: Tensor, ends: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
+def merge_clusters(
+    mask: Tensor, ends: Tensor, full: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
     """Merge the clusters as segments; the last segment is read by every tile."""
     if full is not None:
         mask = mask | full[:, None, :, None]
     kept = torch.nn.functional.pad(mask, (0, 1), value=True)
     starts = torch.nn.functional.pad(ends[..., :-1], (1, 0))
     slots = (mask.shape[-1] + 2) // 2
-    return merge_segments(starts[:, :, None], ends[:, :, None], kept, slots=slots)
+    found = merge_segments(
+        starts[:, :, None], ends[:, :, None], kept, slots=slots, multiple=multiple
+    )
+    return _grow(*found, multiple, ends[:, :, None, -1:])
 
 
 def round_runs(
@@ -199,11 +210,16 @@ def round_runs(
 ) -> tuple[Tensor, Tensor]:
     """Merge what lies close together, then lengthen."""
     ends, slots = run_starts + run_lengths, run_starts.shape[-1]
-    starts, lengths = merge_segments(
-        run_starts, ends, run_lengths > 0, slots=slots, multiple=multiple
-    )
+    found = merge_segments(run_starts, ends, run_lengths > 0, slots=slots, multiple=multiple)
+    return _grow(*found, multiple, limit[:, None, None, None])
+
+
+def _grow(starts: Tensor, lengths: Tensor, multiple: int, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengthen runs that have room to a multiple of rows, up to `limit`."""
+    if multiple == 1:
+        return starts, lengths
     grown = (lengths + multiple - 1) // multiple * multiple
-    grown = torch.minimum(starts + grown, limit[:, None, None, None].to(grown.dtype)) - starts
+    grown = torch.minimum(starts + grown, limit.to(grown.dtype)) - starts
     return starts, torch.where(lengths > 0, torch.maximum(grown, lengths), 0)
 
 

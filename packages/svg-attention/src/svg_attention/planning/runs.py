@@ -32,18 +32,28 @@ def cluster_runs(
     shared = full is not None and full.dim() == 3 and full.shape[1] == 1
     if full is not None and not shared:
         mask, full = mask | full[..., None], None
+    ends = cluster_ends(sizes, tail)
+    whole = None if full is None else full[:, 0].expand(mask.shape[0], mask.shape[2])
+    return merge_clusters(mask, ends, full=whole)
+
+
+def cluster_ends(sizes: Tensor, tail: Tensor | int) -> Tensor:
+    """Return one past the last row of each cluster, then of the tail: int32 `[B, H, C + 1]`."""
     if isinstance(tail, Tensor):
         last = tail.to(sizes.dtype)[:, None, None].expand(*sizes.shape[:2], 1)
         rows = torch.cat([sizes, last], dim=-1)
     else:
         rows = torch.nn.functional.pad(sizes, (0, 1), value=tail)
-    ends = rows.cumsum(dim=-1, dtype=torch.int32)
-    whole = None if full is None else full[:, 0].expand(mask.shape[0], mask.shape[2])
-    return merge_clusters(mask, ends, full=whole)
+    return rows.cumsum(dim=-1, dtype=torch.int32)
 
 
 def merge_clusters(
-    mask: Tensor, ends: Tensor, *, full: Tensor | None = None, backend: str = "auto"
+    mask: Tensor,
+    ends: Tensor,
+    *,
+    full: Tensor | None = None,
+    multiple: int = 1,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Merge the clusters each tile reads into runs of consecutive key rows.
 
@@ -54,6 +64,8 @@ def merge_clusters(
         mask: bool `[B, H, T, C]`.
         ends: int32 `[B, H, C + 1]`, not decreasing.
         full: bool `[B, T]`, tiles that read every row; None for none.
+        multiple: rows that every run is made a multiple of, as by `round_runs` with the end of the
+            last segment for a limit.
         backend: `"auto"`, `"triton"` or `"reference"`.
 
     Returns:
@@ -69,7 +81,7 @@ def merge_clusters(
         raise ValueError(f"ends must be {[batch, heads, count + 1]}, got {list(ends.shape)}")
     if full is not None and tuple(full.shape) != (batch, tiles):
         raise ValueError(f"full must be {[batch, tiles]}, got {list(full.shape)}")
-    starts, lengths = _merge_clusters(mask, ends, full, backend)
+    starts, lengths = _merge_clusters(mask, ends, full, multiple, backend)
     return starts, lengths
 
 
@@ -107,9 +119,11 @@ def round_runs(
 
 
 def _run_merge(
-    mask: Tensor, ends: Tensor, full: Tensor | None, backend: str
+    mask: Tensor, ends: Tensor, full: Tensor | None, multiple: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    starts, lengths = select_planner(backend, mask.device).merge_clusters(mask, ends, full)
+    starts, lengths = select_planner(backend, mask.device).merge_clusters(
+        mask, ends, full, multiple
+    )
     return starts, lengths
 
 
@@ -123,7 +137,7 @@ def _run_round(
 
 
 def _fake_merge(
-    mask: Tensor, ends: Tensor, full: Tensor | None, backend: str
+    mask: Tensor, ends: Tensor, full: Tensor | None, multiple: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     shape = (*mask.shape[:3], (mask.shape[3] + 2) // 2)
     return ends.new_empty(shape), ends.new_empty(shape)
@@ -137,7 +151,7 @@ def _fake_round(
 
 _merge_clusters = define_op(
     "merge_clusters",
-    "(Tensor mask, Tensor ends, Tensor? full, str backend) -> (Tensor, Tensor)",
+    "(Tensor mask, Tensor ends, Tensor? full, int multiple, str backend) -> (Tensor, Tensor)",
     _run_merge,
     _fake_merge,
 )

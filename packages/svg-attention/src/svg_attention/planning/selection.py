@@ -22,7 +22,8 @@ def keep_top_p(
 
     With clusters ranked by falling priority, equal ones by number, cluster `j` is kept if the mass
     ranked before it is below `top_p`, or its rank is below `min_clusters`. The first is always
-    kept; empty clusters never are.
+    kept; empty clusters never are. A tile with a priority that is not finite keeps all others: what
+    cannot be estimated is computed.
 
     Args:
         priority: fp32 `[B, H, T, C]`, not negative.
@@ -54,7 +55,7 @@ def keep_budget(
 
     Clusters are taken in order up to the first that does not fit (the first of all in any case);
     then, twice, those after it that fit what is left are taken in order the same way. Empty
-    clusters are never kept.
+    clusters are never kept. A tile with a priority that is not finite keeps all others.
 
     Args:
         priority: fp32 `[B, H, T, C]`, not negative; equal ones rank by number.

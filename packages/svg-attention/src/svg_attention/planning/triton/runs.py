@@ -70,10 +70,11 @@ def merge_kernel(
     multiple,
     CLUSTERS: tl.constexpr,
     FULL: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Merge the segments of one tile into runs; round them up if they were runs before."""
+    """Merge the segments of one tile into runs; round them up to a multiple of rows if asked."""
     tile = tl.program_id(0).to(tl.int64)
     sequence = tile // tiles
     batch = sequence // heads
@@ -99,9 +100,13 @@ def merge_kernel(
     mask_r = offs_r < used
     run = tl.load(starts + offs_r, mask=mask_r, other=0)
     length = tl.load(lengths + offs_r, mask=mask_r, other=0) - run
-    if not CLUSTERS:
+    if ROUND:
+        if CLUSTERS:
+            most = tl.load(second + sequence * count + count - 1)
+        else:
+            most = tl.load(limit + batch)
         rounded = (length + multiple - 1) // multiple * multiple
-        rounded = tl.minimum(rounded, tl.load(limit + batch) - run)
+        rounded = tl.minimum(rounded, most - run)
         length = tl.maximum(rounded, length)
     length = tl.where(mask_r, length, 0)
     tl.debug_barrier()
@@ -109,11 +114,13 @@ def merge_kernel(
     tl.store(lengths + offs_r, length, mask=offs_r < slots)
 
 
-def merge_clusters(mask: Tensor, ends: Tensor, full: Tensor | None) -> tuple[Tensor, Tensor]:
+def merge_clusters(
+    mask: Tensor, ends: Tensor, full: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
     """Launch `merge_kernel` on clusters."""
     slots = (mask.shape[3] + 2) // 2
     full = None if full is None else full.contiguous()
-    return _merge(mask.contiguous(), ends.contiguous(), full, None, mask, slots, 1)
+    return _merge(mask.contiguous(), ends.contiguous(), full, None, mask, slots, multiple)
 
 
 def round_runs(
@@ -156,6 +163,7 @@ def _merge(
                 multiple,
                 CLUSTERS=clusters,
                 FULL=full is not None,
+                ROUND=not clusters or multiple > 1,
                 BLOCK=triton.next_power_of_2(count),
                 BLOCK_R=triton.next_power_of_2(slots),
                 num_warps=max(2, warps_for(count)),

@@ -63,6 +63,13 @@ def fill(bits, keys, sizes, offs_c, spare):
 
 
 @triton.jit
+def not_finite(priority):
+    """Return whether any priority of a tile is NaN or infinite: then it keeps every cluster."""
+    finite = tl.abs(priority) < float("inf")
+    return tl.sum(tl.where(finite, 0, 1), 0) > 0
+
+
+@triton.jit
 def top_p_kernel(priority, mass, sizes, kept, tiles, C, top_p, min_clusters, BLOCK_C: tl.constexpr):
     """Choose the clusters of one tile by their share of the mass."""
     tile = tl.program_id(0).to(tl.int64)
@@ -75,6 +82,7 @@ def top_p_kernel(priority, mass, sizes, kept, tiles, C, top_p, min_clusters, BLO
     chosen = take(bits, weight, top_p, True)
     ones = tl.full([BLOCK_C], 1.0, dtype=tl.float32)
     chosen = chosen | take(bits, ones, min_clusters, True)
+    chosen = chosen | (filled & not_finite(value))
     tl.store(kept + tile * C + offs_c, chosen, mask=mask_c)
 
 
@@ -96,7 +104,8 @@ def budget_kernel(priority, sizes, budget, kept, tiles, C, BLOCK_C: tl.constexpr
     for _ in tl.static_range(2):
         spare = room - tl.sum(tl.where(bits == -3, keys, 0.0), 0)
         bits = fill(bits, keys, sizes + tile // tiles * C, offs_c, spare)
-    tl.store(kept + tile * C + offs_c, bits == -3, mask=mask_c)
+    chosen = (bits == -3) | ((keys > 0) & not_finite(value))
+    tl.store(kept + tile * C + offs_c, chosen, mask=mask_c)
 
 
 def keep_top_p(

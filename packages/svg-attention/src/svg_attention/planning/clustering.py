@@ -16,15 +16,21 @@ class Clusters:
 
     Attributes:
         labels: int32 `[B, H, N]`.
-        centroids: `[B, H, K, D]`, mean row of each cluster; an empty one keeps its last.
+        centroids: `[B, H, K, D]`, mean row of each cluster; an empty one keeps its last. Always
+            finite: a channel that is not is 0.
         sizes: int32 `[B, H, K]`.
         order: int32 `[B, H, N]`, rows sorted by cluster.
+        remembered: `[B, H, K, D]`, finite, where the next step starts.
+        broken: bool `[B, H]`, heads of which some row or mean is not finite. Their clusters are a
+            partition of the rows all the same, but say nothing about them.
     """
 
     labels: Tensor
     centroids: Tensor
     sizes: Tensor
     order: Tensor
+    remembered: Tensor
+    broken: Tensor
 
 
 def cluster_rows(
@@ -32,54 +38,71 @@ def cluster_rows(
     n_clusters: int,
     *,
     remembered: Tensor | None,
-    first_iterations: int,
-    step_iterations: int,
+    iterations: tuple[int, int],
     generator: torch.Generator | None,
 ) -> Clusters:
     """Cluster the rows of each head.
 
-    Without remembered centroids it starts from random rows (the same row numbers for every head
-    and batch item, so that a result does not depend on what else is in the batch) and runs
-    `first_iterations`; with them it runs `step_iterations`. Before the last iterations of a first
-    call the centroids are put in an order in which similar ones are neighbours; they keep it from
-    then on, so rows sorted by label are in that order too.
+    Without remembered centroids it starts from random rows: the same row numbers for every head and
+    batch item, so that a result depends neither on what else is in the batch nor on which heads are
+    on this device. Before the last rounds of a first call the centroids are put in an order in
+    which similar ones are neighbours; they keep it from then on, so rows sorted by label are in
+    that order too.
+
+    NaN and infinity do no harm beyond their own head: it is marked `broken`, and its next step
+    starts from what this one started from.
 
     Args:
         x: `[B, H, N, D]`.
         n_clusters: clusters per head, at most `N`.
         remembered: `[B, H, K, D]` from an earlier step; ignored if it does not fit `x`.
-        first_iterations: rounds of a first call.
-        step_iterations: rounds of a later call.
+        iterations: rounds of a first call, and of a later call.
         generator: source of the random start.
     """
     batch, heads, rows, width = x.shape
     shape = (batch, heads, n_clusters, width)
+    broken = None
+    if x.device.type == "cpu":
+        # K-means on a CPU refuses such rows; on a GPU it would have to wait to see them, so there
+        # they are found by the means that they spoil.
+        finite = x.isfinite()
+        broken = ~finite.flatten(2).all(dim=-1)
+        x = torch.where(finite, x, 0)
     flat = x.reshape(batch * heads, rows, width)
     if fits(remembered, shape, x) and remembered is not None:
-        start = remembered
-        iterations = step_iterations
+        first = start = remembered
+        rounds = iterations[1]
     else:
         chosen = torch.rand(rows, generator=generator, device=x.device).argsort()[:n_clusters]
-        start = x.index_select(2, chosen)
-        iterations = min(step_iterations, first_iterations)
-        if first_iterations > iterations:
+        first = start = zero_where_not_finite(x.index_select(2, chosen))
+        rounds = min(iterations)
+        if iterations[0] > rounds:
             result = kmeans(
                 flat,
                 n_clusters,
                 init=start.reshape(-1, n_clusters, width),
-                max_iter=first_iterations - iterations,
+                max_iter=iterations[0] - rounds,
             )
             start = result.centroids.view(shape)
         start = start.gather(2, neighbour_order(start)[..., None].expand(shape))
-    result = kmeans(
-        flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=iterations
-    )
+    result = kmeans(flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=rounds)
+    found = result.centroids.view(shape)
+    spoiled = ~found.isfinite().flatten(2).all(dim=-1)
+    broken = spoiled if broken is None else broken | spoiled
+    centroids = zero_where_not_finite(found)
     return Clusters(
         labels=result.labels.view(batch, heads, rows),
-        centroids=result.centroids.view(shape),
+        centroids=centroids,
         sizes=result.sizes.view(batch, heads, n_clusters),
         order=result.order.view(batch, heads, rows),
+        remembered=torch.where(broken[..., None, None], first, centroids),
+        broken=broken,
     )
+
+
+def zero_where_not_finite(x: Tensor) -> Tensor:
+    """Return `x` with 0 for NaN and infinity."""
+    return torch.where(x.isfinite(), x, 0)
 
 
 def fits(remembered: Tensor | None, shape: tuple[int, ...], like: Tensor) -> bool:
@@ -96,7 +119,8 @@ def neighbour_order(centroids: Tensor, *, rounds: int = 8) -> Tensor:
     """Order centroids so that similar ones are neighbours.
 
     Sorts them along their principal direction, cuts the list in halves, and does the same within
-    each half, down to pairs; a half's direction is turned to agree with that of the whole.
+    each half, down to pairs; a half's direction is turned to agree with that of the whole. What is
+    not finite counts as 0, so the result is a permutation whatever the centroids hold.
 
     Args:
         centroids: `[B, H, K, D]`.
@@ -107,7 +131,10 @@ def neighbour_order(centroids: Tensor, *, rounds: int = 8) -> Tensor:
     """
     batch, heads, count, _ = centroids.shape
     padded = 1 << max(count - 1, 1).bit_length()
-    rows = torch.nn.functional.pad(centroids.float(), (0, 0, 0, padded - count))
+    rows = zero_where_not_finite(centroids.float())
+    # Scaled by a power of two, which rounds nothing, so that no square or product overflows.
+    exponent = rows.abs().amax(dim=(-1, -2), keepdim=True).frexp().exponent
+    rows = torch.nn.functional.pad(rows.ldexp(-exponent), (0, 0, 0, padded - count))
     order = torch.arange(padded, device=centroids.device).expand(batch, heads, padded)
     parent = None
     width = padded

@@ -1,0 +1,228 @@
+"""What a session reports of its calls, read from the device a step at a time without waiting."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Say which attention call of a generation this is.
+
+    Args:
+        step: denoising step from 0; None when unknown, which keeps the call dense.
+        num_steps: denoising steps of the generation, or None.
+        layer: self-attention layer from 0.
+        num_layers: self-attention layers of the transformer.
+        branch: guidance branch, such as "cond" and "uncond".
+        transformer: which transformer, for pipelines with two.
+    """
+
+    step: int | None
+    num_steps: int | None
+    layer: int
+    num_layers: int
+    branch: str = "cond"
+    transformer: str = "transformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRecord:
+    """Report one attention call.
+
+    Attributes:
+        step: as in the call.
+        layer: as in the call.
+        branch: as in the call.
+        transformer: as in the call.
+        method: name of the method that ran; "Dense" for what the schedule kept dense.
+        density: fraction of the valid query-key pairs computed exactly, mean over batch and heads.
+        seconds: time of planning and attention together; None unless the session profiles.
+        tokens: tokens of the sequence.
+        finite: False if some head read every key because a query or key was NaN or infinite.
+    """
+
+    step: int | None
+    layer: int
+    branch: str
+    transformer: str
+    method: str
+    density: float
+    seconds: float | None
+    tokens: int
+    finite: bool = True
+
+
+class Stopwatch:
+    """Time a stretch of work: by CUDA events on a GPU, by the wall elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._elapsed = 0.0
+        self._begin = 0.0
+        if device.type == "cuda":
+            self._events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
+            self._events[0].record()
+        else:
+            self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the stretch."""
+        if self._events is not None:
+            self._events[1].record()
+        else:
+            self._elapsed = time.perf_counter() - self._begin
+
+    def seconds(self) -> float:
+        """Return the length of the stretch, waiting for the device if need be."""
+        if self._events is None:
+            return self._elapsed
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000.0
+
+
+# Numbers that travel together at most.
+TOGETHER = 512
+
+
+@dataclass
+class _Entry:
+    """A call, and its numbers once they are known."""
+
+    call: Call
+    method: str
+    tokens: int
+    stopwatch: Stopwatch | None
+    density: float = 1.0
+    finite: bool = True
+
+
+@dataclass
+class _Batch:
+    """Numbers on their way from the device: `[density, broken]` of each entry."""
+
+    entries: list[_Entry]
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+
+    def ready(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def deliver(self) -> list[_Entry]:
+        """Fill the entries, waiting for the numbers if need be; return those that were broken."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        for entry, (density, broken) in zip(self.entries, self.numbers.tolist(), strict=True):
+            entry.density, entry.finite = density, not broken
+        return [entry for entry in self.entries if not entry.finite]
+
+
+class CallLog:
+    """Keep the latest calls of a session, and say once when one was not finite.
+
+    Numbers stay on the device until their step is over, then travel together to pinned memory;
+    nothing waits for them before they are asked for.
+
+    Args:
+        most: calls to keep.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._entries: deque[_Entry] = deque(maxlen=most)
+        self._fresh: list[tuple[_Entry, Tensor]] = []
+        self._travelling: deque[_Batch] = deque()
+        self._told = False
+
+    def add(
+        self,
+        call: Call,
+        method: str,
+        tokens: int,
+        density: Tensor | None,
+        broken: Tensor | None,
+        stopwatch: Stopwatch | None,
+    ) -> None:
+        """Take note of a call; `density` and `broken` are scalars on the device, or None."""
+        entry = _Entry(call, method, tokens, stopwatch)
+        new_step = bool(self._fresh) and self._fresh[-1][0].call.step != call.step
+        if new_step or len(self._fresh) >= TOGETHER:
+            self._send()
+        if density is not None:
+            none = torch.zeros((), device=density.device)
+            pair = torch.stack([density, none if broken is None else broken.to(density.dtype)])
+            self._fresh.append((entry, pair))
+            if density.device.type == "cpu":
+                self._send()
+        self._entries.append(entry)
+
+    def records(self) -> list[CallRecord]:
+        """Return one record per call that is kept, in order; waits for the device."""
+        self._send()
+        while self._travelling:
+            self._tell(self._travelling.popleft().deliver())
+        return [
+            CallRecord(
+                step=entry.call.step,
+                layer=entry.call.layer,
+                branch=entry.call.branch,
+                transformer=entry.call.transformer,
+                method=entry.method,
+                density=entry.density,
+                seconds=None if entry.stopwatch is None else entry.stopwatch.seconds(),
+                tokens=entry.tokens,
+                finite=entry.finite,
+            )
+            for entry in self._entries
+        ]
+
+    def clear(self) -> None:
+        """Forget every call; what has arrived by now is still said."""
+        self._send()
+        self._entries.clear()
+        self._fresh.clear()
+        self._travelling.clear()
+        self._told = False
+
+    def _send(self) -> None:
+        """Send the numbers of the calls so far on their way, and read those that have arrived."""
+        on_device = any(pair.device.type == "cuda" for _, pair in self._fresh)
+        if on_device and torch.cuda.is_current_stream_capturing():
+            return
+        by_device: dict[torch.device, list[tuple[_Entry, Tensor]]] = {}
+        for item in self._fresh:
+            by_device.setdefault(item[1].device, []).append(item)
+        self._fresh.clear()
+        for device, items in by_device.items():
+            numbers = torch.stack([pair for _, pair in items])
+            arrived = None
+            if device.type == "cuda":
+                host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+                with torch.cuda.device(device):
+                    numbers = host.copy_(numbers, non_blocking=True)
+                    arrived = torch.cuda.Event()
+                    arrived.record()
+            self._travelling.append(_Batch([entry for entry, _ in items], numbers, arrived))
+        while self._travelling and self._travelling[0].ready():
+            self._tell(self._travelling.popleft().deliver())
+
+    def _tell(self, broken: list[_Entry]) -> None:
+        if not broken or self._told:
+            return
+        self._told = True
+        call = broken[0].call
+        warnings.warn(
+            f"queries or keys of layer {call.layer} at step {call.step} (branch {call.branch!r}, "
+            f"{call.transformer!r}) hold NaN or infinity; heads that do are computed dense. "
+            "This is said once a video",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,167 @@
+"""One self-attention call, checked, and where its tokens stand in a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from svg_attention.layout import TokenLayout
+from svg_attention.memory import LayerMemory
+from svg_attention.plan import SparsePlan
+from svg_attention.tiles import TILE_ROWS, count_tiles
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """Hold what a method plans from; raises unless it is one self-attention call over the layout.
+
+    In canonical plan order the video stands first, permuted as a method likes, then the text, of
+    which the valid tokens come first.
+
+    Attributes:
+        query: `[B, H, S, D]`.
+        key: `[B, H_kv, S, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, S, D_v]`.
+        layout: where the video and text tokens are.
+        memory: what the method left at the previous step of this layer; a plan updates it.
+        text_lengths: integers `[B]` on the device, valid text tokens; None for all.
+        generator: source of all random draws.
+        scale: factor of the logits; `D ** -0.5` if it was not given.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    layout: TokenLayout
+    memory: LayerMemory = field(default_factory=LayerMemory)
+    text_lengths: Tensor | None = None
+    generator: torch.Generator | None = None
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        query, key, value, layout = self.query, self.key, self.value, self.layout
+        if query.dim() != 4:
+            raise ValueError(f"query must be [B, H, S, D], got {tuple(query.shape)}")
+        batch, heads, tokens, width = query.shape
+        if key.dim() != 4 or key.shape[:3] != value.shape[:3] or key.shape[0] != batch:
+            raise ValueError(
+                "key and value must both be [B, H_kv, S, D] with the batch of query, "
+                f"got {tuple(key.shape)} and {tuple(value.shape)} for query {tuple(query.shape)}"
+            )
+        if heads % key.shape[1]:
+            raise ValueError(f"{heads} query heads are not a multiple of {key.shape[1]} key heads")
+        if tokens != layout.tokens or key.shape[2] != layout.tokens:
+            raise ValueError(
+                f"the layout {layout.grid} with {layout.text_tokens} text tokens has "
+                f"{layout.tokens} tokens, but query has {tokens} and key {key.shape[2]}"
+            )
+        if self.text_lengths is not None and tuple(self.text_lengths.shape) != (batch,):
+            raise ValueError(
+                f"text_lengths must be one number per batch item, [{batch}], "
+                f"got {tuple(self.text_lengths.shape)}"
+            )
+        if not self.scale:
+            object.__setattr__(self, "scale", width**-0.5)
+
+    @property
+    def batch(self) -> int:
+        """Batch size."""
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.query.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.query.device
+
+    def video(self, x: Tensor) -> Tensor:
+        """Return the video rows of `query`, `key` or `value`, a view."""
+        start = self.layout.video_start
+        return x[:, :, start : start + self.layout.video_tokens]
+
+    def valid_text(self) -> Tensor:
+        """Return the valid text tokens of each batch item, int32 `[B]`."""
+        most = self.layout.text_tokens
+        if self.text_lengths is None:
+            return torch.full((self.batch,), most, dtype=torch.int32, device=self.device)
+        return self.text_lengths.to(device=self.device, dtype=torch.int32).clamp(0, most)
+
+    def text_rows(self) -> Tensor | int:
+        """Return the valid text tokens, as a number where all batch items have the same."""
+        return self.layout.text_tokens if self.text_lengths is None else self.valid_text()
+
+    def valid_tokens(self) -> Tensor | None:
+        """Return the valid tokens of each batch item, int32 `[B]`, or None for all."""
+        if self.text_lengths is None or self.layout.text_tokens == 0:
+            return None
+        return self.valid_text() + self.layout.video_tokens
+
+    def token_order(self, video_order: Tensor | None, heads: int) -> Tensor | None:
+        """Return the canonical plan order: video, as `video_order` permutes it, then text.
+
+        Args:
+            video_order: integers `[B, heads, video_tokens]` counted from the first video token;
+                None for the given order.
+            heads: query heads or key heads.
+
+        Returns:
+            int32 `[B, heads, tokens]`, or None where it would be the given order.
+        """
+        layout = self.layout
+        if video_order is None and layout.video_start == 0:
+            return None
+        if video_order is not None and layout.text_tokens == 0:
+            return video_order.to(torch.int32)
+        text = torch.arange(layout.text_tokens, dtype=torch.int32, device=self.device)
+        text = (text + layout.text_start).expand(self.batch, heads, -1)
+        if video_order is None:
+            video = torch.arange(layout.video_tokens, dtype=torch.int32, device=self.device)
+            video_order = video.expand(self.batch, heads, -1)
+        if layout.video_start:
+            video_order = video_order + layout.video_start
+        return torch.cat([video_order.to(torch.int32), text], dim=-1)
+
+    def full_tiles(self) -> Tensor | None:
+        """Return which tiles read everything: bool `[B or 1, 1, T]`, or None where none does."""
+        layout = self.layout
+        if layout.text_tokens == 0:
+            return None
+        if self.text_lengths is not None:
+            return text_tiles(layout, self.valid_text())[:, None]
+        full = torch.zeros(1, 1, count_tiles(layout.tokens), dtype=torch.bool, device=self.device)
+        full[..., layout.video_tokens // TILE_ROWS :] = True
+        return full
+
+    def full_plan(self) -> SparsePlan:
+        """Return the plan in which every query reads every valid key."""
+        lengths = self.valid_tokens()
+        padded = lengths is not None
+        return SparsePlan.full(
+            self.batch,
+            self.heads,
+            self.layout.tokens,
+            self.layout.tokens,
+            query_order=self.token_order(None, self.heads) if padded else None,
+            key_order=self.token_order(None, self.key.shape[1]) if padded else None,
+            query_lengths=lengths,
+            key_lengths=lengths,
+            device=self.device,
+        )
+
+
+def text_tiles(layout: TokenLayout, text: Tensor) -> Tensor:
+    """Return which tiles hold a valid text row: bool `[B, T]`, in canonical plan order.
+
+    Args:
+        layout: where the tokens are.
+        text: integers `[B]`, valid text tokens.
+    """
+    first = torch.arange(count_tiles(layout.tokens), device=text.device) * TILE_ROWS
+    end = (layout.video_tokens + text)[:, None]
+    return (first + TILE_ROWS > layout.video_tokens) & (first < end) & (text[:, None] > 0)

@@ -1,0 +1,178 @@
+"""The one entry of cluster methods: from clustered queries and keys to what each tile reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_kmeans import update
+from svg_attention.planning.clustering import Clusters
+from svg_attention.planning.dispatch import planner_for, select_planner
+from svg_attention.planning.order import LONG_RATIO
+from svg_attention.planning.runs import cluster_ends
+from svg_attention.tiles import count_tiles, match_heads
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Say how tiles choose among key clusters.
+
+    Attributes:
+        budget: fp32 `[B or 1]`, keys that a tile may read; None to choose by `top_p`.
+        top_p: share of the estimated attention that a tile reads.
+        min_clusters: clusters that a tile reads at least, where it chooses by `top_p`.
+        by_error: read the clusters that their centroid would replace worst.
+        probe_rows: rows of a probe; divides 128.
+    """
+
+    budget: Tensor | None = None
+    top_p: float = 1.0
+    min_clusters: int = 1
+    by_error: bool = False
+    probe_rows: int = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TileReads:
+    """Hold what each tile of queries reads; see `SparsePlan` for the terms.
+
+    Attributes:
+        run_starts: int32 `[B, H, T, R]`.
+        run_lengths: int32 `[B, H, T, R]`.
+        run_multiple: rows that every run is a multiple of, but for one that ends the valid keys.
+        tile_order: int32 `[B, H, T]`, or None.
+        value_means: `[B, H_kv, C, D_v]`, mean value of each cluster; None without compensation.
+        log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for; None
+            without compensation.
+        broken: bool `[B, H]`, heads that read everything because a query or key is not finite.
+    """
+
+    run_starts: Tensor
+    run_lengths: Tensor
+    run_multiple: int
+    tile_order: Tensor | None
+    value_means: Tensor | None
+    log_weights: Tensor | None
+    broken: Tensor
+
+
+def plan_clusters(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_clusters: Clusters,
+    key_clusters: Clusters,
+    selection: Selection,
+    *,
+    tokens: int,
+    text: Tensor | int,
+    full_tiles: Tensor | None,
+    scale: float,
+    compensate: bool,
+) -> TileReads:
+    """Estimate, select and merge: everything between the clusters of a call and its plan.
+
+    Who computes it (kernels or plain torch) is decided here, once. A head whose queries or keys
+    are not all finite reads every key.
+
+    Args:
+        query: `[B, H, N, D]`, video rows.
+        key: `[B, H_kv, N, D]`, video rows.
+        value: `[B, H_kv, N, D_v]`, video rows.
+        query_clusters: of `query`.
+        key_clusters: of `key`.
+        selection: how tiles choose.
+        tokens: video and text tokens, padding included.
+        text: valid text tokens, which follow the video and which every tile reads: a number, or
+            integers `[B]`.
+        full_tiles: bool `[B or 1, 1, T]`, tiles that read everything; None for none.
+        scale: factor of the logits.
+        compensate: also return what stands in for unread clusters.
+    """
+    planner = select_planner(planner_for(query), query.device)
+    heads = query.shape[1]
+    means = planner.probe_means(query, query_clusters.order, selection.probe_rows)
+    sizes = match_heads(key_clusters.sizes, heads)
+    value_means = mean_values(value, key_clusters) if compensate else None
+    mask = _select(planner, means, key, value, key_clusters, value_means, selection, scale)
+    # Tiles past the video read nothing but text, unless they hold text rows themselves.
+    spare = count_tiles(tokens) - mask.shape[2]
+    if spare:
+        mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
+    # What a broken head would be judged by is not to be trusted, so it stays dense.
+    broken = query_clusters.broken | match_heads(key_clusters.broken, heads)
+    mask = mask | broken[..., None, None]
+    whole = None if full_tiles is None else full_tiles[:, 0].expand(mask.shape[0], -1)
+    multiple = 1 if compensate else planner.RUN_MULTIPLE
+    starts, lengths = planner.merge_clusters(mask, cluster_ends(sizes, text), whole, multiple)
+    order = None
+    if planner.ORDERS_TILES:
+        rows = lengths.sum(dim=-1, dtype=torch.int32).flatten(0, 1)
+        order = planner.long_tiles_first(rows, LONG_RATIO).view(mask.shape[:3])
+    weights = None
+    if compensate:
+        read = mask if full_tiles is None else mask | full_tiles[..., None]
+        weights = sizes.float().log()[:, :, None].expand(mask.shape).masked_fill(read, -torch.inf)
+    return TileReads(
+        run_starts=starts,
+        run_lengths=lengths,
+        run_multiple=multiple,
+        tile_order=order,
+        value_means=value_means,
+        log_weights=weights,
+        broken=broken,
+    )
+
+
+def _select(
+    planner: Any,
+    means: Tensor,
+    key: Tensor,
+    value: Tensor,
+    clusters: Clusters,
+    value_means: Tensor | None,
+    selection: Selection,
+    scale: float,
+) -> Tensor:
+    """Return the clusters that each tile of video rows reads: bool `[B, H, T, C]`."""
+    kept: Tensor
+    length, rows = key.shape[2], selection.probe_rows
+    sizes = match_heads(clusters.sizes, means.shape[1])
+    probed = (length, rows, scale)
+    budget = selection.budget
+    mass = planner.probe_mass(
+        means, clusters.centroids, clusters.sizes, *probed, budget is not None
+    )
+    if budget is None:
+        priority = mass / sizes.clamp(min=1)[:, :, None]
+        floor = max(selection.min_clusters, 1)
+        kept = planner.keep_top_p(priority, mass, sizes, selection.top_p, floor)
+        if not selection.by_error:
+            return kept
+        room = (kept * sizes[:, :, None]).sum(dim=-1).float()
+    else:
+        room = budget[:, None, None].expand(mass.shape[:3])
+        if not selection.by_error:
+            kept = planner.keep_budget(mass, sizes, room)
+            return kept
+    error = planner.centroid_error(
+        means, key, value, clusters.order, clusters.centroids, value_means, clusters.sizes, *probed
+    )
+    kept = planner.keep_budget(error, sizes, room)
+    return kept
+
+
+def mean_values(value: Tensor, clusters: Clusters) -> Tensor:
+    """Return the mean value of each key cluster, `[B, H, C, D_v]`; 0 for an empty one."""
+    batch, heads, rows, width = value.shape
+    count = clusters.sizes.shape[-1]
+    means = update(
+        value.reshape(batch * heads, rows, width),
+        clusters.labels.reshape(batch * heads, rows),
+        count,
+        previous=value.new_zeros(batch * heads, count, width),
+    ).centroids
+    return means.view(batch, heads, count, width)
