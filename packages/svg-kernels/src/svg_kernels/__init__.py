@@ -1,6 +1,6 @@
 """Fused CUDA kernels for video diffusion transformers."""
 
-from svg_kernels import modulation, norm, permute
+from svg_kernels import modulation, norm, permute, quantize
 from svg_kernels._dispatch import BackendStatus
 from svg_kernels.attention import block_sparse_attention
 from svg_kernels.errors import UnsupportedError
@@ -8,6 +8,7 @@ from svg_kernels.modulation import *  # noqa: F403
 from svg_kernels.norm import *  # noqa: F403
 from svg_kernels.permute import *  # noqa: F403
 from svg_kernels.qk_norm_rope import qk_norm_rope
+from svg_kernels.quantize import *  # noqa: F403
 from svg_kernels.rope import rope
 from svg_kernels.status import Status, status
 
@@ -19,6 +20,7 @@ __all__ = [
     "rope",
     "qk_norm_rope",
     *permute.__all__,
+    *quantize.__all__,
     "block_sparse_attention",
     "BackendStatus",
     "Status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from svg_attention import Schedule, UnsupportedError
 from svg_models.errors import SettingError
 from svg_models.spelling import did_you_mean
 
-__all__ = ["backend_reasons", "check_backend", "check_schedule", "device_and_dtype"]
+__all__ = ["backend_reasons", "check_backend", "check_choice", "check_schedule", "device_and_dtype"]
 
 
 def backend_reasons(device: str, dtype: torch.dtype, *, head_dim: int = 128) -> dict[str, str]:
@@ -70,6 +71,19 @@ def check_backend(
         reasons = backend_reasons("cuda", kind, head_dim=head_dim or 128)
     if reasons[backend]:
         raise UnsupportedError({name: why or "can run" for name, why in reasons.items()})
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse a word that is none of those known.
+
+    Raises:
+        SettingError: it names the nearest.
+    """
+    if value not in known:
+        raise SettingError(
+            f"{name} must be one of {', '.join(known)}, got {value!r}"
+            f"{did_you_mean(str(value), known)}"
+        )
 
 
 def check_schedule(schedule: Any) -> None:

@@ -15,6 +15,7 @@ from svg_models.method_names import MethodSpec
 from svg_models.recipes import Recipe, choose_recipe
 from svg_models.sparse.context import Clock, ForwardContext, Moment
 from svg_models.sparse.hooks import Slot
+from svg_models.sparse.layers import FastLayers
 
 __all__ = ["Engine"]
 
@@ -33,6 +34,7 @@ class Engine:
     Attributes:
         number: identifies the run in this process.
         slots: the attentions that the run has taken over; handles count in it.
+        layers: what the run does to the other layers of each transformer.
         recipe: what the current video runs with; None before the first forward pass.
         grid: its latent frames, rows and columns of tokens.
         messages: warnings given so far.
@@ -55,6 +57,7 @@ class Engine:
         self._session: Session | None = None
         self._contexts: dict[str, ForwardContext] = {}
         self.slots: list[Slot] = []
+        self.layers: dict[str, FastLayers] = {}
         self.recipe: Recipe | None = None
         self.grid: tuple[int, int, int] | None = None
         self.messages: list[str] = []
@@ -89,6 +92,16 @@ class Engine:
                 "inside transformer.cache_context(name, step_index=i, num_inference_steps=n)"
             )
         self._contexts[transformer] = context
+        if transformer in self.layers:
+            self.layers[transformer].begin_forward(sparse=self._is_sparse(moment))
+
+    def _is_sparse(self, moment: Moment) -> bool:
+        """Return whether attention is sparse in a step, at least in the last layers."""
+        if self.recipe is None or isinstance(self.recipe.method, Dense):
+            return False
+        step, num_steps = moment.step, moment.num_steps
+        last = {"layer": 1, "num_layers": 1}
+        return not self.recipe.schedule.is_dense(step=step, num_steps=num_steps, **last)
 
     def _begin_video(self, context: ForwardContext) -> None:
         recipe = self._choose(context)

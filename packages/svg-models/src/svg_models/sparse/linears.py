@@ -1,8 +1,9 @@
 """Linear layers in fp8 while a run asks for it; the layers themselves stay what they are.
 
-A layer's weight is converted once, row by row, by torchao; its input is quantised row by row at each
-call, and the product is torch's. The module keeps its own weight, which computes the steps that stay
-as they were, and is all that is saved, loaded, moved or adapted (LoRA calls the layer below it).
+A layer's weight is converted once, row by row, by torchao; its input is quantised row by row at
+each call, and the product is torch's. The module keeps its own weight, which computes the steps
+that stay as they were, and is all that is saved, loaded, moved or adapted (LoRA calls the layer
+below it).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from svg_models.families import fused
 
 __all__ = ["Fp8Linear", "Fp8Linears", "refuse_device"]
 
-# A product of fewer rows is bound by reading the weight, and its conversion costs more than it saves.
+# A product of fewer rows is bound by reading the weight; its conversion costs more than it saves.
 LEAST_ROWS = 1024
 LARGEST_E4M3 = 448.0
 
@@ -72,8 +73,8 @@ class Inputs:
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return `x` `[..., C]` in e4m3 and the fp32 scale `[..., 1]` of each row.
 
-    `scale = max |x| / 448`, `q = x / scale`; a row of zeros has the scale of the smallest normal
-    number, so that nothing divides by zero. NaN and infinity stay in their row.
+    By one kernel where svg-kernels serves; a compiler joins the same formula, in plain torch, with
+    what stands before it.
     """
     if fused.serves_tensor(x) and not torch.compiler.is_compiling():
         import svg_kernels

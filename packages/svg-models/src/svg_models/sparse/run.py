@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from svg_attention import Method, Schedule
 from svg_models.families import family_of, transformers_of
 from svg_models.method_names import MethodSpec, read_method
 from svg_models.recipes import Recipe
-from svg_models.sparse.checks import check_backend, check_schedule, device_and_dtype
+from svg_models.sparse.checks import check_backend, check_choice, check_schedule, device_and_dtype
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation
+from svg_models.sparse.layers import FastLayers, From, Linears
+from svg_models.sparse.linears import refuse_device
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
 from svg_models.summary import Summarised
@@ -30,6 +34,9 @@ def sparsify(
     density: float | None = None,
     top_p: float | None = None,
     backend: str = "auto",
+    fuse: bool = True,
+    linears: Linears = "bf16",
+    fp8_from: From = "sparse",
     seed: int = 0,
     profile: bool = False,
 ) -> SparseRun:
@@ -56,6 +63,14 @@ def sparsify(
         density: share of query-key pairs that a method given by name computes on sparse calls.
         top_p: attention mass that an svg2 method given by name keeps, in place of a density.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
+        fuse: on a GPU, compute norms, modulation and residuals of a block by kernels that join
+            them; each rounds once where the model rounds after every step. A block that something
+            else has put itself over, or that is compiled, is left as it is.
+        linears: "fp8" computes the matrix products of all blocks but the first and the last in
+            fp8, by torchao's conversion of their weights beside which the weights stay. It changes
+            the picture; see the documentation for how much.
+        fp8_from: "sparse" leaves the products of dense steps, which decide the picture, as they
+            are; "start" computes all in fp8.
         seed: seed of every random choice; each video starts from it again.
         profile: time each attention call. Costs a little, and a synchronisation when read.
 
@@ -66,12 +81,17 @@ def sparsify(
         TypeError: if `pipe` has no transformer, or an argument is of another type or unknown.
         ValueError: if no family covers it, it is sparse already, its attention processors were
             replaced by some that this package cannot reproduce, or a name or number is wrong.
-        UnsupportedError: if `backend` cannot run here, or the pipeline runs ring attention over
-            several devices (Ulysses is supported).
+        UnsupportedError: if `backend` or fp8 cannot run here, or the pipeline runs ring attention
+            over several devices (Ulysses is supported).
     """
     spec = read_method(method, density=density, top_p=top_p)
     check_schedule(schedule)
-    return SparseRun(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
+    check_choice("linears", linears, get_args(Linears))
+    check_choice("fp8_from", fp8_from, get_args(From))
+    layers = {"fuse": fuse, "linears": linears, "fp8_from": fp8_from}
+    return SparseRun(
+        pipe, spec, schedule, backend=backend, layers=layers, seed=seed, profile=profile
+    )
 
 
 class SparseRun(Summarised):
@@ -84,6 +104,7 @@ class SparseRun(Summarised):
         schedule: Schedule | None,
         *,
         backend: str,
+        layers: dict[str, Any],
         seed: int,
         profile: bool,
     ) -> None:
@@ -91,6 +112,8 @@ class SparseRun(Summarised):
         for _, transformer, _ in found:
             device, dtype = device_and_dtype(pipe, transformer)
             check_backend(backend, device, dtype, head_dim=_head_dim(transformer))
+            if layers["linears"] == "fp8":
+                refuse_device(torch.device(device))
         self._title = type(pipe).__name__
         self._engine = Engine(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
         self._installations: list[Installation] = []
@@ -100,6 +123,7 @@ class SparseRun(Summarised):
                 installed = Installation(self._engine, name, transformer, family, first)
                 self._installations.append(installed)
                 self._engine.slots.extend(installed.slots)
+                self._engine.layers[name] = FastLayers(transformer, family, **layers)
         except BaseException:
             self.restore()
             raise
@@ -137,6 +161,8 @@ class SparseRun(Summarised):
         somebody else put in place meanwhile are left there.
         """
         installations, self._installations = self._installations, []
+        for layers in self._engine.layers.values():
+            layers.remove()
         for installed in installations:
             left_alone = installed.remove()
             if left_alone:

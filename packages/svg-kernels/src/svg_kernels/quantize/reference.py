@@ -1,0 +1,21 @@
+"""Rows in fp8 in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST = 448.0  # of e4m3
+SMALLEST = 1e-12  # largest value of a row that is scaled as if it were this
+
+
+def quantize_rows(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Apply an activation in fp32, then scale rows to the range of e4m3 and round them."""
+    y = x.float()
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    largest = y.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
+    largest = largest.clamp(min=SMALLEST)
+    q = (y * (LARGEST / largest)).to(torch.float8_e4m3fn)
+    return q.contiguous(), largest / LARGEST

@@ -1,0 +1,177 @@
+"""fp8 products: what is taken over, when they are on, and that all of it goes away again.
+
+torch multiplies e4m3 by scaled rows on a CPU, too; only the device is not refused here.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from svg_attention import SVG2, Dense, Schedule, UnsupportedError
+from svg_models import sparsify
+from svg_models.errors import SettingError
+from svg_models.sparse import linears
+from svg_models.sparse.linears import Fp8Linear, Fp8Linears
+
+pytest.importorskip("torchao", reason="fp8 weights are converted by torchao")
+pytestmark = pytest.mark.usefixtures("one_thread")
+METHOD = SVG2(q_clusters=4, k_clusters=8, density=0.5)
+HALF = Schedule(dense_steps=0.5, dense_layers=0.0)
+
+
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from svg_models.sparse import run
+
+    monkeypatch.setattr(run, "refuse_device", lambda device: None)
+    monkeypatch.setattr(linears, "LEAST_ROWS", 1)
+
+
+def model(layers: int = 4) -> nn.Module:
+    narrow = dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=48, text_dim=32)
+    return tiny.transformer(num_layers=layers, **narrow).bfloat16()
+
+
+def taken_over(module: nn.Module) -> int:
+    return sum(isinstance(m.__dict__.get("forward"), Fp8Linear) for m in module.modules())
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def test_fp8_linear_is_near_the_layer() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).bfloat16()
+    layer.weight.data[3] *= 100  # rows differ in scale
+    x = torch.randn(2, 9, 64).bfloat16() * torch.logspace(-2, 2, 9)[:, None].bfloat16()
+    exact = copy.deepcopy(layer).double()(x.double())
+    block = nn.Sequential(nn.Sequential(), nn.Sequential(layer), nn.Sequential())
+    taken = Fp8Linears(block)
+    assert taken.layers == 1
+    with torch.no_grad():
+        assert relative(layer(x), exact) < 0.005
+        taken.on = True
+        found = layer(x)
+        assert found.dtype == x.dtype
+        assert 0.005 < relative(found, exact) < 0.05
+        # Each row by its own scale: no row is worse than an e4m3 product of its own would be.
+        assert all(relative(a, b) < 0.08 for a, b in zip(found[0], exact[0], strict=True))
+        taken.remove()
+        assert relative(layer(x), exact) < 0.005
+
+
+def test_inputs_quantise_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    whole = linears.quantise_rows
+    monkeypatch.setattr(linears, "quantise_rows", lambda x: (calls.append(1), whole(x))[1])
+    inputs = linears.Inputs()
+    x = torch.randn(4, 16)
+    first = inputs.quantise(x)
+    assert inputs.quantise(x) is first
+    x += 1
+    assert inputs.quantise(x) is not first
+    assert inputs.quantise(torch.randn(4, 16)) is not first
+    assert len(calls) == 3
+    kept = weakref.ref(inputs.quantise(x)[0])
+    del first, x
+    gc.collect()
+    assert kept() is None
+
+
+def test_serves_leaves_out_what_is_no_plain_layer() -> None:
+    block = nn.ModuleDict(
+        {
+            "plain": nn.Linear(16, 16).bfloat16(),
+            "norm": nn.ModuleDict({"linear": nn.Linear(16, 16).bfloat16()}),
+            "wide": nn.Linear(16, 16),
+            "odd": nn.Linear(17, 16).bfloat16(),
+            "hooked": nn.Linear(16, 16).bfloat16(),
+            "stored_in_fp8": nn.Linear(16, 16).to(torch.float8_e4m3fn),
+        }
+    )
+    block["hooked"].register_forward_hook(lambda module, args, out: out)
+    found = [path for path, module in block.named_modules() if linears.serves(path, module)]
+    assert found == ["plain"]
+
+
+def test_first_and_last_block_stay() -> None:
+    pipe = tiny.pipeline(model())
+    with sparsify(pipe, METHOD, HALF, linears="fp8"):
+        blocks = pipe.transformer.blocks
+        inside = [
+            [isinstance(m.__dict__.get("forward"), Fp8Linear) for m in b.modules()] for b in blocks
+        ]
+    assert [any(block) for block in inside] == [False, True, True, False]
+    assert not any(
+        isinstance(m.__dict__.get("forward"), Fp8Linear) for m in pipe.transformer.modules()
+    )
+
+
+@pytest.mark.parametrize(("start", "fp8_steps"), [("sparse", 2), ("start", 4)])
+def test_sparsify_turns_fp8_on_with_the_sparse_steps(
+    start: str, fp8_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny.pipeline(model())
+    products = []
+    scaled = torch._scaled_mm
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *a, **k: (products.append(1), scaled(*a, **k))[1]
+    )
+    before = tiny.generate(pipe)
+    assert not products
+    with sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from=start) as run:
+        layers = run._engine.layers["transformer"].linears
+        assert layers is not None
+        count = layers.layers
+        tiny.generate(pipe)
+        # Ten layers a block of two, twice a step for guidance.
+        assert count == 20
+        assert len(products) == 2 * fp8_steps * count
+    products.clear()
+    assert torch.equal(tiny.generate(pipe), before)
+    assert not products
+
+
+def test_sparsify_in_fp8_leaves_a_dense_run_alone() -> None:
+    pipe = tiny.pipeline(model())
+    before = tiny.generate(pipe)
+    with sparsify(pipe, Dense(), HALF, linears="fp8", fuse=False):
+        assert torch.equal(tiny.generate(pipe), before)
+
+
+def test_sparsify_in_fp8_keeps_the_weights_and_what_is_saved() -> None:
+    pipe = tiny.pipeline(model())
+    weights = dict(pipe.transformer.named_parameters())
+    saved = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    with sparsify(pipe, METHOD, HALF, linears="fp8"):
+        tiny.generate(pipe)
+        now = pipe.transformer.state_dict()
+        assert now.keys() == saved.keys()
+        assert all(torch.equal(now[name], saved[name]) for name in saved)
+        copied = copy.deepcopy(pipe.transformer)
+    assert dict(pipe.transformer.named_parameters()) == weights
+    x = torch.randn(1, 4, 32).bfloat16()
+    with torch.no_grad():
+        layer, twin = (m.blocks[1].ffn.net[0].proj for m in (pipe.transformer, copied))
+        assert torch.equal(layer(x), twin(x))
+
+
+def test_sparsify_refuses_what_cannot_be_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline(model())
+    with pytest.raises(
+        SettingError, match="linears must be one of bf16, fp8, got 'fp8e4'; did you mean 'fp8'"
+    ):
+        sparsify(pipe, METHOD, HALF, linears="fp8e4")
+    with pytest.raises(SettingError, match="fp8_from must be one of sparse, start"):
+        sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from="end")
+    with pytest.raises(UnsupportedError, match="needs a CUDA device, the transformer is on 'cpu'"):
+        linears.refuse_device(torch.device("cpu"))
