@@ -113,7 +113,8 @@ class Fp8Linear:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""
         module, switch = self._module(), self.switch
         rows = x.numel() // x.shape[-1]
-        if switch is None or not switch.on or rows < LEAST_ROWS:
+        weight, weight_scale = self._weight, self._scale
+        if switch is None or weight is None or not switch.on or rows < LEAST_ROWS:
             return self._plain(module, x)  # type: ignore[arg-type]
         quantised, scale = switch.inputs.quantise(x)
         bias = module.bias  # type: ignore[union-attr]
@@ -121,9 +122,9 @@ class Fp8Linear:
         within = bias is not None and bias.dtype == x.dtype
         out = torch._scaled_mm(
             quantised.flatten(0, -2),
-            self._weight,
+            weight,
             scale_a=scale.flatten(0, -2),
-            scale_b=self._scale,
+            scale_b=weight_scale,  # type: ignore[arg-type]
             bias=bias if within else None,
             out_dtype=x.dtype,
             use_fast_accum=switch.fast,
