@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,37 @@ def test_a_plan_with_centroids_cannot_be_rounded() -> None:
     )
     with pytest.raises(ValueError, match="count twice"):
         plan.rounded(8)
+
+
+def test_repr_is_readable_and_short(random_plan: Any) -> None:
+    plan = random_plan(2, 4, 700, 900, key_heads=2)
+    lines = repr(plan).splitlines()
+    assert lines[0] == "SparsePlan on cpu"
+    assert lines[1].strip() == "2 x 4 heads, 700 queries in 6 tiles of 128, 900 keys"
+    assert f"density {float(plan.density().mean()):.1%}" in lines[2]
+    assert lines[3].strip() == "queries and keys reordered"
+    assert len(lines) == 4
+    page = plan._repr_html_()
+    assert page.count("<li>") == 3
+    assert "700 queries" in page
+    full = SparsePlan.full(1, 1, 130, 130)
+    assert "every query reads every valid key" in repr(full)
+    assert "tokens in the given order" in repr(full)
+
+
+def test_ready_changes_nothing_on_a_cpu_and_tiles_are_kept_in_parts(random_plan: Any) -> None:
+    plan = random_plan(1, 2, 300, 200)
+    assert plan.ready() is plan
+
+
+@pytest.mark.gpu
+def test_ready_rounds_runs_and_orders_tiles_on_a_gpu(
+    random_plan: Any, move_plan: Any, device: torch.device
+) -> None:
+    plan = move_plan(random_plan(2, 3, 700, 900), device)
+    ready = plan.ready()
+    assert ready.run_multiple == 8
+    assert torch.equal(ready.to_mask(), plan.rounded(8).to_mask())
+    tiles = torch.arange(2 * 3 * plan.tiles, device=device, dtype=torch.int32)
+    assert torch.equal(ready.tile_order.flatten().sort().values, tiles)
+    assert ready.ready() is ready

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,6 +208,102 @@ class SparsePlan:
             summary=summary,
         )
 
+    @classmethod
+    def from_block_mask(
+        cls,
+        mask: Tensor,
+        block: int | tuple[int, int] = TILE_ROWS,
+        *,
+        query_length: int | None = None,
+        key_length: int | None = None,
+    ) -> SparsePlan:
+        """Build a plan from the blocks of keys that each block of queries reads.
+
+        ```python
+        plan = SparsePlan.from_block_mask(mask)           # bool [B, H, S / 128, S / 128]
+        out = sparse_attention(query, key, value, plan)
+        ```
+
+        Args:
+            mask: bool `[B, H, Tq, Tk]`, blocks in the order of the tokens.
+            block: rows and keys of a block, one number or two; rows must be a multiple of 128 for
+                the kernels, or divide 128 for the reference backend.
+            query_length: queries, if the last block is not whole.
+            key_length: keys, if the last block is not whole.
+
+        Raises:
+            TypeError: if `mask` is not bool.
+            ValueError: if a shape or length does not fit.
+        """
+        rows, keys = (block, block) if isinstance(block, int) else block
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        if mask.dim() != 4:
+            raise ValueError(f"mask must be [B, H, Tq, Tk], got {tuple(mask.shape)}")
+        if rows < 1 or keys < 1 or (rows % TILE_ROWS and TILE_ROWS % rows):
+            raise ValueError(
+                f"a block must have a multiple or a divisor of {TILE_ROWS} rows, and some keys, "
+                f"got {block}"
+            )
+        batch, heads, row_blocks, key_blocks = mask.shape
+        queries = row_blocks * rows if query_length is None else query_length
+        length = key_blocks * keys if key_length is None else key_length
+        for name, given, count, size in (
+            ("query_length", queries, row_blocks, rows),
+            ("key_length", length, key_blocks, keys),
+        ):
+            if count_tiles(given, size) != count:
+                raise ValueError(
+                    f"{name} {given} is {count_tiles(given, size)} blocks of {size}, but the mask "
+                    f"has {count}"
+                )
+        tile_rows = min(rows, TILE_ROWS)
+        mask = mask.repeat_interleave(rows // tile_rows, dim=2)
+        first = torch.arange(key_blocks, dtype=torch.int32, device=mask.device) * keys
+        return cls.from_cluster_mask(
+            mask[:, :, : count_tiles(queries, tile_rows)],
+            (length - first).clamp(max=keys).expand(batch, heads, key_blocks),
+            query_length=queries,
+            key_length=length,
+            tile_rows=tile_rows,
+        ).ready()
+
+    @classmethod
+    def from_flex(
+        cls, block_mask: Any, *, batch: int | None = None, heads: int | None = None
+    ) -> SparsePlan:
+        """Build a plan from a `BlockMask` of `torch.nn.attention.flex_attention`.
+
+        A plan reads whole blocks: a block that the mask allows in part is refused, unless only
+        the rows and keys past the ends of the sequences are missing. Checking that waits for the
+        device. A `score_mod` is no part of a mask, and no part of the plan.
+
+        Args:
+            block_mask: from `create_block_mask` or `BlockMask.from_kv_blocks`.
+            batch: batch size, if the mask has one item for all.
+            heads: query heads, if the mask has one for all.
+
+        Raises:
+            ValueError: if some block is read in part.
+        """
+        counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+        rows, keys = block_mask.BLOCK_SIZE
+        partial = _listed_blocks(counts, indices)
+        mask = partial
+        if block_mask.full_kv_num_blocks is not None:
+            mask = partial | _listed_blocks(
+                block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+            )
+        queries, length = block_mask.seq_lengths
+        _refuse_partial_blocks(block_mask.mask_mod, partial, (rows, keys), (queries, length))
+        shape = (batch or mask.shape[0], heads or mask.shape[1])
+        return cls.from_block_mask(
+            mask.expand(*shape, *mask.shape[2:]),
+            (rows, keys),
+            query_length=queries,
+            key_length=length,
+        )
+
     def rounded(self, multiple: int) -> SparsePlan:
         """Return this plan with runs rounded up to a multiple of rows, by reading real keys.
 
@@ -271,6 +369,38 @@ class SparsePlan:
             keys = self.key_lengths.long()[:, None]
         return (pairs.double() / (rows.sum(dim=-1, keepdim=True) * keys)).float()
 
+    def __repr__(self) -> str:
+        """Return a few readable lines; waits for the device."""
+        return "\n  ".join([f"SparsePlan on {self.device}", *self._facts()])
+
+    def _repr_html_(self) -> str:
+        """Return what `repr` says, as a list for a notebook."""
+        items = "".join(f"<li>{html.escape(fact)}</li>" for fact in self._facts())
+        return f"<b>SparsePlan</b> on {html.escape(str(self.device))}<ul>{items}</ul>"
+
+    def _facts(self) -> list[str]:
+        """Return size, density, order and extras, a line each."""
+        facts = [
+            f"{self.batch} x {self.heads} heads, {self.query_length:,} queries in {self.tiles} "
+            f"tiles of {self.tile_rows}, {self.key_length:,} keys"
+        ]
+        if self.is_full:
+            facts.append("every query reads every valid key")
+        elif self.device.type != "meta":
+            density = self.density()
+            low, mean, high = (float(x) for x in (density.min(), density.mean(), density.max()))
+            runs = (self.run_lengths > 0).sum(dim=-1).float().mean()
+            facts.append(
+                f"density {mean:.1%} ({low:.1%} to {high:.1%} over heads), "
+                f"{float(runs):.1f} runs a tile"
+            )
+        orders = {"queries": self.query_order, "keys": self.key_order}
+        moved = [name for name, order in orders.items() if order is not None]
+        facts.append(f"{' and '.join(moved)} reordered" if moved else "tokens in the given order")
+        if self.summary is not None:
+            facts.append(f"{self.summary.keys.shape[2]:,} centroids stand in for unread keys")
+        return facts
+
     def to_mask(self) -> Tensor:
         """Return which key each query reads, bool `[B, H, query_length, key_length]`, by token.
 
@@ -290,3 +420,31 @@ class SparsePlan:
             order = self.query_order.long()[..., None]
             mask = torch.zeros_like(mask).scatter_(2, order.expand_as(mask), mask)
         return mask
+
+
+def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
+    """Turn FlexAttention's lists of blocks into a mask: bool `[B, H, Tq, Tk]`."""
+    blocks = indices.shape[-1]
+    place = torch.arange(blocks, device=indices.device)
+    # Entries past the count of a row say nothing; they go to a spare column.
+    target = torch.where(place < counts[..., None], indices, blocks).long()
+    mask = torch.zeros((*indices.shape[:-1], blocks + 1), dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, target, True)[..., :blocks]
+
+
+def _refuse_partial_blocks(
+    mask_mod: Any, partial: Tensor, block: tuple[int, int], lengths: tuple[int, int]
+) -> None:
+    """Raise ValueError if `mask_mod` forbids a pair inside one of the `partial` blocks."""
+    (rows, keys), (queries, length) = block, lengths
+    for b, h, t, j in partial.nonzero().tolist():
+        item, head = (torch.tensor(n, device=partial.device) for n in (b, h))
+        row = torch.arange(t * rows, min((t + 1) * rows, queries), device=partial.device)
+        key = torch.arange(j * keys, min((j + 1) * keys, length), device=partial.device)
+        allowed = mask_mod(item, head, row[:, None], key[None])
+        if not bool(torch.as_tensor(allowed).all()):
+            raise ValueError(
+                f"the mask allows block ({t}, {j}) of item {b}, head {h}, in part, and a plan "
+                f"reads whole blocks of {rows} queries and {keys} keys; make the mask of whole "
+                "blocks, or choose a BLOCK_SIZE at which it is"
+            )
