@@ -27,7 +27,7 @@ from svg_kernels import UnsupportedError, block_sparse_attention
     ],
     ids=str,
 )
-def test_reference_lists_the_keys_of_every_query(shape, generator):
+def test_block_sparse_attention_lists_the_keys_of_every_query(shape, generator):
     arguments, keywords = random_call(generator, **shape)
     out, lse = block_sparse_attention(*arguments, return_lse=True, **keywords)
     want, want_lse = brute_force(*arguments, **keywords)
@@ -35,7 +35,7 @@ def test_reference_lists_the_keys_of_every_query(shape, generator):
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_a_full_list_is_dense_attention(generator):
+def test_block_sparse_attention_of_a_full_list_is_dense(generator):
     (query, key, value, starts, lengths), _ = random_call(generator, runs=1, key_heads=1)
     starts.zero_()
     lengths.fill_(key.shape[2])
@@ -44,7 +44,7 @@ def test_a_full_list_is_dense_attention(generator):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tile_that_reads_nothing_gives_zero(generator):
+def test_block_sparse_attention_gives_zero_where_a_tile_reads_nothing(generator):
     (query, key, value, starts, lengths), _ = random_call(generator, queries=300)
     lengths[0, 1, 2] = 0
     out, lse = block_sparse_attention(query, key, value, starts, lengths, return_lse=True)
@@ -52,7 +52,7 @@ def test_a_tile_that_reads_nothing_gives_zero(generator):
     assert (lse[0, 1, 256:] == -torch.inf).all()
 
 
-def test_no_runs_but_a_summary_is_attention_over_the_summary(generator):
+def test_block_sparse_attention_without_runs_attends_to_the_summary(generator):
     (query, key, value, _, _), keywords = random_call(generator, summaries=9)
     keys, values, weights = keywords["summary"]
     empty = torch.zeros(1, 2, 2, 0, dtype=torch.int32)
@@ -63,7 +63,7 @@ def test_no_runs_but_a_summary_is_attention_over_the_summary(generator):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_every_key_counts_once(generator):
+def test_block_sparse_attention_counts_every_key_once(generator):
     # With one-hot values and equal logits the output lists which keys were read, each with the
     # same weight; a key read twice would weigh double, one skipped nothing.
     keys = 64
@@ -81,7 +81,7 @@ def test_every_key_counts_once(generator):
         )
 
 
-def test_blocks_of_awkward_sizes(generator):
+def test_block_sparse_attention_of_blocks_of_awkward_sizes(generator):
     sizes = [0, 1, 63, 64, 65, 130, 0, 7]
     kept = torch.rand(1, 2, 2, len(sizes), generator=generator) < 0.5
     kept[..., 1] = True
@@ -94,7 +94,7 @@ def test_blocks_of_awkward_sizes(generator):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_of_two_is_two_batches_of_one(generator):
+def test_block_sparse_attention_of_a_batch_is_that_of_its_elements(generator):
     arguments, keywords = random_call(generator, batch=2, summaries=4)
     both = block_sparse_attention(*arguments, **keywords)
     for b in range(2):
@@ -103,7 +103,7 @@ def test_a_batch_of_two_is_two_batches_of_one(generator):
         torch.testing.assert_close(block_sparse_attention(*own, summary=summary), both[b : b + 1])
 
 
-def test_orders_change_nothing_but_where_rows_lie(generator):
+def test_block_sparse_attention_scatters_rows_through_the_query_order(generator):
     (query, key, value, starts, lengths), _ = random_call(generator)
     order = permutations((1, 2), query.shape[2], generator)
     plain, lse = block_sparse_attention(query, key, value, starts, lengths, return_lse=True)
@@ -115,14 +115,14 @@ def test_orders_change_nothing_but_where_rows_lie(generator):
     torch.testing.assert_close(got_lse.gather(2, order.long()), lse)
 
 
-def test_strided_inputs_are_read_as_they_are(generator):
+def test_block_sparse_attention_reads_strided_inputs(generator):
     (query, key, value, starts, lengths), _ = random_call(generator)
     plain = block_sparse_attention(query, key, value, starts, lengths)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     torch.testing.assert_close(block_sparse_attention(*strided, starts, lengths), plain)
 
 
-def test_no_queries(generator):
+def test_block_sparse_attention_of_no_queries(generator):
     (query, key, value, starts, lengths), _ = random_call(generator)
     out, lse = block_sparse_attention(
         query[:, :, :0], key, value, starts[:, :, :0], lengths[:, :, :0], return_lse=True
@@ -131,7 +131,7 @@ def test_no_queries(generator):
     assert lse.shape == (1, 2, 0)
 
 
-def test_wrong_arguments_are_named(generator):
+def test_check_operands_names_what_does_not_fit(generator):
     (query, key, value, starts, lengths), _ = random_call(generator)
     call = block_sparse_attention
     with pytest.raises(ValueError, match=r"run_starts must be \[1, 2, 2, 5\], got \[1, 2, 1, 5\]"):
@@ -157,7 +157,7 @@ def test_wrong_arguments_are_named(generator):
         call(query, key, value, starts, lengths, summary=(key, value, torch.zeros(1, 2, 2, 7)))
 
 
-def test_a_tier_that_cannot_run_says_why(generator):
+def test_block_sparse_attention_says_why_a_backend_cannot_run(generator):
     arguments, _ = random_call(generator)
     with pytest.raises(UnsupportedError, match="CUDA device") as caught:
         block_sparse_attention(*arguments, backend="cuda")
@@ -167,7 +167,7 @@ def test_a_tier_that_cannot_run_says_why(generator):
         block_sparse_attention(*arguments, backend="cudnn")
 
 
-def test_what_no_kernel_computes_is_said_without_a_gpu():
+def test_unsupported_needs_no_gpu_to_refuse_a_call():
     from svg_kernels.attention import unsupported
 
     cpu = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_what_no_kernel_computes_is_said_without_a_gpu():
     assert unsupported("reference", cpu, torch.float32, 256) is None
 
 
-def test_the_operator_can_be_traced(generator):
+def test_block_sparse_attention_can_be_traced(generator):
     arguments, keywords = random_call(generator, summaries=3, ordered=True)
     keys, values, weights = keywords["summary"]
     operator = torch.ops.svg_kernels.block_sparse_attention.default

@@ -80,7 +80,7 @@ def assert_matches(arguments, keywords, backend, dtype):
     assert error < (5e-3 if dtype == torch.bfloat16 else 1e-3), f"relative error {error:.2e}"
 
 
-def test_fuzz_of_the_compiled_kernel(draw):
+def test_block_sparse_attention_of_a_thousand_random_plans(draw):
     reason = unsupported("cuda", torch.device("cuda", 0), torch.bfloat16, 128)
     if reason:
         pytest.skip(reason)
@@ -110,7 +110,7 @@ def test_fuzz_of_the_compiled_kernel(draw):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_random_plans(backend, dtype, dim, draw):
+def test_block_sparse_attention_of_random_plans(backend, dtype, dim, draw):
     for queries, keys, runs in ((300, 1000, 40), (128, 64, 5), (257, 700, 200)):
         arguments, keywords = random_call(
             draw, dtype=dtype, queries=queries, keys=keys, runs=runs, dim=dim, ordered=True
@@ -120,12 +120,12 @@ def test_random_plans(backend, dtype, dim, draw):
 
 @pytest.mark.parametrize("dim", [40, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_other_head_sizes_run_on_the_portable_kernel(dtype, dim, draw):
+def test_block_sparse_attention_in_triton_takes_other_head_sizes(dtype, dim, draw):
     arguments, keywords = random_call(draw, dtype=dtype, dim=dim, ordered=True, summaries=9)
     assert_matches(on_gpu(arguments), on_gpu(keywords), "triton", torch.bfloat16)
 
 
-def test_skewed_clusters(backend, draw, assert_accurate):
+def test_block_sparse_attention_of_skewed_clusters(backend, draw, assert_accurate):
     # One cluster holds 30 % of the keys, a hundred hold one each, some are empty or awkward.
     sizes = [1] * 50 + [450, 0, 63, 64, 65, 0, 7] + [1] * 50 + [301]
     (query, key, value, _, _), _ = random_call(
@@ -144,7 +144,7 @@ def test_skewed_clusters(backend, draw, assert_accurate):
     assert_accurate(got, plain, exact)
 
 
-def test_scores_of_magnitude_fifty(backend, draw, assert_accurate):
+def test_block_sparse_attention_with_scores_of_magnitude_fifty(backend, draw, assert_accurate):
     (query, key, value, starts, lengths), _ = on_gpu(
         random_call(draw, dtype=torch.bfloat16, dim=128, keys=700, runs=9)
     )
@@ -162,7 +162,9 @@ def test_scores_of_magnitude_fifty(backend, draw, assert_accurate):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1024, 1001])
 @pytest.mark.parametrize("nats", [20.0, 300.0, -300.0])
-def test_scores_that_rise_or_fall_along_the_keys(backend, dtype, keys, nats, draw):
+def test_block_sparse_attention_with_scores_that_rise_or_fall_along_the_keys(
+    backend, dtype, keys, nats, draw
+):
     # The kernel keeps the maximum of the first stage for as long as sums of probabilities allow.
     arguments, _ = on_gpu(random_call(draw, dtype=dtype, dim=128, queries=300, keys=keys, runs=1))
     query, key, _, starts, lengths = arguments
@@ -175,7 +177,7 @@ def test_scores_that_rise_or_fall_along_the_keys(backend, dtype, keys, nats, dra
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_first_stage_that_counts_for_nothing(backend, dtype, draw):
+def test_block_sparse_attention_whose_first_stage_counts_for_nothing(backend, dtype, draw):
     arguments, keywords = on_gpu(
         random_call(draw, dtype=dtype, dim=128, queries=300, keys=64, runs=1, summaries=400)
     )
@@ -188,7 +190,7 @@ def test_a_first_stage_that_counts_for_nothing(backend, dtype, draw):
     assert_matches(arguments, keywords, backend, dtype)
 
 
-def test_a_full_plan_is_dense_attention(backend, draw, assert_accurate):
+def test_block_sparse_attention_of_a_full_plan_is_dense(backend, draw, assert_accurate):
     (query, key, value, starts, lengths), _ = on_gpu(
         random_call(draw, dtype=torch.bfloat16, dim=128, queries=513, keys=1025, runs=1)
     )
@@ -200,7 +202,7 @@ def test_a_full_plan_is_dense_attention(backend, draw, assert_accurate):
     assert_accurate(got, plain, exact)
 
 
-def test_every_key_counts_once(backend, draw):
+def test_block_sparse_attention_counts_every_key_once(backend, draw):
     # Equal logits and one-hot values: the output lists the keys that were read, all alike.
     starts, lengths = on_gpu(random_runs((1, 1, 5), 128, 30, draw))
     query = torch.zeros(1, 1, 640, 128, device="cuda", dtype=torch.float16)
@@ -213,7 +215,7 @@ def test_every_key_counts_once(backend, draw):
     torch.testing.assert_close(out[0, 0, ::128].double(), want[0, 0], rtol=1e-3, atol=1e-6)
 
 
-def test_strided_inputs(backend, draw):
+def test_block_sparse_attention_reads_strided_inputs(backend, draw):
     (query, key, value, starts, lengths), _ = on_gpu(
         random_call(draw, dtype=torch.bfloat16, dim=128)
     )
@@ -244,7 +246,7 @@ def test_block_sparse_attention_writes_into_any_layout(backend, layout, dim, dra
     assert whole.isnan().sum() == whole.numel() - want.numel(), "nothing else may be written"
 
 
-def test_a_call_is_captured_and_replayed_with_new_data(backend, draw):
+def test_block_sparse_attention_is_captured_and_replayed_with_new_data(backend, draw):
     (query, key, value, starts, lengths), _ = on_gpu(
         random_call(draw, dtype=torch.bfloat16, dim=128)
     )

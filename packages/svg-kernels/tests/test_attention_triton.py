@@ -29,7 +29,7 @@ pytest.importorskip("triton")
     ],
     ids=str,
 )
-def test_kernel_equals_the_reference(shape, dtype, generator):
+def test_block_sparse_attention_equals_the_reference(shape, dtype, generator):
     arguments, keywords = random_call(generator, dtype=dtype, **shape)
     got = block_sparse_attention(*arguments, return_lse=True, backend="triton", **keywords)
     want = block_sparse_attention(*arguments, return_lse=True, backend="reference", **keywords)
@@ -39,7 +39,7 @@ def test_kernel_equals_the_reference(shape, dtype, generator):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_every_key_counts_once(generator):
+def test_block_sparse_attention_counts_every_key_once(generator):
     starts, lengths = random_runs((1, 1, 2), 128, 20, generator)
     query = torch.zeros(1, 1, 130, 128)
     key, value = torch.zeros(1, 1, 128, 128), torch.eye(128)[None, None]
@@ -49,7 +49,7 @@ def test_every_key_counts_once(generator):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_no_run_slots(generator):
+def test_block_sparse_attention_without_run_slots(generator):
     arguments, keywords = random_call(generator, summaries=9)
     empty = torch.zeros(1, 2, 2, 0, dtype=torch.int32)
     arguments[3:] = [empty, empty]
@@ -70,7 +70,7 @@ def test_block_sparse_attention_writes_into_any_layout(layout, generator):
 
 
 @pytest.mark.slow
-def test_every_row_of_the_table_fits_its_device(tmp_path):
+def test_block_sparse_attention_kernel_fits_every_device_of_its_table(tmp_path):
     # In processes of their own: here kernels may have been decorated for the interpreter.
     script = Path(__file__).with_name("compile_attention.py")
     environment = {

@@ -39,18 +39,18 @@ def fake_nvcc(tmp_path, monkeypatch):
     return compiler
 
 
-def test_nvcc_of_cuda_home_comes_first(fake_nvcc):
+def test_find_nvcc_takes_that_of_cuda_home_first(fake_nvcc):
     assert _build.find_nvcc() == fake_nvcc
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_missing_names_what_build_needs(monkeypatch):
     monkeypatch.setattr(_build, "find_nvcc", lambda: None)
     assert "nvcc was not found" in _build.missing()
     with pytest.raises(RuntimeError, match="nvcc was not found"):
         _build.build(SOURCES, Path("nowhere"))
 
 
-def test_file_names_carry_the_architecture():
+def test_architectures_of_reads_the_file_name():
     everything = _build.architectures_of(Path("norm.cu"), ("80", "90"))
     assert everything == ("80", "90")
     hopper = Path("block_sparse_attention_sm90a.cu")
@@ -58,7 +58,7 @@ def test_file_names_carry_the_architecture():
     assert _build.architectures_of(hopper, ("80", "86")) == ()
 
 
-def test_processes_that_need_the_library_at_once_build_it_once(fake_nvcc, tmp_path):
+def test_build_once_serves_processes_that_ask_at_once(fake_nvcc, tmp_path):
     code = (
         "import sys; from pathlib import Path; from svg_kernels import _build;"
         "print(_build.build_once(Path(sys.argv[1]), ('90',)))"
@@ -75,14 +75,14 @@ def test_processes_that_need_the_library_at_once_build_it_once(fake_nvcc, tmp_pa
     assert sum("compiling for sm_90" in err for _, err in answers) == 1
 
 
-def test_a_failed_build_says_why_and_leaves_nothing(fake_nvcc, tmp_path, monkeypatch):
+def test_build_once_says_why_it_failed_and_leaves_nothing(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "1")
     with pytest.raises(RuntimeError, match="no such register"):
         _build.build_once(SOURCES, ("90",))
     assert not list((tmp_path / "cache").rglob(_build.LIBRARY))
 
 
-def test_the_cache_follows_the_sources(tmp_path):
+def test_cache_dir_follows_the_sources(tmp_path):
     copy = tmp_path / "csrc"
     shutil.copytree(SOURCES, copy)
     assert _build.cache_dir(copy, ("90",)) == _build.cache_dir(SOURCES, ("90",))
@@ -101,7 +101,7 @@ def library():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kernel_fits_every_architecture_without_spills(library):
+def test_build_spills_no_registers_on_any_architecture(library):
     report = library.with_name(_build.REPORT).read_text()
     kernel = re.compile(
         r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?"
@@ -118,7 +118,7 @@ def test_every_kernel_fits_every_architecture_without_spills(library):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_only_our_symbols_leave_the_library(library):
+def test_build_exports_our_symbols_alone(library):
     table = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     )
@@ -131,7 +131,7 @@ def test_only_our_symbols_leave_the_library(library):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_library_is_small_and_loads_without_a_gpu(library):
+def test_build_is_small_and_loads_without_a_gpu(library):
     assert library.stat().st_size < 20e6
     tvm_ffi = pytest.importorskip("tvm_ffi")
     module = tvm_ffi.load_module(str(library))
@@ -158,7 +158,7 @@ def load_hook():
     return module
 
 
-def test_the_wheel_says_which_glibc_it_needs(tmp_path):
+def test_platform_tag_names_the_glibc_a_library_needs(tmp_path):
     hook = load_hook()
     file = tmp_path / "x.so"
     file.write_bytes(b"..GLIBC_2.14\0GLIBC_2.34\0GLIBC_2.2.5..")
@@ -166,7 +166,7 @@ def test_the_wheel_says_which_glibc_it_needs(tmp_path):
 
 
 @pytest.mark.parametrize("nvcc", [True, False])
-def test_the_hook_packs_the_library_or_a_pure_wheel(nvcc, fake_nvcc, monkeypatch):
+def test_build_hook_packs_the_library_or_a_pure_wheel(nvcc, fake_nvcc, monkeypatch):
     hook_module = load_hook()
     if not nvcc:
         monkeypatch.setenv("SVG_KERNELS_PURE", "1")

@@ -12,7 +12,7 @@ from svg_kernels import _dispatch, _library
 CPU = torch.device("cpu")
 
 
-def test_auto_on_the_cpu_is_the_reference():
+def test_status_of_the_cpu_takes_the_reference():
     backends = {state.name: state for state in svg_kernels.status("cpu").backends}
     assert list(backends) == ["cuda", "triton", "reference"]
     assert svg_kernels.status("cpu").auto == "reference"
@@ -20,7 +20,7 @@ def test_auto_on_the_cpu_is_the_reference():
     assert "CUDA device" in backends["cuda"].note
 
 
-def test_an_explicit_request_is_never_replaced():
+def test_select_backend_never_replaces_an_explicit_request():
     with pytest.raises(svg_kernels.UnsupportedError) as caught:
         svg_kernels.rms_norm(torch.ones(2, 8), backend="cuda")
     assert set(caught.value.reasons) == {"cuda", "triton", "reference"}
@@ -29,7 +29,7 @@ def test_an_explicit_request_is_never_replaced():
     assert "'cuda' on cpu" in str(caught.value)
 
 
-def test_unknown_backends_are_named():
+def test_select_backend_names_an_unknown_backend():
     with pytest.raises(ValueError, match="got 'cutlass'"):
         svg_kernels.rms_norm(torch.ones(2, 8), backend="cutlass")
 
@@ -52,19 +52,19 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("backend", _dispatch.ORDER)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_backend_has_every_operation(operation, backend):
+def test_select_backend_finds_every_operation_in_every_backend(operation, backend):
     if backend == "triton":
         pytest.importorskip("triton")
     module = importlib.import_module(f"svg_kernels.{operation}.{backend}")
     assert OPERATIONS[operation] <= set(vars(module))
 
 
-def test_operations_are_the_folders_of_the_package():
+def test_select_backend_is_tested_for_every_folder():
     package = Path(svg_kernels.__file__).parent
     assert set(OPERATIONS) == {path.parent.name for path in package.glob("*/cuda.py")}
 
 
-def test_gpu_reasons(monkeypatch):
+def test_backend_status_gives_the_reason_of_a_gpu(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
@@ -106,12 +106,12 @@ def cases():
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case[0].__name__)
-def test_operators_keep_torchs_contract(case):
+def test_define_op_keeps_the_contract_of_torch(case):
     operator, args = case
     torch.library.opcheck(operator.default, args)
 
 
-def test_compile_keeps_one_graph():
+def test_define_op_keeps_one_graph_when_compiled():
     def block(x, scale, table):
         y = svg_kernels.layer_norm_modulate(x, scale, scale)
         q, k = svg_kernels.qk_norm_rope(y, y, scale[0], scale[0], table, table, heads=3)
@@ -138,7 +138,7 @@ class Heard(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_whoever_watches_the_dispatcher_sees_the_operators():
+def test_define_op_is_seen_by_whoever_watches_the_dispatcher():
     x = torch.ones(2, 3, 8)
     with torch.no_grad(), Heard() as heard:
         svg_kernels.rms_norm(x)
@@ -147,7 +147,7 @@ def test_whoever_watches_the_dispatcher_sees_the_operators():
     assert "svg_kernels.permute_rows.default" in heard.names
 
 
-def test_without_gradients_the_result_is_the_same():
+def test_define_op_gives_the_same_without_gradients():
     x = torch.randn(3, 16)
     with torch.no_grad():
         quick = svg_kernels.rms_norm(x)

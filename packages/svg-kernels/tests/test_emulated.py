@@ -61,7 +61,7 @@ def both(function, *args, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 8, 40, 64, 130, 136, 256, 264, 1536, 5120, 8192, 16392])
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_norms_of_every_width(dtype, width, mean, generator):
+def test_rms_norm_and_layer_norm_of_every_width(dtype, width, mean, generator):
     rows = 300 if width <= 64 else 40 if width <= 256 else 5
     x = normal((rows, width), dtype, generator, mean)
     weight, bias = normal((2, width), FP32, generator).unbind(0)
@@ -71,7 +71,7 @@ def test_norms_of_every_width(dtype, width, mean, generator):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 64), (2, 0, 64), (2, 4, 0)])
-def test_empty_tensors_are_taken(shape):
+def test_launchers_take_empty_tensors(shape):
     x = torch.empty(shape)
     both(svg_kernels.rms_norm, x)
     both(svg_kernels.layer_norm, x)
@@ -85,7 +85,7 @@ def test_empty_tensors_are_taken(shape):
 
 @pytest.mark.parametrize("width", [64, 136, 1536])
 @pytest.mark.parametrize("tokens", [1, 19])
-def test_modulation_follows_batch_and_token(width, tokens, generator):
+def test_layer_norm_modulate_and_gate_residual_follow_batch_and_token(width, tokens, generator):
     x = normal((3, 19, width), BF16, generator, 5.0)
     table = normal((3, tokens, 6, width), FP32, generator)
     shift, scale, gate = (t.squeeze(2) for t in table[:, :, :3].chunk(3, dim=2))
@@ -97,7 +97,7 @@ def test_modulation_follows_batch_and_token(width, tokens, generator):
     both(svg_kernels.gate_residual, x[..., 1:], x[..., 1:], gate[..., 1:])
 
 
-def test_strided_rows(generator):
+def test_layer_norm_of_strided_rows(generator):
     fused = normal((3, 17, 3 * 64), FP16, generator)
     for view in (
         fused[..., 64:128],
@@ -187,7 +187,7 @@ def test_qk_norm_rope_of_fewer_key_heads_into_slices(generator):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
 @pytest.mark.parametrize("dim", [1, 7, 64, 130])
-def test_permutation(dtype, dim, generator):
+def test_permute_rows_and_unpermute_rows(dtype, dim, generator):
     x = torch.randint(0, 100, (2, 3, 65, dim), generator=generator).to(dtype)
     y = torch.randint(0, 100, (2, 5, 65, dim), generator=generator).to(dtype)
     orders = [torch.rand(2, n, 65, generator=generator).argsort(-1).int() for n in (3, 5, 3)]
@@ -199,7 +199,7 @@ def test_permutation(dtype, dim, generator):
     assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True))
 
 
-def test_blocks_that_walk_over_many_rows(generator):
+def test_layer_norm_blocks_that_walk_over_many_rows(generator):
     # The emulator's one processor gets few blocks, so each has several rows to do.
     for rows, width in ((20, 5120), (70, 264), (5000, 40)):
         x = normal((2, rows // 2, width), BF16, generator, 2.0)
@@ -211,7 +211,7 @@ def test_blocks_that_walk_over_many_rows(generator):
             both(svg_kernels.layer_norm_modulate, x, scale, shift, weight=weight, bias=bias)
 
 
-def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
+def test_launchers_are_called_directly(monkeypatch, generator):
     def refuse(package, backend, device):
         assert backend == "reference", "the call went through the dispatcher"
         return _dispatch.select_backend(package, backend, device)
@@ -232,7 +232,7 @@ def test_calls_go_straight_to_the_launchers(monkeypatch, generator):
     both(svg_kernels.permute_rows, (x[:, None], x[:1, None].float()), order)
 
 
-def test_what_needs_a_conversion_is_converted(generator):
+def test_launchers_get_converted_what_they_refuse(generator):
     x = normal((2, 3, 5, 8), BF16, generator)
     flipped = x.transpose(-1, -2).contiguous().transpose(-1, -2)  # the last axis is strided
     theta = torch.rand(5, 4, generator=generator, dtype=torch.float64)
@@ -257,7 +257,7 @@ def test_what_needs_a_conversion_is_converted(generator):
     assert torch.equal(moved.view(torch.uint8), small.view(torch.uint8).flip(2))
 
 
-def test_refusals_are_the_same_sentences():
+def test_launchers_leave_refusals_to_the_checks_in_words():
     x, vector = torch.ones(1, 4, 8), torch.ones(8)
     table = torch.ones(5, 4)
     with torch.no_grad():
@@ -289,7 +289,7 @@ def test_refusals_are_the_same_sentences():
         compiled_modulation.gate_residual(x.long(), x, vector[None], FP32)
 
 
-def test_nothing_outside_the_tensors_is_touched(library_path):
+def test_launchers_touch_nothing_outside_the_tensors(library_path):
     script = Path(__file__).with_name("run_guarded.py")
     command = [sys.executable, str(script), str(library_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

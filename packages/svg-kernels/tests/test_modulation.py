@@ -30,7 +30,7 @@ def exact_modulate(x, scale, shift, eps):
 @pytest.mark.parametrize("width", [1, 64, 130, 1536, 5120])
 @pytest.mark.parametrize("tokens", [1, 19])
 @pytest.mark.parametrize("mean", [0.0, 10.0])
-def test_modulated_layer_norm_is_as_exact_as_torch(
+def test_layer_norm_modulate_is_as_exact_as_torch(
     backend, dtype, width, tokens, mean, device, generator, assert_accurate
 ):
     x = normal((3, 19, width), dtype, device, generator, mean)
@@ -43,7 +43,9 @@ def test_modulated_layer_norm_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_affine_comes_before_modulation(backend, device, generator, assert_accurate):
+def test_layer_norm_modulate_applies_weight_and_bias_first(
+    backend, device, generator, assert_accurate
+):
     x = normal((2, 5, 24), torch.float32, device, generator)
     weight, bias = normal((2, 24), torch.float32, device, generator).unbind(0)
     scale, shift = normal((2, 2, 24), torch.float32, device, generator).unbind(0)
@@ -73,7 +75,7 @@ def test_gate_residual_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_equals_its_elements_one_by_one(backend, device, generator):
+def test_layer_norm_modulate_and_gate_residual_of_a_batch(backend, device, generator):
     # A kernel that reads one row of scale for the whole batch passes any test with batch 1.
     x = normal((4, 6, 32), torch.float32, device, generator)
     scale, shift, gate = normal((3, 4, 32), torch.float32, device, generator).unbind(0)
@@ -88,7 +90,7 @@ def test_a_batch_equals_its_elements_one_by_one(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_chunks_of_one_modulation_tensor_are_read_in_place(backend, device, generator):
+def test_layer_norm_modulate_and_gate_residual_read_chunks_in_place(backend, device, generator):
     x = normal((2, 7, 40), torch.bfloat16, device, generator)
     table = normal((2, 7, 6, 40), torch.float32, device, generator)
     shift, scale, gate = (t.squeeze(2) for t in table[:, :, :3].chunk(3, dim=2))
@@ -104,7 +106,7 @@ def test_chunks_of_one_modulation_tensor_are_read_in_place(backend, device, gene
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_residual_and_result_may_stay_in_fp32(backend, device, generator):
+def test_gate_residual_may_stay_in_fp32(backend, device, generator):
     residual = normal((2, 5, 48), torch.float32, device, generator)
     x = normal((2, 5, 48), torch.bfloat16, device, generator)
     gate = normal((2, 48), torch.bfloat16, device, generator)
@@ -117,14 +119,14 @@ def test_residual_and_result_may_stay_in_fp32(backend, device, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (2, 5, 0)])
-def test_empty_input_gives_empty_output(backend, shape, device):
+def test_layer_norm_modulate_and_gate_residual_of_empty_tensors(backend, shape, device):
     x = torch.empty(shape, device=device)
     gate = torch.empty(shape[0], shape[2], device=device)
     assert svg_kernels.gate_residual(x, x, gate, backend=backend).shape == shape
     assert svg_kernels.layer_norm_modulate(x, gate, gate, backend=backend).shape == shape
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_check_modulation_refuses_shapes_that_do_not_fit():
     x = torch.ones(2, 5, 8)
     with pytest.raises(ValueError, match=r"scale must be \[2, 8\]"):
         svg_kernels.layer_norm_modulate(x, torch.ones(5, 8), torch.ones(2, 8))

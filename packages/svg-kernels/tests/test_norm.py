@@ -64,7 +64,7 @@ def test_layer_norm_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_columns_beyond_the_width_count_for_nothing(backend, device, generator):
+def test_layer_norm_leaves_columns_beyond_the_width_out(backend, device, generator):
     # 5120 and 1536 are no powers of two; a kernel that pads rows with zeros and forgets to mask
     # them in the variance is wrong by several per cent on data whose mean is far from 0.
     for width in (5120, 1536, 40):
@@ -75,7 +75,7 @@ def test_columns_beyond_the_width_count_for_nothing(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_eps_is_the_one_asked_for(backend, device):
+def test_rms_norm_takes_the_eps_asked_for(backend, device):
     x = torch.full((3, 64), 1e-3, device=device)
     y = svg_kernels.rms_norm(x, eps=1e-6, backend=backend)
     torch.testing.assert_close(y, torch.full_like(y, 1 / 2**0.5))
@@ -83,14 +83,14 @@ def test_eps_is_the_one_asked_for(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0), (2, 0, 64)])
-def test_empty_input_gives_empty_output(backend, shape, device):
+def test_rms_norm_and_layer_norm_of_empty_tensors(backend, shape, device):
     x = torch.empty(shape, device=device)
     assert svg_kernels.rms_norm(x, backend=backend).shape == shape
     assert svg_kernels.layer_norm(x, backend=backend).shape == shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_rows_give_the_same_values(backend, device, generator):
+def test_layer_norm_of_strided_rows(backend, device, generator):
     fused = make((3, 17, 3 * 64), torch.float32, device, generator)
     weight = make((64,), torch.float32, device, generator)
     views = [
@@ -110,7 +110,7 @@ def test_strided_rows_give_the_same_values(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_out_dtype_is_honoured_and_rounds_once(backend, device, generator):
+def test_rms_norm_rounds_once_to_out_dtype(backend, device, generator):
     x = make((9, 96), torch.bfloat16, device, generator)
     wide = svg_kernels.rms_norm(x, out_dtype=torch.float32, backend=backend)
     assert wide.dtype == torch.float32
@@ -121,7 +121,7 @@ def test_out_dtype_is_honoured_and_rounds_once(backend, device, generator):
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements(device):
+def test_rms_norm_of_more_than_two_to_the_31_elements(device):
     rows, width = 2**25 + 3, 64
     x = torch.full((rows, width), 2.0, device=device, dtype=torch.bfloat16)
     x[-1] = torch.arange(1, width + 1, device=device).bfloat16()
@@ -132,7 +132,7 @@ def test_more_than_two_to_the_31_elements(device):
     assert (y[-(2**20) : -1] == 1).all()
 
 
-def test_bad_arguments_say_what_to_do():
+def test_check_rows_and_check_vector_say_what_to_do():
     x = torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"weight must be \[8\] .* got \[7\]"):
         svg_kernels.rms_norm(x, torch.ones(7))

@@ -25,7 +25,9 @@ def orders(batch, heads, tokens, device, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 63, 64), (1, 5, 1000, 7), (3, 2, 17, 130)])
-def test_permute_gathers_and_unpermute_puts_back(backend, dtype, shape, device, generator):
+def test_permute_rows_gathers_and_unpermute_rows_puts_back(
+    backend, dtype, shape, device, generator
+):
     x = values(shape, dtype, device, generator)
     order = orders(*shape[:3], device, generator)
     y = svg_kernels.permute_rows(x, order, backend=backend)
@@ -36,7 +38,7 @@ def test_permute_gathers_and_unpermute_puts_back(backend, dtype, shape, device, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_tensors_with_their_own_orders(backend, device, generator):
+def test_permute_rows_of_several_tensors_with_their_own_orders(backend, device, generator):
     query = values((2, 4, 33, 64), torch.bfloat16, device, generator)
     key = values((2, 2, 33, 64), torch.bfloat16, device, generator)
     value = values((2, 2, 33, 32), torch.float32, device, generator)
@@ -52,7 +54,7 @@ def test_several_tensors_with_their_own_orders(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_tensors_and_expanded_orders(backend, device, generator):
+def test_permute_rows_of_strided_tensors_by_expanded_orders(backend, device, generator):
     base = values((2, 21, 3, 40), torch.bfloat16, device, generator)
     x = base.transpose(1, 2)[..., :32]
     shared = orders(1, 1, 21, device, generator)
@@ -66,7 +68,7 @@ def test_strided_tensors_and_expanded_orders(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gather_may_be_shorter_longer_or_empty(backend, device, generator):
+def test_permute_rows_may_give_fewer_more_or_no_rows(backend, device, generator):
     x = values((1, 2, 10, 16), torch.float32, device, generator)
     for count in (0, 3, 25):
         order = torch.randint(0, 10, (1, 2, count), device=device, generator=generator).int()
@@ -78,7 +80,7 @@ def test_a_gather_may_be_shorter_longer_or_empty(backend, device, generator):
 
 
 @pytest.mark.gpu
-def test_addresses_beyond_two_to_the_31(device):
+def test_permute_rows_beyond_two_to_the_31_elements(device):
     tokens, heads = 2**18, 130  # 2^31 elements and some
     x = torch.zeros(1, heads, tokens, 64, device=device, dtype=torch.uint8)
     x[0, -1, :, 0] = torch.arange(tokens, device=device).remainder(251).to(torch.uint8)
@@ -88,7 +90,7 @@ def test_addresses_beyond_two_to_the_31(device):
     assert torch.equal(svg_kernels.unpermute_rows(y, order, backend="cuda")[0, -1], x[0, -1])
 
 
-def test_bad_orders_are_refused():
+def test_permute_rows_refuses_bad_orders():
     x = torch.ones(2, 3, 5, 4)
     with pytest.raises(TypeError, match=r"order must be int32, got torch\.int64"):
         svg_kernels.permute_rows(x, torch.arange(5))

@@ -29,7 +29,7 @@ def both(function, *args, **kwargs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 1), (37, 130), (2, 3, 64), (3, 1, 1536)])
-def test_norms(dtype, shape, generator):
+def test_rms_norm_and_layer_norm_in_triton(dtype, shape, generator):
     x = normal(shape, dtype, generator, 3.0)
     weight, bias = normal((2, shape[-1]), torch.float32, generator).unbind(0)
     both(svg_kernels.rms_norm, x)
@@ -40,7 +40,7 @@ def test_norms(dtype, shape, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_modulation(dtype, tokens, generator):
+def test_layer_norm_modulate_and_gate_residual_in_triton(dtype, tokens, generator):
     x = normal((2, 7, 70), dtype, generator, 3.0)
     scale = normal((2, tokens, 70), torch.float32, generator)
     shift = normal((2, 70), torch.float32, generator)
@@ -51,7 +51,7 @@ def test_modulation(dtype, tokens, generator):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
 @pytest.mark.parametrize("across", [False, True])
-def test_rotation(dtype, pairing, across, generator):
+def test_rope_and_qk_norm_rope_in_triton(dtype, pairing, across, generator):
     dim, heads = 12, 3
     theta = torch.rand(5, dim // 2, generator=generator) * 6
     tables = (theta.cos(), theta.sin())
@@ -71,7 +71,7 @@ def test_rotation(dtype, pairing, across, generator):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rope_of_a_pair(dtype, pairing, inplace, generator):
+def test_rope_of_a_pair_in_triton(dtype, pairing, inplace, generator):
     query = normal((2, 9, 3 * 12), dtype, generator).unflatten(-1, (3, 12)).transpose(1, 2)
     key = normal((2, 1, 9, 12), dtype, generator)
     theta = torch.rand(2, 5, 6, generator=generator) * 6
@@ -85,7 +85,7 @@ def test_rope_of_a_pair(dtype, pairing, inplace, generator):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
-def test_permutation(dtype, generator):
+def test_permute_rows_and_unpermute_rows_in_triton(dtype, generator):
     x = torch.randint(0, 100, (2, 3, 19, 10), generator=generator).to(dtype)
     order = torch.rand(2, 3, 19, generator=generator).argsort(-1).int()
     y = svg_kernels.permute_rows(x, order, backend="triton")

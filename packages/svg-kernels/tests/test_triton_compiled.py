@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_norms_round_square_root_and_division_correctly():
+def test_reciprocal_std_rounds_square_root_and_division_correctly():
     script = Path(__file__).with_name("compile_norms.py")
     done = subprocess.run(
         [sys.executable, str(script)],

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from rotary_oracles import angles, normal, rotated, spread
 
 import svg_kernels
 
@@ -13,34 +13,6 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.gpu, id="triton"),
 ]
 PAIRINGS = ["interleaved", "half"]
-
-
-def normal(shape, dtype, device, generator):
-    return torch.randn(shape, device=device, generator=generator).to(dtype)
-
-
-def angles(length, dim, device, generator):
-    return torch.rand(length, dim // 2, device=device, generator=generator) * 6.28
-
-
-def spread(table, pairing):
-    """One value per pair -> one per channel, as diffusers hands tables over."""
-    if pairing == "half":
-        return torch.cat((table, table), dim=-1)
-    return table.repeat_interleave(2, dim=-1)
-
-
-def rotated(x, theta, pairing, dtype):
-    """Complex multiplication: another route to the same numbers."""
-    dim = x.shape[-1]
-    x = x.to(dtype)
-    if pairing == "half":
-        pairs = torch.stack((x[..., : dim // 2], x[..., dim // 2 :]), dim=-1)
-    else:
-        pairs = x.unflatten(-1, (-1, 2))
-    turn = torch.polar(torch.ones_like(theta, dtype=dtype), theta.to(dtype))
-    out = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-    return out.transpose(-1, -2).flatten(-2) if pairing == "half" else out.flatten(-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,7 +34,7 @@ def test_rope_is_as_exact_as_torch(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_all_forms_of_the_table_agree(backend, pairing, device, generator):
+def test_rope_takes_every_form_of_table(backend, pairing, device, generator):
     x = normal((2, 3, 11, 32), torch.float32, device, generator)
     theta = angles(11, 32, device, generator)
     cos, sin = theta.cos(), theta.sin()
@@ -85,7 +57,9 @@ def test_all_forms_of_the_table_agree(backend, pairing, device, generator):
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("start", [0, 5, 9])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_text_before_and_after_is_left_alone(backend, pairing, start, inplace, device, generator):
+def test_rope_leaves_text_before_and_after_alone(
+    backend, pairing, start, inplace, device, generator
+):
     x = normal((2, 4, 20, 64), torch.bfloat16, device, generator)
     x[:, :, 0, 0] = float("nan")  # untouched means copied, not multiplied by 1
     x[:, :, 0, 1] = float("inf")
@@ -109,7 +83,7 @@ def test_text_before_and_after_is_left_alone(backend, pairing, start, inplace, d
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_strided_views_are_rotated_where_they_are(backend, inplace, device, generator):
+def test_rope_rotates_strided_views_where_they_are(backend, inplace, device, generator):
     theta = angles(9, 16, device, generator)
     tables = theta.cos(), theta.sin()
     views = [
@@ -130,7 +104,7 @@ def test_strided_views_are_rotated_where_they_are(backend, inplace, device, gene
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_table_per_batch_element(backend, device, generator):
+def test_rope_takes_a_table_for_each_batch_element(backend, device, generator):
     x = normal((2, 3, 9, 32), torch.float32, device, generator)
     theta = torch.stack([angles(9, 32, device, generator) for _ in range(2)])
     y = svg_kernels.rope(x, theta.cos(), theta.sin(), backend=backend)
@@ -144,7 +118,9 @@ def test_a_table_per_batch_element(backend, device, generator):
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 3, 8])
-def test_a_pair_is_two_single_calls(backend, dtype, pairing, inplace, key_heads, device, generator):
+def test_rope_of_a_pair_is_two_single_calls(
+    backend, dtype, pairing, inplace, key_heads, device, generator
+):
     query = normal((2, 5, 21, 64), dtype, device, generator)
     key = normal((2, 21, 2 * key_heads, 64), dtype, device, generator)[:, :, ::2].transpose(1, 2)
     theta = torch.stack([angles(17, 64, device, generator) for _ in range(2)])
@@ -160,7 +136,7 @@ def test_a_pair_is_two_single_calls(backend, dtype, pairing, inplace, key_heads,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tensors_of_a_pair_may_be_empty(backend, device, generator):
+def test_rope_of_a_pair_of_which_one_is_empty(backend, device, generator):
     theta = angles(4, 8, device, generator)
     tables = theta.cos(), theta.sin()
     x = normal((2, 3, 5, 8), torch.float32, device, generator)
@@ -173,105 +149,16 @@ def test_tensors_of_a_pair_may_be_empty(backend, device, generator):
         torch.testing.assert_close(y, want, rtol=0, atol=0)
 
 
-def exact_qk(x, weight, heads, theta, pairing, start, eps):
-    x, weight = x.double(), weight.double()
-    dim = x.shape[-1] // heads
-    if weight.numel() == dim:
-        x = x.unflatten(-1, (heads, dim))
-    y = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-    y = y.reshape(*y.shape[:2], heads, dim).transpose(1, 2).contiguous()
-    stop = start + theta.shape[0]
-    y[:, :, start:stop] = rotated(y[:, :, start:stop], theta, pairing, torch.float64)
-    return y
-
-
-def plain_qk(x, weight, heads, theta, pairing, start, eps):
-    dim = x.shape[-1] // heads
-    if weight.numel() == dim:
-        x = x.unflatten(-1, (heads, dim))
-    y = F.rms_norm(x, (x.shape[-1],), weight, eps)
-    y = y.reshape(*y.shape[:2], heads, dim).transpose(1, 2).contiguous()
-    stop = start + theta.shape[0]
-    turned = rotated(y[:, :, start:stop], theta, pairing, torch.float32)
-    y[:, :, start:stop] = turned.to(y.dtype)
-    return y
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(12, 12, 128), (4, 2, 64), (3, 3, 6)])
-def test_qk_norm_rope_is_as_exact_as_torch(
-    backend, dtype, pairing, across, heads, key_heads, dim, device, generator, assert_accurate
-):
-    query = normal((2, 23, heads * dim), dtype, device, generator)
-    key = normal((2, 23, key_heads * dim), dtype, device, generator) + 3
-    weights = [
-        normal((n * dim if across else dim,), torch.float32, device, generator)
-        for n in (heads, key_heads)
-    ]
-    theta = angles(17, dim, device, generator)
-    q, k = svg_kernels.qk_norm_rope(
-        query, key, *weights, theta.cos(), theta.sin(),
-        heads=heads, eps=1e-5, pairing=pairing, start=2, backend=backend,
-    )  # fmt: skip
-    cases = ((query, weights[0], heads, q), (key, weights[1], key_heads, k))
-    for x, weight, n, actual in cases:
-        assert actual.is_contiguous()
-        assert actual.dtype == dtype
-        common = (n, theta, pairing, 2, 1e-5)
-        assert_accurate(
-            actual, plain_qk(x, weight.to(dtype), *common), exact_qk(x, weight, *common)
-        )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_qk_norm_without_tables_only_lays_out(backend, device, generator):
-    x = normal((2, 9, 4 * 32), torch.float32, device, generator)
-    weight = normal((32,), torch.float32, device, generator)
-    q, k = svg_kernels.qk_norm_rope(x, x, weight, weight, heads=4, backend=backend)
-    expected = F.rms_norm(x.unflatten(-1, (4, 32)), (32,), weight, 1e-6).transpose(1, 2)
-    torch.testing.assert_close(q, expected)
-    torch.testing.assert_close(k, expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_qk_writes_into_slices_and_reads_fused_projections(backend, device, generator):
-    fused = normal((2, 9, 3 * 128), torch.bfloat16, device, generator)
-    query, key, _ = fused.chunk(3, dim=-1)
-    weight = normal((32,), torch.bfloat16, device, generator)
-    theta = angles(9, 32, device, generator)
-    outs = [torch.full((2, 4, 14, 32), 7.0, device=device).bfloat16() for _ in range(2)]
-    slices = (outs[0][:, :, 3:12], outs[1][:, :, 3:12])
-    common = (weight, weight, theta.cos(), theta.sin())
-    got = svg_kernels.qk_norm_rope(query, key, *common, heads=4, out=slices, backend=backend)
-    assert got[0] is slices[0]
-    expected = svg_kernels.qk_norm_rope(
-        query.contiguous(), key.contiguous(), *common, heads=4, backend=backend
-    )
-    for part, whole, want in zip(slices, outs, expected, strict=True):
-        torch.testing.assert_close(part, want, rtol=0, atol=0)
-        assert (whole[:, :, :3] == 7).all()
-        assert (whole[:, :, 12:] == 7).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_tensors_and_tables(backend, device):
+def test_rope_of_empty_tensors_and_tables(backend, device):
     none = torch.empty(0, 4, device=device)
     x = torch.ones(2, 3, 5, 8, device=device)
     torch.testing.assert_close(svg_kernels.rope(x, none, none, backend=backend), x)
     empty = torch.empty(2, 3, 0, 8, device=device)
     assert svg_kernels.rope(empty, none, none, backend=backend).shape == empty.shape
-    rows = torch.empty(2, 0, 24, device=device)
-    weight = torch.ones(8, device=device)
-    q, _ = svg_kernels.qk_norm_rope(
-        rows, rows, weight, weight, none, none, heads=3, backend=backend
-    )
-    assert q.shape == (2, 3, 0, 8)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_rope_refuses_shapes_that_do_not_fit():
     x, table = torch.ones(1, 2, 6, 8), torch.ones(5, 4)
     with pytest.raises(ValueError, match="the tables cover tokens 2 to 6, but x has 6"):
         svg_kernels.rope(x, table, table, start=2)
@@ -293,12 +180,3 @@ def test_shapes_that_do_not_fit_are_refused():
         svg_kernels.rope((x, x.half()), table, table)
     with pytest.raises(ValueError, match="key must be on cpu like x, got meta"):
         svg_kernels.rope((x, x.to("meta")), table, table)
-    rows, weight = torch.ones(1, 6, 24), torch.ones(8)
-    with pytest.raises(ValueError, match="heads must divide 24, got 5"):
-        svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=5)
-    with pytest.raises(ValueError, match=r"query_weight must be \[8\]"):
-        svg_kernels.qk_norm_rope(rows, rows, torch.ones(5), weight, heads=3)
-    with pytest.raises(ValueError, match="both be per head or both across"):
-        svg_kernels.qk_norm_rope(rows, rows, torch.ones(24), weight, heads=3)
-    with pytest.raises(ValueError, match=r"out must be \[1, 3, 6, 8\]"):
-        svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=3, out=(x, x))
