@@ -59,11 +59,11 @@ def random_call(
     summaries: int = 0,
     ordered: bool = False,
     magnitude: float = 1.0,
-    granule: int = 1,
+    multiple: int = 1,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Draw the arguments of one call: positional ones, and keywords.
 
-    Run lengths are multiples of `granule`.
+    Run lengths are multiples of `multiple`.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def random_call(
         normal(batch, key_heads, keys, dim),
         *random_runs((batch, heads, tiles), keys, runs, generator),
     ]
-    arguments[4] -= arguments[4] % granule
+    arguments[4] -= arguments[4] % multiple
     keywords: dict[str, Any] = {}
     if ordered:
         keywords["query_order"] = permutations((batch, heads), queries, generator)

@@ -22,7 +22,7 @@ _LAUNCH = re.compile(
 
 
 def missing() -> str:
-    """Say what keeps this machine from emulating, or return an empty string."""
+    """Return what keeps this machine from emulating, empty if nothing does."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return "no C++ compiler was found"
     if _build.find_headers() is None:

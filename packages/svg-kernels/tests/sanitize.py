@@ -14,7 +14,7 @@ from svg_kernels import block_sparse_attention, permute_rows
 def attend(draw: torch.Generator, backend: str) -> None:
     """Run every head size and list of runs that takes a path of its own."""
     # Scores of a large magnitude have the compiled kernel raise its maxima.
-    for dim, dtype, runs, summaries, granule, magnitude in (
+    for dim, dtype, runs, summaries, multiple, magnitude in (
         (128, torch.bfloat16, 40, 0, 1, 1.0),
         (128, torch.float16, 5, 130, 1, 1.0),
         (64, torch.bfloat16, 100, 9, 1, 100.0),
@@ -23,7 +23,7 @@ def attend(draw: torch.Generator, backend: str) -> None:
     ):
         arguments, keywords = random_call(
             draw, dtype=dtype, queries=300, keys=437, runs=runs, dim=dim, summaries=summaries,
-            ordered=True, key_heads=1, magnitude=magnitude, granule=granule,
+            ordered=True, key_heads=1, magnitude=magnitude, multiple=multiple,
         )  # fmt: skip
         keywords = {
             name: tuple(part.cuda() for part in x) if isinstance(x, tuple) else x.cuda()

@@ -103,7 +103,7 @@ def test_block_sparse_attention_of_a_thousand_random_plans(draw):
             summaries=[0, 0, 1, 130][integer(0, 3)],
             ordered=bool(integer(0, 1)),
             magnitude=[1.0, 7.0, 40.0][integer(0, 2)],
-            granule=[1, 8][integer(0, 1)],
+            multiple=[1, 8][integer(0, 1)],
         )
         assert_matches(on_gpu(arguments), on_gpu(keywords), "cuda", dtype)
 

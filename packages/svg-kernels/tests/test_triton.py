@@ -1,4 +1,4 @@
-"""The Triton tier against the reference, interpreted on a CPU (fp32 and fp16 only)."""
+"""The Triton backend against the reference, interpreted on a CPU (fp32 and fp16 only)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton tier as compiled for a GPU that is not here."""
+"""The Triton backend as compiled for a GPU that is not here."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 namespace svg::attention {
 
-// Normalises, turns fragments into rows through the query tile's shared memory, and scatters them
+// Normalizes, turns fragments into rows through the query tile's shared memory, and scatters them
 // to their tokens, in any layout whose last axis is contiguous. Rows that read nothing give 0.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_output(const QueryTile<T, kHeadDim>& tile,

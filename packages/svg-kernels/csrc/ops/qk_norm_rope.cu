@@ -241,7 +241,7 @@ bool read_qk(const DLTensor* const (&x)[2], const DLTensor* const (&weight)[2],
     if (!read_qk_tensor(*x[i], *weight[i], *y[i], &out->tensor[i])) return false;
   }
   const int64_t dim = y[0]->shape[3];
-  // A single head is normalised alike per head and across heads, so it fits either kind.
+  // A single head is normalized alike per head and across heads, so it fits either kind.
   const bool one = out->tensor[0].heads == 1 || out->tensor[1].heads == 1;
   if (dim % 2 != 0 || y[1]->shape[3] != dim || x[0]->shape[0] != x[1]->shape[0] ||
       x[0]->shape[1] != x[1]->shape[1] || !same_dtype(*x[0], *x[1]) || !same_device(*x[0], *x[1]) ||

@@ -54,7 +54,7 @@ def find_headers() -> Path | None:
 
 
 def missing() -> str:
-    """Say what keeps this machine from building, or return an empty string."""
+    """Return what keeps this machine from building, empty if nothing does."""
     if not sys.platform.startswith("linux"):
         return f"the compiled kernels are built on Linux only, this is {sys.platform}"
     if find_nvcc() is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class UnsupportedError(RuntimeError):
-    """Say that no requested backend can run here, with the reason for each.
+    """Raised when no requested backend can run here; it has the reason of each.
 
     Args:
         what: what was asked for, as the subject of the message.

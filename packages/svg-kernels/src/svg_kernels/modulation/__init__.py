@@ -28,7 +28,7 @@ def layer_norm_modulate(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalise each row of `x`, then scale and shift it by what the time step says.
+    """Normalize each row of `x`, then scale and shift it by what the time step says.
 
     `y = layer_norm(x, weight, bias) * (1 + scale) + shift`, in one pass, rounded once.
 

@@ -18,7 +18,7 @@ def layer_norm_modulate(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Layer norm, then `* (1 + scale) + shift`."""
+    """Compute layer norm, then `* (1 + scale) + shift`."""
     y = normalize(widen(x), weight, bias, eps)
     return round_to(y * (1 + _per_token(scale, y)) + _per_token(shift, y), out_dtype)
 

@@ -27,7 +27,7 @@ def qk_norm_rope(
     out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Normalise queries and keys, rotate them, and lay them out head by head, in one pass.
+    """Normalize queries and keys, rotate them, and lay them out head by head, in one pass.
 
     RMSNorm (over each head, or across all of them, as the length of the weight says), then `rope`,
     then `[B, S, H*D] -> [B, H, S, D]`, in fp32 and rounded once. One launch for both tensors.
@@ -35,14 +35,14 @@ def qk_norm_rope(
     Args:
         query: `[B, S, H*D]` as the projection leaves it (a slice of a fused projection is fine).
         key: `[B, S, Hk*D]`; `Hk` may be smaller than H.
-        query_weight: `[D]` to normalise per head, `[H*D]` across heads.
+        query_weight: `[D]` to normalize per head, `[H*D]` across heads.
         key_weight: `[D]` or `[Hk*D]`, of the same kind.
-        cos: table of the angles as for `rope`, or None to normalise and lay out only.
+        cos: table of the angles as for `rope`, or None to normalize and lay out only.
         sin: as `cos`.
         heads: number of query heads H.
         eps: added to the mean square, in the unit of `query^2`.
         pairing: which two channels rotate together.
-        start: first token that is rotated; all tokens are normalised.
+        start: first token that is rotated; all tokens are normalized.
         out: `(query, key)` tensors `[B, H, S, D]` to write into, each with a contiguous last axis;
             slices along the tokens of a longer tensor save a concatenation with text tokens.
         backend: `"auto"`, `"cuda"`, `"triton"` or `"reference"`.

@@ -22,7 +22,7 @@ def qk_norm_rope(
     half: bool,
     start: int,
 ) -> None:
-    """Normalise `[B, S, H*D]`, rotate, and write to `outs` of shape `[B, H, S, D]`."""
+    """Normalize `[B, S, H*D]`, rotate, and write to `outs` of shape `[B, H, S, D]`."""
     for x, weight, out in zip(xs, weights, outs, strict=True):
         heads, dim = out.shape[1], out.shape[3]
         y = widen(x)
