@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,38 @@ import torch
 if not torch.cuda.is_available():
     # Read by triton when a kernel is decorated, so it has to be set before a package is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a function that fills what `make` leaves uninitialised on the CPU.
+
+    Floating-point elements become NaN, integers the lowest of their type, so that a test fails
+    where memory is read before it was written.
+    """
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = make(*args, **kwargs)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.is_quantized:
+            dtype = x.dtype
+            with torch.no_grad():
+                if dtype.is_floating_point or dtype.is_complex:
+                    x.fill_(torch.nan)
+                elif dtype != torch.bool:
+                    x.fill_(torch.iinfo(dtype).min)
+        return x
+
+    return call
+
+
+for holder, name in (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+):
+    setattr(holder, name, poisoned(getattr(holder, name)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -76,3 +76,18 @@ def test_device_is_cuda_in_gpu_tests(device):
 
 def test_device_is_the_cpu_elsewhere(device):
     assert device.type == "cpu"
+
+
+def test_poisoned_fills_what_torch_leaves_uninitialised():
+    like = torch.zeros(3)
+    made = [
+        torch.empty(2, 3),
+        torch.empty(4, dtype=torch.bfloat16),
+        torch.empty_like(like),
+        torch.empty_strided((3,), (1,)),
+        like.new_empty(3),
+    ]
+    assert all(x.isnan().all() for x in made)
+    assert (torch.empty(3, dtype=torch.int32) == -(2**31)).all()
+    assert torch.empty(0).shape == (0,)
+    assert torch.nn.Parameter(torch.empty(3)).requires_grad
