@@ -206,7 +206,7 @@ def read_method(
         TypeError: if it is neither; a class is told from its instance.
     """
     if method is None or isinstance(method, str):
-        return MethodSpec.parse(method or "auto", density=density, top_p=top_p)
+        return MethodSpec.parse("auto" if method is None else method, density=density, top_p=top_p)
     if isinstance(method, type):
         raise TypeError(f"method is the class {method.__name__}; give one: {method.__name__}()")
     if not isinstance(method, MethodSpec):

@@ -37,14 +37,15 @@ def compare(
     from svg_models.files import check_folder
 
     folder = check_folder(output)
-    from svg_models.comparison.result import PAGE
-    from svg_models.comparison.run import compare as run
+    with progress_bars() as progress:
+        from svg_models.comparison.result import PAGE
+        from svg_models.comparison.run import compare as run
 
-    with progress_bars() as progress, unwinding(folder / PAGE):
-        comparison = run(**vars(request.replace(progress=progress)))
-        progress("writing the page", 0, 0)
-        page = comparison.save(folder)
-        progress.end()
+        with unwinding(folder / PAGE):
+            comparison = run(**vars(request.replace(progress=progress)))
+            progress("writing the page", 0, 0)
+            page = comparison.save(folder)
+            progress.end()
     out().print(_comparison_table(comparison))
     say_path(page.resolve(), "page: ")
 

@@ -20,6 +20,9 @@ def doctor(
 ) -> None:
     """Say what this machine can run, and why not."""
     with spoken_errors():
+        from svg_models.loading.device import check_device
+
+        check_device(device)
         from svg_models.doctor import diagnose, to_dict
         from svg_models.loading import pick_device
 

@@ -42,13 +42,14 @@ def generate(
 
     check_suffix(output)
     path = check_output(output)
-    from svg_models.generation.sample import generate as run
+    with progress_bars() as progress:
+        from svg_models.generation.sample import generate as run
 
-    with progress_bars() as progress, unwinding(path):
-        clip = run(**vars(request.replace(progress=progress)))
-        progress("writing", 0, 0)
-        clip.save(path)
-        progress.end()
+        with unwinding(path):
+            clip = run(**vars(request.replace(progress=progress)))
+            progress("writing", 0, 0)
+            clip.save(path)
+            progress.end()
     _tell_clip(clip, Path(output).expanduser())
 
 

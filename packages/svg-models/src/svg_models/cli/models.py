@@ -27,9 +27,9 @@ def models(
 ) -> None:
     """List what can be made sparse: families, checkpoints, and their published settings."""
     with spoken_errors():
-        from svg_models.catalog import catalog, describe, find_family
-
         with hushed_libraries():
+            from svg_models.catalog import catalog, describe, find_family
+
             found = catalog() if name is None else [describe(find_family(name))]
         if as_json:
             json.dump(found, sys.stdout, indent=1)

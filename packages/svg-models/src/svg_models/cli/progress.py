@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,21 +86,21 @@ class Stages:
 
 @contextmanager
 def hushed_libraries() -> Iterator[None]:
-    """Keep the libraries' own bars and warnings out of ours; what this package says stays."""
-    import diffusers.utils.logging as of_diffusers
-    import transformers.utils.logging as of_transformers
-
-    levels = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
-    for library in (of_diffusers, of_transformers):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    """Keep the libraries' own bars, logs and warnings out of ours; what this package says stays."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # already while they are imported
     try:
+        import diffusers.utils.logging as of_diffusers
+        import transformers.utils.logging as of_transformers
+
+        for library in (of_diffusers, of_transformers):
+            library.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=UserWarning, module=r"svg_models\.")
             warnings.showwarning = show_note
             yield
-    finally:
-        for library, level in zip((of_diffusers, of_transformers), levels, strict=True):
+        for library in (of_diffusers, of_transformers):
             library.enable_progress_bar()
-            library.set_verbosity(level)
+    finally:
+        logging.disable(disabled)

@@ -43,6 +43,7 @@ _OWN_ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "fl
 _BOUNDS: tuple[tuple[re.Pattern[str], int, int], ...] = tuple(
     (re.compile(pattern), least, most)
     for pattern, least, most in (
+        (r"num_layers|num_hidden_layers", 1, 1024),
         (r"num_(\w+_)?layers|num_(\w+_)?blocks|n_layers?|depth|layers_per_block", 0, 1024),
         (r"num_(\w+_)?heads|attention_head_dim|d_model|d_kv|hidden_size", 1, 1 << 20),
         (r"(in|out|latent)_channels|z_dim|base_dim|patch_size(_t)?", 1, 1 << 20),
@@ -164,7 +165,9 @@ def check_components(folder: Path, index: ModelIndex) -> None:
             )
         for file in ("config.json", "scheduler_config.json"):
             if (place / file).exists() or (place / file).is_symlink():
-                _check_config(place / file, read_json(place / file))
+                config = read_json(place / file)
+                _check_config(place / file, config)
+                _check_latents(place / file, config)
 
 
 def check_weights(folder: Path, index: ModelIndex) -> None:
@@ -287,6 +290,18 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
                 raise _broken(path, f"{key} must be {least} to {most:,}, got {_shown(value)}")
             if isinstance(value, str) and pattern.fullmatch(key):
                 raise _broken(path, f"{key} must be a number, got {_shown(value)}")
+
+
+def _check_latents(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a VAE that would fail on the clip that it shall decode, when all is computed."""
+    channels = config.get("z_dim") or config.get("latent_channels") or 1
+    for key in ("latents_mean", "latents_std"):
+        value = config.get(key)
+        numbers = isinstance(value, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) for x in value
+        )
+        if value is not None and not (numbers and value and len(value) % channels == 0):
+            raise _broken(path, f"{key} must be a list of {channels} numbers, got {_shown(value)}")
 
 
 def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:

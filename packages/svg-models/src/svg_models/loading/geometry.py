@@ -53,6 +53,8 @@ class Geometry:
         patch = config.get("patch_size", (1, 2, 2))
         if isinstance(patch, int):
             patch = (int(config.get("patch_size_t") or 1), patch, patch)
+        if len(patch) != 3 or not all(isinstance(side, int) and side > 0 for side in patch):
+            raise ValueError(f"patch_size must be three whole numbers, got {patch}")
         learned = config.get("use_learned_positional_embeddings", False)
         return cls(
             space=space,
