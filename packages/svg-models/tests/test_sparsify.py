@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
+import threading
 import weakref
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import svg_models
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
 from svg_models import attention_op, sparsify
 
@@ -67,6 +74,9 @@ def test_the_operator_takes_what_autocast_leaves_in_different_dtypes() -> None:
     class Sum:
         def attend(self, slot, query, key, value):
             return query + key + value
+
+        def tell(self, message):
+            raise AssertionError(message)
 
     run = Sum()
     handle = attention_op.make_handle(attention_op.register(run), 0)
@@ -213,7 +223,7 @@ def test_two_pipelines_in_one_process_do_not_see_each_other(reference) -> None:
 def test_sparsify_twice_is_refused_and_the_first_run_stays() -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
-        with pytest.raises(ValueError, match=r"sparse already .* restore\(\)"):
+        with pytest.raises(ValueError, match=r"sparse already .*restore\(pipe\)"):
             sparsify(pipe)
         tiny.generate(pipe)
         assert run.stats().mean_density < 1.0
@@ -289,11 +299,11 @@ def test_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
     gc.collect()
     tiny.generate(pipe)
     model = weakref.ref(pipe.transformer)
-    assert number in attention_op._runs
+    assert number in attention_op._owners
     del pipe
     gc.collect()
     assert model() is None
-    assert number not in attention_op._runs
+    assert number not in attention_op._owners
 
 
 def test_a_run_outlives_its_pipeline() -> None:
@@ -380,3 +390,287 @@ def test_ring_attention_is_refused_with_the_way_out() -> None:
     model._parallel_config = Config()
     with pytest.raises(UnsupportedError, match="ulysses_degree"):
         sparsify(model)
+
+
+def steps_of(run: Any) -> dict[int | None, set[str]]:
+    """Return the methods that ran in each step of the last video."""
+    found: dict[int | None, set[str]] = {}
+    for record in run.stats().records:
+        found.setdefault(record.step, set()).add(record.method)
+    return found
+
+
+HALF = Schedule(dense_steps=0.5, dense_layers=0.0)
+
+
+def sibling(pipe: Any) -> Any:
+    """Return a pipeline of the same weights with a scheduler of its own, as servers keep it."""
+    parts = pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}
+    twin = type(pipe)(**parts)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def test_sparsify_gives_a_second_pipeline_its_own_dense_steps() -> None:
+    pipe = tiny.pipeline()
+    twin = sibling(pipe)
+    with sparsify(pipe, SPARSE, HALF) as run:
+        tiny.generate(pipe, num_inference_steps=4)
+        assert steps_of(run) == {0: {"Dense"}, 1: {"Dense"}, 2: {"SVG2"}, 3: {"SVG2"}}
+        tiny.generate(twin, num_inference_steps=6)
+        assert steps_of(run) == {s: {"Dense"} if s < 3 else {"SVG2"} for s in range(6)}
+        tiny.generate(pipe, num_inference_steps=2)
+        assert steps_of(run) == {0: {"Dense"}, 1: {"SVG2"}}
+    assert run.messages == ()
+
+
+def test_sparsify_keeps_two_pipelines_on_two_threads_apart() -> None:
+    def alone(size: int) -> torch.Tensor:
+        pipe = tiny.pipeline()
+        with sparsify(pipe, SPARSE, HALF):
+            return tiny.generate(pipe, height=size, width=size)
+
+    expected = {size: alone(size) for size in (48, 32)}
+    pipe = tiny.pipeline()
+    pipes = {48: pipe, 32: sibling(pipe)}
+    videos: dict[int, Any] = {}
+
+    def work(size: int) -> None:
+        try:
+            videos[size] = [tiny.generate(pipes[size], height=size, width=size) for _ in range(3)]
+        except Exception as error:  # noqa: BLE001 - shown by the assertion below
+            videos[size] = error
+
+    with sparsify(pipe, SPARSE, HALF) as run:
+        threads = [threading.Thread(target=work, args=(size,)) for size in pipes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert run.messages == ()
+    for size, clips in videos.items():
+        assert isinstance(clips, list), clips
+        assert all(torch.equal(clip, expected[size]) for clip in clips)
+
+
+def test_sparsify_takes_a_scheduler_of_second_order_at_its_steps() -> None:
+    pipe = tiny.pipeline()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    with sparsify(pipe, SPARSE, HALF) as run:
+        tiny.generate(pipe, num_inference_steps=4)
+    assert steps_of(run) == {0: {"Dense"}, 1: {"Dense"}, 2: {"SVG2"}, 3: {"SVG2"}}
+    assert len(run.stats().records) == 7 * 2 * 3  # evaluations, branches, layers
+
+
+def test_sparsify_starts_afresh_after_an_interruption_in_the_first_step() -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
+        alone = tiny.generate(pipe)
+    guide = pipe.transformer.blocks[2].register_forward_hook(lambda *_: 1 / 0)
+    with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
+        with pytest.raises(ZeroDivisionError):
+            tiny.generate(pipe, seed=7)
+        guide.remove()
+        assert torch.equal(tiny.generate(pipe), alone)
+
+
+def test_sparsify_forgets_between_one_step_videos_of_a_transformer_alone() -> None:
+    def clip(model: nn.Module, seed: int) -> torch.Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=0, num_inference_steps=1):
+            out: torch.Tensor = model(**tiny.forward_inputs(seed=seed))[0]
+            return out
+
+    model = tiny.transformer()
+    with sparsify(model, SPARSE, ALWAYS_SPARSE):
+        fresh = clip(model, 2)
+    with sparsify(model, SPARSE, ALWAYS_SPARSE) as run:
+        clip(model, 1)
+        assert torch.equal(clip(model, 2), fresh)
+        assert len(run.stats().records) == 3
+
+
+def test_sparsify_says_when_the_transformer_of_the_pipeline_was_replaced() -> None:
+    pipe = tiny.pipeline(tiny.transformer(), tiny.transformer(), boundary_ratio=0.5)
+    with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
+        pipe.transformer_2 = tiny.transformer()
+        with pytest.warns(UserWarning, match="transformer_2 of the pipeline was replaced"):
+            tiny.generate(pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (dict(method="svg3"), ValueError, "got 'svg3'; did you mean 'svg2'"),
+        (dict(method=SVG2), TypeError, r"the class SVG2; give one: SVG2\(\)"),
+        (dict(method=0.3), TypeError, r"such as SVG2\(\), got float 0.3"),
+        (dict(schedule=0.2), TypeError, r"Schedule\(dense_steps=0.2\), got float"),
+        (dict(schedule=Schedule), TypeError, "the class Schedule"),
+        (dict(backend="cuda9"), ValueError, "got 'cuda9'; did you mean 'cuda'"),
+        (dict(backend="flashinfer"), UnsupportedError, "flashinfer"),
+        (dict(densty=0.2), TypeError, "no setting 'densty'; did you mean 'density'"),
+        (dict(method="svg2@0.3", density=0.2), ValueError, "give one of them"),
+        (dict(method="svg2", density=0.2, top_p=0.9), ValueError, "give one of them"),
+        (dict(method="dense", density=0.2), ValueError, "has no density, got 0.2"),
+        (dict(method=SPARSE, density=0.2), ValueError, "a method that has its own settings"),
+        (dict(method="svg2", density=20), ValueError, "above 0 and at most 1, got 20"),
+    ],
+)
+def test_sparsify_refuses_when_it_is_called(arguments, error, sentence) -> None:
+    pipe = tiny.pipeline()
+    before = attributes(pipe)
+    with pytest.raises(error, match=sentence):
+        sparsify(pipe, **arguments)
+    assert_same_attributes(before, attributes(pipe))
+
+
+def test_sparsify_takes_a_method_by_name() -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe, "svg2-error", ALWAYS_SPARSE, density=0.3) as run:
+        tiny.generate(pipe, num_inference_steps=1)
+    assert run.recipe is not None
+    assert run.recipe.method.density == 0.3
+    assert run.recipe.method.route == "error"
+    assert run.recipe.schedule == ALWAYS_SPARSE
+    assert 0.1 < run.stats().mean_density <= 0.35
+
+
+def test_sparsify_from_two_threads_lets_one_win() -> None:
+    pipe, told, runs = tiny.pipeline(), [], []
+
+    def work() -> None:
+        try:
+            runs.append(sparsify(pipe, SPARSE))
+        except ValueError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 1
+    assert len(told) == 3
+    assert all("is sparse already" in sentence for sentence in told)
+    runs[0].restore()
+
+
+def test_sparsify_interrupted_leaves_nothing_behind(monkeypatch) -> None:
+    pipe = tiny.pipeline()
+    before = attributes(pipe)
+    kind = type(pipe.transformer.blocks[2].attn1)
+    set_processor, seen = kind.set_processor, []
+
+    def interrupted(self: Any, processor: Any) -> None:
+        seen.append(processor)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        set_processor(self, processor)
+
+    monkeypatch.setattr(kind, "set_processor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify(pipe, SPARSE)
+    assert_same_attributes(before, attributes(pipe))
+
+
+def test_restore_needs_no_run(reference) -> None:
+    pipe = tiny.pipeline()
+    before = attributes(pipe)
+    svg_models.restore(pipe)  # is not sparse: nothing happens
+    sparsify(pipe, SPARSE, ALWAYS_SPARSE)
+    gc.collect()
+    svg_models.restore(pipe)
+    assert_same_attributes(before, attributes(pipe))
+    assert torch.equal(tiny.generate(pipe), reference)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_a_pickled_transformer_is_a_dense_one(how: str) -> None:
+    pipe = tiny.pipeline()
+    inputs = tiny.forward_inputs()
+    with torch.no_grad():
+        expected = pipe.transformer(**inputs)[0]
+        with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
+            tiny.generate(pipe, num_inference_steps=1)
+            if how == "pickle":
+                twin = pickle.loads(pickle.dumps(pipe.transformer))
+            else:
+                torch.save(pipe.transformer, file := io.BytesIO())
+                file.seek(0)
+                twin = torch.load(file, weights_only=False)
+            calls = len(run.stats().records)
+            assert torch.equal(twin(**inputs)[0], expected)
+            assert len(run.stats().records) == calls
+    with sparsify(twin, SPARSE, ALWAYS_SPARSE):
+        pass
+    assert type(twin.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+class Watcher(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [Dense(), SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("mode", [AttentionScoreSkipFunctionMode, Watcher])
+def test_a_mode_around_attention_has_its_effect(method: Any, mode: Any) -> None:
+    model, inputs = tiny.transformer(), tiny.forward_inputs()
+
+    def out() -> torch.Tensor:
+        with torch.no_grad(), model.cache_context("cond", step_index=1, num_inference_steps=4):
+            with mode():
+                result: torch.Tensor = model(**inputs)[0]
+                return result
+
+    expected = out()
+    with sparsify(model, method, ALWAYS_SPARSE) as run:
+        with pytest.warns(UserWarning, match=f"{mode.__name__} may change or watch"):
+            assert torch.equal(out(), expected)
+        assert run.stats().records == ()
+
+
+def test_a_default_device_is_no_mode_around_attention() -> None:
+    model = tiny.transformer()
+    with sparsify(model, SPARSE, ALWAYS_SPARSE) as run, torch.no_grad(), torch.device("cpu"):
+        with model.cache_context("cond", step_index=1, num_inference_steps=4):
+            model(**tiny.forward_inputs())
+    assert {record.method for record in run.stats().records} == {"SVG2"}
+    assert run.messages == ()
+
+
+def test_sparsify_takes_wrappers_off() -> None:
+    pipe = tiny.pipeline()
+    inner = pipe.transformer
+    object.__setattr__(pipe, "transformer", nn.DataParallel(torch.compile(inner)))
+    with sparsify(pipe, SPARSE) as run:
+        assert type(inner.blocks[0].attn1.processor).__name__ == "SparseWanProcessor"
+    assert not run.active
+    assert type(inner.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+class PassingOn(WanTransformer3DModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_sparsify_reads_arguments_by_position_through_a_subclass() -> None:
+    config = {k: v for k, v in tiny.transformer().config.items() if not k.startswith("_")}
+    model, inputs = PassingOn(**config).eval(), tiny.forward_inputs()
+    with sparsify(model, SPARSE, ALWAYS_SPARSE) as run, torch.no_grad():
+        with model.cache_context("cond", step_index=1, num_inference_steps=4):
+            model(inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+    assert run.stats().grid == tiny.GRID
+
+
+def test_print_shows_a_few_readable_lines() -> None:
+    pipe = tiny.pipeline()
+    with sparsify(pipe, SPARSE, HALF) as run:
+        assert "none yet" in repr(run)
+        tiny.generate(pipe)
+        for shown in (run, run.stats(), run.recipe):
+            lines = repr(shown).splitlines()
+            assert 3 <= len(lines) <= 5
+            assert all("object at 0x" not in line for line in lines)
+            assert shown._repr_html_().startswith("<table>")
+        assert "12 of 24 attention calls sparse" in repr(run).replace("  ", " ")
+        assert "q_clusters=6" in repr(run.stats())
+    assert "is restored" in repr(run)

@@ -64,7 +64,7 @@ def outcome(request: pytest.FixtureRequest, case: Case, pipe: Any, stock: Tensor
     method, _ = METHODS[request.param]
     with sparsify(pipe, method, ALWAYS_SPARSE) as run:
         first, second = case.run(pipe, seed=0), case.run(pipe, seed=1)
-        contexts = list(run._engine._contexts.values())
+        contexts = list(run._engine._latest.contexts.values())
         assert run.messages == ()
     return Outcome(
         name=request.param,

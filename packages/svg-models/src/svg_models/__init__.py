@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from svg_models.generation.sample import generate
     from svg_models.loading import load_pipeline
     from svg_models.recipes import recipe_for
-    from svg_models.sparse.run import SparseRun, sparsify
+    from svg_models.sparse.run import SparseRun, restore, sparsify
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "generate",
     "load_pipeline",
     "recipe_for",
+    "restore",
     "sparsify",
 ]
 
@@ -48,6 +49,7 @@ _HOMES = {
     "generate": "svg_models.generation.sample",
     "load_pipeline": "svg_models.loading",
     "recipe_for": "svg_models.recipes",
+    "restore": "svg_models.sparse.run",
     "sparsify": "svg_models.sparse.run",
 }
 

@@ -2,8 +2,8 @@
 
 `torch.compile` must see one opaque node that is the same for every layer and every step: whatever
 changes between calls (the layer, the step, the guidance branch) may not be a Python value in traced
-code, or each layer would compile its own graph. So a call carries only a CPU tensor `[run, slot]`,
-and the run that owns these numbers is looked up when the operator executes.
+code, or each layer would compile its own graph. So a call carries only a CPU tensor `[session,
+slot]`, and the session is looked up when the operator executes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "make_handle", "register"]
+__all__ = ["attention", "make_handle", "owner", "register"]
 
 
 class Attends(Protocol):
@@ -25,36 +25,45 @@ class Attends(Protocol):
         """Compute attention of the layer behind `slot`; `[B, S, H, D]` in and out."""
         ...
 
+    def tell(self, message: str) -> None:
+        """Warn the user once."""
+        ...
 
-_runs: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
+
+_owners: weakref.WeakValueDictionary[int, Attends] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def register(run: Attends) -> int:
-    """Give `run` a number that handles can carry; the table keeps no run alive.
+def register(session: Attends) -> int:
+    """Give `session` a number that handles can carry; the table keeps none alive.
 
     Args:
-        run: whatever answers `attend`.
+        session: whatever answers `attend`.
 
     Returns:
-        A number that no other run of this process has had.
+        A number that no other of this process has had.
     """
     number = next(_numbers)
-    _runs[number] = run
+    _owners[number] = session
     return number
 
 
-def make_handle(run: int, slot: int) -> Tensor:
-    """Make the tensor that tells a call which run and which attention it belongs to.
+def owner(number: int) -> Attends | None:
+    """Return what `register` gave this number, or None if it is gone."""
+    return _owners.get(number)
+
+
+def make_handle(number: int, slot: int) -> Tensor:
+    """Make the tensor that tells a call which session and which attention it belongs to.
 
     Args:
-        run: the number that `register` gave.
-        slot: position of the attention in that run.
+        number: what `register` gave.
+        slot: position of the attention in that session.
 
     Returns:
         int64 `[2]` on the CPU, so that reading it never waits for an accelerator.
     """
-    return torch.tensor([run, slot], dtype=torch.int64, device="cpu")
+    return torch.tensor([number, slot], dtype=torch.int64, device="cpu")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
@@ -82,13 +91,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tens
 
 def _execute(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
     number, slot = handle.tolist()
-    run = _runs.get(number)
-    if run is None:
+    session = _owners.get(number)
+    if session is None:
         raise RuntimeError(
             "this attention belongs to a sparse run that has ended; "
             "put back the processors the model had, or call sparsify(pipe) again"
         )
-    return run.attend(slot, query, key, value).contiguous()
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return session.attend(slot, query, key, value).contiguous()
+    with torch.autocast(device, enabled=False):  # it has had its say, and a plan is made in fp32
+        return session.attend(slot, query, key, value).contiguous()
 
 
 def _describe(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:

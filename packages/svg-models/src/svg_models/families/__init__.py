@@ -13,9 +13,19 @@ from svg_models.families.ltx import LTX
 from svg_models.families.skipped import SKIPPED
 from svg_models.families.wan import SKYREELS, WAN
 
-__all__ = ["SKIPPED", "Family", "family_of", "known_families", "register", "transformers_of"]
+__all__ = [
+    "SKIPPED",
+    "TRANSFORMERS",
+    "Family",
+    "family_of",
+    "known_families",
+    "register",
+    "transformers_of",
+]
 
-_SLOTS = ("transformer", "transformer_2")
+TRANSFORMERS = ("transformer", "transformer_2")
+"""What diffusers' pipelines call their denoising transformers."""
+
 _families: list[Family] = [
     WAN,
     HUNYUAN_VIDEO,
@@ -58,15 +68,15 @@ def transformers_of(pipe: object) -> dict[str, nn.Module]:
         pipe: a diffusers pipeline, or one transformer.
 
     Returns:
-        `{"transformer": ...}` and, where the pipeline has two, `"transformer_2"`; compiled modules
-        are unwrapped.
+        `{"transformer": ...}` and, where the pipeline has two, `"transformer_2"`; wrappers, such
+        as those of `torch.compile` and DDP, are taken off.
 
     Raises:
         TypeError: if there is none.
     """
     if isinstance(pipe, nn.Module):
         return {"transformer": unwrap(pipe)}
-    found = {name: getattr(pipe, name, None) for name in _SLOTS}
+    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
     modules = {name: unwrap(m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not modules:
         raise TypeError(

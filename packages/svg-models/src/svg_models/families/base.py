@@ -17,10 +17,24 @@ from svg_models.families.published import Published
 __all__ = ["Family", "patch_grid", "unwrap"]
 
 
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+_INFIXES = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+
+
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the model inside a `torch.compile` wrapper, or the model itself."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
+    """Return the model inside wrappers: of `torch.compile`, `DataParallel`, DDP and FSDP."""
+    while True:
+        name = _WRAPPERS.get(type(module).__name__)
+        inner = None if name is None else getattr(module, name, None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def text_to_video(transformer: Any) -> str:
@@ -138,7 +152,7 @@ class Family:
             (path, module)
             for pattern in patterns
             for path, module in transformer.named_modules()
-            if re.fullmatch(pattern, path)
+            if re.fullmatch(pattern, re.sub(_INFIXES, "", path))
         ]
         if not found:
             raise ValueError(

@@ -95,6 +95,9 @@ class FusedForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(memo[id(self._block())], None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FusedForward, (self._block(), None)
+
     @classmethod
     def install(cls, block: nn.Module, rule: BlockRule) -> FusedForward | None:
         """Put one into a block; leave a block alone over which something else has put itself."""

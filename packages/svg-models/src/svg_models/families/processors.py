@@ -6,9 +6,11 @@ import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from svg_models import attention_op
+from svg_models.families.modes import foreign_mode
 from svg_models.families.steps import project_out
 
 __all__ = ["JointProcessor", "SparseProcessor", "VideoProcessor"]
@@ -34,6 +36,10 @@ class SparseProcessor:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the processor that was replaced, so that what is loaded is a dense model."""
+        return _same, (self.original,)
+
     @property
     def _attention_backend(self) -> Any:
         return self.original._attention_backend
@@ -49,6 +55,15 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
+
+    def stands_aside(self) -> bool:
+        """Return whether the processor that was replaced has to compute this call, and say so."""
+        mode = foreign_mode()
+        if not mode:
+            return False
+        if not torch.compiler.is_compiling():
+            _tell(self.handle, mode)
+        return True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
@@ -82,7 +97,8 @@ class VideoProcessor(SparseProcessor, ABC):
         image_rotary_emb: Any = None,
     ) -> Tensor:
         """Compute the attention of one block, `[B, S, C]` in and out."""
-        if encoder_hidden_states is not None or attention_mask is not None:
+        masked = encoder_hidden_states is not None or attention_mask is not None
+        if masked or self.stands_aside():
             out: Tensor = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -133,7 +149,8 @@ class JointProcessor(SparseProcessor, ABC):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Compute the attention of one block; return video and text, shaped as they came."""
-        if attention_mask is not None and not self.mask_is_padding:
+        masked = attention_mask is not None and not self.mask_is_padding
+        if masked or self.stands_aside():
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -141,6 +158,19 @@ class JointProcessor(SparseProcessor, ABC):
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )
         return self.finish(attn, self.attend(query, key, value), encoder_hidden_states.shape[1])
+
+
+def _tell(handle: Tensor, mode: str) -> None:
+    owner = attention_op.owner(int(handle[0]))
+    if owner is not None:
+        owner.tell(
+            f"{mode} may change or watch torch's attention, so under it attention is dense, by the "
+            "model's own processors"
+        )
+
+
+def _same(processor: Any) -> Any:
+    return processor
 
 
 def _attend_over_ranks(

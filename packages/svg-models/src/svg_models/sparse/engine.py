@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 import weakref
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from svg_attention import Call, CallRecord, Dense, Schedule, Session, TokenLayout
 from svg_models import attention_op
 from svg_models.method_names import MethodSpec
 from svg_models.recipes import Recipe, choose_recipe
-from svg_models.sparse.context import Clock, ForwardContext, Moment
-from svg_models.sparse.hooks import Slot
+from svg_models.sparse.caller import pipelines_running
+from svg_models.sparse.context import ForwardContext, Moment
+from svg_models.sparse.hooks import Installation, Slot
 from svg_models.sparse.layers import FastLayers
+from svg_models.sparse.tracker import StepTracker
 
 __all__ = ["Engine"]
 
 
+class Generation:
+    """One video in the making: a pipeline, on one thread.
+
+    Attributes:
+        tracker: tells the step.
+        session: what computes, and remembers from step to step; None before the first forward pass.
+        recipe: what it runs with.
+        grid: latent frames, rows and columns of tokens.
+        contexts: the forward pass that each transformer is in.
+    """
+
+    def __init__(self, tracker: StepTracker) -> None:
+        self.tracker = tracker
+        self.session: Session | None = None
+        self.recipe: Recipe | None = None
+        self.grid: tuple[int, int, int] | None = None
+        self.contexts: dict[str, ForwardContext] = {}
+
+
 class Engine:
     """The part of a run that hooks and the operator talk to.
+
+    Each pipeline that uses a transformer of the run, on each thread, has a generation of its own,
+    so that two of them share weights and nothing else.
 
     Args:
         pipe: the pipeline or transformer, held weakly.
@@ -35,8 +60,7 @@ class Engine:
         number: identifies the run in this process.
         slots: the attentions that the run has taken over; handles count in it.
         layers: what the run does to the other layers of each transformer.
-        recipe: what the current video runs with; None before the first forward pass.
-        grid: its latent frames, rows and columns of tokens.
+        installations: the run's hold on each transformer; empty once it is restored.
         messages: warnings given so far.
     """
 
@@ -53,19 +77,31 @@ class Engine:
         self._pipe = weakref.ref(pipe)
         self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
-        self._clock = Clock(pipe)
-        self._session: Session | None = None
-        self._contexts: dict[str, ForwardContext] = {}
+        self._generations: dict[tuple[int, int], Generation] = {}
+        self._latest: Generation | None = None
+        self._lock = threading.Lock()
+        self._here = threading.local()
         self.slots: list[Slot] = []
         self.layers: dict[str, FastLayers] = {}
-        self.recipe: Recipe | None = None
-        self.grid: tuple[int, int, int] | None = None
+        self.installations: list[Installation] = []
         self.messages: list[str] = []
         self.number = attention_op.register(self)
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """Return what the last video runs with; None before the first forward pass."""
+        return None if self._latest is None else self._latest.recipe
+
+    @property
+    def grid(self) -> tuple[int, int, int] | None:
+        """Return latent frames, rows and columns of tokens of the last video."""
+        return None if self._latest is None else self._latest.grid
+
     def records(self) -> tuple[CallRecord, ...]:
         """Return the attention calls of the last video; waits for the device once."""
-        return () if self._session is None else tuple(self._session.records())
+        if self._latest is None or self._latest.session is None:
+            return ()
+        return tuple(self._latest.session.records())
 
     def tell(self, message: str) -> None:
         """Warn the user, once per message."""
@@ -73,53 +109,87 @@ class Engine:
             self.messages.append(message)
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    def tick(self, transformer: str, announced: Any, timestep: Any) -> Moment:
-        """Read the clock at the start of a forward pass of `transformer`."""
-        return self._clock.tick(transformer=transformer, announced=announced, timestep=timestep)
+    def tick(
+        self,
+        name: str,
+        transformer: nn.Module,
+        *,
+        announced: Any,
+        timestep: Any,
+        latents: Any,
+        grid: tuple[int, int, int],
+    ) -> Moment:
+        """Return where the generation stands that a forward pass belongs to.
 
-    def finish(self) -> None:
-        """Note that the pipeline has ended a generation."""
-        self._clock.finish()
+        Args:
+            name: of the transformer in the run.
+            transformer: the module whose forward pass begins.
+            announced: see `StepTracker.tick`, also for the others.
+            timestep: see there.
+            latents: see there.
+            grid: see there.
+        """
+        generation = self._here.generation = self._generation(pipelines_running(transformer))
+        return generation.tracker.tick(
+            transformer=name, announced=announced, timestep=timestep, latents=latents, grid=grid
+        )
+
+    def finish(self, transformer: nn.Module) -> None:
+        """Note that the pipeline on this thread has ended a generation."""
+        running = pipelines_running(transformer)
+        key = threading.get_ident(), id(running[0]) if running else 0
+        generation = self._generations.get(key)
+        if generation is not None:
+            generation.tracker.finished = True
+
+    def _generation(self, running: list[Any]) -> Generation:
+        """Return the generation of the innermost pipeline that runs on this thread."""
+        pipe = running[0] if running else None
+        key = threading.get_ident(), id(pipe) if running else 0
+        with self._lock:
+            generation = self._generations.get(key)
+            if generation is None or (running and generation.tracker.pipe is not pipe):
+                self._forget_ended(running)
+                tracker = StepTracker(pipe or self._pipe(), running=pipe is not None)
+                generation = self._generations[key] = Generation(tracker)
+            return generation
+
+    def _forget_ended(self, running: list[Any]) -> None:
+        """Drop generations that nobody can go on with; the last one's log stays readable."""
+        threads = {thread.ident for thread in threading.enumerate()}
+        here, on_stack = threading.get_ident(), {0, *map(id, running)}
+        for thread, pipe in list(self._generations):
+            ended = self._generations[thread, pipe].tracker.finished or thread not in threads
+            if ended or (thread == here and pipe not in on_stack):
+                del self._generations[thread, pipe]
 
     def begin_forward(self, transformer: str, context: ForwardContext) -> None:
         """Take note of a forward pass that starts; a new video starts with empty memory."""
-        moment = context.moment
-        if moment.new_video or self._session is None:
-            self._begin_video(context)
-        if moment.step is None:
+        generation: Generation = self._here.generation
+        if context.moment.new_video or generation.session is None:
+            self._begin_video(generation, context)
+        if context.moment.step is None:
             self.tell(
                 "cannot tell the denoising step, so attention stays dense; call the transformer "
                 "inside transformer.cache_context(name, step_index=i, num_inference_steps=n)"
             )
-        self._contexts[transformer] = context
+        generation.contexts[transformer] = context
         if transformer in self.layers:
-            self.layers[transformer].begin_forward(sparse=self._is_sparse(moment))
+            sparse = _is_sparse(generation.recipe, context.moment)
+            self.layers[transformer].begin_forward(sparse=sparse)
 
-    def _is_sparse(self, moment: Moment) -> bool:
-        """Return whether attention is sparse in a step, at least in the last layers."""
-        if self.recipe is None or isinstance(self.recipe.method, Dense):
-            return False
-        step, num_steps = moment.step, moment.num_steps
-        last = {"layer": 1, "num_layers": 1}
-        return not self.recipe.schedule.is_dense(step=step, num_steps=num_steps, **last)
+    def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
+        generation.recipe = recipe = self._choose(generation, context)
+        generation.grid = context.grid
+        generation.contexts.clear()
+        generation.session = Session(recipe.method, recipe.schedule, **self._options)
+        self._latest = generation
+        self._tell_replaced(generation)
 
-    def _begin_video(self, context: ForwardContext) -> None:
-        recipe = self._choose(context)
-        self.grid = context.grid
-        same = self.recipe is not None and (recipe.method, recipe.schedule) == (
-            self.recipe.method,
-            self.recipe.schedule,
-        )
-        self.recipe = recipe
-        if self._session is not None and same:
-            self._session.reset()
-        else:
-            self._session = Session(recipe.method, recipe.schedule, **self._options)
-
-    def _choose(self, context: ForwardContext) -> Recipe:
+    def _choose(self, generation: Generation, context: ForwardContext) -> Recipe:
         recipe = choose_recipe(
             self._spec,
-            self._pipe(),
+            generation.tracker.pipe or self._pipe(),
             math.prod(context.grid),
             schedule=self._schedule,
             num_steps=context.moment.num_steps,
@@ -128,6 +198,31 @@ class Engine:
         if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
         return recipe
+
+    def _tell_replaced(self, generation: Generation) -> None:
+        """Say which transformers of the pipeline were exchanged for others, which are dense."""
+        pipe = self._pipe()
+        if pipe is None or isinstance(pipe, nn.Module):
+            return
+        for installation in self.installations:
+            if not installation.still_in(pipe):
+                self.tell(
+                    f"{installation.name} of the pipeline was replaced after sparsify, and the new "
+                    "one is dense; call restore(), then sparsify again"
+                )
+
+    def restore(self) -> None:
+        """Put back the processors that were there and remove every hook."""
+        installations, self.installations = self.installations, []
+        for layers in self.layers.values():
+            layers.remove()
+        for installed in installations:
+            left_alone = installed.remove()
+            if left_alone:
+                self.tell(
+                    f"{len(left_alone)} attention processors of {installed.name} were replaced by "
+                    f"others after sparsify, first at {left_alone[0]}; restore left them in place"
+                )
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of one layer in the current forward pass.
@@ -146,8 +241,9 @@ class Engine:
             ValueError: if the tokens are not those of the grid.
         """
         place = self.slots[slot]
-        context = self._contexts.get(place.transformer)
-        if context is None or self._session is None:
+        generation: Generation | None = getattr(self._here, "generation", None)
+        context = None if generation is None else generation.contexts.get(place.transformer)
+        if generation is None or context is None or generation.session is None:
             raise RuntimeError(
                 f"{place.path} ran outside of a forward pass of {place.transformer}; call the "
                 "transformer itself, transformer(...), not one of its parts or its forward method"
@@ -164,7 +260,7 @@ class Engine:
                 key_lengths=None if counts is None else tuple(video + n for n in counts),
             ).transpose(1, 2)
 
-        out = self._session.attend(
+        out = generation.session.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -181,6 +277,14 @@ class Engine:
             dense=dense,
         )
         return out.transpose(1, 2)
+
+
+def _is_sparse(recipe: Recipe | None, moment: Moment) -> bool:
+    """Return whether attention is sparse in a step, at least in the last layers."""
+    if recipe is None or isinstance(recipe.method, Dense):
+        return False
+    step, num_steps = moment.step, moment.num_steps
+    return not recipe.schedule.is_dense(step=step, num_steps=num_steps, layer=1, num_layers=1)
 
 
 def _layout(place: Slot, grid: tuple[int, int, int], tokens: int) -> TokenLayout:

@@ -14,10 +14,12 @@ from torch import nn
 from svg_attention import UnsupportedError
 from svg_models import attention_op
 from svg_models.families import Family
+from svg_models.families.base import unwrap
 from svg_models.families.processors import SparseProcessor
-from svg_models.sparse.context import ContextProbe, ForwardContext, Moment, place_probe
+from svg_models.sparse.context import ForwardContext, Moment
+from svg_models.sparse.probe import ContextProbe, place_probe
 
-__all__ = ["Installation", "Slot"]
+__all__ = ["Installation", "Slot", "owner_of", "refuse_parallel"]
 
 
 class Host(Protocol):
@@ -25,11 +27,20 @@ class Host(Protocol):
 
     number: int
 
-    def tick(self, transformer: str, announced: Any, timestep: Any) -> Moment:
-        """Read the run's clock at the start of a forward pass."""
+    def tick(
+        self,
+        name: str,
+        transformer: nn.Module,
+        *,
+        announced: Any,
+        timestep: Any,
+        latents: Any,
+        grid: tuple[int, int, int],
+    ) -> Moment:
+        """Return where the generation stands at the start of a forward pass."""
         ...
 
-    def finish(self) -> None:
+    def finish(self, transformer: nn.Module) -> None:
         """Note the end of a generation."""
         ...
 
@@ -72,30 +83,24 @@ class Slot:
 
 
 class _RootHook:
-    """Forward pre-hook of a transformer; mute in a deep copy, which belongs to no run.
+    """Forward pre-hook of a transformer; mute in a copy, which belongs to no run.
 
     It keeps its run alive for as long as the transformer lives.
     """
 
-    def __init__(
-        self,
-        run: Host,
-        name: str,
-        read: Callable[[nn.Module, Host, tuple[Any, ...], Mapping[str, Any]], None],
-    ) -> None:
-        self._run: Host | None = run
-        self._name = name
+    def __init__(self, read: Callable[..., None] | None = None) -> None:
         self._read = read
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._read(module, self._run, args, kwargs)
+        if self._read is not None:
+            self._read(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
-        mute = object.__new__(_RootHook)
-        mute._run, mute._name = None, self._name
-        return mute
+        return _RootHook()
+
+    def __reduce__(self) -> tuple[type[_RootHook], tuple[()]]:
+        return _RootHook, ()
 
 
 class Installation:
@@ -116,7 +121,8 @@ class Installation:
     def __init__(
         self, run: Host, name: str, transformer: nn.Module, family: Family, first_slot: int
     ) -> None:
-        self.name, self.family = name, family
+        self.name, self.family, self._run = name, family, run
+        self._transformer = weakref.ref(transformer)
         _refuse_second(transformer)
         refuse_parallel(transformer, family)
         attentions = family.find_attentions(transformer)
@@ -134,18 +140,36 @@ class Installation:
             )
             for layer, (path, module) in enumerate(attentions)
         )
-        self._parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._probe = ContextProbe(run.finish)
-        self._remove_probe = place_probe(transformer, self._probe, f"svg_models.{run.number}")
-        self._hook = transformer.register_forward_pre_hook(
-            _RootHook(run, name, self._before_forward), with_kwargs=True
-        )
-        for slot, (_, module) in zip(self.slots, attentions, strict=True):
-            module.set_processor(slot.processor)
+        self._parameters = _parameters(type(transformer))
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._probe = ContextProbe(self._finished)
+            probe_name = f"svg_models.{run.number}"
+            self._undo.append(place_probe(transformer, self._probe, probe_name))
+            hook = transformer.register_forward_pre_hook(
+                _RootHook(self._before_forward), with_kwargs=True
+            )
+            self._undo.append(hook.remove)
+            for slot, (_, module) in zip(self.slots, attentions, strict=True):
+                module.set_processor(slot.processor)
+        except BaseException:  # an interrupt, too, leaves nothing behind
+            self.remove()
+            raise
+
+    def still_in(self, pipe: Any) -> bool:
+        """Return whether the transformer is still that of the pipeline."""
+        part = getattr(pipe, self.name, None)
+        return isinstance(part, nn.Module) and unwrap(part) is self._transformer()
+
+    def _finished(self) -> None:
+        transformer = self._transformer()
+        if transformer is not None:
+            self._run.finish(transformer)
 
     def _before_forward(
-        self, module: nn.Module, run: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
+        run = self._run
         refuse_parallel(module, self.family)
         lost = [slot.path for slot in self.slots if not slot.in_place]
         if lost:
@@ -155,11 +179,19 @@ class Installation:
                 "call restore(), make the change, then sparsify again"
             )
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        moment = run.tick(self.name, self._probe.announced, arguments.get("timestep"))
+        grid = self.family.grid(module, arguments)
+        moment = run.tick(
+            self.name,
+            module,
+            announced=self._probe.announced,
+            timestep=arguments.get("timestep"),
+            latents=arguments.get("hidden_states"),
+            grid=grid,
+        )
         lengths = self.family.text_lengths(module, arguments)
         context = ForwardContext(
             moment=moment,
-            grid=self.family.grid(module, arguments),
+            grid=grid,
             text_lengths=lengths,
             # Waits for the accelerator, but once per forward pass: dense kernels without a mask
             # need to know on the host where the padding starts.
@@ -180,10 +212,10 @@ class Installation:
                 continue
             if slot.in_place:
                 module.set_processor(slot.processor.original)
-            else:
+            elif module.processor is not slot.processor.original:
                 left_alone.append(slot.path)
-        self._hook.remove()
-        self._remove_probe()
+        while self._undo:
+            self._undo.pop()()
         return left_alone
 
 
@@ -219,10 +251,33 @@ def refuse_parallel(transformer: nn.Module, family: Family) -> None:
         )
 
 
+def owner_of(transformer: nn.Module) -> int | None:
+    """Return the number of the run that has made a transformer sparse, or None."""
+    for module in transformer.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, SparseProcessor):
+            return int(processor.handle[0])
+    return None
+
+
+def _parameters(kind: type) -> list[str]:
+    """Return the names of what a transformer's forward takes by position.
+
+    A subclass may pass on what it is given, whatever that is; then its parent knows the names.
+    """
+    for cls in kind.__mro__:
+        if "forward" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(vars(cls)["forward"]).parameters.values())[1:]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return [p.name for p in parameters]
+    return []
+
+
 def _refuse_second(transformer: nn.Module) -> None:
     for path, module in transformer.named_modules():
         if isinstance(getattr(module, "processor", None), SparseProcessor):
             raise ValueError(
-                f"{type(transformer).__name__} is sparse already (at {path}); call restore() on "
-                "the SparseRun that sparsify returned before calling sparsify again"
+                f"{type(transformer).__name__} is sparse already (at {path}); call "
+                "svg_models.restore(pipe) before calling sparsify again"
             )

@@ -131,6 +131,9 @@ class Fp8Linear:
         ).unflatten(0, x.shape[:-1])
         return out if within or bias is None else out + bias.to(out.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fp8Linear, (self._module(), None)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Linear:
         return Fp8Linear(memo[id(self._module())], None)
 

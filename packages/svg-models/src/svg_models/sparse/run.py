@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -10,19 +11,22 @@ from typing import Any, get_args
 import torch
 
 from svg_attention import Method, Schedule
+from svg_models import attention_op
 from svg_models.families import family_of, transformers_of
 from svg_models.method_names import MethodSpec, read_method
 from svg_models.recipes import Recipe
 from svg_models.sparse.checks import check_backend, check_choice, check_schedule, device_and_dtype
 from svg_models.sparse.engine import Engine
-from svg_models.sparse.hooks import Installation
+from svg_models.sparse.hooks import Installation, owner_of
 from svg_models.sparse.layers import FastLayers, From, Linears
 from svg_models.sparse.linears import refuse_device
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
 from svg_models.summary import Summarised
 
-__all__ = ["SparseRun", "sparsify"]
+__all__ = ["SparseRun", "restore", "sparsify"]
+
+_INSTALLING = threading.Lock()  # of two threads, one makes a pipeline sparse; the other is told
 
 
 @checks_names()
@@ -89,9 +93,29 @@ def sparsify(
     check_choice("linears", linears, get_args(Linears))
     check_choice("fp8_from", fp8_from, get_args(From))
     layers = {"fuse": fuse, "linears": linears, "fp8_from": fp8_from}
-    return SparseRun(
-        pipe, spec, schedule, backend=backend, layers=layers, seed=seed, profile=profile
-    )
+    with _INSTALLING:
+        return SparseRun(
+            pipe, spec, schedule, backend=backend, layers=layers, seed=seed, profile=profile
+        )
+
+
+def restore(pipe: Any) -> None:
+    """Make a sparse pipeline dense again, without the run that `sparsify` returned.
+
+    Does what `SparseRun.restore` does; a pipeline that is not sparse stays as it is.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer.
+
+    Raises:
+        TypeError: if it has no transformer.
+    """
+    with _INSTALLING:
+        for transformer in transformers_of(pipe).values():
+            number = owner_of(transformer)
+            engine = None if number is None else attention_op.owner(number)
+            if isinstance(engine, Engine):
+                engine.restore()
 
 
 class SparseRun(Summarised):
@@ -116,12 +140,11 @@ class SparseRun(Summarised):
                 refuse_device(torch.device(device))
         self._title = type(pipe).__name__
         self._engine = Engine(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
-        self._installations: list[Installation] = []
         try:
             for name, transformer, family in found:
                 first = len(self._engine.slots)
                 installed = Installation(self._engine, name, transformer, family, first)
-                self._installations.append(installed)
+                self._engine.installations.append(installed)
                 self._engine.slots.extend(installed.slots)
                 self._engine.layers[name] = FastLayers(transformer, family, **layers)
         except BaseException:
@@ -142,7 +165,7 @@ class SparseRun(Summarised):
     @property
     def active(self) -> bool:
         """Tell whether the pipeline is sparse through this run."""
-        return bool(self._installations)
+        return bool(self._engine.installations)
 
     @property
     def recipe(self) -> Recipe | None:
@@ -160,16 +183,7 @@ class SparseRun(Summarised):
         What the run recorded stays readable. Calling it twice does no harm. Processors that
         somebody else put in place meanwhile are left there.
         """
-        installations, self._installations = self._installations, []
-        for layers in self._engine.layers.values():
-            layers.remove()
-        for installed in installations:
-            left_alone = installed.remove()
-            if left_alone:
-                self._engine.tell(
-                    f"{len(left_alone)} attention processors of {installed.name} were replaced by "
-                    f"others after sparsify, first at {left_alone[0]}; restore left them in place"
-                )
+        self._engine.restore()
 
     def stats(self) -> RunStats:
         """Return what the last video did; waits for the device once."""
@@ -198,7 +212,8 @@ class SparseRun(Summarised):
         return write_run_report(self.stats(), path)
 
     def _summary(self) -> tuple[str, list[tuple[str, str]]]:
-        where = ", ".join(f"{len(i.slots)} attentions of {i.name}" for i in self._installations)
+        held = self._engine.installations
+        where = ", ".join(f"{len(one.slots)} attentions of {one.name}" for one in held)
         state = f"sparse ({where})" if self.active else "restored"
         rows = []
         if self.recipe is None:

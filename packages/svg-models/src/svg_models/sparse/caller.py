@@ -1,0 +1,55 @@
+"""Which pipeline call a forward pass belongs to."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from svg_models.families import TRANSFORMERS
+from svg_models.families.base import unwrap
+
+__all__ = ["pipelines_running"]
+
+
+def pipelines_running(transformer: nn.Module) -> list[Any]:
+    """Return the pipelines that are running on this thread and use a transformer, innermost first.
+
+    A transformer may serve several pipelines, one after the other or at the same time on several
+    threads, and only one of them was given to `sparsify`. None of them says who calls, so the call
+    stack is asked: a pipeline's call has the pipeline as its `self`, a block of diffusers' modular
+    pipelines as its `components`.
+
+    Args:
+        transformer: the module whose forward pass begins.
+    """
+    found: list[Any] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        for candidate in _candidates(frame):
+            if _uses(candidate, transformer) and not any(candidate is known for known in found):
+                found.append(candidate)
+        frame = frame.f_back
+    return found
+
+
+def _candidates(frame: FrameType) -> list[Any]:
+    code = frame.f_code
+    # Looking into a frame copies its variables, so frames that cannot be meant are passed over.
+    if not code.co_argcount or code.co_varnames[0] != "self":
+        return []
+    if frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "svg_models"):
+        return []
+    variables = frame.f_locals
+    return [variables[name] for name in ("components", "self") if name in variables]
+
+
+def _uses(candidate: Any, transformer: nn.Module) -> bool:
+    if isinstance(candidate, nn.Module | type):
+        return False
+    if getattr(getattr(candidate, "scheduler", None), "timesteps", None) is None:
+        return False
+    parts = (getattr(candidate, name, None) for name in TRANSFORMERS)
+    return any(isinstance(part, nn.Module) and unwrap(part) is transformer for part in parts)
