@@ -15,6 +15,7 @@ from svg_attention import (
     SparsePlan,
     UnsupportedError,
     dense_attention,
+    dense_backend,
     sparse_attention,
 )
 from svg_attention.backends import reference
@@ -224,3 +225,38 @@ def test_sparse_attention_refuses_an_out_that_does_not_fit(random_plan: Any) -> 
     for out in (query[:, :1], query.double(), query.transpose(1, 2)):
         with pytest.raises(ValueError, match=r"out must be \[1, 2, 130, 16\] in torch.float32"):
             sparse_attention(query, key, value, plan, out=out)
+
+
+def test_dense_backend_on_a_cpu_is_sdpa() -> None:
+    query, key, value = (torch.randn(1, 2, 9, 64) for _ in range(3))
+    assert dense_backend(query, key, value) == "sdpa"
+    with pytest.raises(UnsupportedError, match="needs tensors on a CUDA device"):
+        dense_attention(query, key, value, backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, (300, 300), (300, 77)])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_dense_attention_by_the_fastest_kernel_is_as_exact_as_torch(
+    lengths: tuple[int, ...] | None,
+    key_heads: int,
+    device: torch.device,
+    generator: torch.Generator,
+    assert_accurate: Any,
+) -> None:
+    query = torch.randn(2, 4, 333, 128, device=device, generator=generator).bfloat16()
+    key, value = (
+        torch.randn(2, key_heads, 300, 128, device=device, generator=generator).bfloat16()
+        for _ in range(2)
+    )
+    if dense_backend(query, key, value) == "sdpa":
+        pytest.skip("the compiled kernel does not run here")
+    valid = None if lengths is None else torch.tensor(lengths, device=device)
+    out = torch.empty(2, 333, 4, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    found = dense_attention(query, key, value, key_lengths=valid, out=out)
+    assert found.data_ptr() == out.data_ptr()
+    plain = dense_attention(query, key, value, key_lengths=valid, backend="sdpa")
+    exact = dense_attention(*(x.double() for x in (query, key, value)), key_lengths=valid)
+    assert_accurate(found, plain, exact)
+    needs_gradient = query.clone().requires_grad_()
+    assert dense_backend(needs_gradient, key, value) == "sdpa"

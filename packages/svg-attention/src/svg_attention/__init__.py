@@ -1,7 +1,7 @@
 """Model-agnostic sparse attention for video diffusion: SVG1, SVG2 and beyond."""
 
 import svg_attention._kmeans_files  # noqa: F401 - raises where flash_kmeans is another project's
-from svg_attention.attention import dense_attention, sparse_attention
+from svg_attention.attention import dense_attention, dense_backend, sparse_attention
 from svg_attention.errors import UnsupportedError
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallRecord
@@ -40,6 +40,7 @@ __all__ = [
     "backend_status",
     "cluster_counts",
     "dense_attention",
+    "dense_backend",
     "density",
     "mass_coverage",
     "method_from_dict",

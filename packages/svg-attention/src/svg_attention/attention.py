@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg_attention.backends import select_backend
+from svg_attention.backends import BACKENDS, select_backend
 from svg_attention.plan import SparsePlan
 from svg_attention.rows import take_rows
 from svg_attention.tiles import match_heads
+
+DENSE_BACKENDS = ("cuda", "sdpa")
+_dense_backends: dict[tuple[torch.device, torch.dtype, int, int], str] = {}
 
 
 @overload
@@ -128,21 +131,37 @@ def dense_attention(
             for all. A tensor on the CPU whose numbers agree costs nothing; otherwise a mask is
             passed, which rules out the fastest kernels.
         scale: factor of the logits, `D ** -0.5` when None.
-        backend: "auto" or "sdpa", torch's `scaled_dot_product_attention`.
-        out: where to write the output, as for `sparse_attention`; it is a copy. Without it the
-            output lies in memory as `query` does wherever torch's kernel allows.
+        backend: "cuda", the kernel of svg-kernels for compute capability 9.0, which is faster than
+            torch's there and takes `key_lengths` on the device without a mask; "sdpa", torch's
+            `scaled_dot_product_attention`; or "auto", see `dense_backend`. Both compute the same
+            within rounding.
+        out: where to write the output, as for `sparse_attention`; for "sdpa" it is a copy. Without
+            it the output lies in memory as `query` does wherever torch's kernel allows.
 
     Returns:
         `[B, H, Sq, D]` typed as `query` with the channels of `value`.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or the backend is unknown.
+        UnsupportedError: if `backend="cuda"` cannot run here.
     """
     check_tensors(query, key, value)
     if out is not None:
         check_out(out, query, value)
-    if backend not in ("auto", "sdpa"):
-        raise ValueError(f"unknown dense backend {backend!r}; choose one of auto, sdpa")
+    if backend not in ("auto", *DENSE_BACKENDS):
+        known = ", ".join(["auto", *DENSE_BACKENDS])
+        raise ValueError(f"unknown dense backend {backend!r}; choose one of {known}")
+    if (dense_backend(query, key, value) if backend == "auto" else backend) == "cuda":
+        plan = SparsePlan.full(
+            *query.shape[:3],
+            key.shape[2],
+            key_lengths=None if key_lengths is None else key_lengths.to(query.device),
+            device=query.device,
+        )
+        found: Tensor = sparse_attention(
+            query, key, value, plan, scale=scale, backend="cuda", out=out
+        )
+        return found
     mask = None
     if key_lengths is not None:
         if key_lengths.device.type == "cpu" and len(set(key_lengths.tolist())) == 1:
@@ -160,6 +179,26 @@ def dense_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return found if out is None else out.copy_(found)
+
+
+def dense_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Return what `dense_attention` takes for "auto": "cuda" where that can run, else "sdpa".
+
+    Args:
+        query: `[B, H, Sq, D]`; one that needs a gradient takes "sdpa".
+        key: `[B, H_kv, Sk, D]`.
+        value: `[B, H_kv, Sk, D]`.
+    """
+    if query.device.type != "cuda" or 0 in (*query.shape, *key.shape):
+        return "sdpa"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "sdpa"
+    traits = (query.device, query.dtype, query.shape[-1], value.shape[-1])
+    if traits not in _dense_backends:
+        plan = SparsePlan.full(1, 1, 1, 1, device=query.device)
+        reason = BACKENDS["cuda"].unsupported(query, key, value, plan)
+        _dense_backends[traits] = "sdpa" if reason else "cuda"
+    return _dense_backends[traits]
 
 
 def out_shape(query: Tensor, value: Tensor) -> tuple[int, int, int, int]:

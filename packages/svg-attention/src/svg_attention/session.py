@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svg_attention import config
-from svg_attention.attention import sparse_attention
+from svg_attention.attention import dense_backend, sparse_attention
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
@@ -181,8 +181,9 @@ class Session:
                 generator=site.generator,
                 scale=scale,
             )
-            # A dense kernel chooses its own layout, which is mostly that of the queries.
-            target = None if plan.is_full else _allocate(query, value, out_layout)
+            # torch's dense kernel chooses its own layout, which is mostly that of the queries.
+            chooses = plan.is_full and dense_backend(query, key, value) == "sdpa"
+            target = None if chooses else _allocate(query, value, out_layout)
             backend = "auto" if plan.is_full else self.backend
             out = sparse_attention(
                 query, key, value, plan, scale=scale, backend=backend, out=target

@@ -10,7 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svg_attention import Call, CallRecord, Dense, Schedule, Session, TokenLayout
+from svg_attention import (
+    Call,
+    CallRecord,
+    Dense,
+    Schedule,
+    Session,
+    TokenLayout,
+    dense_backend,
+)
 from svg_models import attention_op
 from svg_models.method_names import MethodSpec
 from svg_models.recipes import Recipe, choose_recipe
@@ -55,6 +63,7 @@ class Engine:
         backend: see `svg_attention.sparse_attention`.
         seed: seed of every video.
         profile: time each call.
+        exact_dense: compute dense calls by the kernel of the original processor.
 
     Attributes:
         number: identifies the run in this process.
@@ -73,7 +82,9 @@ class Engine:
         backend: str,
         seed: int,
         profile: bool,
+        exact_dense: bool,
     ) -> None:
+        self._exact_dense = exact_dense
         self._pipe = weakref.ref(pipe)
         self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
@@ -260,10 +271,9 @@ class Engine:
                 key_lengths=None if counts is None else tuple(video + n for n in counts),
             ).transpose(1, 2)
 
+        heads = tuple(x.transpose(1, 2) for x in (query, key, value))
         out = generation.session.attend(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            *heads,
             layout=layout,
             call=Call(
                 step=context.moment.step,
@@ -274,9 +284,16 @@ class Engine:
                 transformer=place.transformer,
             ),
             text_lengths=context.text_lengths,
-            dense=dense,
+            dense=dense if self._asks_original(place, *heads) else None,
+            out_layout="BSHD",
         )
         return out.transpose(1, 2)
+
+    def _asks_original(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Return whether dense calls are computed by the kernel of the original processor."""
+        chosen = getattr(place.processor.original, "_attention_backend", None)
+        faster = dense_backend(query, key, value) != "sdpa"
+        return self._exact_dense or chosen is not None or not faster
 
 
 def _is_sparse(recipe: Recipe | None, moment: Moment) -> bool:

@@ -38,6 +38,7 @@ def sparsify(
     density: float | None = None,
     top_p: float | None = None,
     backend: str = "auto",
+    exact_dense: bool = False,
     fuse: bool = True,
     linears: Linears = "bf16",
     fp8_from: From = "sparse",
@@ -67,6 +68,9 @@ def sparsify(
         density: share of query-key pairs that a method given by name computes on sparse calls.
         top_p: attention mass that an svg2 method given by name keeps, in place of a density.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
+        exact_dense: compute calls that stay dense by the kernel of the model's own processor, for
+            results equal to the last bit. Otherwise svg-kernels computes them where it is faster
+            (compute capability 9.0), as exactly, unless `set_attention_backend` chose a kernel.
         fuse: on a GPU, compute norms, modulation and residuals of a block by kernels that join
             them; each rounds once where the model rounds after every step. A block that something
             else has put itself over, or that is compiled, is left as it is.
@@ -93,10 +97,9 @@ def sparsify(
     check_choice("linears", linears, get_args(Linears))
     check_choice("fp8_from", fp8_from, get_args(From))
     layers = {"fuse": fuse, "linears": linears, "fp8_from": fp8_from}
+    options = {"backend": backend, "seed": seed, "profile": profile, "exact_dense": exact_dense}
     with _INSTALLING:
-        return SparseRun(
-            pipe, spec, schedule, backend=backend, layers=layers, seed=seed, profile=profile
-        )
+        return SparseRun(pipe, spec, schedule, options=options, layers=layers)
 
 
 def restore(pipe: Any) -> None:
@@ -127,19 +130,17 @@ class SparseRun(Summarised):
         spec: MethodSpec,
         schedule: Schedule | None,
         *,
-        backend: str,
+        options: dict[str, Any],
         layers: dict[str, Any],
-        seed: int,
-        profile: bool,
     ) -> None:
         found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
         for _, transformer, _ in found:
             device, dtype = device_and_dtype(pipe, transformer)
-            check_backend(backend, device, dtype, head_dim=_head_dim(transformer))
+            check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
             if layers["linears"] == "fp8":
                 refuse_device(torch.device(device))
         self._title = type(pipe).__name__
-        self._engine = Engine(pipe, spec, schedule, backend=backend, seed=seed, profile=profile)
+        self._engine = Engine(pipe, spec, schedule, **options)
         try:
             for name, transformer, family in found:
                 first = len(self._engine.slots)
