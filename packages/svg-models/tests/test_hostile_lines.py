@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE, NEEDS_TORCH
+from hostile import HOSTILE
 from typer.testing import CliRunner
 
 from svg_models.cli import app
 
 WITHOUT_TORCH = """
 import sys
-from hostile import HOSTILE, NEEDS_TORCH
+from hostile import HOSTILE
 from typer.testing import CliRunner
 from svg_models.cli import app
 

@@ -674,3 +674,29 @@ def test_print_shows_a_few_readable_lines() -> None:
         assert "12 of 24 attention calls sparse" in repr(run).replace("  ", " ")
         assert "q_clusters=6" in repr(run.stats())
     assert "is restored" in repr(run)
+
+
+@pytest.mark.parametrize("asked", ["nothing", "exact_dense", "set_attention_backend"])
+def test_dense_calls_take_the_original_kernel_only_where_it_is_asked_for_or_fastest(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    from svg_models.families import dense
+    from svg_models.sparse import engine
+
+    pipe = tiny.pipeline()
+    stock = tiny.generate(pipe)
+    monkeypatch.setattr(engine, "dense_backend", lambda *tensors: "cuda")
+    used = []
+    original = dense.dispatch_attention_fn
+
+    def spy(*args: Any, **options: Any) -> Any:
+        used.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(dense, "dispatch_attention_fn", spy)
+    if asked == "set_attention_backend":
+        pipe.transformer.set_attention_backend("native")
+    with sparsify(pipe, Dense(), exact_dense=asked == "exact_dense"):
+        video = tiny.generate(pipe)
+    assert bool(used) == (asked != "nothing")
+    torch.testing.assert_close(video, stock, rtol=1e-3, atol=1e-4)
