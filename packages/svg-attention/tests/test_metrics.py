@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from svg_attention import SparsePlan, density, mass_coverage, metrics, recall
+from svg_attention import SparsePlan, density, metrics, needed_density, recall
 
 
 @pytest.mark.parametrize("limit", [1, 2**26])
@@ -33,12 +33,14 @@ def test_recall_of_a_full_plan_is_one_whatever_the_padding() -> None:
     assert torch.allclose(recall(query, key, plan), torch.ones(2, 1), atol=1e-5)
 
 
-def test_mass_coverage_counts_the_fewest_keys() -> None:
+def test_needed_density_counts_the_fewest_keys() -> None:
     query = torch.zeros(1, 2, 3, 4)
     key = torch.zeros(1, 2, 50, 4)
-    assert torch.allclose(mass_coverage(query, key, mass=0.9), torch.full((1, 2), 0.9), atol=0.021)
+    assert torch.allclose(
+        needed_density(query, key, recall=0.9), torch.full((1, 2), 0.9), atol=0.021
+    )
     query[:, 1] = key[:, 1, :5] = 10.0 * torch.eye(4)[0]
-    found = mass_coverage(query, key, mass=0.9, rows=torch.tensor([0, 2]))
+    found = needed_density(query, key, recall=0.9, rows=torch.tensor([0, 2]))
     assert found[0, 1].item() == pytest.approx(5 / 50)
     with pytest.raises(ValueError, match="mass must lie"):
-        mass_coverage(query, key, mass=0.0)
+        needed_density(query, key, recall=0.0)

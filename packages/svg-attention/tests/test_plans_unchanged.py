@@ -49,9 +49,10 @@ def test_plans_of_the_kernels_are_those_of_plain_torch(
             mine, yours = getattr(ours, order), getattr(theirs, order)
             assert (mine is None) == (yours is None)
             assert mine is None or torch.equal(mine, yours)
-        # Sums in another order, and probes rounded to 16 bits, move clusters that are as good.
+        # Sums in another order, and probes rounded to 16 bits, move clusters that are as good; of
+        # a head of two tiles one cluster is a hundredth.
         theirs = theirs.ready()
         assert ours.run_multiple == theirs.run_multiple
         moved = (ours.to_mask() != theirs.to_mask()).float().mean().item()
-        assert moved <= (0.001 if case.dtype == torch.float32 else 0.02)
+        assert moved <= (0.01 if case.dtype == torch.float32 else 0.02)
         assert (ours.density() - theirs.density()).abs().max() < 0.02

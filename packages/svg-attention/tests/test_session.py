@@ -182,3 +182,88 @@ def test_dense_calls_without_a_kernel_of_their_own_mask_padding(position: str) -
         query, key, value, attn_mask=~padding[:, None, None]
     )
     assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_step_and_layer_say_the_same_as_a_call(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data = clustered(LAYOUT)
+    expected = run_video(Session(METHOD, SPARSE, seed=3), data)
+    session = Session(METHOD, SPARSE, layout=LAYOUT, num_steps=4, num_layers=2, seed=3)
+    outputs = []
+    for i in range(4):
+        for branch in ("cond", "uncond"):
+            with session.step(i, branch=branch):
+                for layer in range(2):
+                    shifted = tuple(x + 0.05 * i * (layer + 1) for x in data)
+                    outputs.append(session.attend(*shifted, layer=layer))
+    assert torch.equal(torch.stack(outputs), expected)
+    assert {(r.step, r.branch, r.layer) for r in session.records()} == {
+        (i, b, n) for i in range(4) for b in ("cond", "uncond") for n in range(2)
+    }
+
+
+def test_step_that_goes_back_begins_a_new_video(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data = clustered(LAYOUT)
+    session = Session(METHOD, SPARSE, layout=LAYOUT, num_steps=4, num_layers=1)
+
+    def play() -> list[Tensor]:
+        found = []
+        for i in range(4):
+            with session.step(i):
+                found.append(session.attend(*data, layer=0))
+        return found
+
+    first, second = play(), play()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [r.step for r in session.records()] == [0, 1, 2, 3]
+
+
+def test_attend_asks_for_what_it_was_not_told() -> None:
+    data = [torch.randn(1, 2, LAYOUT.tokens, 8) for _ in range(3)]
+    session = Session(METHOD, SPARSE, layout=LAYOUT, num_steps=4, num_layers=2)
+    with pytest.raises(ValueError, match="which step is this"):
+        session.attend(*data, layer=0)
+    with session.step(0):
+        with pytest.raises(ValueError, match="which layer is this"):
+            session.attend(*data)
+        with pytest.raises(ValueError, match="layer 2 is not one of the 2 layers"):
+            session.attend(*data, layer=2)
+        with pytest.raises(TypeError, match="layer must be an integer"):
+            session.attend(*data, layer=0.5)
+    with pytest.raises(ValueError, match="step 4 is not one of the 4 steps"):
+        with session.step(4):
+            pass
+    lost = Session(METHOD, SPARSE, num_steps=4, num_layers=2)
+    with lost.step(0), pytest.raises(ValueError, match="where are the tokens"):
+        lost.attend(*data, layer=0)
+    with pytest.raises(TypeError, match="method must be a Method"):
+        Session("svg2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule must be a Schedule"):
+        Session(METHOD, 0.2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_attend_lays_its_output_out_as_asked(
+    step: int, clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    data = clustered(LAYOUT)
+    session = Session(METHOD, SPARSE)
+    call = Call(step=step, num_steps=4, layer=0, num_layers=2)
+    heads_first = session.attend(*data, layout=LAYOUT, call=call)
+    session.reset()
+    out = session.attend(*data, layout=LAYOUT, call=call, out_layout="BSHD")
+    assert torch.equal(out, heads_first)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_the_log_is_bounded(clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+    session = Session(METHOD, SPARSE, max_records=5)
+    run_video(session, clustered(LAYOUT))
+    records = session.records()
+    assert [(r.step, r.branch, r.layer) for r in records] == [
+        (2, "uncond", 1), (3, "cond", 0), (3, "cond", 1), (3, "uncond", 0), (3, "uncond", 1)
+    ]  # fmt: skip
+    assert all(r.density == pytest.approx(0.4, abs=0.02) for r in records)

@@ -15,7 +15,7 @@ from svg_attention.methods import (
     cluster_counts,
     method_from_dict,
 )
-from svg_attention.metrics import density, mass_coverage, recall
+from svg_attention.metrics import density, needed_density, recall
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.schedule import Schedule
 from svg_attention.session import Session
@@ -42,8 +42,8 @@ __all__ = [
     "dense_attention",
     "dense_backend",
     "density",
-    "mass_coverage",
     "method_from_dict",
+    "needed_density",
     "recall",
     "sparse_attention",
 ]

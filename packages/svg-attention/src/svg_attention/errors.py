@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class UnsupportedError(RuntimeError):
-    """Say that no allowed backend can run a call on this machine, and why for each of them.
+    """Report that no allowed backend can run a call on this machine, and why for each of them.
 
     Attributes:
         reasons: backend name -> one sentence saying why that backend cannot run the call.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Say which attention call of a generation this is.
+    """Identify an attention call of a generation.
 
     Args:
         step: denoising step from 0; None when unknown, which keeps the call dense.
@@ -60,7 +60,7 @@ class CallRecord:
 
 
 class Stopwatch:
-    """Time a stretch of work: by CUDA events on a GPU, by the wall elsewhere."""
+    """Measure the time of some work: by CUDA events on a GPU, by the wall elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -76,14 +76,14 @@ class Stopwatch:
             self._begin = time.perf_counter()
 
     def stop(self) -> None:
-        """End the stretch."""
+        """End the measurement."""
         if self._events is not None:
             self._events[1].record()
         else:
             self._elapsed = time.perf_counter() - self._begin
 
     def seconds(self) -> float:
-        """Return the length of the stretch, waiting for the device if need be."""
+        """Return the time measured, waiting for the device if need be."""
         if self._events is None:
             return self._elapsed
         self._events[1].synchronize()

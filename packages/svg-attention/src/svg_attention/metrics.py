@@ -1,10 +1,11 @@
-"""How much a plan computes, how much of the attention it keeps, and how much a head needs."""
+"""Density and recall of a plan, and the density that a recall needs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from svg_attention import config
 from svg_attention.plan import SparsePlan
 from svg_attention.tiles import match_heads
 
@@ -62,23 +63,23 @@ def recall(
     return total / len(rows)
 
 
-def mass_coverage(
+def needed_density(
     query: Tensor,
     key: Tensor,
     *,
-    mass: float = 0.9,
+    recall: float = 0.9,
     rows: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the fraction of keys a head needs to hold a given share of its attention.
+    """Return the density at which an oracle that chooses single keys reaches a given recall.
 
     The mean over rows of the smallest number of keys whose softmax weights sum to at least
-    `mass`, divided by the number of keys: the density that an oracle choosing single keys needs.
+    `recall`, divided by the number of keys.
 
     Args:
         query: `[B, H, Sq, D]`.
         key: `[B, H_kv, Sk, D]`.
-        mass: share of the attention.
+        recall: share of the attention to keep.
         rows: int64 `[N]`, queries to average over; None for all.
         scale: factor of the logits, `D ** -0.5` when None.
 
@@ -86,10 +87,9 @@ def mass_coverage(
         fp32 `[B, H]`.
 
     Raises:
-        ValueError: if `mass` is not in (0, 1].
+        ValueError: if `recall` is not in (0, 1].
     """
-    if not 0.0 < mass <= 1.0:
-        raise ValueError(f"mass must lie in (0, 1], got {mass}")
+    config.fraction("recall", recall)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch, heads, length, _ = query.shape
     if rows is None:
@@ -100,7 +100,7 @@ def mass_coverage(
         logits = torch.matmul(query.index_select(2, part).float() * scale, keys)
         weights = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True).values
         before = weights.cumsum(dim=-1) - weights
-        total += (before < mass).sum(dim=(-1, -2)).float()
+        total += (before < recall).sum(dim=(-1, -2)).float()
     return total / (len(rows) * key.shape[2])
 
 

@@ -17,7 +17,7 @@ from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeySummary:
-    """Stand in for the keys that a query tile does not read, one centroid per cluster.
+    """Represent the keys that a query tile does not read, one centroid per cluster.
 
     In the softmax of tile `t`, cluster `c` takes part once, with the logit
     `query . keys[c] * scale + log_weights[t, c]` and the value `values[c]`.
@@ -36,7 +36,7 @@ class KeySummary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SparsePlan:
-    """Say which keys each tile of query rows reads.
+    """Describe which keys each tile of query rows reads.
 
     Queries and keys are looked at in *plan order*: `order[i]` is the token at position `i`. A tile
     is `tile_rows` consecutive positions of the query order; it reads runs of consecutive positions
@@ -423,7 +423,7 @@ class SparsePlan:
 
 
 def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
-    """Turn FlexAttention's lists of blocks into a mask: bool `[B, H, Tq, Tk]`."""
+    """Return FlexAttention's lists of blocks as a mask: bool `[B, H, Tq, Tk]`."""
     blocks = indices.shape[-1]
     place = torch.arange(blocks, device=indices.device)
     # Entries past the count of a row say nothing; they go to a spare column.

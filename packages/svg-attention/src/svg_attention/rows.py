@@ -9,7 +9,7 @@ PACKED = torch.contiguous_format
 
 
 def flat_index(order: Tensor, length: int) -> Tensor:
-    """Turn row numbers `[B, H, N]` within each head into int64 row numbers over all heads."""
+    """Return int64 row numbers over all heads from row numbers `[B, H, N]` within each."""
     batch, heads = order.shape[:2]
     base = torch.arange(batch * heads, device=order.device) * length
     return order.long() + base.view(batch, heads, 1)

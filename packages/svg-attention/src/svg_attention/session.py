@@ -97,7 +97,7 @@ class Session:
     def step(
         self, index: int, *, branch: str = "cond", transformer: str = "transformer"
     ) -> Iterator[None]:
-        """Say which denoising step the calls inside the `with` block belong to.
+        """Mark the calls inside the `with` block as those of a denoising step.
 
         A step before the last one begins a new video, as `reset` does.
 

@@ -11,7 +11,7 @@ from svg_attention.tiles import match_heads
 
 
 def not_on_cuda(x: Tensor, least: tuple[int, int]) -> str | None:
-    """Say why a tensor is on no GPU of at least this compute capability, or None if it is."""
+    """Return why a tensor is on no GPU of at least this compute capability, or None if it is."""
     if x.device.type != "cuda":
         return f"needs tensors on a CUDA device, these are on {x.device.type!r}"
     found = torch.cuda.get_device_capability(x.device)
@@ -22,7 +22,7 @@ def not_on_cuda(x: Tensor, least: tuple[int, int]) -> str | None:
 
 
 def not_half_precision(query: Tensor, value: Tensor, head_dims: tuple[int, ...]) -> str | None:
-    """Say why a kernel for 16 bits and these head sizes takes no such tensors, or None."""
+    """Return why a kernel for 16 bits and these head sizes takes no such tensors, or None."""
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"query must be fp16 or bf16, got {query.dtype}"
     if query.shape[-1] not in head_dims or value.shape[-1] != query.shape[-1]:
@@ -55,7 +55,7 @@ def token_ordered(x: Tensor, plan: SparsePlan, out: Tensor | None = None) -> Ten
 
 
 def clear_empty_rows(x: Tensor, plan: SparsePlan, fill: float = 0.0) -> Tensor:
-    """Put `fill` into the rows of tiles that read nothing.
+    """Write `fill` into the rows of tiles that read nothing.
 
     Args:
         x: `[B, H, Sq]` or `[B, H, Sq, D]`, in plan order.

@@ -91,7 +91,7 @@ def installed() -> bool:
 
 
 def not_in_blocks(plan: SparsePlan) -> str | None:
-    """Say why a plan is neither full nor made of whole blocks of keys, or None if it is.
+    """Return why a plan is neither full nor made of whole blocks of keys, or None if it is.
 
     Waits for the device unless the plan is full.
     """

@@ -24,7 +24,7 @@ WORKSPACE = 2**30
 
 
 class FlashInferBackend:
-    """Turn runs into key blocks per head and attend with FlashInfer's kernel; needs `flashinfer`.
+    """Cut runs into key blocks per head and attend with FlashInfer's kernel; needs `flashinfer`.
 
     It takes any plan without a summary, but waits for the device: FlashInfer plans on the host and
     lists every key of every tile. It returns no log-sum-exp. Its kernel is compiled at first use,

@@ -113,7 +113,7 @@ def keys_before(layout: TokenLayout, position: Tensor, *, temporal: bool) -> Ten
 
 
 def solve_width(layout: TokenLayout, *, temporal: bool, text: Tensor, density: float) -> Tensor:
-    """Find the band width whose plan has the density asked for.
+    """Compute the band width whose plan has the density asked for.
 
     Counts the pairs of every width that is a multiple of a tile, first frame, text and tile
     rounding included, and interpolates. The narrowest band, a tile's own positions, may already

@@ -37,7 +37,7 @@ def key_budget(
 
 
 def _keys_left(layout: TokenLayout, text: Any, density: float) -> Any:
-    """Share the pairs that text does not take; `text` is a number or fp64 `[B]`."""
+    """Return the keys of a row when text has taken its pairs; `text` is a number or fp64 `[B]`."""
     video = layout.video_tokens
     tokens = video + text
     # These video rows are in one tile with text.

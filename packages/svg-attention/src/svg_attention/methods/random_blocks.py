@@ -18,7 +18,7 @@ from svg_attention.tiles import TILE_ROWS, count_tiles
 class RandomBlocks(Method):
     """Read blocks of 128 neighbouring keys drawn at random for each query tile.
 
-    Any method worth its name beats it at equal density.
+    A method has to beat it at equal density.
 
     Args:
         density: fraction of the valid query-key pairs to compute.

@@ -44,10 +44,10 @@ def cluster_counts(
 class SVG2(Method):
     """Cluster video queries and keys per head; let each query tile read whole key clusters.
 
-    Queries and keys are sorted by cluster. A tile of 128 sorted queries estimates the mass of each
-    key cluster with the mean queries of a few of its rows at a time, and reads clusters of falling
-    mass per key until they reach `top_p` of it, or as many as a density allows. Text is exact:
-    every query reads it and it reads everything.
+    Queries and keys are sorted by cluster. With the mean queries of a few rows at a time, a tile of
+    128 sorted queries estimates the mass of each key cluster, the share of its attention that falls
+    on it. It reads clusters in descending mass per key until they reach `top_p` of the mass, or as
+    many as a density allows. Text is exact: every query reads it and it reads everything.
 
     Args:
         q_clusters: query clusters per head; None takes as many as suit the sequence, at most 300

@@ -18,7 +18,7 @@ from svg_attention.tiles import count_tiles, match_heads
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """Say how tiles choose among key clusters.
+    """State how tiles select among key clusters.
 
     Attributes:
         budget: fp32 `[B or 1]`, keys that a tile may read; None to choose by `top_p`.

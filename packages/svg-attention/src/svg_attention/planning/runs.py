@@ -15,7 +15,7 @@ from svg_attention.planning.dispatch import select_planner
 def cluster_runs(
     mask: Tensor, sizes: Tensor, *, tail: Tensor | int = 0, full: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn a choice of key clusters into runs over keys that are sorted by cluster.
+    """Return the runs of selected key clusters, over keys that are sorted by cluster.
 
     Cluster `j` occupies the rows after those of clusters `0 .. j-1`. After the last cluster
     stand `tail` further rows (text) that every tile reads.

@@ -20,10 +20,12 @@ def keep_top_p(
 ) -> Tensor:
     """Keep, for each tile, the first clusters by priority until their mass reaches `top_p`.
 
-    With clusters ranked by falling priority, equal ones by number, cluster `j` is kept if the mass
-    ranked before it is below `top_p`, or its rank is below `min_clusters`. The first is always
-    kept; empty clusters never are. A tile with a priority that is not finite keeps all others: what
-    cannot be estimated is computed.
+    With clusters ranked in descending priority, equal ones by number, cluster `j` is kept if the
+    mass ranked before it is below `top_p`, or its rank is below `min_clusters`. The first is always
+    kept; empty clusters never are. Where a priority of a tile is not finite, the tile keeps every
+    cluster that has keys: what cannot be estimated is computed.
+
+    The mass of a cluster is the share of a tile's attention that it is estimated to hold.
 
     Args:
         priority: fp32 `[B, H, T, C]`, not negative.
@@ -51,11 +53,12 @@ def keep_top_p(
 def keep_budget(
     priority: Tensor, sizes: Tensor, budget: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Keep, for each tile, clusters by falling priority until their keys fill a budget.
+    """Keep, for each tile, clusters in descending priority until their keys fill a budget.
 
     Clusters are taken in order up to the first that does not fit (the first of all in any case);
     then, twice, those after it that fit what is left are taken in order the same way. Empty
-    clusters are never kept. A tile with a priority that is not finite keeps all others.
+    clusters are never kept. Where a priority of a tile is not finite, the tile keeps every cluster
+    that has keys.
 
     Args:
         priority: fp32 `[B, H, T, C]`, not negative; equal ones rank by number.

@@ -103,7 +103,7 @@ def mass_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Share out the attention of the tiles of one block of probes."""
+    """Compute how the attention of the tiles of one block of probes is shared."""
     block = tl.program_id(0) % blocks
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)

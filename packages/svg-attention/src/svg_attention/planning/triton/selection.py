@@ -17,7 +17,7 @@ from svg_attention.planning.triton.launch import on, warps_for
 
 @triton.jit
 def take(bits, weight, room, STRICT: tl.constexpr):
-    """Take candidates by falling `bits` while they fit; return which. What is not one has -2.
+    """Take candidates in descending `bits` while they fit; return which. What is not one has -2.
 
     A candidate is taken if the weights before it are less than `room` (`STRICT`), or if the weights
     up to and with it are at most `room`.
