@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING", "Media", "read_media"]
 
 # What cameras, browsers and this package write; Pillow reads others by calling programs.
-_PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
