@@ -104,7 +104,10 @@ def brute_force(
     scale: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp query by query, listing each one's keys; fp64, on the CPU."""
+    """Compute output and log-sum-exp query by query, listing each one's keys; fp64, on the CPU.
+
+    A row that reads nothing gives 0. Summary rows of weight minus infinity are not read.
+    """
     batch, heads, length, width = query.shape
     scale = width**-0.5 if scale is None else scale
     group = heads // key.shape[1]
@@ -123,12 +126,14 @@ def brute_force(
                     values.append(value[b, h // group, start : start + rows])
                 bias = torch.zeros(sum(len(x) for x in keys), dtype=torch.float64)
                 if summary is not None:
-                    keys.append(summary[0][b, h // group])
-                    values.append(summary[1][b, h // group])
-                    bias = torch.cat((bias, summary[2][b, h, tile].double()))
+                    log_weights = summary[2][b, h, tile].double()
+                    used = log_weights > -torch.inf
+                    keys.append(summary[0][b, h // group][used])
+                    values.append(summary[1][b, h // group][used])
+                    bias = torch.cat((bias, log_weights[used]))
                 logits = torch.cat(keys).double() @ query[b, h, token].double() * scale + bias
                 lse[b, h, token] = torch.logsumexp(logits, 0)
-                if torch.isfinite(lse[b, h, token]):
+                if lse[b, h, token] != -torch.inf:
                     weights = (logits - lse[b, h, token]).exp()
                     out[b, h, token] = weights @ torch.cat(values).double()
     return out, lse
@@ -149,3 +154,50 @@ def output_layout(name: str, query: Tensor) -> tuple[Tensor, Tensor]:
     if name == "heads of a longer tensor":
         return whole[:, 1:, 2 : 2 + length], whole
     return whole[..., -width:].transpose(1, 2), whole
+
+
+def spoil(
+    arguments: list[Tensor],
+    keywords: dict[str, Any],
+    generator: torch.Generator,
+    values: tuple[float, ...] = (torch.nan, torch.inf),
+) -> None:
+    """Put NaN and infinity into a few queries, keys, values and summaries, in place.
+
+    Args:
+        arguments: of `random_call`.
+        keywords: of `random_call`.
+        generator: draws the rows.
+        values: what the value rows get.
+    """
+
+    def rows(x: Tensor, spoils: tuple[float, ...]) -> None:
+        for spoil in spoils:
+            b, h, row, column = (
+                int(torch.randint(0, size, (), generator=generator)) for size in x.shape
+            )
+            x[b, h, row, column] = spoil
+
+    query, key, value = arguments[:3]
+    everything = (torch.nan, torch.inf, -torch.inf)
+    rows(query, everything)
+    rows(key, everything)
+    rows(value, values)
+    if "summary" in keywords:
+        keys, means, log_weights = keywords["summary"]
+        # Rows that one tile uses and another leaves out.
+        keys[:, :, 0, 0] = torch.nan
+        means[:, :, 1, 0] = torch.nan
+        log_weights[:, :, ::2, :2] = -torch.inf
+
+
+def assert_spoiled_alike(actual: Tensor, exact: Tensor, tolerance: float) -> None:
+    """Fail unless `actual` is finite, and right, wherever the plain formula's `exact` is."""
+    finite = torch.isfinite(exact)
+    assert finite.any(), "nothing would be compared"
+    assert not finite.all(), "nothing was spoiled"
+    torch.testing.assert_close(
+        actual[finite].double(), exact[finite], rtol=tolerance, atol=tolerance
+    )
+    assert actual[exact.isnan()].isnan().all(), "what is not a number must not look like one"
+    assert not actual[exact.isinf()].isfinite().any()

@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from attention_oracles import (
     OUTPUT_LAYOUTS,
+    assert_spoiled_alike,
     brute_force,
     output_layout,
     permutations,
     random_call,
     random_runs,
     runs_of_blocks,
+    spoil,
 )
 
 import svg_kernels
@@ -120,6 +122,20 @@ def test_block_sparse_attention_reads_strided_inputs(generator):
     plain = block_sparse_attention(query, key, value, starts, lengths)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     torch.testing.assert_close(block_sparse_attention(*strided, starts, lengths), plain)
+
+
+@pytest.mark.parametrize("summaries", [0, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_block_sparse_attention_keeps_nan_to_the_rows_that_read_it(summaries, seed):
+    draw = torch.Generator().manual_seed(seed)
+    arguments, keywords = random_call(
+        draw, batch=2, queries=300, keys=150, runs=6, dim=16, ordered=True, summaries=summaries
+    )
+    spoil(arguments, keywords, draw)
+    want, want_lse = brute_force(*arguments, **keywords)
+    out, lse = block_sparse_attention(*arguments, return_lse=True, **keywords)
+    assert_spoiled_alike(out, want, 1e-5)
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
 
 
 def test_block_sparse_attention_of_no_queries(generator):

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_oracles import OUTPUT_LAYOUTS, output_layout, random_call, random_runs
+from attention_oracles import (
+    OUTPUT_LAYOUTS,
+    assert_spoiled_alike,
+    brute_force,
+    output_layout,
+    random_call,
+    random_runs,
+    spoil,
+)
 
 from svg_kernels import block_sparse_attention
 
@@ -67,6 +75,22 @@ def test_block_sparse_attention_writes_into_any_layout(layout, generator):
     assert block_sparse_attention(*arguments, out=out, backend="triton", **keywords) is out
     assert torch.equal(out, want)
     assert whole.isnan().sum() == whole.numel() - want.numel(), "nothing else may be written"
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("summaries", [0, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_block_sparse_attention_keeps_nan_to_the_rows_that_read_it(summaries, seed):
+    draw = torch.Generator().manual_seed(seed)
+    arguments, keywords = random_call(
+        draw, queries=300, keys=150, runs=6, dim=16, ordered=True, summaries=summaries
+    )
+    spoil(arguments, keywords, draw, values=(torch.nan,))
+    want, want_lse = brute_force(*arguments, **keywords)
+    out, lse = block_sparse_attention(*arguments, return_lse=True, backend="triton", **keywords)
+    assert_spoiled_alike(out, want, 1e-5)
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def both(function, *args, **kwargs):
     for a, b in pairs:
         assert a.dtype == b.dtype
         assert a.is_contiguous() == b.is_contiguous()
-        torch.testing.assert_close(a, b, rtol=ULP[a.dtype], atol=ULP[a.dtype])
+        torch.testing.assert_close(a, b, rtol=ULP[a.dtype], atol=ULP[a.dtype], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,6 +209,32 @@ def test_layer_norm_blocks_that_walk_over_many_rows(generator):
         both(svg_kernels.layer_norm, x, weight, bias)
         if width > 256:
             both(svg_kernels.layer_norm_modulate, x, scale, shift, weight=weight, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_launchers_keep_nan_where_the_reference_has_it(dtype, spoil, generator):
+    for width in (7, 40, 264, 5120):  # every norm kernel
+        x = normal((2, 9, width), dtype, generator)
+        x[0, 4, 5] = x[1, 8, 6] = spoil
+        scale = normal((2, width), FP32, generator)
+        both(svg_kernels.rms_norm, x)
+        both(svg_kernels.layer_norm, x)
+        both(svg_kernels.layer_norm_modulate, x, scale, scale)
+        both(svg_kernels.gate_residual, x, x, scale)
+    for dim in (6, 64):
+        x = normal((2, 9, 3 * dim), dtype, generator)
+        x[0, 4, 5] = x[1, 8, dim + 1] = spoil
+        heads = x.unflatten(-1, (3, dim)).transpose(1, 2)
+        theta = torch.rand(9, dim // 2, generator=generator)
+        order = torch.rand(2, 3, 9, generator=generator).argsort(-1).int()
+        for pairing in ("interleaved", "half"):
+            tables = theta.cos(), theta.sin()
+            both(svg_kernels.rope, heads, *tables, pairing=pairing)
+            for weight in (scale[0, :dim].clone(), scale[0, : 3 * dim].clone()):
+                both(svg_kernels.qk_norm_rope, x, x, weight, weight, *tables, heads=3,
+                     pairing=pairing)  # fmt: skip
+        both(svg_kernels.permute_rows, heads, order)
 
 
 def test_launchers_are_called_directly(monkeypatch, generator):

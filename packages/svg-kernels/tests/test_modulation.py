@@ -106,6 +106,31 @@ def test_layer_norm_modulate_and_gate_residual_read_chunks_in_place(backend, dev
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 130, 1536])
+def test_layer_norm_modulate_and_gate_residual_keep_nan_to_its_row(
+    backend, dtype, width, device, generator
+):
+    x = normal((2, 9, width), dtype, device, generator)
+    scale, shift, gate = normal((3, 2, width), torch.float32, device, generator).unbind(0)
+    spoiled = x.clone()
+    spoiled[0, 3, 5], spoiled[1, 8, 7] = torch.nan, torch.inf
+    rows = torch.zeros(2, 9, dtype=torch.bool, device=device)
+    rows[0, 3] = rows[1, 8] = True
+
+    def modulate(x, backend):
+        return svg_kernels.layer_norm_modulate(x, scale, shift, backend=backend)
+
+    def add(x, backend):
+        return svg_kernels.gate_residual(x, x, gate, backend=backend)
+
+    for function in (modulate, add):
+        got = function(spoiled, backend)
+        assert torch.equal(got[~rows], function(x, backend)[~rows])
+        assert torch.equal(got.isnan(), function(spoiled, "reference").isnan())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gate_residual_may_stay_in_fp32(backend, device, generator):
     residual = normal((2, 5, 48), torch.float32, device, generator)
     x = normal((2, 5, 48), torch.bfloat16, device, generator)

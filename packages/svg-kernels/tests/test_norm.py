@@ -120,6 +120,26 @@ def test_rms_norm_rounds_once_to_out_dtype(backend, device, generator):
     torch.testing.assert_close(from_wide, narrow, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_and_layer_norm_keep_nan_to_its_row(backend, dtype, width, device, generator):
+    x = make((37, width), dtype, device, generator)
+    clean = {
+        norm: norm(x, backend=backend) for norm in (svg_kernels.rms_norm, svg_kernels.layer_norm)
+    }
+    for row, spoil in ((3, torch.nan), (11, torch.inf), (36, -torch.inf)):
+        x[row, width // 2] = spoil
+    spoiled = torch.zeros(37, dtype=torch.bool, device=device)
+    spoiled[[3, 11, 36]] = True
+    for norm, want in clean.items():
+        got = norm(x, backend=backend)
+        assert torch.equal(got[~spoiled], want[~spoiled])
+        plain = norm(x, backend="reference")
+        assert torch.equal(got.isnan(), plain.isnan())
+        assert torch.equal(got[11:12].nan_to_num(), plain[11:12].nan_to_num())
+
+
 @pytest.mark.gpu
 def test_rms_norm_of_more_than_two_to_the_31_elements(device):
     rows, width = 2**25 + 3, 64

@@ -121,3 +121,29 @@ def test_qk_norm_rope_refuses_shapes_that_do_not_fit():
         svg_kernels.qk_norm_rope(rows, rows, torch.ones(24), weight, heads=3)
     with pytest.raises(ValueError, match=r"out must be \[1, 3, 6, 8\]"):
         svg_kernels.qk_norm_rope(rows, rows, weight, weight, heads=3, out=(x, x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("dim", [6, 64, 128])
+def test_qk_norm_rope_keeps_nan_to_its_row(backend, dtype, across, dim, device, generator):
+    x = normal((2, 9, 3 * dim), dtype, device, generator)
+    weight = normal((3 * dim if across else dim,), torch.float32, device, generator)
+    theta = angles(9, dim, device, generator)
+
+    def run(query):
+        return svg_kernels.qk_norm_rope(
+            query, x, weight, weight, theta.cos(), theta.sin(), heads=3, backend=backend
+        )
+
+    spoiled = x.clone()
+    spoiled[0, 4, 1], spoiled[1, 8, dim + 2] = torch.nan, torch.inf
+    (want, want_key), (got, key) = run(x), run(spoiled)
+    rows = torch.zeros(2, 3, 9, dtype=torch.bool, device=device)  # [B, H, S]
+    rows[0, slice(None) if across else 0, 4] = True
+    rows[1, slice(None) if across else 1, 8] = True
+    assert torch.equal(key, want_key)
+    assert torch.equal(got[~rows], want[~rows])
+    assert got[0, :, 4][rows[0, :, 4]].isnan().all()
+    assert got[1, :, 8].isnan().any()

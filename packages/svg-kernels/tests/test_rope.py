@@ -180,3 +180,23 @@ def test_rope_refuses_shapes_that_do_not_fit():
         svg_kernels.rope((x, x.half()), table, table)
     with pytest.raises(ValueError, match="key must be on cpu like x, got meta"):
         svg_kernels.rope((x, x.to("meta")), table, table)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("dim", [6, 64, 128])
+def test_rope_keeps_nan_to_its_pair(backend, dtype, pairing, dim, device, generator):
+    x = normal((2, 3, 9, dim), dtype, device, generator)
+    theta = angles(9, dim, device, generator)
+    tables = theta.cos(), theta.sin()
+    want = svg_kernels.rope(x, *tables, pairing=pairing, backend=backend)
+    x[0, 1, 4, 1], x[1, 2, 8, 2] = torch.nan, torch.inf
+    got = svg_kernels.rope(x, *tables, pairing=pairing, backend=backend)
+    spoiled = torch.zeros_like(x, dtype=torch.bool)
+    pair = slice(0, 2) if pairing == "interleaved" else slice(1, None, dim // 2)
+    spoiled[0, 1, 4, pair] = True
+    pair = slice(2, 4) if pairing == "interleaved" else slice(2, None, dim // 2)
+    spoiled[1, 2, 8, pair] = True
+    assert torch.equal(got[~spoiled], want[~spoiled])
+    assert not got[spoiled].isfinite().any()

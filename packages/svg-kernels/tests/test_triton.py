@@ -24,7 +24,7 @@ def both(function, *args, **kwargs):
     ):
         assert a.dtype == b.dtype
         tolerance = 2e-6 if a.dtype == torch.float32 else 1e-3
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,3 +91,26 @@ def test_permute_rows_and_unpermute_rows_in_triton(dtype, generator):
     y = svg_kernels.permute_rows(x, order, backend="triton")
     assert torch.equal(y, svg_kernels.permute_rows(x, order, backend="reference"))
     assert torch.equal(svg_kernels.unpermute_rows(y, order, backend="triton"), x)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operations_in_triton_keep_nan_where_the_reference_has_it(dtype, generator):
+    x = normal((2, 9, 3 * 12), dtype, generator)
+    scale = normal((2, 36), torch.float32, generator)
+    weight = normal((12,), torch.float32, generator)
+    theta = torch.rand(9, 6, generator=generator)
+    tables = theta.cos(), theta.sin()
+    order = torch.rand(2, 3, 9, generator=generator).argsort(-1).int()
+    for spoil in (torch.nan, torch.inf):
+        x[0, 4, 5] = x[1, 8, 30] = spoil
+        heads = x.unflatten(-1, (3, 12)).transpose(1, 2)
+        both(svg_kernels.rms_norm, x)
+        both(svg_kernels.layer_norm, x)
+        both(svg_kernels.layer_norm_modulate, x, scale, scale)
+        both(svg_kernels.gate_residual, x, x, scale)
+        for pairing in ("interleaved", "half"):
+            both(svg_kernels.rope, heads, *tables, pairing=pairing)
+            both(svg_kernels.qk_norm_rope, x, x, weight, weight, *tables, heads=3,
+                 pairing=pairing)  # fmt: skip
+        both(svg_kernels.permute_rows, heads, order)

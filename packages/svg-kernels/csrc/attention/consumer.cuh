@@ -80,6 +80,7 @@ class Consumer {
     hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
     if (must_rescale(j - 1)) rescale<true>(j - 1, scores, probabilities, key.stage);
     add_pending_sum();
+    clear_values(j - 1, value);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
     hopper::wgmma_wait<0>();
@@ -103,6 +104,7 @@ class Consumer {
       multiply_keys(scores, opaque(key.stage));
     }
     add_pending_sum();
+    if (kMasked) clear_values(j - 1, value);
     release_keys(before);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
@@ -233,10 +235,42 @@ class Consumer {
       for (int e = 0; e < 2; ++e) {
         const int c = first + 8 * i + e;
         const float weight = c < params.summaries ? weights[c] * inverse_scale : -INFINITY;
-        scores[4 * i + e] += weight;
-        scores[4 * i + 2 + e] += weight;
+        const bool left_out = weight == -INFINITY;  // even where the score is NaN
+        scores[4 * i + e] = left_out ? weight : scores[4 * i + e] + weight;
+        scores[4 * i + 2 + e] = left_out ? weight : scores[4 * i + 2 + e] + weight;
       }
     }
+  }
+
+  // Zeros the value rows of stage j that count for nothing, a thread a row: a probability of 0 does
+  // not silence NaN and infinity. Both warpgroups write the same zeros, each before its own
+  // product; the keys of the stage are not given back yet, so `valid` still belongs to it.
+  __device__ __forceinline__ void clear_values(int j, const PipelineState& value) {
+    SharedStorage<kHeadDim>& shared = tile_.shared;
+    const int row = tile_.thread;
+    bool counts = true;
+    if (j >= run_stages_) {
+      const Params& params = tile_.params;
+      const int c = (j - run_stages_) * kStageRows + row;
+      if (c < params.summaries)  // TMA fills rows beyond with zeros
+        counts = params.summary_weights[tile_.index() * params.summaries + c] != -INFINITY;
+    } else if (!extent_.whole) {
+      const uint64_t valid = shared.valid[value.stage];
+      if (valid == kAllValid) return;
+      counts = row % kAtomRows < (static_cast<int>(valid >> (4 * (row / kAtomRows))) & 15);
+    } else {
+      return;
+    }
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
+    if (!counts) {
+      unsigned char* place =
+          shared.value[value.stage] + row / kAtomRows * kAtomBytes + row % kAtomRows * 128;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i)
+        *reinterpret_cast<uint4*>(place + i / 8 * 1024 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    hopper::fence_proxy_async();
+    hopper::named_barrier_sync(kQueryReady + tile_.group, 128);
   }
 
   // Where lanes read how many rows of a stage count, each gives the stage back itself; else one

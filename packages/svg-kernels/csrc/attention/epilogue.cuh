@@ -18,11 +18,11 @@ __device__ __forceinline__ void store_output(const QueryTile<T, kHeadDim>& tile,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.sum[r]);
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // NaN stays NaN
     const int local = row + 8 * r;
     if (params.log_sum_exp && tile.lane % 4 == 0 && tile.first_row + local < params.query_length)
       params.log_sum_exp[tile.row_of_all(tile.token(tile.first_row + local))] =
-          sum > 0.f ? softmax.maximum[r] * params.scale + logf(sum) : -INFINITY;
+          sum == 0.f ? -INFINITY : softmax.maximum[r] * params.scale + logf(sum);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i)
       *reinterpret_cast<uint32_t*>(tile.element(local, i) + tile.lane % 4 * 4) =

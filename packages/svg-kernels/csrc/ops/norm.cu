@@ -98,6 +98,12 @@ __device__ __forceinline__ void finish(float (&x)[kVec], float rstd, float rest,
   }
 }
 
+// Rounding may leave a mean square just below 0. NaN stays NaN, which fmaxf would turn into 0 and a
+// row with one NaN into large numbers.
+__device__ __forceinline__ float reciprocal_std(float square, float eps) {
+  return rsqrtf((square < 0.f ? 0.f : square) + eps);
+}
+
 __device__ __forceinline__ float sum_of(const float (&x)[kVec]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
@@ -160,7 +166,7 @@ struct RowsOfWarp {
           if (in == kFloat32) rest = group_sum<LANES>(sum_of(x)) * inverse;
         }
         const float square = group_sum<LANES>(square_sum_of(x)) * inverse - rest * rest;
-        const float rstd = rsqrtf(fmaxf(square, 0.f) + a.eps);
+        const float rstd = reciprocal_std(square, a.eps);
         if (inside && row < rows) {
           finish<CENTER>(x, rstd, rest, gain, lift);
           store_vec(a.y, row * a.width + column, out, x);
@@ -302,7 +308,7 @@ struct RowOfBlock {
       float rest = 0.f, square;
       merge<CENTER, THREADS>(mine, shared.part[turn], inverse, rest, square);
       turn ^= 1;
-      const float rstd = rsqrtf(fmaxf(square * inverse, 0.f) + a.eps);
+      const float rstd = reciprocal_std(square * inverse, a.eps);
 #pragma unroll
       for (int j = 0; j < VECS; ++j) {
         const int column = (threadIdx.x + j * blockDim.x) * kVec;
@@ -341,7 +347,7 @@ struct RowOfScalars {
       }
       rest = a.center ? lane_sum(rest, 32) * inverse : 0.f;
       square = lane_sum(square, 32) * inverse;
-      const float rstd = rsqrtf(fmaxf(square - rest * rest, 0.f) + a.eps);
+      const float rstd = reciprocal_std(square - rest * rest, a.eps);
       for (int c = lane; c < a.width; c += 32) {
         float y = ((load_one(a.x.data, base + c, a.x.dtype) - mean) - rest) * rstd;
         if (a.weight.data) y *= load_one(a.weight.data, c, a.weight.dtype);

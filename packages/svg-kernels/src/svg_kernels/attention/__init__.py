@@ -102,8 +102,8 @@ def block_sparse_attention(
     Args:
         query: `[B, H, Sq, D]`, fp16, bf16 or fp32, D at most 256.
         key: `[B, Hk, Sk, D]`, typed as `query`; H is a multiple of Hk.
-        value: as `key`. Rows that a tile does not read may still be multiplied by zero, so every
-            row must be finite.
+        value: as `key`. What a tile does not read, NaN and infinity included, never reaches its
+            rows.
         run_starts: int32 `[B, H, T, R]`, T = ceil(Sq / 128): first row of each run.
         run_lengths: int32 `[B, H, T, R]`: its rows. The runs of a tile are disjoint and lie within
             `0 .. Sk - 1` (not checked on a GPU); used slots come first, 0 marks the unused.

@@ -5,40 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg_kernels._arithmetic import widen
 from svg_kernels.attention.operands import TILE_ROWS, Operands
-
-# Logits held at once: tiles of one head are computed in groups of about this many.
-GROUP_LOGITS = 2**24
 
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Fill `out` and, unless None, `lse`; arithmetic is in fp32, or fp64 for fp64 inputs.
 
-    Every tile is multiplied with every key, and what it does not read is masked.
+    Every tile is multiplied with every key, and what it does not read is masked: neither its scores
+    nor its values take part, whatever they are.
     """
     query, key, value, starts, lengths, order, more_keys, more_values, weights, _, scale = operands
     batch, heads = query.shape[:2]
     group = heads // key.shape[1]
     for b in range(batch):
         for h in range(heads):
-            rows = query[b, h]
-            if order is not None:
-                rows = rows[order[b, h].long()]
-            keys, values = _wide(key[b, h // group]), _wide(value[b, h // group])
+            places = slice(None) if order is None else order[b, h].long()
+            rows = widen(query[b, h][places])
+            keys, values = widen(key[b, h // group]), widen(value[b, h // group])
             mask = read_mask(starts[b, h], lengths[b, h], keys.shape[0])
             bias = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device)
-            bias.masked_fill_(~mask, -torch.inf)
             if more_keys is not None and more_values is not None and weights is not None:
-                keys = torch.cat((keys, _wide(more_keys[b, h // group])))
-                values = torch.cat((values, _wide(more_values[b, h // group])))
+                keys = torch.cat((keys, widen(more_keys[b, h // group])))
+                values = torch.cat((values, widen(more_values[b, h // group])))
                 bias = torch.cat((bias, weights[b, h].to(bias.dtype)), dim=-1)
-            result, denominator = _attend(_wide(rows), keys, values, bias, scale)
-            if order is None:
-                out[b, h] = result.to(out.dtype)
-            else:
-                out[b, h].index_copy_(0, order[b, h].long(), result.to(out.dtype))
+                mask = torch.cat((mask, weights[b, h] != -torch.inf), dim=-1)
+            result, denominator = _attend(rows, keys, values, bias, mask, scale)
+            out[b, h, places] = result.to(out.dtype)
             if lse is not None:
-                places = slice(None) if order is None else order[b, h].long()
                 lse[b, h, places] = denominator.to(lse.dtype)
 
 
@@ -53,22 +47,16 @@ def read_mask(run_starts: Tensor, run_lengths: Tensor, key_length: int) -> Tenso
 
 
 def _attend(
-    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
+    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs and log-sum-exps of `[S, D]` rows; `bias` is `[T, K]`, one row a tile."""
+    """Return outputs and log-sum-exps of `[S, D]` rows; `bias` and `mask` are `[T, K]`."""
     outs, denominators = [], []
-    step = max(GROUP_LOGITS // (keys.shape[0] * TILE_ROWS), 1)
-    for first in range(0, bias.shape[0], step):
-        part = rows[first * TILE_ROWS : (first + step) * TILE_ROWS]
-        own = bias[first : first + step].repeat_interleave(TILE_ROWS, dim=0)[: part.shape[0]]
-        logits = part @ keys.T * scale + own
+    for part, own, read in zip(rows.split(TILE_ROWS), bias, mask, strict=True):
+        logits = (part @ keys.T * scale + own).masked_fill(~read, -torch.inf)
         denominator = torch.logsumexp(logits, dim=-1)
         # A row that reads nothing: exp(-inf - 0) is 0, exp(-inf - -inf) is not a number.
         shift = denominator.masked_fill(denominator == -torch.inf, 0.0)
-        outs.append(torch.exp(logits - shift[:, None]) @ values)
+        weights = torch.exp(logits - shift[:, None])
+        outs.append(weights @ values.masked_fill(~read[:, None], 0.0))
         denominators.append(denominator)
     return torch.cat(outs), torch.cat(denominators)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

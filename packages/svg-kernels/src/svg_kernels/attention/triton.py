@@ -81,9 +81,16 @@ def count_chunks_kernel(
 
 
 @triton.jit
-def absorb(q, k, v, bias, qk_scale, maximum, total, acc, PRECISION: tl.constexpr):
-    """Add one chunk of keys to the running softmax; logits are in units of log 2."""
+def absorb(
+    q, k, v, bias, qk_scale, maximum, total, acc, PRECISION: tl.constexpr, LEFT_OUT: tl.constexpr
+):
+    """Add one chunk of keys to the running softmax; logits are in units of log 2.
+
+    With LEFT_OUT, keys of bias minus infinity take no part even where their logit is not a number.
+    """
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias[None, :]
+    if LEFT_OUT:
+        logits = tl.where(bias[None, :] == float("-inf"), float("-inf"), logits)
     new = tl.maximum(maximum, tl.max(logits, 1))
     # A row that has met no key yet: -inf - -inf is not a number.
     shift = tl.where(new == float("-inf"), 0.0, new)
@@ -182,8 +189,10 @@ def block_sparse_attention_kernel(
         first = tl.minimum(left, BLOCK_N)
         second = tl.minimum(length1, BLOCK_N - first)
         rows = tl.where(offs_n < first, row + offs_n, start1 + (offs_n - first))
-        # Rows past the chunk's end read row 0 and weigh nothing.
-        rows = tl.where(offs_n < first + second, rows, 0).to(tl.int64)
+        # Rows past the chunk's end read its first row and weigh nothing: a row that the tile reads,
+        # so that NaN elsewhere stays out.
+        rows = tl.where(offs_n < first + second, rows, tl.where(first > 0, row, start1))
+        rows = rows.to(tl.int64)
         bias = tl.where(offs_n < first + second, 0.0, float("-inf"))
         if D == BLOCK_D:
             k = tl.load(keys + rows[:, None] * k_row)
@@ -191,7 +200,7 @@ def block_sparse_attention_kernel(
         else:
             k = tl.load(keys + rows[:, None] * k_row, mask=mask_d[None, :], other=0.0)
             v = tl.load(values + rows[:, None] * v_row, mask=mask_d[None, :], other=0.0)
-        maximum, total, acc = absorb(q, k, v, bias, qk_scale, maximum, total, acc, PRECISION)
+        maximum, total, acc = absorb(q, k, v, bias, qk_scale, maximum, total, acc, PRECISION, False)
         used_up = left <= BLOCK_N
         both = used_up & (second == length1)
         row = tl.where(used_up, tl.where(both, start2, start1 + second), row + BLOCK_N)
@@ -208,15 +217,17 @@ def block_sparse_attention_kernel(
         weights = summary_weights + tile * summaries
         for c in tl.range(0, summaries, BLOCK_N, num_stages=1):
             offs_c = c + offs_n
-            mask_c = offs_c < summaries
-            mask_cd = mask_c[:, None] & mask_d[None, :]
+            bias = tl.load(weights + offs_c, mask=offs_c < summaries, other=float("-inf"))
+            bias *= 1.4426950408889634
+            # What is left out is not read either: NaN times a weight of 0 is NaN.
+            mask_cd = (bias > float("-inf"))[:, None] & mask_d[None, :]
             k = tl.load(summary_keys + offs_c[:, None] * D, mask=mask_cd, other=0.0)
             v = tl.load(summary_values + offs_c[:, None] * D, mask=mask_cd, other=0.0)
-            bias = tl.load(weights + offs_c, mask=mask_c, other=float("-inf"))
-            bias *= 1.4426950408889634
-            maximum, total, acc = absorb(q, k, v, bias, qk_scale, maximum, total, acc, PRECISION)
+            maximum, total, acc = absorb(
+                q, k, v, bias, qk_scale, maximum, total, acc, PRECISION, True
+            )
 
-    nonzero = tl.where(total > 0, total, 1.0)
+    nonzero = tl.where(total == 0, 1.0, total)  # NaN stays NaN
     acc = acc / nonzero[:, None]
     o_rows = out + batch * o_batch + head * o_head + token[:, None] * o_row + offs_d[None, :]
     tl.store(o_rows, acc.to(out.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
