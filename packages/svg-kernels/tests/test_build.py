@@ -125,7 +125,14 @@ def test_build_exports_our_symbols_alone(library):
     exported = {line.split()[-1] for line in table.stdout.splitlines()}
     sources = "".join(path.read_text() for path in SOURCES.rglob("*.cu"))
     expected = set(re.findall(r"EXPORT_TYPED_FUNC\((\w+),", sources))
-    assert expected >= {"norm", "rope", "permute_rows", "block_sparse_attention", "check_device"}
+    assert expected >= {
+        "norm",
+        "rope",
+        "permute_rows",
+        "block_sparse_attention",
+        "probe_sums",
+        "check_device",
+    }
     assert exported == {f"__tvm_ffi_{name}" for name in expected}
 
 

@@ -7,6 +7,7 @@ from svg_kernels.errors import UnsupportedError
 from svg_kernels.modulation import *  # noqa: F403
 from svg_kernels.norm import *  # noqa: F403
 from svg_kernels.permute import *  # noqa: F403
+from svg_kernels.probe_sums import ProbeSums, probe_sums
 from svg_kernels.qk_norm_rope import qk_norm_rope
 from svg_kernels.quantize import *  # noqa: F403
 from svg_kernels.rope import rope
@@ -22,6 +23,8 @@ __all__ = [
     *permute.__all__,
     *quantize.__all__,
     "block_sparse_attention",
+    "probe_sums",
+    "ProbeSums",
     "BackendStatus",
     "Status",
     "UnsupportedError",
