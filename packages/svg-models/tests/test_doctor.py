@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import svg_kernels
+from svg_attention import backend_status
 from svg_attention.backends import BACKENDS
 from svg_models import doctor
 from svg_models.cli import app
@@ -20,10 +21,11 @@ from svg_models.cli import app
 def test_every_backend_is_listed_with_what_it_says_itself() -> None:
     checks = {c.name: c for c in doctor.diagnose("cpu") if c.part == "sparse attention"}
     assert list(checks) == list(BACKENDS)
-    reasons = doctor.backend_reasons("cpu", torch.float32)
-    for name, check in checks.items():
-        assert check.works is (reasons[name] == "")
-        assert check.detail == reasons[name] or check.works
+    for status in backend_status("cpu", torch.float32):
+        check = checks[status.name]
+        assert check.works is status.available
+        assert check.detail == status.reason or check.works
+        assert check.detail.endswith("is chosen") is status.chosen
     assert checks["reference"].works
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from svg_attention import backend_status
 from svg_models.loading.memory import GIB, machine_memory
-from svg_models.sparse.checks import backend_reasons
 
 _PACKAGES = (
     "svg-models",
@@ -135,15 +135,15 @@ def _nvcc_version(nvcc: str) -> str:
 
 def _sparse_attention(device: str) -> list[Check]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    name_of_dtype = str(dtype).removeprefix("torch.")
+    runs = f"runs on {device} in {str(dtype).removeprefix('torch.')}"
     return [
         Check(
             part="sparse attention",
-            name=name,
-            works=not reason,
-            detail=reason or f"runs on {device} in {name_of_dtype}",
+            name=status.name,
+            works=status.available,
+            detail=status.reason or runs + (", and is chosen" if status.chosen else ""),
         )
-        for name, reason in backend_reasons(device, dtype).items()
+        for status in backend_status(device, dtype)
     ]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from svg_models.families import TRANSFORMERS
 from svg_models.loading import LoadedPipeline, Progress
 
 __all__ = ["StepTimer"]
@@ -23,23 +25,40 @@ class StepTimer:
         self._loaded, self._steps, self._progress = loaded, steps, progress
         self._exact = exact
         self._times: list[float] = []
-        self._hooks: list[Any] = []
-        self._scheduler = loaded.pipe.scheduler
+        self._undo = ExitStack()
+        # A scheduler of second order is called twice a step, but once in the last.
+        self._order = max(1, int(getattr(loaded.pipe.scheduler, "order", 1)))
+        self._calls, self._all_calls = 0, self._order * (steps - 1) + 1
 
     def __enter__(self) -> StepTimer:
-        for name in ("transformer", "transformer_2"):
-            network = getattr(self._loaded.pipe, name, None)
-            if network is not None:
-                self._hooks.append(network.register_forward_pre_hook(self._begin))
-        # Not every pipeline calls back after a step, but each calls its scheduler.
-        self._scheduler.step = self._counting(self._scheduler.step)
-        self._progress("reading the prompt", 0, 0)
+        with ExitStack() as undo:  # whatever interrupts this is not left with half of it
+            for name in TRANSFORMERS:
+                network = getattr(self._loaded.pipe, name, None)
+                if network is not None:
+                    undo.callback(network.register_forward_pre_hook(self._begin).remove)
+            self._watch(self._loaded.pipe.scheduler, undo)
+            self._progress("reading the prompt", 0, 0)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        del self._scheduler.step  # the class's own is there again
+        self._undo.close()
+
+    def _watch(self, scheduler: Any, undo: ExitStack) -> None:
+        # Not every pipeline calls back after a step, but each calls its scheduler.
+        own = vars(scheduler).get("step")  # somebody else's, which stays
+        watched = self._counting(scheduler.step)
+
+        def put_back() -> None:
+            if vars(scheduler).get("step") is not watched:
+                return
+            if own is None:
+                del scheduler.step  # the class's own is there again
+            else:
+                scheduler.step = own
+
+        undo.callback(put_back)
+        scheduler.step = watched
 
     @property
     def seconds(self) -> float:
@@ -78,9 +97,11 @@ class StepTimer:
         return counted
 
     def _step_done(self) -> None:
-        count = len(self._times)  # the first is when the loop began
-        done = count >= self._steps
+        self._calls += 1
+        done = self._calls >= self._all_calls
+        if self._calls % self._order and not done:
+            return
         self._times.append(self.now() if done or self._exact else time.perf_counter())
-        self._progress("sampling", count, self._steps)
+        self._progress("sampling", len(self._times) - 1, self._steps)  # the first began the loop
         if done:
             self._progress("decoding", 0, 0)

@@ -7,38 +7,11 @@ from typing import Any
 
 import torch
 
-from svg_attention import Schedule, UnsupportedError
+from svg_attention import Schedule, UnsupportedError, backend_status
 from svg_models.errors import SettingError
 from svg_models.spelling import did_you_mean
 
-__all__ = ["backend_reasons", "check_backend", "check_choice", "check_schedule", "device_and_dtype"]
-
-
-def backend_reasons(device: str, dtype: torch.dtype, *, head_dim: int = 128) -> dict[str, str]:
-    """Return why each backend of sparse attention cannot run, empty where it can.
-
-    Args:
-        device: where.
-        dtype: of query, key and value.
-        head_dim: of each head.
-    """
-    from svg_attention import SparsePlan
-    from svg_attention.backends import BACKENDS
-
-    query = torch.zeros(1, 2, 256, head_dim, device=device, dtype=dtype)
-    starts = torch.zeros(1, 2, 2, 1, device=device, dtype=torch.int32)
-    plan = SparsePlan(
-        query_length=256,
-        key_length=256,
-        run_starts=starts,
-        run_lengths=torch.full_like(starts, 128),
-        query_order=None,
-        key_order=None,
-    )
-    return {
-        name: backend.unsupported(query, query, query, plan) or ""
-        for name, backend in BACKENDS.items()
-    }
+__all__ = ["check_backend", "check_choice", "check_schedule", "device_and_dtype"]
 
 
 def check_backend(
@@ -59,7 +32,7 @@ def check_backend(
     """
     if backend == "auto":
         return
-    reasons = backend_reasons(device, dtype, head_dim=head_dim or 128)
+    reasons = _reasons(device, dtype, head_dim)
     if backend not in reasons:
         known = ["auto", *reasons]
         raise SettingError(
@@ -68,7 +41,7 @@ def check_backend(
         )
     if reasons[backend] and torch.device(device).type == "cpu" and torch.cuda.is_available():
         kind = torch.bfloat16 if dtype == torch.float32 else dtype
-        reasons = backend_reasons("cuda", kind, head_dim=head_dim or 128)
+        reasons = _reasons("cuda", kind, head_dim)
     if reasons[backend]:
         raise UnsupportedError({name: why or "can run" for name, why in reasons.items()})
 
@@ -84,6 +57,11 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
             f"{name} must be one of {', '.join(known)}, got {value!r}"
             f"{did_you_mean(str(value), known)}"
         )
+
+
+def _reasons(device: str, dtype: torch.dtype, head_dim: int | None) -> dict[str, str]:
+    found = backend_status(device, dtype, head_dim or 128)
+    return {status.name: status.reason for status in found}
 
 
 def check_schedule(schedule: Any) -> None:

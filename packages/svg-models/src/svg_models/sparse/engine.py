@@ -285,7 +285,7 @@ class Engine:
             ),
             text_lengths=context.text_lengths,
             dense=dense if self._asks_original(place, *heads) else None,
-            out_layout="BSHD",
+            out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
         )
         return out.transpose(1, 2)
 
