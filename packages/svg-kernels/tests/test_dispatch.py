@@ -47,6 +47,7 @@ OPERATIONS = {
     "qk_norm_rope": {"qk_norm_rope"},
     "permute": {"permute_rows"},
     "attention": {"block_sparse_attention"},
+    "probe_sums": {"probe_sums"},
 }
 
 
@@ -55,6 +56,8 @@ OPERATIONS = {
 def test_select_backend_finds_every_operation_in_every_backend(operation, backend):
     if backend == "triton":
         pytest.importorskip("triton")
+        if operation == "probe_sums":
+            pytest.skip("svg_attention.planning has the Triton kernel")
     module = importlib.import_module(f"svg_kernels.{operation}.{backend}")
     assert OPERATIONS[operation] <= set(vars(module))
 
