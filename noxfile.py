@@ -154,11 +154,12 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; a warning is an error."""
+    """Build the documentation; a warning is an error, and so is a public name on no page."""
     session.install(*group("docs"))
     session.run(
         "mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"}
     )
+    session.run("python", "tools/check_site.py", "site")
 
 
 @nox.session(default=False, requires=["torch"])
