@@ -38,7 +38,7 @@ FLOORS = {
         ("errors", "_build", "_checks", "_arithmetic", "_rows"),
         ("_library",),
         ("_dispatch",),
-        ("norm", "rope", "permute", "quantize", "attention", "status"),
+        ("norm", "rope", "permute", "quantize", "attention", "probe_sums", "status"),
         ("modulation", "qk_norm_rope"),
         ("__init__",),
     ),
