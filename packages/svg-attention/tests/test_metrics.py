@@ -42,5 +42,5 @@ def test_needed_density_counts_the_fewest_keys() -> None:
     query[:, 1] = key[:, 1, :5] = 10.0 * torch.eye(4)[0]
     found = needed_density(query, key, recall=0.9, rows=torch.tensor([0, 2]))
     assert found[0, 1].item() == pytest.approx(5 / 50)
-    with pytest.raises(ValueError, match="mass must lie"):
+    with pytest.raises(ValueError, match="recall must lie"):
         needed_density(query, key, recall=0.0)
