@@ -6,7 +6,6 @@ import torch
 
 from svg_attention import (
     SVG2,
-    LayerMemory,
     TokenLayout,
     dense_attention,
     recall,
@@ -29,7 +28,7 @@ def main() -> None:
     query, key, value = clip(layout)
 
     method = SVG2(q_clusters=24, k_clusters=48, density=0.25)
-    plan = method.plan(query, key, value, layout=layout, memory=LayerMemory())
+    plan = method.plan(query, key, value, layout=layout)
     out = sparse_attention(query, key, value, plan)
 
     exact = dense_attention(query, key, value)

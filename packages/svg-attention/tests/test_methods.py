@@ -37,6 +37,14 @@ def test_json_round_trip(method: Any) -> None:
     assert isinstance(method, Method)
 
 
+def test_repr_is_the_call_that_makes_the_method() -> None:
+    assert repr(SVG2()) == "SVG2()"
+    assert repr(Dense()) == "Dense()"
+    assert repr(SVG1(density=0.4)) == "SVG1(density=0.4)"
+    for method in METHODS:
+        assert eval(repr(method)) == method
+
+
 def test_unknown_and_foreign_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown method 'SVG3'"):
         method_from_dict({"name": "SVG3"})

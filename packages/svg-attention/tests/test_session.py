@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +20,13 @@ from svg_attention import (
     Schedule,
     Session,
     TokenLayout,
+    plan,
 )
+from svg_attention.methods import svg2
+from svg_attention.planning import clusters, order, probes, runs, selection
 from svg_attention.session import site_seed
+
+centroid_error = importlib.import_module("svg_attention.planning.centroid_error")
 
 LAYOUT = TokenLayout(grid=(4, 12, 12), text_tokens=10)
 METHOD = SVG2(density=0.4, q_clusters=8, k_clusters=24, first_iterations=4)
@@ -267,3 +274,27 @@ def test_the_log_is_bounded(clustered: Callable[..., tuple[Tensor, Tensor, Tenso
         (2, "uncond", 1), (3, "cond", 0), (3, "cond", 1), (3, "uncond", 0), (3, "uncond", 1)
     ]  # fmt: skip
     assert all(r.density == pytest.approx(0.4, abs=0.02) for r in records)
+
+
+def test_attend_enters_planning_once(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, entered = [], []
+
+    def counted(function: Any, calls: list[Any]) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return function(*args, **kwargs)
+
+        return count
+
+    for module in (clusters, plan, order, probes, runs, selection, centroid_error):
+        if hasattr(module, "select_planner"):
+            counter = counted(module.select_planner, chosen)
+            monkeypatch.setattr(module, "select_planner", counter)
+    monkeypatch.setattr(svg2, "plan_clusters", counted(svg2.plan_clusters, entered))
+    method = replace(METHOD, compensate=True, route="error")
+    session = Session(method, SPARSE, layout=LAYOUT, num_steps=4, num_layers=1)
+    with session.step(3):
+        session.attend(*clustered(LAYOUT), layer=0)
+    assert len(entered) == len(chosen) == 1

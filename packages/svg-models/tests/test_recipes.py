@@ -7,11 +7,11 @@ import tiny
 import torch
 from diffusers import WanTransformer3DModel
 
-from svg_attention import SVG1, SVG2, Dense, Schedule
+from svg_attention import SVG1, SVG2, Dense, Schedule, cluster_counts
 from svg_models import recipe_for, sparsify
 from svg_models.families import Family, known_families
 from svg_models.families.wan import WAN
-from svg_models.recipes import FEW_STEPS, SHARED, cluster_counts, nearest
+from svg_models.recipes import FEW_STEPS, SHARED, nearest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

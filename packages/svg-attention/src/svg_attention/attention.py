@@ -152,8 +152,11 @@ def dense_attention(
         known = ", ".join(["auto", *DENSE_BACKENDS])
         raise ValueError(f"unknown dense backend {backend!r}; choose one of {known}")
     if (dense_backend(query, key, value) if backend == "auto" else backend) == "cuda":
+        batch, heads, length, _ = query.shape
         plan = SparsePlan.full(
-            *query.shape[:3],
+            batch,
+            heads,
+            length,
             key.shape[2],
             key_lengths=None if key_lengths is None else key_lengths.to(query.device),
             device=query.device,

@@ -14,17 +14,15 @@ from typing import Any, Literal
 from torch import nn
 
 import svg_attention
-from svg_attention import SVG1, Dense, Method, Schedule
+from svg_attention import SVG1, Dense, Method, Schedule, cluster_counts
 from svg_models.families import family_of, transformers_of
 from svg_models.families.published import SHARED, Published
 from svg_models.method_names import MethodSpec
 from svg_models.spelling import checks_names
 from svg_models.summary import Summarised, described
 
-__all__ = ["Recipe", "choose_recipe", "cluster_counts", "nearest", "recipe_for"]
+__all__ = ["Recipe", "choose_recipe", "nearest", "recipe_for"]
 
-TOKENS_PER_QUERY_CLUSTER = 64
-TOKENS_PER_KEY_CLUSTER = 16
 FEW_STEPS = 8
 SMALLEST_SEQUENCE = 1024
 SMALLEST_SHARE = 1.75
@@ -69,27 +67,6 @@ class Recipe(Summarised):
         if self.note:
             rows.append(("note", self.note))
         return f"Recipe: {type(self.method).__name__}", rows
-
-
-def cluster_counts(tokens: int, q_clusters: int, k_clusters: int) -> tuple[int, int]:
-    """Shrink published cluster counts to a short sequence.
-
-    A cluster should be large enough to be one run of keys that a kernel reads at once and to
-    spread the cost of its centroid: at least 64 queries or 16 keys on average. The published
-    counts, made for 32,760 tokens and more, stay as they are.
-
-    Args:
-        tokens: video tokens.
-        q_clusters: published query clusters.
-        k_clusters: published key clusters.
-
-    Returns:
-        `min(q_clusters, tokens // 64)` and `min(k_clusters, tokens // 16)`, each at least 1.
-    """
-    return (
-        max(1, min(q_clusters, tokens // TOKENS_PER_QUERY_CLUSTER)),
-        max(1, min(k_clusters, tokens // TOKENS_PER_KEY_CLUSTER)),
-    )
 
 
 def choose_recipe(

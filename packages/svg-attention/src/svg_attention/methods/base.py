@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Method(ABC):
     """Choose, for one self-attention call, which keys each query reads.
 
-    A method is its own configuration: a frozen keyword-only dataclass with a JSON round trip. A new
-    one derives from this class and says in `build` what it reads.
+    A method is its own configuration: a frozen keyword-only dataclass (`repr=False`) with a JSON
+    round trip. A new one derives from this class and says in `build` what it reads.
     """
 
     def plan(
@@ -69,8 +69,8 @@ class Method(ABC):
         return self.plan_call(call)
 
     def plan_call(self, call: AttentionCall) -> SparsePlan:
-        """Return the plan of a call, as the kernels of its device want it."""
-        return call.full_plan() if self.is_full else self.build(call).ready()
+        """Return the plan of a call."""
+        return call.full_plan() if self.is_full else self.build(call)
 
     @property
     def is_full(self) -> bool:
@@ -79,7 +79,16 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, call: AttentionCall) -> SparsePlan:
-        """Return the plan of a call that does not read every key."""
+        """Return the plan of a call that does not read every key, `ready` for its device."""
+
+    def __repr__(self) -> str:
+        """Return the call that makes this method, settings at their defaults left out."""
+        given = (
+            f"{entry.name}={getattr(self, entry.name)!r}"
+            for entry in fields(self)  # type: ignore[arg-type]
+            if getattr(self, entry.name) != entry.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the name and the fields as plain JSON values."""

@@ -9,7 +9,7 @@ from svg_attention.methods.call import AttentionCall
 from svg_attention.plan import SparsePlan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Dense(Method):
     """Compute every pair: the baseline, and what warm-up steps run."""
 

@@ -14,7 +14,7 @@ from svg_attention.plan import SparsePlan
 from svg_attention.tiles import TILE_ROWS, count_tiles
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RandomBlocks(Method):
     """Read blocks of 128 neighbouring keys drawn at random for each query tile.
 
@@ -62,4 +62,4 @@ class RandomBlocks(Method):
             full_tiles=call.full_tiles(),
             query_lengths=valid,
             key_lengths=valid,
-        )
+        ).ready()

@@ -17,7 +17,7 @@ from svg_attention.planning.pattern_error import pattern_error
 from svg_attention.tiles import match_heads
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SVG1(Method):
     """Profile each head on sampled rows as spatial or temporal and read a band of keys.
 
@@ -83,7 +83,7 @@ class SVG1(Method):
             run_lengths=lengths,
             query_lengths=valid,
             key_lengths=valid,
-        )
+        ).ready()
 
 
 def profile(call: AttentionCall, rows: Tensor, bands: tuple[Band, Band]) -> Tensor:

@@ -40,7 +40,7 @@ def cluster_counts(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SVG2(Method):
     """Cluster video queries and keys per head; let each query tile read whole key clusters.
 
