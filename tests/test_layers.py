@@ -38,8 +38,8 @@ FLOORS = {
         ("errors", "_build", "_checks", "_arithmetic", "_rows"),
         ("_library",),
         ("_dispatch",),
-        ("norm", "rope", "permute", "quantize", "attention", "probe_sums", "status"),
-        ("modulation", "qk_norm_rope"),
+        ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "status"),
+        ("modulation", "qk_norm_rope", "quantize"),
         ("__init__",),
     ),
     "svg_attention": (

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
@@ -71,7 +72,7 @@ def test_fp8_linear_is_near_the_layer() -> None:
 def test_inputs_quantise_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = linears.quantise_rows
-    monkeypatch.setattr(linears, "quantise_rows", lambda x: (calls.append(1), whole(x))[1])
+    monkeypatch.setattr(linears, "quantise_rows", lambda *a: (calls.append(1), whole(*a))[1])
     inputs = linears.Inputs()
     x = torch.randn(4, 16)
     first = inputs.quantise(x)
@@ -86,7 +87,7 @@ def test_inputs_quantise_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept() is None
 
 
-def test_serves_leaves_out_what_is_no_plain_layer() -> None:
+def test_is_plain_linear_leaves_out_what_is_no_plain_layer() -> None:
     block = nn.ModuleDict(
         {
             "plain": nn.Linear(16, 16).bfloat16(),
@@ -98,7 +99,9 @@ def test_serves_leaves_out_what_is_no_plain_layer() -> None:
         }
     )
     block["hooked"].register_forward_hook(lambda module, args, out: out)
-    found = [path for path, module in block.named_modules() if linears.serves(path, module)]
+    found = [
+        path for path, module in block.named_modules() if linears.is_plain_linear(path, module)
+    ]
     assert found == ["plain"]
 
 
@@ -174,3 +177,34 @@ def test_sparsify_refuses_what_cannot_be_fp8(monkeypatch: pytest.MonkeyPatch) ->
         sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from="end")
     with pytest.raises(UnsupportedError, match="needs a CUDA device, the transformer is on 'cpu'"):
         linears.refuse_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_fp8_feed_forward_quantises_what_its_activation_gives(
+    monkeypatch: pytest.MonkeyPatch, hooked: bool
+) -> None:
+    torch.manual_seed(2)
+    whole = FeedForward(32, inner_dim=64, activation_fn="gelu-approximate").bfloat16().eval()
+    block = nn.Sequential(nn.Sequential(), nn.Sequential(whole), nn.Sequential())
+    x = torch.randn(2, 9, 32).bfloat16()
+    asked = []
+    quantise = linears.quantise_rows
+    monkeypatch.setattr(
+        linears, "quantise_rows", lambda x, *a: (asked.append(*a or ["none"]), quantise(x, *a))[1]
+    )
+    exact = copy.deepcopy(whole).double()(x.double())
+    seen = []
+    if hooked:
+        whole.net[2].register_forward_hook(lambda module, args, out: seen.append(1))
+    taken = Fp8Linears(block)
+    with torch.no_grad():
+        taken.on = True
+        assert relative(whole(x), exact) < 0.08
+        assert asked == (["none"] if hooked else ["none", "gelu_tanh"])
+        assert seen == [1] * hooked
+        twin = copy.deepcopy(whole)
+        taken.remove()
+        asked.clear()
+        assert torch.equal(whole(x), twin(x))
+    assert not asked
+    assert "forward" not in whole.__dict__

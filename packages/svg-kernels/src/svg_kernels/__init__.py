@@ -4,6 +4,7 @@ from svg_kernels import modulation, norm, permute, quantize
 from svg_kernels._dispatch import BackendStatus
 from svg_kernels.attention import block_sparse_attention
 from svg_kernels.errors import UnsupportedError
+from svg_kernels.gelu import gelu
 from svg_kernels.modulation import *  # noqa: F403
 from svg_kernels.norm import *  # noqa: F403
 from svg_kernels.permute import *  # noqa: F403
@@ -21,6 +22,7 @@ __all__ = [
     "rope",
     "qk_norm_rope",
     *permute.__all__,
+    "gelu",
     *quantize.__all__,
     "block_sparse_attention",
     "probe_sums",

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_kernels._rows import contiguous_rows
+from svg_kernels.gelu.triton import activate
 
 TILE_ELEMENTS = 4096  # of a tile, unless one row is longer
 
@@ -24,12 +25,8 @@ def quantize_rows_kernel(
     mask = (row < rows)[:, None] & (column < width)[None, :]
     at = (row // inner)[:, None] * x_outer + (row % inner)[:, None] * x_inner + column[None, :]
     y = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    if ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)), which needs no tanh.
-        u = 1.5957691216057308 * (y + 0.044715 * y * y * y)
-        y = y / (1.0 + tl.exp(-u))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    if ACTIVATION != "none":
+        y = activate(y, ACTIVATION == "gelu_tanh")
     size = tl.abs(y)
     largest = tl.maximum(tl.max(tl.where(size == size, size, 0.0), 1), 1e-12)
     tl.store(scale_ptr + row, largest * (1.0 / 448.0), row < rows)

@@ -226,8 +226,7 @@ def single_stream_block(
     projected = block.proj_mlp(normed)
     width = states.shape[2]
     both = projected.new_empty(*projected.shape[:2], width + projected.shape[2])
-    approximate = block.act_mlp.approximate
-    torch.ops.aten.gelu.out(projected, approximate=approximate, out=both[..., width:])
+    _activate(block.act_mlp, projected, both[..., width:])
     del projected
     attended = block.attn(
         hidden_states=normed[:, :-text],
@@ -379,6 +378,12 @@ def _gate(states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
     import svg_kernels
 
     return svg_kernels.gate_residual(states, added, gate)
+
+
+def _activate(activation: nn.GELU, states: Tensor, out: Tensor) -> None:
+    import svg_kernels
+
+    svg_kernels.gelu(states, approximate=activation.approximate, out=out)  # type: ignore[arg-type]
 
 
 def _wan_norms(block: Any) -> tuple[nn.Module, ...]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from svg_attention import UnsupportedError
@@ -23,6 +26,7 @@ __all__ = ["Fp8Linear", "Fp8Linears", "refuse_device"]
 # A product of fewer rows is bound by reading the weight; its conversion costs more than it saves.
 LEAST_ROWS = 1024
 LARGEST_E4M3 = 448.0
+Activation = Literal["none", "gelu", "gelu_tanh"]
 
 
 def refuse_device(device: torch.device) -> None:
@@ -70,8 +74,8 @@ class Inputs:
             self._source = self._quantised = None
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `x` `[..., C]` in e4m3 and the fp32 scale `[..., 1]` of each row.
+def quantise_rows(x: Tensor, activation: Activation = "none") -> tuple[Tensor, Tensor]:
+    """Return `x` `[..., C]`, activated, in e4m3 and the fp32 scale `[..., 1]` of each row.
 
     By one kernel where svg-kernels serves; a compiler joins the same formula, in plain torch, with
     what stands before it.
@@ -79,8 +83,10 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if fused.serves_tensor(x) and not torch.compiler.is_compiling():
         import svg_kernels
 
-        return svg_kernels.quantize_rows(x)
+        return svg_kernels.quantize_rows(x, activation=activation)
     rows = x.float()
+    if activation != "none":
+        rows = F.gelu(rows, approximate="tanh" if activation == "gelu_tanh" else "none")
     scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST_E4M3
     return (rows / scale).to(torch.float8_e4m3fn), scale
 
@@ -111,25 +117,28 @@ class Fp8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""
+        switch = self.switch
+        if switch is None or not switch.serves(x):
+            return self._plain(self._module(), x)  # type: ignore[arg-type]
+        return self.product(*switch.inputs.quantise(x), x.dtype)
+
+    def product(self, quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the layer from an input `[..., C]` in e4m3 with a scale `[..., 1]` a row."""
         module, switch = self._module(), self.switch
-        rows = x.numel() // x.shape[-1]
-        weight, weight_scale = self._weight, self._scale
-        if switch is None or weight is None or not switch.on or rows < LEAST_ROWS:
-            return self._plain(module, x)  # type: ignore[arg-type]
-        quantised, scale = switch.inputs.quantise(x)
-        bias = module.bias  # type: ignore[union-attr]
+        if module is None or switch is None:
+            raise RuntimeError("an fp8 layer was called after its run had ended")
         # torch adds a bias only in the dtype of the output.
-        within = bias is not None and bias.dtype == x.dtype
+        within = module.bias is not None and module.bias.dtype == dtype
         out = torch._scaled_mm(
             quantised.flatten(0, -2),
-            weight,
+            self._weight,  # type: ignore[arg-type]
             scale_a=scale.flatten(0, -2),
-            scale_b=weight_scale,  # type: ignore[arg-type]
-            bias=bias if within else None,
-            out_dtype=x.dtype,
+            scale_b=self._scale,  # type: ignore[arg-type]
+            bias=module.bias if within else None,
+            out_dtype=dtype,
             use_fast_accum=switch.fast,
-        ).unflatten(0, x.shape[:-1])
-        return out if within or bias is None else out + bias.to(out.dtype)
+        ).unflatten(0, quantised.shape[:-1])
+        return out if within or module.bias is None else out + module.bias.to(dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fp8Linear, (self._module(), None)
@@ -140,6 +149,51 @@ class Fp8Linear:
     def remove(self) -> None:
         """Compute the layer as its class does from now on, and let the converted weight go."""
         self.switch = self._weight = self._scale = None
+        module = self._module()
+        if module is not None and module.__dict__.get("forward") is self:
+            del module.forward
+
+
+class Fp8FeedForward:
+    """The `forward` of one feed-forward while a run is on: its activation writes fp8 at once.
+
+    Args:
+        module: diffusers' `FeedForward` of a GELU and a linear layer, held weakly.
+        switch: says whether products are in fp8 at this moment.
+    """
+
+    def __init__(self, module: FeedForward, switch: Fp8Linears | None) -> None:
+        self._module = weakref.ref(module)
+        self._plain = FeedForward.forward
+        self.switch = switch
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feed-forward; takes and returns what its class's `forward` does."""
+        module, switch = self._module(), self.switch
+        if module is None:
+            raise RuntimeError("a feed-forward was called after it was deleted")
+        activation, _, last = module.net
+        product = last.__dict__.get("forward")
+        if (
+            switch is None
+            or not switch.serves(hidden_states)
+            or torch.compiler.is_compiling()
+            or not isinstance(product, Fp8Linear)
+            or product.switch is not switch
+            or not fused.is_untouched(activation)
+            or _hooked(last)
+        ):
+            return self._plain(module, hidden_states, *args, **kwargs)
+        hidden = activation.proj(hidden_states)
+        kind: Activation = "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+        return product.product(*quantise_rows(hidden, kind), hidden.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8FeedForward:
+        return Fp8FeedForward(memo[id(self._module())], None)
+
+    def remove(self) -> None:
+        """Compute the feed-forward as its class does from now on."""
+        self.switch = None
         module = self._module()
         if module is not None and module.__dict__.get("forward") is self:
             del module.forward
@@ -165,22 +219,30 @@ class Fp8Linears:
         self.on = False
         self.fast = fast
         self.inputs = Inputs()
-        self._forwards: list[Fp8Linear] = []
+        self._forwards: list[Fp8Linear | Fp8FeedForward] = []
         try:
             for block in list(blocks)[1:-1]:
                 for path, module in block.named_modules():
-                    if serves(path, module):
-                        forward = Fp8Linear(module, self)  # type: ignore[arg-type]
-                        module.forward = forward  # type: ignore[assignment]
-                        self._forwards.append(forward)
+                    if is_plain_linear(path, module):
+                        self._install(module, Fp8Linear(module, self))  # type: ignore[arg-type]
+                    elif is_plain_feed_forward(module):
+                        self._install(module, Fp8FeedForward(module, self))  # type: ignore[arg-type]
         except BaseException:
             self.remove()
             raise
 
+    def _install(self, module: nn.Module, forward: Fp8Linear | Fp8FeedForward) -> None:
+        module.forward = forward  # type: ignore[method-assign]
+        self._forwards.append(forward)
+
     @property
     def layers(self) -> int:
-        """Number of layers that were taken over."""
-        return len(self._forwards)
+        """Number of linear layers that were taken over."""
+        return sum(isinstance(forward, Fp8Linear) for forward in self._forwards)
+
+    def serves(self, x: Tensor) -> bool:
+        """Return whether a product with `x` is in fp8 at this moment."""
+        return self.on and x.numel() // x.shape[-1] >= LEAST_ROWS
 
     def remove(self) -> None:
         """Give every layer its own `forward` back."""
@@ -189,20 +251,40 @@ class Fp8Linears:
             forward.remove()
 
 
-def serves(path: str, module: nn.Module) -> bool:
+def is_plain_linear(path: str, module: nn.Module) -> bool:
     """Return whether a module of a block is a layer that fp8 may compute.
 
     The layers of modulations, whose path names the norm they belong to, take one row a clip.
     """
-    own = module.__dict__.get("forward")
-    if isinstance(own, Fp8Linear) and own.switch is None:
-        del module.forward  # of a run that has ended
     return (
         type(module) is nn.Linear
         and "norm" not in path
-        and fused.is_untouched(module)
+        and _is_free(module)
         and type(module.weight) is nn.Parameter
         and module.weight.dtype in (torch.bfloat16, torch.float16)
         and module.in_features % 16 == 0
         and module.out_features % 16 == 0
     )
+
+
+def is_plain_feed_forward(module: nn.Module) -> bool:
+    """Return whether a module is diffusers' feed-forward of a GELU, a dropout and a layer."""
+    return (
+        type(module) is FeedForward
+        and _is_free(module)
+        and [type(part) for _, part in module.net.named_children()]  # type: ignore[union-attr]
+        == [GELU, nn.Dropout, nn.Linear]
+    )
+
+
+def _is_free(module: nn.Module) -> bool:
+    """Return whether nothing has put itself over a module; a run that has ended does not count."""
+    own = module.__dict__.get("forward")
+    if isinstance(own, Fp8Linear | Fp8FeedForward) and own.switch is None:
+        del module.forward
+    return fused.is_untouched(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Return whether hooks want to see a layer called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "_hf_hook" in module.__dict__
