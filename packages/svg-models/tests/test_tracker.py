@@ -216,6 +216,14 @@ def test_pipelines_running_returns_the_innermost_first() -> None:
 
     one = Runner(scheduler(0), transformer=model)
     two = Runner(scheduler(0), transformer=None, transformer_2=torch.nn.DataParallel(model))
+
+    class Blocks:
+        """As diffusers' modular pipelines: the parts are handed to the block that loops."""
+
+        def __call__(self, components: Any) -> list[Any]:
+            return pipelines_running(model)
+
+    assert Blocks()(one) == [one]
     stranger = Runner(scheduler(0), transformer=tiny.transformer())
     assert pipelines_running(model) == []
     assert one() == [one]

@@ -49,7 +49,8 @@ def _candidates(frame: FrameType) -> list[Any]:
 def _uses(candidate: Any, transformer: nn.Module) -> bool:
     if isinstance(candidate, nn.Module | type):
         return False
-    if getattr(getattr(candidate, "scheduler", None), "timesteps", None) is None:
+    parts = getattr(candidate, "__dict__", {})  # asking a stranger for attributes may run its code
+    if getattr(parts.get("scheduler"), "timesteps", None) is None:
         return False
-    parts = (getattr(candidate, name, None) for name in TRANSFORMERS)
-    return any(isinstance(part, nn.Module) and unwrap(part) is transformer for part in parts)
+    models = (parts.get(name) for name in TRANSFORMERS)
+    return any(isinstance(model, nn.Module) and unwrap(model) is transformer for model in models)

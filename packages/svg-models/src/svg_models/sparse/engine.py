@@ -36,7 +36,8 @@ class Generation:
 
     Attributes:
         tracker: tells the step.
-        session: what computes, and remembers from step to step; None before the first forward pass.
+        session: what computes, and remembers from step to step; None before the first forward pass
+            and after the last.
         recipe: what it runs with.
         grid: latent frames, rows and columns of tokens.
         contexts: the forward pass that each transformer is in.
@@ -48,6 +49,17 @@ class Generation:
         self.recipe: Recipe | None = None
         self.grid: tuple[int, int, int] | None = None
         self.contexts: dict[str, ForwardContext] = {}
+        self._log: tuple[CallRecord, ...] = ()
+
+    def records(self) -> tuple[CallRecord, ...]:
+        """Return the attention calls; waits for the device once."""
+        return self._log if self.session is None else tuple(self.session.records())
+
+    def end(self) -> None:
+        """Keep the log, and let go of all that was remembered for further steps."""
+        self._log, self.session = self.records(), None
+        self.contexts.clear()
+        self.tracker.finished = True
 
 
 class Engine:
@@ -110,9 +122,7 @@ class Engine:
 
     def records(self) -> tuple[CallRecord, ...]:
         """Return the attention calls of the last video; waits for the device once."""
-        if self._latest is None or self._latest.session is None:
-            return ()
-        return tuple(self._latest.session.records())
+        return () if self._latest is None else self._latest.records()
 
     def tell(self, message: str) -> None:
         """Warn the user, once per message."""
@@ -151,7 +161,7 @@ class Engine:
         key = threading.get_ident(), id(running[0]) if running else 0
         generation = self._generations.get(key)
         if generation is not None:
-            generation.tracker.finished = True
+            generation.end()
 
     def _generation(self, running: list[Any]) -> Generation:
         """Return the generation of the innermost pipeline that runs on this thread."""
@@ -225,6 +235,8 @@ class Engine:
     def restore(self) -> None:
         """Put back the processors that were there and remove every hook."""
         installations, self.installations = self.installations, []
+        for generation in self._generations.values():
+            generation.end()
         for layers in self.layers.values():
             layers.remove()
         for installed in installations:
