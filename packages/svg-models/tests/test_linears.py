@@ -29,9 +29,9 @@ HALF = Schedule(dense_steps=0.5, dense_layers=0.0)
 
 @pytest.fixture(autouse=True)
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svg_models.sparse import run
+    from svg_models.sparse import layers
 
-    monkeypatch.setattr(run, "refuse_device", lambda device: None)
+    monkeypatch.setattr(layers, "refuse_device", lambda device: None)
     monkeypatch.setattr(linears, "LEAST_ROWS", 1)
 
 

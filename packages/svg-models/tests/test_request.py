@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import svg_models
-from svg_attention import SVG1, SVG2, Dense
+from svg_attention import SVG1, SVG2, Dense, UnsupportedError
 from svg_models.errors import SettingError
 from svg_models.generation.request import CompareRequest, GenerateRequest
 from svg_models.generation.settings import options_of
@@ -154,3 +154,11 @@ def test_dir_shows_what_one_needs() -> None:
     for name in names:
         assert getattr(svg_models, name) is not None
     assert svg_models.sparsify.__name__ == "sparsify"
+
+
+def test_linears_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svg_models.generation.sample.load_pipeline", None)
+    with pytest.raises(SettingError, match="linears must be one of bf16, fp8, got 'int8'"):
+        svg_models.generate("a circle", linears="int8")
+    with pytest.raises(UnsupportedError, match="needs a CUDA device"):
+        svg_models.compare("a circle", linears="fp8", device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from svg_models.loading import LoadedPipeline
 __all__ = ["machine_facts"]
 
 
-def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
-    """Describe what a comparison ran on."""
+def machine_facts(loaded: LoadedPipeline, computed: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what a comparison ran on, and by what."""
     import diffusers
 
     on_gpu = loaded.device.startswith("cuda")
@@ -25,7 +26,7 @@ def machine_facts(loaded: LoadedPipeline, backend: str) -> dict[str, Any]:
         "threads": None if on_gpu else torch.get_num_threads(),
         "busy": None if on_gpu else _busy(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "backend": backend,
+        **computed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

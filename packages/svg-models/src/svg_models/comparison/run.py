@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from svg_models.comparison.machine import machine_facts
@@ -36,10 +36,10 @@ def compare(request: CompareRequest) -> Comparison:
     """
     specs = request.specs
     loaded, settings, media = prepare(request)
-    backend, progress = request.backend, request.report
-    how: dict[str, Any] = {"media": media, "backend": backend, "profile": True}
+    computed, progress = request.computed, request.report
+    how: dict[str, Any] = {"media": media, "computed": computed, "profile": True}
     plan = (MethodSpec(name="dense"), *specs)
-    _warm_up(loaded, settings, media, plan, backend, progress)
+    _warm_up(loaded, settings, media, plan, computed, progress)
     clips = []
     for index, spec in enumerate(plan, start=1):
         step = _named(progress, f"{index} of {len(plan)}  {spec.label}")
@@ -52,7 +52,7 @@ def compare(request: CompareRequest) -> Comparison:
         close = similarity(clip.frames, dense.frames)
         candidates.append(Candidate(clip=clip, similarity=close, speedup=ratio))
     return Comparison(
-        dense=dense, candidates=tuple(candidates), machine=machine_facts(loaded, backend)
+        dense=dense, candidates=tuple(candidates), machine=machine_facts(loaded, computed)
     )
 
 
@@ -68,7 +68,7 @@ def _warm_up(
     settings: Settings,
     media: Media,
     plan: Sequence[MethodSpec],
-    backend: str,
+    computed: Mapping[str, Any],
     progress: Progress,
 ) -> None:
     progress("warming up", 0, 0)
@@ -77,4 +77,4 @@ def _warm_up(
     for spec in plan if loaded.device.startswith("cuda") else plan[:1]:
         steps = 1 if spec.name == "dense" else 2
         brief = settings.replace(steps=steps, strength=strength)
-        sample(loaded, brief, spec, media=media, backend=backend)
+        sample(loaded, brief, spec, media=media, computed=computed)

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
@@ -53,6 +53,13 @@ class Request(Settings):
     backend: str = option(
         "auto", "Kernel of sparse attention, see svg doctor.", "--backend", panel=HOW
     )
+    linears: str = option(
+        "bf16",
+        "fp8 computes the matrix products of sparse steps in fp8: faster, and it changes the clip "
+        "a little.",
+        "--linears",
+        panel=HOW,
+    )
     compiled: bool = option(
         False,
         "Compile the transformer: its first step takes longer, the others less.",
@@ -88,6 +95,11 @@ class Request(Settings):
                         f"{f.name} {value!r} was given beside a pipeline that is loaded already; "
                         "pass it to load_pipeline"
                     )
+
+    @property
+    def computed(self) -> dict[str, Any]:
+        """Return by what a clip is computed: what `sparsify` takes beside method and schedule."""
+        return {"backend": self.backend, "linears": self.linears}
 
     def report(self, stage: str, done: float, total: float) -> None:
         """Tell `progress`, if somebody wants to know."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from svg_models.loading import (
 )
 from svg_models.method_names import MethodSpec
 from svg_models.sparse.checks import check_backend
+from svg_models.sparse.layers import check_linears
 from svg_models.sparse.run import sparsify
 from svg_models.video import to_frames
 
@@ -56,7 +59,7 @@ def generate(request: GenerateRequest) -> Clip:
         settings,
         request.spec,
         media=media,
-        backend=request.backend,
+        computed=request.computed,
         profile=request.profile,
         progress=request.report,
     )
@@ -77,6 +80,7 @@ def prepare(request: Request) -> tuple[LoadedPipeline, Settings, Media]:
     device = loaded.device if loaded else pick_device(request.device)
     dtype = loaded.dtype if loaded else pick_dtype(request.dtype, device)
     check_backend(request.backend, device, dtype)
+    check_linears(request.linears, device)
     media = read_media(request.image, request.video)
     starts = {"image": request.image is not None, "video": request.video is not None}
     given = request.given()
@@ -105,15 +109,15 @@ def sample(
     spec: MethodSpec,
     *,
     media: Media = NOTHING,
-    backend: str = "auto",
+    computed: Mapping[str, Any] = MappingProxyType({}),
     profile: bool = False,
     progress: Progress = quiet,
 ) -> Clip:
-    """Run a loaded pipeline once; see `generate`."""
+    """Run a loaded pipeline once; see `generate` and `Request.computed`."""
     loaded.geometry.check(height=settings.height, width=settings.width, frames=settings.frames)
     timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
-        sparsify(loaded.pipe, spec, backend=backend, seed=settings.seed, profile=profile) as run,
+        sparsify(loaded.pipe, spec, seed=settings.seed, profile=profile, **computed) as run,
         timer,
     ):
         output = loaded.pipe(**_call(loaded, settings), **media.arguments(loaded, settings))

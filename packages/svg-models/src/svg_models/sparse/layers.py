@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from svg_models.families import Family
 from svg_models.families.blocks import FusedForward
-from svg_models.sparse.linears import Fp8Linears
+from svg_models.sparse.checks import check_choice
+from svg_models.sparse.linears import Fp8Linears, refuse_device
 
-__all__ = ["FastLayers", "From", "Linears"]
+__all__ = ["FastLayers", "From", "Linears", "check_linears"]
 
 Linears = Literal["bf16", "fp8"]
 From = Literal["sparse", "start"]
+
+
+def check_linears(linears: Any, device: str) -> None:
+    """Refuse a precision of products that is unknown or that a device does not have.
+
+    Raises:
+        SettingError: if there is no such precision.
+        UnsupportedError: if the device or the installation has none.
+    """
+    check_choice("linears", linears, get_args(Linears))
+    if linears == "fp8":
+        refuse_device(torch.device(device))
 
 
 class FastLayers:

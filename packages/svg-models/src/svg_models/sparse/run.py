@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
 
-import torch
-
 from svg_attention import Method, Schedule
 from svg_models import attention_op
 from svg_models.families import family_of, transformers_of
@@ -18,8 +16,7 @@ from svg_models.recipes import Recipe
 from svg_models.sparse.checks import check_backend, check_choice, check_schedule, device_and_dtype
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
-from svg_models.sparse.layers import FastLayers, From, Linears
-from svg_models.sparse.linears import refuse_device
+from svg_models.sparse.layers import FastLayers, From, Linears, check_linears
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
 from svg_models.summary import Summarised
@@ -94,7 +91,6 @@ def sparsify(
     """
     spec = read_method(method, density=density, top_p=top_p)
     check_schedule(schedule)
-    check_choice("linears", linears, get_args(Linears))
     check_choice("fp8_from", fp8_from, get_args(From))
     layers = {"fuse": fuse, "linears": linears, "fp8_from": fp8_from}
     options = {"backend": backend, "seed": seed, "profile": profile, "exact_dense": exact_dense}
@@ -137,8 +133,7 @@ class SparseRun(Summarised):
         for _, transformer, _ in found:
             device, dtype = device_and_dtype(pipe, transformer)
             check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
-            if layers["linears"] == "fp8":
-                refuse_device(torch.device(device))
+            check_linears(layers["linears"], device)
         self._title = type(pipe).__name__
         self._engine = Engine(pipe, spec, schedule, **options)
         try:
