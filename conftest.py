@@ -9,6 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same inputs in every run of the tests; `nox --session fuzz` draws others.
+settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "fuzz", max_examples=300, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("quick")
 
 if not torch.cuda.is_available():
     # Read by triton when a kernel is decorated, so it has to be set before a package is imported.
