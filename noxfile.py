@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import nox
@@ -188,6 +189,25 @@ def newest(session: nox.Session, source: str) -> None:
     session.run("python", "-m", "pip", "list")
     for folder in PACKAGES.values():
         pytest(session, str(folder / "tests"), *session.posargs, parallel=True)
+
+
+@nox.session(default=False, requires=["torch"], tags=["weekly"])
+def fuzz(session: nox.Session) -> None:
+    """Draw inputs at random for five minutes, for all that is marked `fuzz`."""
+    install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
+    end, took = time.monotonic() + 300, 0.0
+    while time.monotonic() + took < end:
+        began = time.monotonic()
+        where = session.posargs or ["packages"]
+        pytest(session, "-m", "fuzz", "--hypothesis-profile=fuzz", *where, parallel=True)
+        took = time.monotonic() - began
+
+
+@nox.session(default=False, requires=["torch"], tags=["weekly"])
+def chaos(session: nox.Session) -> None:
+    """Kill commands at random moments, a hundred times each, and print what was lost."""
+    install(session, *checkout(*PACKAGES))
+    session.run("python", "tools/chaos.py", *(session.posargs or ("--times", "100")))
 
 
 @nox.session(default=False, requires=["torch"])
