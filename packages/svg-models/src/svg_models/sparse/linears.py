@@ -1,7 +1,7 @@
 """Linear layers in fp8 while a run asks for it; the layers themselves stay what they are.
 
-A layer's weight is converted once, row by row, by torchao; its input is quantised row by row at
-each call, and the product is torch's. The module keeps its own weight, which computes the steps
+A layer's weight is quantised once, row by row, its input row by row at each call, and the product
+is torch's. The module keeps its own weight, which computes the steps
 that stay as they were, and is all that is saved, loaded, moved or adapted (LoRA calls the layer
 below it).
 """
@@ -33,21 +33,16 @@ def refuse_device(device: torch.device) -> None:
     """Refuse a device without fp8 products.
 
     Raises:
-        UnsupportedError: if it is not a CUDA device of compute capability 8.9 or newer, or torchao
-            is not installed.
+        UnsupportedError: if it is not a CUDA device of compute capability 8.9 or newer.
     """
-    reasons = {}
     if device.type != "cuda":
-        reasons["fp8"] = f"needs a CUDA device, the transformer is on {device.type!r}"
+        reason = f"needs a CUDA device, the transformer is on {device.type!r}"
     elif torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
-        reasons["fp8"] = f"needs compute capability 8.9 or newer, this GPU has {major}.{minor}"
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        reasons["torchao"] = "is not installed; pip install 'svg-models[fp8]'"
-    if reasons:
-        raise UnsupportedError(reasons)
+        reason = f"needs compute capability 8.9 or newer, this GPU has {major}.{minor}"
+    else:
+        return
+    raise UnsupportedError({"fp8": reason})
 
 
 class Inputs:
@@ -110,10 +105,8 @@ class Fp8Linear:
 
     def convert(self, module: nn.Linear) -> None:
         """Convert the layer's weight; the layer keeps its own."""
-        from torchao.quantization import Float8Tensor, PerRow
-
-        converted = Float8Tensor.from_hp(module.weight.detach(), granularity=PerRow())
-        self._weight, self._scale = converted.qdata.t(), converted.scale.float().t()
+        quantised, scale = quantise_rows(module.weight.detach())
+        self._weight, self._scale = quantised.t(), scale.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""

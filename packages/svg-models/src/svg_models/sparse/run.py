@@ -72,8 +72,8 @@ def sparsify(
             them; each rounds once where the model rounds after every step. A block that something
             else has put itself over, or that is compiled, is left as it is.
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
-            fp8, by torchao's conversion of their weights beside which the weights stay. It changes
-            the picture; see the documentation for how much.
+            fp8, from copies of the weights that lie beside them. It changes the picture; see the
+            documentation for how much.
         fp8_from: "sparse" leaves the products of dense steps, which decide the picture, as they
             are; "start" computes all in fp8.
         seed: seed of every random choice; each video starts from it again.
