@@ -52,6 +52,18 @@ def test_a_readme_says_how_its_package_is_installed(package):
     assert package.name in {requirement.name for line in lines for requirement in named(line)}
 
 
+@pytest.mark.parametrize("line", [*LINES, *HINTS])
+def test_a_line_asks_for_extras_that_exist(line):
+    for requirement in named(line):
+        project = distributions()[requirement.name].project
+        assert requirement.extras <= project["optional-dependencies"].keys()
+
+
+def test_hints_are_still_given():
+    given = {line for path in documents() for line in printed(path.read_text(encoding="utf-8"))}
+    assert {*HINTS} <= given
+
+
 def test_every_package_is_installed_by_some_line():
     for lines in (LINES, [CHECKOUT]):
         wanted = {requirement.name for line in lines for requirement in named(line)}

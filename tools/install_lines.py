@@ -22,7 +22,7 @@ LINES = {
     "pip install svg-flash-kmeans": "k-means alone",
 }
 # What error messages advise besides.
-HINTS = ('pip install "svg-attention[triton]"', 'pip install "svg-models[fp8]"')
+HINTS = ('pip install "svg-attention[triton]"',)
 # What is on the main branch, from a checkout of it.
 CHECKOUT = (
     "pip install ./packages/flash-kmeans ./packages/svg-kernels "
