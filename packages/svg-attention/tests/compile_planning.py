@@ -14,14 +14,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from svg_attention.planning.triton import probes
-from svg_attention.planning.triton.centroid_error import BLOCKS as ERROR_BLOCKS
-from svg_attention.planning.triton.centroid_error import centroid_error_kernel
 from svg_attention.planning.triton.launch import Blocks
 from svg_attention.planning.triton.pattern_error import BLOCKS as PATTERN_BLOCKS
 from svg_attention.planning.triton.pattern_error import pattern_error_kernel
+from svg_attention.planning.triton.probe_sums import BLOCKS as ERROR_BLOCKS
+from svg_attention.planning.triton.probe_sums import probe_sums_kernel
 
 SHARED_KB = {80: 163, 86: 99, 90: 227}
-FLOATS = ("errors", "mass", "weights", "energy", "agreement", "scratch", "outs", "sums", "tops")
+FLOATS = (
+    "errors",
+    "biases",
+    "mass",
+    "weights",
+    "energy",
+    "agreement",
+    "scratch",
+    "outs",
+    "sums",
+    "tops",
+)
 INTEGERS = ("starts", "order")
 
 
@@ -33,7 +44,7 @@ def shared_bytes(
     data = "*bf16" if size == 2 else "*fp32"
     pointers = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTEGERS, "*i32")
     pointers |= dict.fromkeys(("means", "centroids", "rows", "key", "value"), data)
-    pointers |= {"reads": "*u8", "scale_log2": "fp32"}
+    pointers |= {"reads": "*u8", "scale_log2": "fp32", "largest_bias": "fp32"}
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -60,7 +71,7 @@ def main(capability: int, sizes: list[int], widths: list[int]) -> int:
             for kernel, blocks, constants in (
                 (probes.mass_kernel, probes.MASS[size, width], {"PER_KEY": True, **probe}),
                 (
-                    centroid_error_kernel,
+                    probe_sums_kernel,
                     ERROR_BLOCKS[size, width],
                     {"ALL_C": 1024, "TOGETHER": 16, **probe},
                 ),

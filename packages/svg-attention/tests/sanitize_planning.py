@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from svg_attention.planning.centroid_error import centroid_error
 from svg_attention.planning.order import long_tiles_first
 from svg_attention.planning.pattern_error import pattern_error
+from svg_attention.planning.probe_sums import probe_sums
 from svg_attention.planning.probes import probe_mass, probe_means
 from svg_attention.planning.runs import merge_clusters, round_runs
 from svg_attention.planning.selection import keep_budget, keep_top_p
@@ -40,7 +40,7 @@ def main() -> None:
         long_tiles_first(lengths)
     sizes = torch.full((1, 1, 40), 7, dtype=torch.int32, device="cuda")
     sizes[..., -1] += 20
-    errors = centroid_error(
+    errors, biases, _ = probe_sums(
         *(means, query[:, :1], value, order[:, :1], centroids, centroids[..., :32], sizes),
         length=300,
         scale=0.1,
@@ -49,6 +49,7 @@ def main() -> None:
     lost = pattern_error(query[:, :, :5], query[:, :1], value, reads, scale=0.1)
     torch.cuda.synchronize()
     assert torch.isfinite(errors).all()
+    assert torch.isfinite(biases).all()
     assert torch.isfinite(lost).all()
     print("every kernel ran")
 

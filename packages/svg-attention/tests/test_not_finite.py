@@ -20,10 +20,10 @@ from svg_attention import (
     TokenLayout,
     sparse_attention,
 )
-from svg_attention.planning.centroid_error import centroid_error
 from svg_attention.planning.clustering import Clusters, cluster_rows, neighbour_order
 from svg_attention.planning.dispatch import select_planner
 from svg_attention.planning.pattern_error import pattern_error
+from svg_attention.planning.probe_sums import probe_sums
 from svg_attention.planning.probes import probe_mass, probe_means
 from svg_attention.planning.selection import keep_budget, keep_top_p
 
@@ -261,9 +261,9 @@ def test_probes_and_errors_keep_what_is_not_finite_to_its_head(
         )
         probed = {"length": 150, "scale": 0.3, "backend": planner}
         mass = probe_mass(means, centroids, sizes, **probed)
-        error = centroid_error(means, key, value, order, centroids, value_means, sizes, **probed)
+        found = probe_sums(means, key, value, order, centroids, value_means, sizes, **probed)
         lost = pattern_error(query[:, :, :5], key, value, reads, scale=0.3, backend=planner)
-        return [means, mass, error, lost.permute(1, 2, 0)]
+        return [means, mass, found.error, found.bias, lost.permute(1, 2, 0)]
 
     clean = estimate()
     for tensor in (query, key, value):

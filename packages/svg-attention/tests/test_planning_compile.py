@@ -30,4 +30,4 @@ def test_planning_kernels_fit_the_smallest_shared_memory(tmp_path, capability, s
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("centroid_error_kernel") == 1
+    assert done.stdout.count("probe_sums_kernel") == 1

@@ -26,7 +26,7 @@ from svg_attention.methods import svg2
 from svg_attention.planning import clusters, order, probes, runs, selection
 from svg_attention.session import site_seed
 
-centroid_error = importlib.import_module("svg_attention.planning.centroid_error")
+probe_sums = importlib.import_module("svg_attention.planning.probe_sums")
 
 LAYOUT = TokenLayout(grid=(4, 12, 12), text_tokens=10)
 METHOD = SVG2(density=0.4, q_clusters=8, k_clusters=24, first_iterations=4)
@@ -288,7 +288,7 @@ def test_attend_enters_planning_once(
 
         return count
 
-    for module in (clusters, plan, order, probes, runs, selection, centroid_error):
+    for module in (clusters, plan, order, probes, runs, selection, probe_sums):
         if hasattr(module, "select_planner"):
             counter = counted(module.select_planner, chosen)
             monkeypatch.setattr(module, "select_planner", counter)

@@ -61,6 +61,10 @@ class SVG2(Method):
         compensate: let unread clusters take part through their mean key and value.
         route: "mass" reads the clusters with most mass; "error" those that their centroid would
             replace worst, as many keys as "mass" would have read. Needs `compensate`.
+        correct_bias: raise the weight of each centroid to what the probes of a tile find its
+            cluster to weigh: a mean key weighs less than its keys do on average. Needs
+            `route="error"`, whose pass over the keys finds it; clusters that one key dominates,
+            where the right weight on the mean value does harm, are then read.
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
@@ -77,6 +81,7 @@ class SVG2(Method):
     density: float | None = None
     compensate: bool = False
     route: Literal["mass", "error"] = "mass"
+    correct_bias: bool = False
     probe_rows: int = 16
     first_iterations: int = 50
     step_iterations: int = 2
@@ -103,10 +108,15 @@ class SVG2(Method):
             density=density,
             compensate=config.flag("compensate", self.compensate),
             route=config.choice("route", self.route, ("mass", "error")),
+            correct_bias=config.flag("correct_bias", self.correct_bias),
         )
         if self.route == "error" and not self.compensate:
             raise ValueError(
                 "route='error' ranks clusters by the error of compensation; set compensate=True"
+            )
+        if self.correct_bias and self.route != "error":
+            raise ValueError(
+                "correct_bias takes what the probes of error routing find; set route='error'"
             )
 
     @property
@@ -180,6 +190,7 @@ class SVG2(Method):
                 top_p=self.top_p,
                 min_clusters=int(self.min_keep * key_clusters.sizes.shape[-1]),
                 by_error=self.route == "error",
+                correct_bias=self.correct_bias,
                 probe_rows=self.probe_rows,
             ),
             tokens=layout.tokens,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_kmeans import update
+from svg_attention.planning import cuda
 from svg_attention.planning.clustering import Clusters
 from svg_attention.planning.dispatch import planner_for, select_planner
 from svg_attention.planning.order import LONG_RATIO
@@ -25,6 +26,7 @@ class Selection:
         top_p: share of the estimated attention that a tile reads.
         min_clusters: clusters that a tile reads at least, where it chooses by `top_p`.
         by_error: read the clusters that their centroid would replace worst.
+        correct_bias: raise the weight of centroids to what the probes find their clusters weigh.
         probe_rows: rows of a probe; divides 128.
     """
 
@@ -32,6 +34,7 @@ class Selection:
     top_p: float = 1.0
     min_clusters: int = 1
     by_error: bool = False
+    correct_bias: bool = False
     probe_rows: int = 16
 
 
@@ -45,8 +48,8 @@ class TileReads:
         run_multiple: rows that every run is a multiple of, but for one that ends the valid keys.
         tile_order: int32 `[B, H, T]`, or None.
         value_means: `[B, H_kv, C, D_v]`, mean value of each cluster; None without compensation.
-        log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for; None
-            without compensation.
+        log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for, and
+            what it lacks; None without compensation.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite.
     """
 
@@ -97,11 +100,12 @@ def plan_clusters(
     means = planner.probe_means(query, query_clusters.order, selection.probe_rows)
     sizes = match_heads(key_clusters.sizes, heads)
     value_means = mean_values(value, key_clusters) if compensate else None
-    mask = _select(planner, means, key, value, key_clusters, value_means, selection, scale)
+    mask, bias = _select(planner, means, key, value, key_clusters, value_means, selection, scale)
     # Tiles past the video read nothing but text, unless they hold text rows themselves.
     spare = count_tiles(tokens) - mask.shape[2]
     if spare:
         mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
+        bias = None if bias is None else torch.nn.functional.pad(bias, (0, 0, 0, spare))
     # What a broken head would be judged by is not to be trusted, so it stays dense.
     broken = query_clusters.broken | match_heads(key_clusters.broken, heads)
     mask = mask | broken[..., None, None]
@@ -115,7 +119,8 @@ def plan_clusters(
     weights = None
     if compensate:
         read = mask if full_tiles is None else mask | full_tiles[..., None]
-        weights = sizes.float().log()[:, :, None].expand(mask.shape).masked_fill(read, -torch.inf)
+        weights = sizes.float().log()[:, :, None].expand(mask.shape)
+        weights = (weights if bias is None else weights + bias).masked_fill(read, -torch.inf)
     return TileReads(
         run_starts=starts,
         run_lengths=lengths,
@@ -136,33 +141,38 @@ def _select(
     value_means: Tensor | None,
     selection: Selection,
     scale: float,
-) -> Tensor:
-    """Return the clusters that each tile of video rows reads: bool `[B, H, T, C]`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return the clusters that each tile of video rows reads, and what unread centroids lack.
+
+    Both are `[B, H, T, C]`, bool and fp32; the second is None where it is not asked for.
+    """
     kept: Tensor
+    error = bias = None
     length, rows = key.shape[2], selection.probe_rows
     sizes = match_heads(clusters.sizes, means.shape[1])
     probed = (length, rows, scale)
     budget = selection.budget
+    if selection.by_error:
+        tensors = (means, key, value, clusters.order, clusters.centroids, value_means)
+        prober = cuda if cuda.unsupported(means, key, value, rows) is None else planner
+        error, bias, _ = prober.probe_sums(*tensors, clusters.sizes, *probed, False)
+        bias = bias if selection.correct_bias else None
+        if budget is not None:
+            room = budget[:, None, None].expand(error.shape[:3])
+            return planner.keep_budget(error, sizes, room), bias
     mass = planner.probe_mass(
         means, clusters.centroids, clusters.sizes, *probed, budget is not None
     )
-    if budget is None:
-        priority = mass / sizes.clamp(min=1)[:, :, None]
-        floor = max(selection.min_clusters, 1)
-        kept = planner.keep_top_p(priority, mass, sizes, selection.top_p, floor)
-        if not selection.by_error:
-            return kept
-        room = (kept * sizes[:, :, None]).sum(dim=-1).float()
-    else:
+    if budget is not None:
         room = budget[:, None, None].expand(mass.shape[:3])
-        if not selection.by_error:
-            kept = planner.keep_budget(mass, sizes, room)
-            return kept
-    error = planner.centroid_error(
-        means, key, value, clusters.order, clusters.centroids, value_means, clusters.sizes, *probed
-    )
-    kept = planner.keep_budget(error, sizes, room)
-    return kept
+        return planner.keep_budget(mass, sizes, room), None
+    priority = mass / sizes.clamp(min=1)[:, :, None]
+    floor = max(selection.min_clusters, 1)
+    kept = planner.keep_top_p(priority, mass, sizes, selection.top_p, floor)
+    if selection.by_error:
+        room = (kept * sizes[:, :, None]).sum(dim=-1).float()
+        kept = planner.keep_budget(error, sizes, room)
+    return kept, bias
 
 
 def mean_values(value: Tensor, clusters: Clusters) -> Tensor:

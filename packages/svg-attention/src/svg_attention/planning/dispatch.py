@@ -16,6 +16,9 @@ PLANNERS = ("triton", "reference")
 # Channels of a head that the kernels take.
 MAX_HEAD_DIM = 256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# Nats by which the weight of a centroid is raised at most: a tile's rows are not all like the probe
+# that finds one key dominate a cluster.
+LARGEST_BIAS = 8.0
 _selected: dict[tuple[str, torch.device], Any] = {}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg_attention.planning.dispatch import LARGEST_BIAS
 from svg_attention.planning.segments import merge_segments
 from svg_attention.rows import take_rows
 from svg_attention.tiles import TILE_ROWS, count_tiles, match_heads
@@ -20,6 +21,8 @@ ORDERS_TILES = False
 MASS_LOGITS = 2**26
 ERROR_LOGITS = 2**24
 PATTERN_LOGITS = 2**26
+# Mass of a cluster, relative to the heaviest key, below which its bias is not measured.
+SMALL_MASS = 1e-10
 
 
 def probe_means(query: Tensor, order: Tensor, probe_rows: int) -> Tensor:
@@ -114,7 +117,7 @@ def _scatter(kept: Tensor, order: Tensor, priority: Tensor, sizes: Tensor) -> Te
     return (found | unknown) & (sizes > 0)[:, :, None]
 
 
-def centroid_error(
+def probe_sums(
     means: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,7 +128,8 @@ def centroid_error(
     length: int,
     probe_rows: int,
     scale: float,
-) -> Tensor:
+    return_output: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Probe every key in chunks of probes, then average by tile.
 
     The sums over a cluster are differences of an fp64 running sum, so they do not depend on the
@@ -149,19 +153,33 @@ def centroid_error(
     centroids_t = centroids.float().transpose(-1, -2)
     count = sizes.float()[:, :, None]
     per_probe = keys.shape[0] * keys.shape[1] * keys.shape[2]
-    errors = []
+    errors, masses, biases, outputs = [], [], [], []
     for part in means.float().split(max(ERROR_LOGITS // max(per_probe, 1), 1), dim=2):
         logits = torch.matmul(part, keys_t) * scale
         largest = logits.amax(dim=-1, keepdim=True)
         weights = (logits - largest).exp_()
         denominator = weights.sum(dim=-1, keepdim=True)
+        center_logits = torch.matmul(part, centroids_t) * scale - largest
         # By convexity a mean key's logit cannot exceed the largest of its cluster.
-        centre = (torch.matmul(part, centroids_t) * scale - largest).clamp_(max=0).exp_()
+        centre = center_logits.clamp(max=0).exp_()
+        total = _cluster_sums(weights, ends)
+        gap = total.clamp(min=SMALL_MASS).log() - count.clamp(min=1).log() - center_logits
+        # What hardly counts is not measured: its sum is a difference of large numbers.
+        counts = (total > SMALL_MASS) & (count > 0)
+        biases.append(torch.where(counts, gap, 0.0).clamp(min=0, max=LARGEST_BIAS))
+        masses.append(total / denominator)
+        if return_output:
+            outputs.append(torch.matmul(weights, values) / denominator + constant)
         cross = _cluster_sums(weights * agreement, ends)
         square = _cluster_sums(weights.square_() * energy, ends)
-        total = count * centre.square() * mean_energy - 2.0 * centre * cross + square
-        errors.append(total.clamp_(min=0) / (count.clamp(min=1) * denominator.square()))
-    return tile_average(torch.cat(errors, dim=2), length, probe_rows)
+        error = count * centre.square() * mean_energy - 2.0 * centre * cross + square
+        errors.append(error.clamp_(min=0) / (count.clamp(min=1) * denominator.square()))
+    mass = torch.cat(masses, dim=2)
+    lacking = tile_average(mass * torch.cat(biases, dim=2), length, probe_rows)
+    mass = tile_average(mass, length, probe_rows)
+    bias = torch.where(mass > 0, lacking / mass.clamp(min=1e-37), 0.0)
+    output = torch.cat(outputs, dim=2) if outputs else means.new_empty(0, dtype=torch.float32)
+    return tile_average(torch.cat(errors, dim=2), length, probe_rows), bias, output
 
 
 def _cluster_sums(x: Tensor, ends: Tensor) -> Tensor:

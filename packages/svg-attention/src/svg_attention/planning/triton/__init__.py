@@ -1,8 +1,8 @@
 """Planning with Triton kernels, function for function as in `reference.py`."""
 
-from svg_attention.planning.triton.centroid_error import centroid_error
 from svg_attention.planning.triton.order import long_tiles_first
 from svg_attention.planning.triton.pattern_error import pattern_error
+from svg_attention.planning.triton.probe_sums import probe_sums
 from svg_attention.planning.triton.probes import probe_mass, probe_means
 from svg_attention.planning.triton.runs import merge_clusters, round_runs
 from svg_attention.planning.triton.selection import keep_budget, keep_top_p
@@ -15,7 +15,6 @@ ORDERS_TILES = True
 __all__ = [
     "ORDERS_TILES",
     "RUN_MULTIPLE",
-    "centroid_error",
     "keep_budget",
     "keep_top_p",
     "long_tiles_first",
@@ -23,5 +22,6 @@ __all__ = [
     "pattern_error",
     "probe_mass",
     "probe_means",
+    "probe_sums",
     "round_runs",
 ]

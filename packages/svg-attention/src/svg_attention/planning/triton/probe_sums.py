@@ -4,18 +4,21 @@ Keys are first laid out cluster by cluster with the cluster's centroid behind it
 two numbers for each row: `energy`, what its squared weight counts, and `agreement`, what its weight
 counts when multiplied with the centroid's. A block of probes then reads these rows in chunks that
 belong to one cluster each, as attention does, with a running maximum. What it finds for a cluster
-waits beside the maximum it was found under until the softmax's denominator is known.
+waits beside the maximum it was found under until the softmax's denominator is known; so do its mass
+and what the logarithm of its centroid's weight lacks.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_attention.planning.dispatch import LARGEST_BIAS
 from svg_attention.planning.triton.launch import LOG2_E, Blocks, on, table_key
-from svg_attention.tiles import TILE_ROWS
+from svg_attention.tiles import TILE_ROWS, match_heads
 
 # (bytes of an element, head size) -> blocks of probes and of keys, as `probes.MASS`.
 BLOCKS = {
@@ -99,13 +102,14 @@ def lay_out_kernel(
 
 
 @triton.jit
-def centroid_error_kernel(
+def probe_sums_kernel(
     means,
     rows,
     energy,
     agreement,
     starts,
     errors,
+    biases,
     scratch,
     length,
     keys,
@@ -116,6 +120,7 @@ def centroid_error_kernel(
     C,
     D,
     scale_log2,
+    largest_bias,
     PROBE_ROWS: tl.constexpr,
     PROBES: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -131,8 +136,10 @@ def centroid_error_kernel(
     lane = tl.arange(0, BLOCK_P)
     all_c = tl.arange(0, ALL_C)
     TILES: tl.constexpr = BLOCK_P // PROBES
-    found = scratch + tl.program_id(0).to(tl.int64) * 2 * C * BLOCK_P
+    found = scratch + tl.program_id(0).to(tl.int64) * 4 * C * BLOCK_P
     under = found + C * BLOCK_P
+    masses = under + C * BLOCK_P
+    gaps = masses + C * BLOCK_P
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         block = item % blocks
         sequence = (item // blocks).to(tl.int64)
@@ -152,9 +159,11 @@ def centroid_error_kernel(
         denominator = tl.zeros([BLOCK_P], dtype=tl.float32)
         square = tl.zeros([BLOCK_P], dtype=tl.float32)
         cross = tl.zeros([BLOCK_P], dtype=tl.float32)
+        mass = tl.zeros([BLOCK_P], dtype=tl.float32)
         cluster = 0
         row = 0
-        left = tl.load(edges + 1) + 1
+        count = tl.load(edges + 1)
+        left = count + 1
         for _ in tl.range(0, chunks):
             inside = offs_n < left
             place = base + row + offs_n
@@ -174,7 +183,9 @@ def centroid_error_kernel(
             last = left <= BLOCK_N
             is_centre = last & (offs_n == left - 1)
             centre = tl.sum(tl.where(is_centre[None, :], weights, 0.0), 1)
-            denominator = denominator * fade + tl.sum(weights, 1) - centre
+            added = tl.sum(weights, 1) - centre
+            denominator = denominator * fade + added
+            mass = mass * fade + added
             cross = cross * fade + tl.sum(weights * weight_cross[None, :], 1)
             square = square * fade * fade
             square += tl.sum(weights * weights * weight_square[None, :], 1)
@@ -182,20 +193,31 @@ def centroid_error_kernel(
             write = last & (lane >= 0)
             tl.store(found + cluster * BLOCK_P + lane, result, mask=write)
             tl.store(under + cluster * BLOCK_P + lane, maximum, mask=write)
+            # The centroid's own logit, which its weight may be too small to tell.
+            centre_logit = tl.sum(tl.where(is_centre[None, :], logits, 0.0), 1)
+            mean_mass = tl.maximum(mass, 1e-37) / tl.maximum(count, 1).to(tl.float32)
+            gap = (tl.log2(mean_mass) + maximum - centre_logit) * 0.6931471805599453
+            gap = tl.minimum(tl.maximum(gap, 0.0), largest_bias)
+            tl.store(masses + cluster * BLOCK_P + lane, tl.maximum(mass, 0.0), mask=write)
+            tl.store(gaps + cluster * BLOCK_P + lane, gap, mask=write)
             row += tl.minimum(left, BLOCK_N)
             cluster += last.to(tl.int32)
             square = tl.where(last, 0.0, square)
             cross = tl.where(last, 0.0, cross)
+            mass = tl.where(last, 0.0, mass)
             inner = cluster < C
             following = tl.load(edges + cluster + 1, mask=inner, other=0)
             following -= tl.load(edges + cluster, mask=inner, other=0)
             left = tl.where(last, following + 1, left - BLOCK_N)
+            count = tl.where(last, following, count)
         tl.debug_barrier()
         share = tl.minimum(tl.maximum(length - offs_p * PROBE_ROWS, 0), PROBE_ROWS).to(tl.float32)
         share /= tl.minimum(tl.maximum(length - offs_p // PROBES * 128, 1), 128).to(tl.float32)
+        share_of_mass = share / denominator
         share /= denominator * denominator
         tile = block * TILES + tl.arange(0, TILES)
         target = errors + sequence * (probes // PROBES) * C
+        target_bias = biases + sequence * (probes // PROBES) * C
         for c in range(0, C, TOGETHER):
             offs_c = c + tl.arange(0, TOGETHER)
             mask_c = (offs_c < C)[:, None]
@@ -207,10 +229,16 @@ def centroid_error_kernel(
             part = tl.sum(tl.reshape(part, [TOGETHER, TILES, PROBES]), 2)
             inside = mask_c & (tile < probes // PROBES)[None, :]
             tl.store(target + tile[None, :] * C + offs_c[:, None], part, mask=inside)
+            weight = tl.load(masses + spot, mask=mask_c, other=0.0) * fade2 * share_of_mass[None, :]
+            lacking = weight * tl.load(gaps + spot, mask=mask_c, other=0.0)
+            weight = tl.sum(tl.reshape(weight, [TOGETHER, TILES, PROBES]), 2)
+            lacking = tl.sum(tl.reshape(lacking, [TOGETHER, TILES, PROBES]), 2)
+            bias = tl.where(weight > 0.0, lacking / tl.maximum(weight, 1e-37), 0.0)
+            tl.store(target_bias + tile[None, :] * C + offs_c[:, None], bias, mask=inside)
         tl.debug_barrier()
 
 
-def centroid_error(
+def probe_sums(
     means: Tensor,
     key: Tensor,
     value: Tensor,
@@ -221,15 +249,22 @@ def centroid_error(
     length: int,
     probe_rows: int,
     scale: float,
-) -> Tensor:
-    """Launch both kernels."""
+    return_output: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch both kernels; torch's own attention computes the outputs of probes."""
     batch, heads, probes, width = means.shape
     key_heads, count = centroids.shape[1:3]
     keys, depth = value.shape[2:]
     tiles = probes * probe_rows // TILE_ROWS
     errors = means.new_empty(batch, heads, tiles, count, dtype=torch.float32)
+    biases = torch.empty_like(errors)
+    output = means.new_empty(0, dtype=torch.float32)
+    if return_output:
+        output = F.scaled_dot_product_attention(
+            means, match_heads(key, heads), match_heads(value, heads), scale=scale
+        ).float()
     if not errors.numel():
-        return errors
+        return errors, biases, output
     starts = torch.nn.functional.pad(sizes.cumsum(-1, dtype=torch.int32), (1, 0))
     weighted = value_means.float() * sizes[..., None]
     constants = (weighted.sum(2) / max(keys, 1)).contiguous()
@@ -243,7 +278,7 @@ def centroid_error(
     blocks = triton.cdiv(probes, block)
     total = batch * heads * blocks
     programs = min(total, PROGRAMS * _multiprocessors(means.device))
-    scratch = means.new_empty(programs, 2, count, block, dtype=torch.float32)
+    scratch = means.new_empty(programs, 4, count, block, dtype=torch.float32)
     with on(means.device):
         lay_out_kernel[(batch * key_heads * count,)](
             key, value, order.contiguous(), centroids.contiguous(), value_means.contiguous(),
@@ -251,16 +286,16 @@ def centroid_error(
             key_heads, keys, count, width, depth,
             BLOCK_N=16, BLOCK_D=widths[0], BLOCK_DV=widths[1], num_warps=2,
         )  # fmt: skip
-        centroid_error_kernel[(programs,)](
-            means.contiguous(), rows, energy, agreement, starts, errors, scratch, length, keys,
-            probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
-            PROBE_ROWS=probe_rows, PROBES=TILE_ROWS // probe_rows, BLOCK_P=block,
+        probe_sums_kernel[(programs,)](
+            means.contiguous(), rows, energy, agreement, starts, errors, biases, scratch, length,
+            keys, probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
+            LARGEST_BIAS, PROBE_ROWS=probe_rows, PROBES=TILE_ROWS // probe_rows, BLOCK_P=block,
             BLOCK_N=chosen.columns, TOGETHER=TOGETHER,
             ALL_C=triton.next_power_of_2(count), BLOCK_D=widths[0],
             PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
-    return errors
+    return errors, biases, output
 
 
 def _multiprocessors(device: torch.device) -> int:
