@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -51,7 +52,7 @@ def assignment(
     types = {
         "x": f"*{dtype}",
         "directions": f"tensordesc<{dtype}[{tile.block_k},{tile.block_d}]>",
-        "scale": "*fp32",
+        **dict.fromkeys(("scale", "origin"), "*fp32"),
         "bias": f"tensordesc<fp32[{tile.block_k}]>",
         "labels": "*i32",
         **dict.fromkeys(("N", "k_tiles", "n_tiles"), "i32"),
@@ -68,6 +69,7 @@ def assignment(
         "STAGES": tile.stages,
         "DESCRIBED": described,
         "SCALED": False,
+        "CENTERED": size == 4,
         "PRECISION": "tf32x3" if size == 4 else None,
     }
     return build(
@@ -95,25 +97,52 @@ def hopper() -> Any:
     return build(GluonASTSource, kernel, types, constants, (9, 0), num_warps=assign_sm90.WARPS)
 
 
-def updating(capability: launch_config.Capability) -> Any:
+def updating(capability: launch_config.Capability, size: int) -> Any:
     """Compile the kernel that sums points per cluster."""
-    floats = ("weight", "sums", "totals", "piece_sums", "piece_totals", "costs")
+    wide = "fp32" if size == 2 else "fp64"
     types = {
-        **dict.fromkeys(("x", "previous"), "*bf16"),
+        **dict.fromkeys(("x", "previous"), f"*{TYPES[size]}"),
+        **dict.fromkeys(("scale", "weight", "costs"), "*fp32"),
+        **dict.fromkeys(("sums", "totals", "piece_sums", "piece_totals"), f"*{wide}"),
         **dict.fromkeys(("order", "labels", "starts"), "*i32"),
-        **dict.fromkeys(floats, "*fp32"),
         **dict.fromkeys(("N", "K", "spans"), "i32"),
         **dict.fromkeys(("stride_xb", "stride_xn"), "i64"),
     }
     constants = {
         "D": 128,
         "SPAN": 256,
-        "BLOCK_N": 16,
+        "BLOCK_N": 32 // size,
         "BLOCK_D": 128,
+        "SUM": tl.float32 if size == 2 else tl.float64,
+        "SCALED": True,
         "WEIGHTED": True,
         "WITH_COST": True,
     }
     return build(ASTSource, update.segment_sums_kernel, types, constants, capability, num_warps=1)
+
+
+def finishing(capability: launch_config.Capability, size: int) -> Any:
+    """Compile the kernel that turns sums into centroids."""
+    wide = "fp32" if size == 2 else "fp64"
+    floats = ("sums", "totals", "piece_sums", "piece_totals", "raw_sums", "raw_totals", "costs")
+    types = {
+        "starts": "*i32",
+        **dict.fromkeys(("previous", "centroids"), f"*{TYPES[size]}"),
+        **dict.fromkeys(floats, f"*{wide}"),
+        **dict.fromkeys(("K", "spans"), "i32"),
+    }
+    constants = {
+        "D": 128,
+        "SPAN": 256,
+        "BLOCK_P": 8,
+        "BLOCK_D": 128,
+        "SUM": tl.float32 if size == 2 else tl.float64,
+        "METRIC": "cosine",
+        "WEIGHTED": True,
+        "WITH_COST": True,
+        "RAW": False,
+    }
+    return build(ASTSource, update.finish_kernel, types, constants, capability, num_warps=1)
 
 
 def report(
@@ -150,8 +179,11 @@ def main(chosen: list[str]) -> None:
             name = f"assign {TYPES[size]} {width or 'any'}"
             twin = any(launch_config.TABLE[c].get((size, width)) == tile for c in TWINS)
             report(name, capability, began, kernel, shared_with_twin=twin)
-        began = time.perf_counter()
-        report("update", capability, began, updating(capability))
+        for size, dtype in TYPES.items():
+            began = time.perf_counter()
+            report(f"sums {dtype}", capability, began, updating(capability, size))
+            began = time.perf_counter()
+            report(f"finish {dtype}", capability, began, finishing(capability, size))
         if capability == (9, 0):
             began = time.perf_counter()
             report("assign sm90", capability, began, hopper())

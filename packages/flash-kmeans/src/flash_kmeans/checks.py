@@ -86,6 +86,16 @@ def weights_like(weight: Tensor | None, x: Tensor) -> Tensor | None:
     return weight.to(dtype).expand(x.shape[:2]).contiguous()
 
 
+def valid_weights(weight: Tensor) -> None:
+    """Raise ValueError if a weight is negative, NaN or infinite; synchronises on a device."""
+    bad = ~((weight >= 0) & torch.isfinite(weight))
+    if bool(bad.any()):
+        raise ValueError(
+            f"sample_weight must hold finite weights of at least 0 (in {weight.dtype}), "
+            f"but it holds {float(weight[bad][0])}"
+        )
+
+
 def finite(x: Tensor, name: str = "x") -> None:
     """Raise ValueError if `x` holds NaN or infinity; synchronises on a device."""
     low, high = torch.aminmax(x)

@@ -178,15 +178,7 @@ class KMeans:
         Euclidean distances; `1 - cos` for "cosine"; minus the inner product for "dot".
         """
         points, centers = self._fitted(X)
-        wide = points.to(common.compute_dtype(points)), centers.to(points.device)
-        if self.metric == "euclidean":
-            out = torch.cdist(wide[0], wide[1].to(wide[0].dtype))
-        else:
-            directions, _ = common.scoring(wide[1][None], self.metric, wide[0].dtype)
-            rows = wide[0]
-            if self.metric == "cosine":
-                rows = torch.nn.functional.normalize(rows, dim=-1)
-            out = -(rows @ directions[0].T) + (1.0 if self.metric == "cosine" else 0.0)
+        out = common.distances(points, centers, self.metric)
         return self._like(out.to(points.dtype), X)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:

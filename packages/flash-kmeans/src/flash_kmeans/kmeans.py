@@ -217,7 +217,7 @@ def _until_settled(
         last = current
         labels = ops.assign(x, current, metric, backend, tf32)
         if empty == "farthest":
-            labels = common.relabel_farthest(x, labels, current, metric)
+            labels = common.relabel_farthest(x, labels, current, metric, weight)
         current, sizes, order = ops.update(x, labels, current, weight, metric, backend)
         moved = (current.to(limit.dtype) - last.to(limit.dtype)).square().sum((1, 2))
         settled = bool((moved <= limit).all())

@@ -1,6 +1,8 @@
 """Operators registered with torch, so that `torch.compile` and CUDA graphs see whole calls.
 
 Each operator dispatches on a backend's name. The fakes describe outputs without touching data.
+Values are checked in here, where a graph does not see it. On a CPU what is wrong raises; on a
+device looking would synchronise, so a wrong weight becomes NaN there, and shows as a NaN inertia.
 """
 
 from __future__ import annotations
@@ -24,32 +26,43 @@ _LIBRARY.define(
 )
 
 
-def _module(name: str) -> ModuleType:
-    if name == "reference":
+def _module(backend: str) -> ModuleType:
+    if backend == "reference":
         return reference
     from .triton import launch
 
     return launch
 
 
+def _valid(weight: Tensor | None) -> Tensor | None:
+    if weight is None:
+        return None
+    if weight.device.type == "cpu":
+        checks.valid_weights(weight)
+        return weight
+    return torch.where((weight >= 0) & torch.isfinite(weight), weight, torch.nan)
+
+
 def _assign(x: Tensor, centroids: Tensor, metric: str, backend: str, tf32: bool) -> Tensor:
-    if backend == "reference":
-        return reference.assign(x, centroids, metric)  # type: ignore[arg-type]
     return _module(backend).assign(x, centroids, metric, tf32=tf32)  # type: ignore[no-any-return]
 
 
 def accumulate(
-    x: Tensor, labels: Tensor, previous: Tensor, metric: str, scaled: Tensor | None, backend: str
+    x: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
-    return _module(backend).accumulate(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
+    return _module(backend).accumulate(x, labels, n_clusters, scale, weight)  # type: ignore[no-any-return]
 
 
 def _update(
     x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scaled = common.point_weights(x, metric, weight)
-    return _module(backend).update(x, labels, previous, metric, scaled)  # type: ignore[no-any-return]
+    return _module(backend).update(x, labels, previous, metric, _valid(weight))  # type: ignore[no-any-return]
 
 
 def _lloyd(
@@ -64,10 +77,9 @@ def _lloyd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.device.type == "cpu":
         checks.finite(x)
-    scaled = common.point_weights(x, metric, weight)
-    if backend == "reference":
-        return reference.lloyd(x, centroids, weight, scaled, metric, empty, rounds)  # type: ignore[arg-type]
-    return _module(backend).lloyd(x, centroids, weight, scaled, metric, empty, rounds, tf32)  # type: ignore[no-any-return]
+        checks.finite(centroids, "init")
+    arguments = (x, centroids, _valid(weight), metric, empty, rounds, tf32)
+    return _module(backend).lloyd(*arguments)  # type: ignore[no-any-return]
 
 
 def _assign_fake(x: Tensor, centroids: Tensor, metric: str, backend: str, tf32: bool) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import common, ops
@@ -23,8 +24,8 @@ class Partials:
         sums: `[K, D]`, points per cluster added up (times what the metric and weights fold in).
         totals: `[K]`, their weights.
         counts: `[K]`, their number.
-        cost: `[]`, the objective against the centroids that gave the labels ("euclidean"), or the
-            sum of weights.
+        cost: `[]`, the objective against the centroids that gave the labels; zero for "dot", whose
+            objective the sums give.
     """
 
     sums: Tensor
@@ -60,25 +61,25 @@ class Partials:
         """Add points `[N, D]` with `labels` `[N]` under `centroids` `[K, D]`."""
         batch, names, means = x[None], labels[None], centroids[None]
         given = None if weight is None else weight[None]
-        scaled = common.point_weights(batch, metric, given)
-        sums, totals, sizes = ops.accumulate(batch, names, means, metric, scaled, backend)
+        scale, mass = common.point_weights(batch, metric, given)
+        sums, totals, sizes = ops.accumulate(batch, names, means.shape[1], scale, mass, backend)
         self.sums += sums[0]
         self.totals += totals[0]
         self.counts += sizes[0]
-        if metric == "euclidean":
+        if metric != "dot":
             costs = common.point_costs(batch, means, names, metric)
             self.cost += (costs if given is None else costs * given).sum(dtype=torch.float64)
-        else:
-            self.cost += x.shape[0] if given is None else given.sum(dtype=torch.float64)
 
     def finish(self, previous: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         """Return centroids in the dtype of `previous` and the objective over them, fp64 `[]`."""
         new = common.finalize(self.sums[None], self.totals[None], previous[None], metric)[0]
         c, before = new.double(), previous.double()
-        if metric == "euclidean":
-            step = c - before
-            mass = self.totals.unsqueeze(-1)
-            change = (step * (mass * step - 2 * (self.sums - mass * before))).sum()
-            return new, self.cost + change
-        inner = (self.sums * c).sum()
-        return new, self.cost - inner if metric == "cosine" else -inner
+        if metric == "dot":
+            return new, -(self.sums * c).sum()
+        if metric == "cosine":
+            c, before = F.normalize(c, dim=-1), F.normalize(before, dim=-1)
+        step = c - before
+        mass = self.totals.unsqueeze(-1)
+        # What every squared distance changes by when its centroid takes a step.
+        change = (step * (mass * step - 2 * (self.sums - mass * before))).sum()
+        return new, self.cost + (change / 2 if metric == "cosine" else change)

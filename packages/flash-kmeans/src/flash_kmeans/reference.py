@@ -1,8 +1,6 @@
 """Reference backend: plain torch on any device, chunked so that scratch memory is bounded.
 
-Distances are never formed. With `score(x, c) = x.c - |c|^2 / 2` the nearest centroid is the one of
-the highest score, and `|x|^2` (which, rounded, would swamp the differences between centroids of
-data with a common offset) does not appear. Products and norms are accumulated in fp32.
+The oracle that other backends are held to; none of them imports it.
 """
 
 from __future__ import annotations
@@ -18,19 +16,24 @@ from .common import (
     compute_dtype,
     finalize,
     inertia,
+    point_weights,
     relabel_farthest,
     scoring,
     sort_by_label,
     spans,
+    sum_dtype,
 )
 
 
-def assign(x: Tensor, centroids: Tensor, metric: Metric) -> Tensor:
-    """Return the int32 label `[B, N]` of the best centroid; the lowest index wins a tie."""
+def assign(x: Tensor, centroids: Tensor, metric: Metric, *, tf32: bool = False) -> Tensor:
+    """Return the int32 label `[B, N]` of the best centroid; the lowest index wins a tie.
+
+    `tf32` has no effect here.
+    """
     batch, n_points, dim = x.shape
     n_clusters = centroids.shape[1]
     dtype = compute_dtype(x)
-    directions, bias = scoring(centroids, metric, dtype)
+    directions, bias, origin = scoring(centroids, metric, dtype)
     labels = torch.empty(batch, n_points, dtype=torch.int32, device=x.device)
     scratch = torch.empty(0, dtype=dtype, device=x.device)
     per_point = max(n_clusters, dim)
@@ -41,7 +44,8 @@ def assign(x: Tensor, centroids: Tensor, metric: Metric) -> Tensor:
             if scratch.numel() < math.prod(shape):
                 scratch = torch.empty(math.prod(shape), dtype=dtype, device=x.device)
             scores = scratch[: math.prod(shape)].view(shape)
-            torch.bmm(x[b, n].to(dtype), weights, out=scores)
+            points = x[b, n].to(dtype)
+            torch.bmm(points if origin is None else points - origin[b], weights, out=scores)
             labels[b, n] = _argmax(scores.add_(offset))
     return labels
 
@@ -57,7 +61,7 @@ def cluster_sums(x: Tensor, order: Tensor, sizes: Tensor, weight: Tensor | None)
     """Return `[B, K, D]` sums of (weighted) points per cluster, without atomics."""
     batch, n_points, dim = x.shape
     n_clusters = sizes.shape[1]
-    dtype = compute_dtype(x)
+    dtype = sum_dtype(x)
     rows = x.reshape(batch * n_points, dim)
     base = torch.arange(batch, device=x.device).unsqueeze(1) * n_points
     index = (order.long() + base).reshape(-1)
@@ -84,31 +88,39 @@ def cluster_sums(x: Tensor, order: Tensor, sizes: Tensor, weight: Tensor | None)
     return sums.view(batch, n_clusters, dim)
 
 
-def cluster_weights(
-    order: Tensor, sizes: Tensor, weight: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Return the total weight per cluster `[B, K]`: the sizes where points have no weights."""
-    if weight is None:
-        return sizes.to(dtype)
-    return cluster_sums(weight.unsqueeze(-1), order, sizes, None).squeeze(-1).to(dtype)
-
-
 def accumulate(
-    x: Tensor, labels: Tensor, previous: Tensor, metric: Metric, weight: Tensor | None
+    x: Tensor,
+    labels: Tensor,
+    n_clusters: int,
+    scale: Tensor | None,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
-    order, sizes = sort_by_label(labels, previous.shape[1])
-    sums = cluster_sums(x, order, sizes, weight)
-    return sums, cluster_weights(order, sizes, weight, sums.dtype), sizes
+    """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster.
+
+    `scale` and `weight` are those of `point_weights`.
+    """
+    sums, totals, sizes, _ = _accumulate(x, labels, n_clusters, scale, weight)
+    return sums, totals, sizes
+
+
+def _accumulate(
+    x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order, sizes = sort_by_label(labels, n_clusters)
+    factor = weight if scale is None else scale if weight is None else scale * weight
+    sums = cluster_sums(x, order, sizes, factor)
+    if weight is None:
+        return sums, sizes.to(sums.dtype), sizes, order
+    totals = cluster_sums(weight.unsqueeze(-1), order, sizes, None).squeeze(-1)
+    return sums, totals.to(sums.dtype), sizes, order
 
 
 def update(
     x: Tensor, labels: Tensor, previous: Tensor, metric: Metric, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return centroids `[B, K, D]`, sizes and order for given labels (see `Update`)."""
-    order, sizes = sort_by_label(labels, previous.shape[1])
-    sums = cluster_sums(x, order, sizes, weight)
-    totals = cluster_weights(order, sizes, weight, sums.dtype)
+    scale, mass = point_weights(x, metric, weight)
+    sums, totals, sizes, order = _accumulate(x, labels, previous.shape[1], scale, mass)
     return finalize(sums, totals, previous, metric), sizes, order
 
 
@@ -116,19 +128,16 @@ def lloyd(
     x: Tensor,
     centroids: Tensor,
     weight: Tensor | None,
-    scaled: Tensor | None,
     metric: Metric,
     empty: str,
     rounds: int,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run `rounds` rounds; return labels, centroids, sizes, order and inertia.
-
-    `scaled` is `weight` times what the metric folds into it.
-    """
+    """Run `rounds` rounds; return labels, centroids, sizes, order and inertia."""
     current = centroids
     for _ in range(rounds):
         labels = assign(x, current, metric)
         if empty == "farthest":
-            labels = relabel_farthest(x, labels, current, metric)
-        current, sizes, order = update(x, labels, current, metric, scaled)
+            labels = relabel_farthest(x, labels, current, metric, weight)
+        current, sizes, order = update(x, labels, current, metric, weight)
     return labels, current, sizes, order, inertia(x, current, labels, metric, weight)

@@ -299,7 +299,7 @@ def triton_centroid_update_sorted_euclid(
     """
     backend = select_backend(x, "auto")
     labels = cluster_ids.to(torch.int32)
-    sums, _, sizes = ops.accumulate(x, labels, old_centroids, "euclidean", None, backend)
+    sums, _, sizes = ops.accumulate(x, labels, old_centroids.shape[1], None, None, backend)
     sums = sums if centroid_sums is None else centroid_sums.add_(sums)
     sizes = sizes if centroid_cnts is None else centroid_cnts.add_(sizes)
     return common.finalize(sums, sizes, old_centroids, "euclidean") if calculate_new else None

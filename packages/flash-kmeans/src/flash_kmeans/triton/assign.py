@@ -54,6 +54,7 @@ def assign_kernel(
     directions,
     scale,
     bias,
+    origin,
     labels,
     N,
     k_tiles,
@@ -68,9 +69,13 @@ def assign_kernel(
     STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr,
     SCALED: tl.constexpr,
+    CENTERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the label of each point of one tile: the highest `x.direction * scale + bias`."""
+    """Write the label of each point of one tile: the highest `x.direction * scale + bias`.
+
+    If CENTERED, points are first measured from `origin` `[B, D]`.
+    """
     program = tl.program_id(0)
     b = program // n_tiles
     rows = (program % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,10 +90,14 @@ def assign_kernel(
         bias += first.to(tl.int64) + offs_k
     if SCALED:
         scale += first.to(tl.int64) + offs_k
+    if CENTERED:
+        origin += b.to(tl.int64) * D
     best = tl.full([BLOCK_N, 4], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK_N, 4], tl.int32)
     if D_TILES == 1:
         tile = tl.load(points + offs_d[None, :], mask=mask_n & (offs_d < D)[None, :], other=0.0)
+        if CENTERED:
+            tile -= tl.load(origin + offs_d, mask=offs_d < D, other=0.0)[None, :]
         for k in tl.range(0, k_tiles, num_stages=STAGES):
             if DESCRIBED:
                 centroids = directions.load([first + k * BLOCK_K, 0]).T
@@ -110,6 +119,9 @@ def assign_kernel(
                 tile = tl.load(
                     points + d * BLOCK_D + offs_d[None, :], mask=mask_n & mask_d, other=0.0
                 )
+                if CENTERED:
+                    middle = origin + d * BLOCK_D + offs_d[None, :]
+                    tile -= tl.load(middle, mask=mask_d, other=0.0)
                 if DESCRIBED:
                     centroids = directions.load([first + k * BLOCK_K, d * BLOCK_D]).T
                 else:
@@ -142,7 +154,11 @@ def prepare_kernel(
     BLOCK_D: tl.constexpr,
     METRIC: tl.constexpr,
 ):
-    """Copy centroids into zero-padded rows and derive what the scores need of their norms."""
+    """Copy centroids into zero-padded rows and derive what the scores need of their norms.
+
+    A row that is not finite, or whose square is not, becomes padding: the assign kernel compares
+    without looking for NaN, so that one would hide the centroids it is compared with.
+    """
     program = tl.program_id(0)
     b = (program // k_blocks).to(tl.int64)
     offs_k = (program % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -158,7 +174,13 @@ def prepare_kernel(
         tl.store(padded, values, mask=(offs_d < WIDTH)[None, :])
         wide = values.to(tl.float32)
         square += tl.sum(wide * wide, 1)
+    alive = square < float("inf")
+    for d in range(0, WIDTH, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        padded = directions + row[:, None] * WIDTH + offs_d[None, :]
+        tl.store(padded, 0.0, mask=(offs_d < WIDTH)[None, :] & (alive == 0)[:, None])
     shift = -0.5 * square if METRIC == "euclidean" else tl.zeros_like(square)
-    tl.store(bias + row, tl.where(offs_k < K, shift, -float("inf")))
+    tl.store(bias + row, tl.where((offs_k < K) & alive, shift, -float("inf")))
     if METRIC == "cosine":
-        tl.store(scale + row, tl.where(square > 0, 1 / tl.sqrt(square), 0.0))
+        long = (square > 0) & alive
+        tl.store(scale + row, tl.where(long, 1 / tl.sqrt(tl.where(long, square, 1.0)), 0.0))

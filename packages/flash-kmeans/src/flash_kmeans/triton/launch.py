@@ -1,4 +1,4 @@
-"""Launchers of the Triton backend: allocate, choose tiles, launch. Nothing here synchronises."""
+"""Launchers of the Triton backend: allocate, pick tiles, launch. Nothing here synchronises."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .. import common
+from ..checks import Metric
 from . import assign as assigning
 from . import launch_config
 from . import order as ordering
@@ -33,7 +35,7 @@ _FEWEST_POINTS = 512
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Return the compute capability to choose tiles for; the interpreter poses as 8.0."""
+    """Return the compute capability to pick tiles for; the interpreter poses as 8.0."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
 
 
@@ -43,17 +45,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _padded(
-    centroids: Tensor, metric: str, tile: launch_config.Tile
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Return zero-padded directions, their scales and biases, steps over K and over D."""
+    centroids: Tensor, metric: Metric, tile: launch_config.Tile
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]:
+    """Return zero-padded directions, scales, biases, an origin, steps over K and over D."""
     batch, n_clusters, dim = centroids.shape
     k_tiles, d_tiles = triton.cdiv(n_clusters, tile.block_k), triton.cdiv(dim, tile.block_d)
     rows, width = k_tiles * tile.block_k, d_tiles * tile.block_d
     if centroids.dtype == torch.float32:
-        directions, bias = common.scoring(centroids, metric, torch.float32)  # type: ignore[arg-type]
+        directions, bias, origin = common.scoring(centroids, metric, torch.float32)
         directions = F.pad(directions, (0, width - dim, 0, rows - n_clusters))
         bias = F.pad(bias, (0, rows - n_clusters), value=-torch.inf)
-        return directions.contiguous(), bias, bias.contiguous(), k_tiles, d_tiles
+        return directions.contiguous(), bias, bias.contiguous(), origin, k_tiles, d_tiles
     directions = centroids.new_empty(batch, rows, width)
     bias = centroids.new_empty(batch, rows, dtype=torch.float32)
     scale = torch.empty_like(bias) if metric == "cosine" else bias
@@ -62,13 +64,13 @@ def _padded(
         centroids, directions, scale, bias, n_clusters, rows // block,
         D=dim, WIDTH=width, BLOCK_K=block, BLOCK_D=min(width, 128), METRIC=metric, num_warps=1,
     )  # fmt: skip
-    return directions, scale, bias, k_tiles, d_tiles
+    return directions, scale, bias, None, k_tiles, d_tiles
 
 
 def assign(
     x: Tensor,
     centroids: Tensor,
-    metric: str,
+    metric: Metric,
     *,
     tf32: bool = False,
     specialised: bool = True,
@@ -80,7 +82,7 @@ def assign(
     batch, n_points, dim = x.shape
     chip = capability(x)
     tile = launch_config.tile_for(chip, x.element_size(), dim, centroids.shape[1], n_points)
-    directions, scale, bias, k_tiles, d_tiles = _padded(centroids, metric, tile)
+    directions, scale, bias, origin, k_tiles, d_tiles = _padded(centroids, metric, tile)
     described = TensorDescriptor is not None and chip >= _FIRST_DESCRIBED
     source: Any = directions
     shift: Any = bias
@@ -92,10 +94,11 @@ def assign(
     labels = torch.empty(batch, n_points, dtype=torch.int32, device=x.device)
     n_tiles = triton.cdiv(n_points, tile.block_n)
     assigning.assign_kernel[(batch * n_tiles,)](
-        x, source, scale, shift, labels, n_points, k_tiles, n_tiles, x.stride(0), x.stride(1),
+        x, source, scale, shift, bias if origin is None else origin.contiguous(), labels,
+        n_points, k_tiles, n_tiles, x.stride(0), x.stride(1),
         D=dim, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_D=tile.block_d, D_TILES=d_tiles,
         STAGES=tile.stages, DESCRIBED=described,
-        SCALED=metric == "cosine" and x.dtype != torch.float32,
+        SCALED=metric == "cosine" and x.dtype != torch.float32, CENTERED=origin is not None,
         PRECISION="tf32" if tf32 else "tf32x3" if x.dtype == torch.float32 else None,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -112,8 +115,8 @@ def _hopper() -> Any:
     return assign_sm90
 
 
-def suits_hopper(x: Tensor, n_clusters: int, metric: str) -> bool:
-    """Say whether the warp-specialised kernel takes these points."""
+def suits_hopper(x: Tensor, n_clusters: int, metric: Metric) -> bool:
+    """Return whether the warp-specialised kernel takes these points."""
     batch, n_points, dim = x.shape
     return (
         x.dtype in (torch.float16, torch.bfloat16)
@@ -129,7 +132,7 @@ def suits_hopper(x: Tensor, n_clusters: int, metric: str) -> bool:
     )
 
 
-def _assign_hopper(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
+def _assign_hopper(x: Tensor, centroids: Tensor, metric: Metric) -> Tensor:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 
     kernel = _hopper()
@@ -138,7 +141,7 @@ def _assign_hopper(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     tile = launch_config.Tile(
         block_n=block_n, block_k=block_k, block_d=dim, warps=4, stages=kernel.STAGES
     )
-    directions, _, bias, k_tiles, _ = _padded(centroids, metric, tile)
+    directions, _, bias, _, k_tiles, _ = _padded(centroids, metric, tile)
     dtype = kernel.gl.float16 if x.dtype == torch.float16 else kernel.gl.bfloat16
     rows = x.as_strided((batch * n_points, dim), (x.stride(1), 1))
     points = Described.from_tensor(rows, [block_n, dim], kernel.shared_layout(block_n, dtype))
@@ -192,7 +195,8 @@ def _finish(
     x: Tensor,
     labels: Tensor,
     previous: Tensor,
-    metric: str,
+    metric: Metric,
+    scale: Tensor | None,
     weight: Tensor | None,
     *,
     cost: bool,
@@ -208,31 +212,35 @@ def _finish(
     block_n = max(1, min(64, 4096 // (block_d * x.element_size())))
     d_blocks = triton.cdiv(dim, block_d)
     floats = partial(torch.empty, dtype=torch.float32, device=x.device)
-    sums, pieces = (floats(batch, n, dim) for n in (n_clusters, 2 * spans))
-    empty = floats(0)
+    wide = partial(torch.empty, dtype=common.sum_dtype(x), device=x.device)
+    accumulator = tl.float32 if common.sum_dtype(x) == torch.float32 else tl.float64
+    sums, pieces = (wide(batch, n, dim) for n in (n_clusters, 2 * spans))
+    empty = wide(0)
     weighted = weight is not None
-    totals, piece_totals = (
-        floats(batch, n) if weighted else empty for n in (n_clusters, 2 * spans)
-    )
-    by_distance = cost and metric == "euclidean"
+    totals, piece_totals = (wide(batch, n) if weighted else empty for n in (n_clusters, 2 * spans))
+    by_distance = cost and metric != "dot"
     costs = floats(batch, spans * d_blocks) if by_distance else empty
+    # What "cosine" compares has unit length; its centroids have it only up to rounding.
+    compared = F.normalize(previous.float(), dim=-1) if cost and metric == "cosine" else previous
     updating.segment_sums_kernel[(batch * spans, d_blocks)](
-        x, order, labels, starts, weight if weighted else empty, previous,
+        x, order, labels, starts, empty if scale is None else scale,
+        empty if weight is None else weight, compared,
         sums, totals, pieces, piece_totals, costs,
         n_points, n_clusters, spans, x.stride(0), x.stride(1),
-        D=dim, SPAN=_SPAN, BLOCK_N=block_n, BLOCK_D=block_d,
-        WEIGHTED=weighted, WITH_COST=by_distance, num_warps=1,
+        D=dim, SPAN=_SPAN, BLOCK_N=block_n, BLOCK_D=block_d, SUM=accumulator,
+        SCALED=scale is not None, WEIGHTED=weighted, WITH_COST=by_distance, num_warps=1,
     )  # fmt: skip
     centroids = empty if raw else torch.empty_like(previous)
-    raw_sums = floats(batch, n_clusters, dim) if raw else empty
-    raw_totals = floats(batch, n_clusters) if raw else empty
-    changes = floats(batch, n_clusters) if cost else empty
+    raw_sums = wide(batch, n_clusters, dim) if raw else empty
+    raw_totals = wide(batch, n_clusters) if raw else empty
+    changes = wide(batch, n_clusters) if cost else empty
     width = launch_config.next_power(dim)
     updating.finish_kernel[(batch * n_clusters,)](
         starts, previous, sums, totals, pieces, piece_totals,
         centroids, raw_sums, raw_totals, changes, n_clusters, spans,
-        D=dim, SPAN=_SPAN, BLOCK_P=max(1, min(8, 2048 // width)), BLOCK_D=width, METRIC=metric,
-        WEIGHTED=weighted, WITH_COST=cost, RAW=raw, num_warps=max(1, min(8, width // 512)),
+        D=dim, SPAN=_SPAN, BLOCK_P=max(1, min(8, 2048 // width)), BLOCK_D=width, SUM=accumulator,
+        METRIC=metric, WEIGHTED=weighted, WITH_COST=cost, RAW=raw,
+        num_warps=max(1, min(8, width // 512)),
     )  # fmt: skip
     if raw:
         return raw_sums, raw_totals, sizes
@@ -240,20 +248,22 @@ def _finish(
 
 
 def update(
-    x: Tensor, labels: Tensor, previous: Tensor, metric: str, weight: Tensor | None
+    x: Tensor, labels: Tensor, previous: Tensor, metric: Metric, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return centroids, sizes and order; `weight` already holds what the metric folds in."""
+    """Return centroids, sizes and order."""
+    scale, mass = common.point_weights(x, metric, weight)
     centroids, sizes, order, _, _ = _finish(
-        x, labels, previous, metric, weight, cost=False, raw=False
+        x, labels, previous, metric, scale, mass, cost=False, raw=False
     )
     return centroids, sizes, order
 
 
 def accumulate(
-    x: Tensor, labels: Tensor, previous: Tensor, metric: str, weight: Tensor | None
+    x: Tensor, labels: Tensor, n_clusters: int, scale: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return fp32 sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
-    sums, totals, sizes = _finish(x, labels, previous, metric, weight, cost=False, raw=True)
+    """Return sums `[B, K, D]`, total weights `[B, K]` and sizes `[B, K]` per cluster."""
+    like = x[:, :1].expand(-1, n_clusters, -1)
+    sums, totals, sizes = _finish(x, labels, like, "euclidean", scale, weight, cost=False, raw=True)
     return sums, totals, sizes
 
 
@@ -261,27 +271,29 @@ def lloyd(
     x: Tensor,
     centroids: Tensor,
     weight: Tensor | None,
-    scaled: Tensor | None,
-    metric: str,
+    metric: Metric,
     empty: str,
     rounds: int,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run `rounds` rounds; return labels, centroids, sizes, order and inertia."""
     current = centroids.contiguous()
+    scale, mass = common.point_weights(x, metric, weight)
     for i in range(rounds):
         labels = assign(x, current, metric, tf32=tf32)
         if empty == "farthest":
-            labels = common.relabel_farthest(x, labels, current, metric)  # type: ignore[arg-type]
+            labels = common.relabel_farthest(x, labels, current, metric, weight)
         current, sizes, order, costs, changes = _finish(
-            x, labels, current, metric, scaled, cost=i == rounds - 1, raw=False
+            x, labels, current, metric, scale, mass, cost=i == rounds - 1, raw=False
         )
-    inertia = changes.sum(1)
-    if metric == "euclidean":
-        inertia = inertia + costs.sum(1)
-    elif metric == "cosine":
-        inertia = inertia + (x.shape[1] if weight is None else weight.sum(1))
-    return labels, current, sizes, order, inertia
+    inertia = changes.sum(1, dtype=torch.float64)
+    if metric != "dot":
+        inertia = inertia + costs.sum(1, dtype=torch.float64)
+    if scale is not None:
+        # Half the squared distance of unit vectors, and one for a point without direction.
+        lost = (scale == 0).double() if weight is None else (scale == 0) * weight.double()
+        inertia = inertia / 2 + lost.sum(1)
+    return labels, current, sizes, order, inertia.to(torch.float32)
 
 
 __all__ = ["accumulate", "assign", "capability", "lloyd", "update"]

@@ -1,5 +1,7 @@
 """Sums of points per cluster, read in sorted order, and centroids from them. No atomics.
 
+Sums are accumulated in `SUM`: fp32 for 16-bit points, fp64 for fp32 ones.
+
 A program sums `SPAN` consecutive sorted positions, run by run. A cluster that lies inside one span
 is summed at once; the pieces of others (at most a first and a last one per span) are kept apart
 and added in order when centroids are finished, so results do not depend on timing.
@@ -17,6 +19,7 @@ def segment_sums_kernel(
     order,
     labels,
     starts,
+    scale,
     weight,
     previous,
     sums,
@@ -33,6 +36,8 @@ def segment_sums_kernel(
     SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SUM: tl.constexpr,
+    SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WITH_COST: tl.constexpr,
 ):
@@ -47,6 +52,8 @@ def segment_sums_kernel(
     order += b * N
     labels += b * N
     starts += b * (K + 1)
+    if SCALED:
+        scale += b * N
     if WEIGHTED:
         weight += b * N
     cost = tl.zeros([BLOCK_D], tl.float32)
@@ -59,8 +66,8 @@ def segment_sums_kernel(
         if WITH_COST:
             mean = tl.load(previous + (b * K + k) * D + offs_d, mask=mask_d, other=0.0)
             mean = mean.to(tl.float32)
-        total = tl.zeros([BLOCK_D], tl.float32)
-        mass = 0.0
+        total = tl.zeros([BLOCK_D], SUM)
+        mass = tl.zeros([], SUM)
         for i in range(position, stop, BLOCK_N):
             rows = i + tl.arange(0, BLOCK_N)
             mask_n = rows < stop
@@ -68,16 +75,18 @@ def segment_sums_kernel(
             address = x + point.to(tl.int64)[:, None] * stride_xn + offs_d[None, :]
             values = tl.load(address, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
             values = values.to(tl.float32)
+            if SCALED:
+                values *= tl.load(scale + point, mask=mask_n, other=0.0)[:, None]
             if WITH_COST:
                 apart = tl.where(mask_n[:, None], values - mean[None, :], 0.0)
                 square = apart * apart
             if WEIGHTED:
                 w = tl.load(weight + point, mask=mask_n, other=0.0)
-                values *= w[:, None]
-                mass += tl.sum(w, 0)
                 if WITH_COST:
                     square *= w[:, None]
-            total += tl.sum(values, 0)
+                values = values.to(SUM) * w.to(SUM)[:, None]
+                mass += tl.sum(w.to(SUM), 0)
+            total += tl.sum(values.to(SUM), 0)
             if WITH_COST:
                 cost += tl.sum(square, 0)
         if (k_begin >= begin) & (k_end <= end):
@@ -92,6 +101,13 @@ def segment_sums_kernel(
         position = stop
     if WITH_COST:
         tl.store(costs + program * tl.num_programs(1) + tl.program_id(1), tl.sum(cost, 0))
+
+
+@triton.jit
+def _unit(row):
+    """Scale one row to unit length; a zero row stays."""
+    square = tl.sum(row * row, 0)
+    return row / tl.where(square > 0, tl.sqrt(square), 1.0)
 
 
 @triton.jit
@@ -112,6 +128,7 @@ def finish_kernel(
     SPAN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SUM: tl.constexpr,
     METRIC: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WITH_COST: tl.constexpr,
@@ -130,7 +147,7 @@ def finish_kernel(
     last = (end - 1) // SPAN
     whole = (size > 0) & (first == last)
     total = tl.load(sums + program * D + offs_d, mask=mask_d & whole, other=0.0)
-    mass = size.to(tl.float32)
+    mass = size.to(SUM)
     if WEIGHTED:
         mass = tl.load(totals + program, mask=whole, other=0.0)
     if (size > 0) & (first < last):
@@ -157,15 +174,20 @@ def finish_kernel(
         else:
             alive = mass > 0
             new = total / tl.where(alive, mass, 1.0)
+        # A sum that is not finite leaves the centroid where it was.
+        alive = alive & (tl.sum((tl.abs(new) < float("inf")).to(tl.int32), 0) == BLOCK_D)
         stored = tl.where(alive, new.to(old.dtype), old)
         tl.store(centroids + program * D + offs_d, stored, mask=mask_d)
         if WITH_COST:
-            c = stored.to(tl.float32)
-            if METRIC == "euclidean":
+            c = stored.to(SUM)
+            if METRIC == "dot":
+                change = -tl.sum(total * c, 0)
+            else:
                 # sum w |x - c|^2 = sum w |x - old|^2 + (c - old) . (mass (c + old) - 2 sum w x)
-                before = old.to(tl.float32)
+                before = old.to(SUM)
+                if METRIC == "cosine":
+                    c = _unit(c)
+                    before = _unit(before)
                 step = c - before
                 change = tl.sum(step * (mass * step - 2 * (total - mass * before)), 0)
-            else:
-                change = -tl.sum(total * c, 0)
             tl.store(costs + program, change)
