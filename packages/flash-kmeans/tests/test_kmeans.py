@@ -196,7 +196,7 @@ def test_kmeans_refuses_points_that_are_not_finite(bad: float, tol: float) -> No
     [
         ({"n_clusters": 21}, ValueError, "between 1 and the number of points"),
         ({"n_clusters": 0}, ValueError, "between 1"),
-        ({"n_clusters": 2.0}, TypeError, "must be an int"),
+        ({"n_clusters": 2.0}, TypeError, "must be an integer"),
         ({"x": torch.zeros(20)}, ValueError, "must be"),
         ({"x": torch.zeros(0, 3)}, ValueError, "empty"),
         ({"x": torch.zeros(20, 3, dtype=torch.int64)}, TypeError, "convert it"),

@@ -62,6 +62,8 @@ def accumulate(
 def _update(
     x: Tensor, labels: Tensor, previous: Tensor, weight: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type == "cpu":
+        checks.valid_labels(labels, previous.shape[1])
     return _module(backend).update(x, labels, previous, metric, _valid(weight))  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,8 @@
-"""Starting centroids, and new homes for clusters that lost all their points."""
+"""Starting centroids."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,9 +21,13 @@ def random_indices(
     """Draw `n_clusters` distinct indices below N for each batch of `shape = (B, N)`.
 
     Every subset is equally likely; with weights, indices are drawn one after another without
-    replacement, each with odds proportional to its weight (Efraimidis & Spirakis 2006).
+    replacement, each with odds proportional to its weight (Efraimidis & Spirakis 2006). One of
+    weight zero is drawn only where the others do not suffice.
     """
-    keys = _exponential(shape[0], shape[1], device, generator)
+    source = device if generator is None else generator.device
+    uniform = torch.rand(shape[0], shape[1], device=source, generator=generator)
+    # Exp(1) variables: the smallest of `E_i / w_i` falls on i with odds `w_i`.
+    keys = uniform.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_().to(device)
     if weight is not None:
         keys = keys / weight.to(keys.dtype)
     return keys.topk(n_clusters, dim=1, largest=False).indices
@@ -41,46 +47,67 @@ def plus_plus(
     generator: torch.Generator | None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Pick starting centroids by k-means++, `[B, K, D]`, all batches at once.
+    """Pick starting centroids by greedy k-means++, `[B, K, D]`, all batches at once.
 
-    Each next point is drawn with probability proportional to its (weighted) cost under the
-    centroids so far: squared distance for "euclidean" and "dot", `1 - cos` for "cosine".
+    Each next centroid is the best of `2 + log K` candidates, the one that leaves the least
+    (weighted) cost. They are drawn with odds proportional to their cost under the centroids so far:
+    squared distance for "euclidean" and "dot", `1 - cos` for "cosine". Points of weight zero are
+    drawn only where nothing else is left. Nothing synchronises.
 
     Source: Arthur & Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
     """
-    seeding: Metric = "cosine" if metric == "cosine" else "euclidean"
     batch, n_points, dim = x.shape
+    candidates = 2 + int(math.log(n_clusters))
+    scale = common.inverse_norms(x) if metric == "cosine" else None
     chosen = torch.empty(batch, n_clusters, dim, dtype=x.dtype, device=x.device)
-    none = torch.zeros(batch, n_points, dtype=torch.int32, device=x.device)
-    taken = torch.zeros(batch, n_points, dtype=torch.bool, device=x.device)
-    mass = torch.ones(batch, n_points, dtype=common.compute_dtype(x), device=x.device)
-    nearest = torch.full_like(mass, torch.inf)
+    free = torch.ones(batch, n_points, dtype=torch.float64, device=x.device)
+    mass = free if weight is None else weight.double()
+    nearest = torch.ones_like(free)
     for k in range(n_clusters):
-        odds = mass if weight is None else mass * weight
-        picked = _draw(odds, taken, generator)
-        taken.scatter_(1, picked, True)
+        drawn = _draw((nearest * mass * free, mass * free, free), candidates if k else 1, generator)
+        costs = _costs(x, scale, _rows(x, drawn))
+        left = costs if k == 0 else torch.minimum(nearest.unsqueeze(-1), costs)
+        best = (left * mass.unsqueeze(-1)).sum(1).argmin(-1, keepdim=True)
+        picked = drawn.gather(1, best)
         chosen[:, k : k + 1] = _rows(x, picked)
-        costs = common.point_costs(x, chosen[:, k : k + 1], none, seeding)
-        nearest = torch.minimum(nearest, costs.clamp_min_(0))
-        mass = nearest
+        nearest = left.gather(2, best.unsqueeze(1).expand(-1, n_points, -1)).squeeze(-1)
+        free = free.scatter(1, picked, 0)
     return chosen
 
 
-def _exponential(
-    batch: int, n_points: int, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Draw Exp(1) variables: the smallest of `E_i / w_i` falls on i with odds `w_i`."""
-    source = device if generator is None else generator.device
-    uniform = torch.rand(batch, n_points, device=source, generator=generator)
-    return uniform.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_().to(device)
+def _costs(x: Tensor, scale: Tensor | None, centres: Tensor) -> Tensor:
+    """Return squared distances `[B, N, L]` to `[B, L, D]`, fp64; zero where they are not finite.
+
+    With `scale`, the inverse norms of `x`, of unit vectors.
+    """
+    dtype = common.compute_dtype(x)
+    means = centres.to(dtype)
+    if scale is not None:
+        means = torch.nn.functional.normalize(means, dim=-1)
+    batch, n_points, dim = x.shape
+    out = torch.empty(batch, n_points, centres.shape[1], dtype=torch.float64, device=x.device)
+    for part in common.spans(n_points, batch * dim, x.device):
+        rows = x[:, part].to(dtype)
+        if scale is not None:
+            rows = rows * scale[:, part, None]
+        apart = torch.cdist(rows, means, compute_mode="donot_use_mm_for_euclid_dist")
+        out[:, part] = apart.square_()
+    return out.nan_to_num_(nan=0.0, posinf=0.0)
 
 
-def _draw(odds: Tensor, taken: Tensor, generator: torch.Generator | None) -> Tensor:
-    clock = _exponential(odds.shape[0], odds.shape[1], odds.device, generator)
-    # Points that coincide with a chosen one have no odds; any that is not taken may still follow.
-    floor = torch.finfo(torch.float32).tiny
-    race = odds.clamp(min=floor) / clock.to(odds.dtype).clamp_(min=floor)
-    return race.masked_fill_(taken, -torch.inf).argmax(dim=1, keepdim=True)
+def _draw(odds: tuple[Tensor, ...], count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` indices `[B, count]` with the first odds `[B, N]` that are not all zero."""
+    chosen = odds[-1]
+    for more in reversed(odds[:-1]):
+        chosen = torch.where(more.sum(1, keepdim=True) > 0, more, chosen)
+    ends = chosen.cumsum(1)
+    source = chosen.device if generator is None else generator.device
+    uniform = torch.rand(
+        chosen.shape[0], count, dtype=torch.float64, device=source, generator=generator
+    )
+    # A hair below one, so that rounding never lands behind the last that has odds.
+    place = uniform.to(chosen.device) * (1 - 1e-12) * ends[:, -1:]
+    return torch.searchsorted(ends, place, right=True).clamp_(max=chosen.shape[1] - 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
