@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
 from .checks import POINT_DTYPES, finite
 
 
@@ -90,29 +91,38 @@ def _from_array(X: Any) -> Tensor:
 
 
 def as_weights(weight: Any, points: Tensor) -> Tensor | None:
-    """Return `[N]` weights on the device of the points, or None."""
+    """Return `[N]` weights in the dtype of the sums' weights, on the device of the points, or None.
+
+    Raises:
+        TypeError: if the weights are not numbers.
+        ValueError: if they are not `[N]`, negative, NaN, infinite or all zero.
+    """
     if weight is None:
         return None
     if isinstance(weight, numbers.Real):
-        return torch.full((points.shape[0],), float(weight), device=points.device)
-    values = (
-        weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight, np.float64))
-    )
+        weight = np.full(points.shape[0], float(weight))
+    values = checks.numeric(weight, "sample_weight", points.device)
     if values.dim() != 1:
         raise ValueError("Sample weights must be 1D array or scalar")
     if values.shape[0] != points.shape[0]:
         raise ValueError(
             f"sample_weight.shape == {tuple(values.shape)}, expected {(points.shape[0],)}!"
         )
+    values = values.to(points.device, checks.weight_dtype(points))
     if bool((values < 0).any()):
         raise ValueError("Negative values in data passed to `sample_weight`")
+    checks.valid_weights(values)
     if not bool((values > 0).any()):
         raise ValueError("Every sample weight is zero; at least one must be positive")
-    return values.to(points.device)
+    return values
 
 
-def random_state(state: Any, device: torch.device) -> torch.Generator:
-    """Return a torch generator made from whatever scikit-learn takes as a random state."""
+def random_state(state: Any) -> torch.Generator:
+    """Return a torch generator made from whatever scikit-learn takes as a random state.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
     if isinstance(state, torch.Generator):
         return state
     if state is None:
@@ -122,8 +132,8 @@ def random_state(state: Any, device: torch.device) -> torch.Generator:
     elif isinstance(state, np.random.Generator):
         seed = int(state.integers(2**31))
     else:
-        seed = int(state)
-    return torch.Generator(device="cpu").manual_seed(seed)
+        seed = checks.integer("random_state", state, 0)
+    return torch.Generator(device="cpu").manual_seed(seed % 2**63)
 
 
 __all__ = [

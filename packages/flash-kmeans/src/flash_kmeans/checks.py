@@ -165,8 +165,12 @@ def weights_like(weight: Any, x: Tensor) -> Tensor | None:
         )
     if given.device != x.device:
         raise ValueError(f"sample_weight is on {given.device}, the points are on {x.device}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return given.to(dtype).expand(x.shape[:2]).contiguous()
+    return given.to(weight_dtype(x)).expand(x.shape[:2]).contiguous()
+
+
+def weight_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the weights of points: fp64 for fp64 points, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def valid_weights(weight: Tensor) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import common
+from . import checks, common
 from ._validation import (
     ConvergenceWarning,
     NotFittedError,
@@ -33,20 +34,28 @@ class KMeans:
 
     Args:
         n_clusters: number of clusters K.
-        init: "k-means++", "random", or starting centroids `[K, D]`.
-        n_init: how many starts to try; the one of lowest inertia is kept.
+        init: "k-means++" (greedy), "random", starting centroids `[K, D]`, or a function
+            `init(X, n_clusters, random_state)` that returns them.
+        n_init: how many starts to try; the one of lowest inertia is kept. "auto" is 10 for "random"
+            and for a function, else 1.
         max_iter: most rounds per start.
         tol: stop once the summed squared movement of centroids is at most `tol` times the mean
             variance of the features.
+        verbose: at 1 or more print a line per start.
+        random_state: None, an int, a NumPy `RandomState`/`Generator` or a `torch.Generator`.
+        copy_x: no effect; the points are never written to.
+        algorithm: "lloyd" or "elkan"; both give what Lloyd's algorithm gives, and that is what
+            runs.
         metric: "euclidean", "cosine" or "dot".
         empty: "farthest" or "keep", what becomes of clusters without points.
-        random_state: None, an int, a NumPy `RandomState`/`Generator` or a `torch.Generator`.
+        max_size_ratio: the most points a cluster of `labels_` may hold, relative to the mean
+            `N / K`; see `flash_kmeans.kmeans`. No bound when None. `predict` knows no bound.
         device: where to compute; the device of a tensor, or the CPU, when None.
         backend: "auto", "reference" or "triton".
 
     Attributes:
         cluster_centers_: `[K, D]`.
-        labels_: `[N]`, what `predict` gives for the points of `fit`.
+        labels_: `[N]`, what `predict` gives for the points of `fit` (unless sizes are bounded).
         inertia_: the objective over `labels_` and `cluster_centers_`.
         n_iter_: rounds that the kept start ran.
         n_features_in_: D.
@@ -73,13 +82,17 @@ class KMeans:
         self,
         n_clusters: int = 8,
         *,
-        init: str | Any = "k-means++",
-        n_init: int = 1,
+        init: Any = "k-means++",
+        n_init: int | str = "auto",
         max_iter: int = 300,
         tol: float = 1e-4,
+        verbose: int = 0,
+        random_state: Any = None,
+        copy_x: bool = True,
+        algorithm: str = "lloyd",
         metric: Metric = "euclidean",
         empty: Empty = "farthest",
-        random_state: Any = None,
+        max_size_ratio: float | None = None,
         device: str | torch.device | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -88,9 +101,13 @@ class KMeans:
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.verbose = verbose
+        self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm = algorithm
         self.metric = metric
         self.empty = empty
-        self.random_state = random_state
+        self.max_size_ratio = max_size_ratio
         self.device = device
         self.backend = backend
 
@@ -106,23 +123,29 @@ class KMeans:
             The estimator itself.
 
         Raises:
-            ValueError: if the points are not finite, two-dimensional and at least K.
+            TypeError: if a parameter is of the wrong type.
+            ValueError: if the points are not finite, two-dimensional and at least K, or a parameter
+                or weight has a wrong value.
         """
         points = self._points(X, width=None)
         self.n_features_in_ = points.shape[1]
-        if points.shape[0] < self.n_clusters:
-            raise ValueError(
-                f"n_samples={points.shape[0]} should be >= n_clusters={self.n_clusters}"
-            )
-        if self.n_init < 1:
-            raise ValueError(f"n_init must be at least 1, got {self.n_init}")
+        n_clusters = checks.integer("n_clusters", self.n_clusters, 1)
+        if points.shape[0] < n_clusters:
+            raise ValueError(f"n_samples={points.shape[0]} should be >= n_clusters={n_clusters}")
         weight = as_weights(sample_weight, points)
-        best = self._best_of(points, weight)
-        labels = assign(points, best.centroids, metric=self.metric, backend=self.backend)
+        self._check()
+        source = random_state(self.random_state)
+        runs = (
+            self._run(points, start, source, weight) for start in self._starts(X, points, source)
+        )
+        best = min(runs, key=lambda result: float(result.inertia))
+        labels = best.labels
+        if self.max_size_ratio is None:
+            labels = assign(points, best.centroids, metric=self.metric, backend=self.backend)
         batch = (points[None], best.centroids[None], labels[None], self.metric)
         inertia = common.inertia(*batch, None if weight is None else weight[None])
         distinct = int(labels.unique().numel())
-        if distinct < self.n_clusters:
+        if distinct < n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
                 f"({self.n_clusters}). Possibly due to duplicate points in X.",
@@ -135,29 +158,54 @@ class KMeans:
         self.n_iter_ = best.n_iter
         return self
 
-    def _best_of(self, points: Tensor, weight: Tensor | None) -> KMeansResult:
-        generator = random_state(self.random_state, points.device)
+    def _check(self) -> None:
+        """Raise for parameters that nothing else looks at."""
+        if self.algorithm not in ("lloyd", "elkan"):
+            raise ValueError(f"algorithm must be 'lloyd' or 'elkan', got {self.algorithm!r}")
+        if not isinstance(self.verbose, (bool, np.bool_)):
+            checks.integer("verbose", self.verbose, 0)
+        checks.flag("copy_x", self.copy_x)
+
+    def _starts(self, X: Any, points: Tensor, source: torch.Generator) -> Iterator[Any]:
+        """Yield what `kmeans` takes as `init`, once per start."""
         init = self.init
-        if not isinstance(init, str):
-            init = torch.as_tensor(np.asarray(init)) if not isinstance(init, Tensor) else init
-            init = init.to(device=points.device, dtype=points.dtype)
-        results = (
-            kmeans(
-                points,
-                self.n_clusters,
-                metric=self.metric,
-                init=init,
-                max_iter=self.max_iter,
-                # A tolerance of zero would mean a fixed number of rounds; here it means "settled".
-                tol=self.tol or torch.finfo(torch.float32).tiny,
-                generator=generator,
-                sample_weight=weight,
-                empty=self.empty,
-                backend=self.backend,
-            )
-            for _ in range(1 if isinstance(init, Tensor) else self.n_init)
+        if isinstance(self.n_init, str) and self.n_init == "auto":
+            drawn = callable(init) or (isinstance(init, str) and init == "random")
+            count = 10 if drawn else 1
+        else:
+            count = checks.integer("n_init", self.n_init, 1)
+        if callable(init):
+            given = X if isinstance(X, Tensor) else points.cpu().numpy()
+            for _ in range(count):
+                seed = int(torch.randint(2**31, (1,), generator=source).item())
+                yield init(given, self.n_clusters, random_state=np.random.RandomState(seed))
+        elif isinstance(init, str):
+            yield from [init] * count
+        else:
+            yield init  # the same start again would give the same result
+
+    def _run(
+        self, points: Tensor, start: Any, source: torch.Generator, weight: Tensor | None
+    ) -> KMeansResult:
+        if not isinstance(start, str):
+            start = checks.numeric(start, "init", points.device).to(points.device)
+        result = kmeans(
+            points,
+            self.n_clusters,
+            metric=self.metric,
+            init=start,
+            max_iter=self.max_iter,
+            # A tolerance of zero would mean a fixed number of rounds; here it means "settled".
+            tol=checks.real("tol", self.tol, 0.0) or torch.finfo(torch.float32).tiny,
+            generator=source,
+            sample_weight=weight,
+            empty=self.empty,
+            max_size_ratio=self.max_size_ratio,
+            backend=self.backend,
         )
-        return min(results, key=lambda result: float(result.inertia))
+        if self.verbose:
+            print(f"{result.n_iter} rounds, inertia {float(result.inertia):.6g}")
+        return result
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Find clusters and return the labels of the points, `[N]`."""
