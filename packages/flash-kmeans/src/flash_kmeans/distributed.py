@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,11 +21,11 @@ def kmeans_distributed(
     *,
     group: dist.ProcessGroup | None = None,
     metric: Metric = "euclidean",
-    init: str | Tensor = "random",
+    init: Any = "random",
     max_iter: int = 25,
     tol: float = 0.0,
     generator: torch.Generator | None = None,
-    sample_weight: Tensor | None = None,
+    sample_weight: Any = None,
     backend: Backend = "auto",
 ) -> KMeansResult:
     """Cluster the points of all processes of a group together.
@@ -37,11 +39,12 @@ def kmeans_distributed(
         n_clusters: K, at most the number of points of all processes together.
         group: the processes that take part; the default group when None.
         metric: "euclidean", "cosine" or "dot", see `kmeans`.
-        init: "random", or starting centroids `[K, D]`, equal on all processes.
+        init: "random", or starting centroids `[K, D]`, a tensor or an array, equal on all
+            processes.
         max_iter: rounds to run; an upper bound when `tol > 0`.
         tol: as in `kmeans`, over all points.
         generator: source of randomness for `init`; that of the group's first process decides.
-        sample_weight: non-negative weights `[N_rank]` of this process's points.
+        sample_weight: finite weights of at least zero `[N_rank]` of this process's points.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -50,19 +53,20 @@ def kmeans_distributed(
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if a shape or value is wrong.
+        ValueError: if a shape or value is wrong; on every process if a weight or point is.
         RuntimeError: if torch.distributed is not initialised.
     """
-    points = checks.points(x)[0] if x.dim() == 2 else None
-    if points is None:
+    batch = checks.points(x).detach()
+    if x.dim() != 2:
         raise ValueError(f"x must be [N, D] on every process, got shape {tuple(x.shape)}")
+    points = batch[0]
     checks.choice("metric", metric, Metric)
     checks.choice("backend", backend, Backend)
-    if max_iter < 1 or not tol >= 0:
-        raise ValueError(f"max_iter must be at least 1 and tol at least 0, got {max_iter}, {tol}")
-    weight = checks.weights_like(sample_weight, points[None])
-    counts = _counts(points, group)
-    checks.cluster_count(n_clusters, sum(counts))
+    max_iter = checks.integer("max_iter", max_iter, 1)
+    tol = checks.real("tol", tol, 0.0)
+    weight = checks.weights_like(sample_weight, batch)
+    counts = _counts(points, weight, group)
+    n_clusters = checks.cluster_count(n_clusters, sum(counts))
     backend = select_backend(points, backend)
     current = _start(points, n_clusters, init, generator, weight, counts, group)
     limit = tol * _mean_variance(points, sum(counts), group) if tol > 0 else None
@@ -79,31 +83,45 @@ def kmeans_distributed(
         rounds += 1
         if limit is not None:
             settled = bool((current.double() - last.double()).square().sum() <= limit)
+    if not bool(torch.isfinite(cost)):
+        raise ValueError("x must be finite on every process, but one holds NaN or infinity")
     order, _ = common.sort_by_label(labels[None], n_clusters)
     inertia = cost.to(common.compute_dtype(points))
     return KMeansResult(labels, current, total.counts.to(torch.int32), inertia, rounds, order[0])
 
 
-def _counts(points: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    mine = torch.tensor([points.shape[0]], dtype=torch.int64, device=points.device)
-    all_counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_counts, mine, group=group)
-    return [int(count) for count in all_counts]
+def _counts(points: Tensor, weight: Tensor | None, group: dist.ProcessGroup | None) -> list[int]:
+    """Return every process's number of points, or raise on all if the weights of one are wrong."""
+    wrong = None
+    try:
+        if weight is not None:
+            checks.valid_weights(weight)
+    except ValueError as error:  # the others wait for this process, so they are told first
+        wrong = error
+    mine = torch.tensor([points.shape[0], wrong is not None], device=points.device)
+    told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(told, mine, group=group)
+    if wrong is not None:
+        raise wrong
+    for rank, (_, refused) in enumerate(told):
+        if refused:
+            raise ValueError(f"sample_weight of process {rank} is not finite or is negative")
+    return [int(count) for count, _ in told]
 
 
 def _start(
     points: Tensor,
     n_clusters: int,
-    init: str | Tensor,
+    init: Any,
     generator: torch.Generator | None,
     weight: Tensor | None,
     counts: list[int],
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    if isinstance(init, Tensor):
+    if not isinstance(init, str):
         return checks.centroids_like(init, points[None], n_clusters, "init")[0]
     if init != "random":
-        raise ValueError(f"init must be 'random' or a tensor across processes, got {init!r}")
+        raise ValueError(f"init must be 'random' or centroids across processes, got {init!r}")
     rank = dist.get_rank(group)
     offset, total = sum(counts[:rank]), sum(counts)
     everyone = None
