@@ -198,19 +198,23 @@ def relabel_farthest(
 ) -> Tensor:
     """Return labels that give each empty cluster one point: those farthest from their centroids.
 
-    A cluster is empty if no point of positive weight carries its label. Points without weight, and
-    points that are alone in their cluster, are never taken. Nothing synchronises.
+    A cluster is empty if no point of positive weight carries its label. Points without weight are
+    never taken, nor is the nearest point of a cluster, which would be empty then. Nothing
+    synchronises.
     """
-    n_clusters = centroids.shape[1]
+    n_points, n_clusters = x.shape[1], centroids.shape[1]
     index = labels.long()
     _, mass = point_weights(x, metric, weight)
     counted = torch.ones_like(index) if mass is None else (mass > 0).long()
-    sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
-    sizes.scatter_add_(1, index, counted)
+    empty = index.new_zeros(centroids.shape[:2]).scatter_add_(1, index, counted) == 0
     costs = point_costs(x, centroids, labels, metric)
-    taken = torch.isfinite(costs) & (counted > 0) & (sizes.gather(1, index) > 1)
-    best = costs.masked_fill(~taken, -torch.inf).topk(min(n_clusters, x.shape[1]), dim=1)
-    empty = sizes == 0
+    costs = torch.where(torch.isfinite(costs) & (counted > 0), costs, torch.inf)
+    lowest = costs.new_full(empty.shape, torch.inf).scatter_reduce_(1, index, costs, "amin")
+    place = torch.arange(n_points, device=x.device).expand_as(index)
+    nearest = torch.where(costs == lowest.gather(1, index), place, n_points)
+    first = index.new_full(empty.shape, n_points).scatter_reduce_(1, index, nearest, "amin")
+    stays = torch.isinf(costs) | (place == first.gather(1, index))
+    best = costs.masked_fill(stays, -torch.inf).topk(min(n_clusters, n_points), dim=1)
     # The empty clusters first, in ascending order; the j-th of them takes the j-th farthest point.
     homes = torch.sort(empty.to(torch.int32), dim=1, descending=True, stable=True).indices
     homes = homes[:, : best.indices.shape[1]]
