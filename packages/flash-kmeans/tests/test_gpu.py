@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kmeans_oracles import blobs, regret, rounding
+from kmeans_oracles import blobs, check_bad_rows, check_offset, check_small_angles, regret, rounding
 
 import flash_kmeans as fk
 
@@ -149,3 +149,72 @@ def test_kmeans_keeps_labels_in_range_on_bad_points() -> None:
     assert torch.isnan(result.inertia).all()
     with pytest.raises(ValueError, match="finite"):
         fk.kmeans(x, 100, tol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("empty", ["keep", "farthest"])
+def test_lloyd_keeps_bad_rows_to_themselves(dtype: torch.dtype, empty: str) -> None:
+    check_bad_rows("triton", dtype, empty, "cuda")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assign_keeps_bad_rows_to_themselves_in_both_kernels(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5000, 128, device="cuda").to(dtype)
+    start = x[:, :300].clone()
+    expected = fk.assign(x, start, backend="triton")
+    others = [k for k in range(300) if k not in (0, 7, 64)]
+    names = torch.tensor(others, device="cuda", dtype=torch.int32)
+    without = names[fk.assign(x, start[:, others], backend="triton").long()]
+    x[1, 4321, 5], x[1, 17] = torch.nan, torch.inf
+    start[1, 0, 3], start[1, 7], start[1, 64, 9] = torch.nan, torch.inf, -torch.inf
+    labels = fk.assign(x, start, backend="triton")
+    assert ((labels >= 0) & (labels < 300)).all()
+    assert torch.equal(labels[0], expected[0])
+    rows = torch.isfinite(x[1]).all(-1)
+    assert torch.equal(labels[1, rows], without[1, rows])
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6, 1e7])
+def test_kmeans_of_points_with_an_offset(offset: float) -> None:
+    check_offset(offset, "triton", "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kmeans_keeps_the_digits_of_small_angles(dtype: torch.dtype) -> None:
+    check_small_angles("triton", dtype, "cuda")
+
+
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_kmeans_shows_bad_weights_as_nan_inertia(bad: float) -> None:
+    x = torch.randn(2, 500, 16, device="cuda", dtype=torch.float16)
+    weight = torch.ones(2, 500, device="cuda")
+    expected = fk.kmeans(x, 9, init=x[:, :9], max_iter=3, sample_weight=weight)
+    weight[1, 77] = bad
+    result = fk.kmeans(x, 9, init=x[:, :9], max_iter=3, sample_weight=weight)
+    assert torch.isnan(result.inertia[1])
+    assert torch.equal(result.inertia[0], expected.inertia[0])
+    assert torch.equal(result.labels[0], expected.labels[0])
+    assert torch.isfinite(result.centroids).all()
+    with pytest.raises(ValueError, match="sample_weight"):
+        fk.kmeans(x, 9, sample_weight=weight, tol=1e-4)
+
+
+def test_kmeans_stream_reads_integers_and_draws_a_scalable_start() -> None:
+    x = torch.randint(0, 256, (50_000, 32), dtype=torch.uint8)
+    start = x[:20].float()
+    whole = fk.kmeans(x.float().cuda(), 20, init=start.cuda(), max_iter=3)
+    parts = fk.kmeans_stream(x, 20, init=start, max_iter=3, chunk_rows=7000, progress=False)
+    assert (parts.labels != whole.labels.cpu()).double().mean() < 1e-3
+    assert parts.inertia == pytest.approx(float(whole.inertia), rel=1e-5)
+    drawn = fk.kmeans_stream(x, 20, init="k-means||", max_iter=3, progress=False)
+    assert drawn.inertia == pytest.approx(parts.inertia, rel=0.05)
+
+
+def test_kmeans_bounds_sizes() -> None:
+    x = torch.randn(2, 4000, 16, device="cuda") * 0.01
+    x[:, :100] = torch.randn(2, 100, 16, device="cuda") * 10
+    result = fk.kmeans(x, 40, init="k-means++", max_iter=5, max_size_ratio=1.5)
+    assert int(result.sizes.max()) <= 150
+    assert torch.isfinite(result.inertia).all()

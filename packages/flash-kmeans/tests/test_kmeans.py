@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from kmeans_oracles import blobs, means, regret, rounding
+from kmeans_oracles import (
+    blobs,
+    check_bad_rows,
+    check_offset,
+    check_small_angles,
+    means,
+    regret,
+    rounding,
+)
 
 import flash_kmeans as fk
+from flash_kmeans import reference
 
 METRICS = ("euclidean", "cosine", "dot")
 DIMS = (1, 2, 16, 17, 31, 64, 96, 100, 128, 257, 511, 513, 2048)
@@ -65,6 +75,30 @@ def test_assign_is_not_disturbed_by_a_common_offset() -> None:
     assert wrong <= 0.005
 
 
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6, 1e7])
+def test_kmeans_of_points_with_an_offset(offset: float) -> None:
+    check_offset(offset, "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_kmeans_keeps_the_digits_of_small_angles(dtype: torch.dtype) -> None:
+    check_small_angles("reference", dtype)
+
+
+@pytest.mark.parametrize("empty", ["keep", "farthest"])
+def test_lloyd_keeps_bad_rows_to_themselves(empty: str) -> None:
+    check_bad_rows("reference", torch.float32, empty)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_lloyd_keeps_centroids_finite_whatever_the_metric(metric: str) -> None:
+    x = blobs(1, 40, 4, 3)
+    x[0, 7, 1] = torch.nan
+    labels, centroids, *_ = reference.lloyd(x, x[:, :3], None, metric, "keep", 3, False)  # type: ignore[arg-type]
+    assert ((labels >= 0) & (labels < 3)).all()
+    assert torch.isfinite(centroids).all()
+
+
 def test_kmeans_takes_half_precision_points_whose_squared_norm_overflows() -> None:
     x = (blobs(1, 300, 64, 4) * 40 + 200).half()
     assert torch.isinf((x * x).sum(-1)).all()
@@ -118,6 +152,64 @@ def test_update_with_ten_clusters_that_hold_nearly_all_points() -> None:
     torch.testing.assert_close(
         out.centroids.double(), means(x, labels, previous), rtol=1e-5, atol=1e-5
     )
+
+
+def test_kmeans_gives_empty_clusters_no_point_of_weight_zero() -> None:
+    x = torch.tensor([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1], [100.0]])
+    start = torch.tensor([[0.0], [5.0], [100.0]])
+    weight = [1, 1, 1, 1, 1, 1, 0]
+    for tol in (0.0, 1e-6):
+        options = {"init": start, "max_iter": 9, "tol": tol, "empty": "farthest"}
+        weighted = fk.kmeans(x, 3, sample_weight=weight, **options)
+        without = fk.kmeans(x[:6], 3, **options)
+        assert float(weighted.inertia) == pytest.approx(0.015, rel=1e-5)
+        torch.testing.assert_close(weighted.inertia, without.inertia)
+        torch.testing.assert_close(weighted.centroids, without.centroids)
+
+
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf, 1e39])
+@pytest.mark.parametrize("tol", [0.0, 1e-4])
+def test_kmeans_and_update_refuse_bad_weights(bad: float, tol: float) -> None:
+    x = blobs(1, 20, 2, 3)[0]
+    weight = torch.ones(20, dtype=torch.float64)
+    weight[7] = bad
+    with pytest.raises(ValueError, match=r"sample_weight must hold finite weights of at least 0"):
+        fk.kmeans(x, 3, sample_weight=weight, tol=tol)
+    labels = torch.zeros(20, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"sample_weight must hold finite weights"):
+        fk.update(x, labels, 3, previous=x[:3], sample_weight=weight)
+
+
+@pytest.mark.parametrize(
+    "kind", [np.asarray, torch.Tensor.tolist, lambda t: t.numpy().astype(">f8")]
+)
+def test_kmeans_takes_arrays_as_weights_and_starts(kind) -> None:  # type: ignore[no-untyped-def]
+    x = blobs(1, 20, 2, 3)[0]
+    weight, start = torch.arange(20) % 3 + 0.5, x[:3].clone()
+    expected = fk.kmeans(x, 3, init=start, sample_weight=weight)
+    found = fk.kmeans(x, 3, init=kind(start), sample_weight=kind(weight))
+    assert torch.equal(found.centroids, expected.centroids)
+    labels = fk.assign(x, kind(expected.centroids))
+    assert torch.equal(labels, fk.assign(x, expected.centroids))
+    moved = fk.update(x, labels, 3, previous=kind(start), sample_weight=kind(weight))
+    assert torch.equal(moved.centroids, expected.centroids)
+
+
+def test_update_takes_fewer_points_than_clusters() -> None:
+    previous = blobs(1, 9, 4, 3)[0]
+    x = previous[:2] + 1
+    out = fk.update(x, torch.tensor([5, 5]), 9, previous=previous)
+    torch.testing.assert_close(out.centroids[5], x.mean(0))
+    kept = [k for k in range(9) if k != 5]
+    assert torch.equal(out.centroids[kept], previous[kept])
+    assert out.sizes.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_update_refuses_labels_out_of_range(label: int) -> None:
+    x = blobs(1, 9, 4, 3)[0]
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
+        fk.update(x, torch.tensor([0, 1, 2] * 2 + [1, 2, label]), 3, previous=x[:3])
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "dot"])
@@ -197,6 +289,18 @@ def test_kmeans_refuses_points_that_are_not_finite(bad: float, tol: float) -> No
         ({"n_clusters": 21}, ValueError, "between 1 and the number of points"),
         ({"n_clusters": 0}, ValueError, "between 1"),
         ({"n_clusters": 2.0}, TypeError, "must be an integer"),
+        ({"n_clusters": True}, TypeError, "must be an integer"),
+        ({"n_clusters": "2"}, TypeError, "must be an integer"),
+        ({"max_iter": 2.5}, TypeError, "max_iter must be an integer"),
+        ({"max_iter": True}, TypeError, "max_iter must be an integer"),
+        ({"tol": "no"}, TypeError, "tol must be a number"),
+        ({"tol": float("nan")}, ValueError, "tol must be finite"),
+        ({"allow_tf32": "no"}, TypeError, "allow_tf32 must be True or False"),
+        ({"deterministic": 1}, TypeError, "deterministic must be True or False"),
+        ({"max_size_ratio": 0.5}, ValueError, "max_size_ratio must be finite and at least 1"),
+        ({"sample_weight": "no"}, TypeError, "sample_weight must be a tensor or an array"),
+        ({"init": torch.full((2, 3), torch.nan)}, ValueError, "init must be finite"),
+        ({"init": {}}, TypeError, "init must be a tensor or an array"),
         ({"x": torch.zeros(20)}, ValueError, "must be"),
         ({"x": torch.zeros(0, 3)}, ValueError, "empty"),
         ({"x": torch.zeros(20, 3, dtype=torch.int64)}, TypeError, "convert it"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kmeans_oracles import blobs, regret, rounding
+from kmeans_oracles import blobs, check_bad_rows, check_offset, check_small_angles, regret, rounding
 
 import flash_kmeans as fk
 
@@ -90,3 +90,77 @@ def test_assign_refuses_bfloat16_in_the_interpreter() -> None:
     x = blobs(1, 8, 4, 2, dtype=torch.bfloat16)
     with pytest.raises(fk.UnsupportedError, match="bfloat16"):
         fk.assign(x, x[:, :2], backend="triton")
+
+
+@pytest.mark.parametrize("offset", [1e6, 1e7])
+def test_kmeans_of_points_with_an_offset(offset: float) -> None:
+    check_offset(offset, "triton", n=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kmeans_keeps_the_digits_of_small_angles(dtype: torch.dtype) -> None:
+    check_small_angles("triton", dtype, n=40)
+
+
+def test_assign_of_many_features_with_an_offset() -> None:
+    x = blobs(1, 9, 300, 3) + 1e5
+    labels = fk.assign(x, x[:, :3], backend="triton")
+    assert torch.equal(labels, fk.assign(x.double(), x[:, :3].double()))
+
+
+@pytest.mark.parametrize(("dtype", "empty"), [(torch.float16, "keep"), (torch.float32, "farthest")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_lloyd_keeps_bad_rows_to_themselves(dtype: torch.dtype, empty: str) -> None:
+    check_bad_rows("triton", dtype, empty)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_assign_lets_a_bad_centroid_attract_nothing(metric: str, bad: float) -> None:
+    x = blobs(1, 20, 6, 5, dtype=torch.float16)
+    centroids = blobs(1, 40, 6, 5, seed=1, dtype=torch.float16)
+    rest = [k for k in range(40) if k not in (0, 3, 17)]
+    expected = torch.tensor(rest)[fk.assign(x, centroids[:, rest], metric=metric).long()]
+    centroids[0, 0, 1], centroids[0, 3], centroids[0, 17, 5] = bad, bad, -bad
+    labels = fk.assign(x, centroids, metric=metric, backend="triton")
+    assert torch.equal(labels, expected.int())
+
+
+def test_assign_in_range_where_every_centroid_is_bad() -> None:
+    x = blobs(1, 20, 6, 5, dtype=torch.float16)
+    labels = fk.assign(x, torch.full((1, 40, 6), torch.nan), backend="triton")
+    assert ((labels >= 0) & (labels < 40)).all()
+
+
+def test_kmeans_equals_the_reference_on_zero_points_and_weights() -> None:
+    x = blobs(2, 24, 6, 4)
+    x[:, 5] = 0
+    weight = torch.rand(2, 24, generator=torch.Generator().manual_seed(2))
+    weight[:, 8:10] = 0
+    ours, theirs = (
+        fk.kmeans(
+            x,
+            4,
+            init=x[:, :4],
+            metric="cosine",
+            max_iter=2,
+            sample_weight=weight,
+            empty="farthest",
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(ours.labels, theirs.labels)
+    torch.testing.assert_close(ours.centroids, theirs.centroids)
+    torch.testing.assert_close(ours.inertia, theirs.inertia)
+
+
+def test_update_takes_fewer_points_than_clusters() -> None:
+    previous = blobs(1, 9, 4, 3)
+    x = previous[:, :2] + 1
+    labels = torch.tensor([[5, 5]])
+    ours, theirs = (
+        fk.update(x, labels, 9, previous=previous, backend=b) for b in ("triton", "reference")
+    )
+    assert torch.equal(ours.centroids, theirs.centroids)
+    assert torch.equal(ours.sizes, theirs.sizes)
