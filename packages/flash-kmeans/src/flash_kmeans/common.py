@@ -198,17 +198,17 @@ def relabel_farthest(
 ) -> Tensor:
     """Return labels that give each empty cluster one point: those farthest from their centroids.
 
-    A cluster is empty if no point of positive weight carries its label. Points without weight are
-    never taken, nor is the nearest point of a cluster, which would be empty then. Nothing
+    A cluster is empty if no finite point of positive weight carries its label; other points are
+    never taken either. Nor is the nearest point of a cluster, which would be empty then. Nothing
     synchronises.
     """
     n_points, n_clusters = x.shape[1], centroids.shape[1]
     index = labels.long()
     _, mass = point_weights(x, metric, weight)
-    counted = torch.ones_like(index) if mass is None else (mass > 0).long()
-    empty = index.new_zeros(centroids.shape[:2]).scatter_add_(1, index, counted) == 0
     costs = point_costs(x, centroids, labels, metric)
-    costs = torch.where(torch.isfinite(costs) & (counted > 0), costs, torch.inf)
+    counted = torch.isfinite(costs) if mass is None else torch.isfinite(costs) & (mass > 0)
+    costs = torch.where(counted, costs, torch.inf)
+    empty = index.new_zeros(centroids.shape[:2]).scatter_add_(1, index, counted.long()) == 0
     lowest = costs.new_full(empty.shape, torch.inf).scatter_reduce_(1, index, costs, "amin")
     place = torch.arange(n_points, device=x.device).expand_as(index)
     nearest = torch.where(costs == lowest.gather(1, index), place, n_points)

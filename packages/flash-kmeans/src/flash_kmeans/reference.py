@@ -45,7 +45,9 @@ def assign(x: Tensor, centroids: Tensor, metric: Metric, *, tf32: bool = False) 
                 scratch = torch.empty(math.prod(shape), dtype=dtype, device=x.device)
             scores = scratch[: math.prod(shape)].view(shape)
             points = x[b, n].to(dtype)
-            torch.bmm(points if origin is None else points - origin[b], weights, out=scores)
+            points = points if origin is None else points - origin[b]
+            # Infinity times the zeros of a centroid that is not finite would be NaN, and win.
+            torch.bmm(points.nan_to_num(0.0, 0.0, 0.0), weights, out=scores)
             labels[b, n] = _argmax(scores.add_(offset))
     return labels
 
