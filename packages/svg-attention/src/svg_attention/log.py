@@ -168,7 +168,7 @@ class CallLog:
         """Return one record per call that is kept, in order; waits for the device."""
         self._send()
         while self._travelling:
-            self._tell(self._travelling.popleft().deliver())
+            self._tell(self._travelling.popleft().deliver(), stacklevel=4)
         return [
             CallRecord(
                 step=entry.call.step,
@@ -212,9 +212,10 @@ class CallLog:
                     arrived.record()
             self._travelling.append(_Batch([entry for entry, _ in items], numbers, arrived))
         while self._travelling and self._travelling[0].ready():
-            self._tell(self._travelling.popleft().deliver())
+            self._tell(self._travelling.popleft().deliver(), stacklevel=5)
 
-    def _tell(self, broken: list[_Entry]) -> None:
+    def _tell(self, broken: list[_Entry], stacklevel: int) -> None:
+        """Warn of the first broken call of a video, at the line that called the session."""
         if not broken or self._told:
             return
         self._told = True
@@ -224,5 +225,5 @@ class CallLog:
             f"{call.transformer!r}) hold NaN or infinity; heads that do are computed dense. "
             "This is said once a video",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
