@@ -36,7 +36,7 @@ def tensors(
     ("queries", "keys", "key_heads", "dim"),
     [(300, 300, 4, 64), (1, 63, 2, 80), (257, 1000, 1, 17), (1000, 129, 4, 128)],
 )
-def test_a_random_plan_equals_masked_attention(
+def test_sparse_attention_of_a_random_plan_equals_masked_attention(
     queries: int,
     keys: int,
     key_heads: int,
@@ -61,7 +61,7 @@ def test_a_random_plan_equals_masked_attention(
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 2**20])
-def test_the_result_does_not_depend_on_how_tiles_are_grouped(
+def test_sparse_attention_does_not_depend_on_how_tiles_are_grouped(
     limit: int, random_plan: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, key, value = tensors(1, 3, 3, 500, 400, 32, torch.float32)
@@ -71,7 +71,7 @@ def test_the_result_does_not_depend_on_how_tiles_are_grouped(
     assert torch.allclose(sparse_attention(query, key, value, plan), expected, atol=1e-6)
 
 
-def test_a_full_plan_is_dense_to_the_last_bit() -> None:
+def test_sparse_attention_of_a_full_plan_is_dense_to_the_last_bit() -> None:
     query, key, value = tensors(2, 4, 2, 200, 200, 32, torch.float32)
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     full = SparsePlan.full(2, 4, 200, 200)
@@ -79,7 +79,7 @@ def test_a_full_plan_is_dense_to_the_last_bit() -> None:
     assert torch.equal(dense_attention(query, key, value), expected)
 
 
-def test_a_full_plan_that_is_computed_as_a_sparse_one_equals_sdpa(
+def test_sparse_attention_of_a_full_plan_by_a_backend_equals_sdpa(
     masked_attention: Callable[..., tuple[Tensor, Tensor]], assert_accurate: Callable[..., None]
 ) -> None:
     query, key, value = tensors(2, 2, 2, 300, 300, 64, torch.float32)
@@ -89,7 +89,7 @@ def test_a_full_plan_that_is_computed_as_a_sparse_one_equals_sdpa(
     assert_accurate(sparse_attention(query, key, value, plan), plain, exact)
 
 
-def test_a_tile_that_reads_nothing_gives_zero_and_minus_infinity() -> None:
+def test_sparse_attention_of_nothing_is_zero_and_minus_infinity() -> None:
     query, key, value = tensors(1, 1, 1, 200, 50, 16, torch.float32)
     starts = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
     plan = SparsePlan(
@@ -106,7 +106,7 @@ def test_a_tile_that_reads_nothing_gives_zero_and_minus_infinity() -> None:
     assert torch.allclose(sparse_attention(query, key, value, plan), out, atol=1e-6)
 
 
-def test_partial_results_merge_by_their_log_sum_exp(random_plan: Make) -> None:
+def test_sparse_attention_in_parts_merges_by_its_log_sum_exp(random_plan: Make) -> None:
     query, key, value = tensors(1, 2, 2, 256, 300, 32, torch.float32)
     both = SparsePlan.full(1, 2, 256, 300)
     halves = [
@@ -119,7 +119,7 @@ def test_partial_results_merge_by_their_log_sum_exp(random_plan: Make) -> None:
     assert torch.allclose(merged, dense_attention(query, key, value), atol=1e-5)
 
 
-def test_centroids_take_part_with_their_weight() -> None:
+def test_sparse_attention_gives_centroids_their_weight() -> None:
     # One-hot values: the output of a query is its own row of softmax weights.
     keys, dim = 12, 8
     draw = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def test_dense_attention_reads_only_valid_keys(lengths: list[int]) -> None:
         assert torch.allclose(out[part], expected, atol=1e-6)
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_sparse_attention_refuses_bad_arguments() -> None:
     query, key, value = tensors(1, 4, 4, 64, 64, 16, torch.float32)
     plan = SparsePlan.full(1, 4, 64, 64)
     with pytest.raises(ValueError, match="the plan is for"):
@@ -176,7 +176,7 @@ def test_bad_arguments_are_refused() -> None:
         dense_attention(query[0], key, value)
 
 
-def test_a_gradient_is_refused_in_words() -> None:
+def test_sparse_attention_refuses_a_gradient_in_words() -> None:
     query, key, value = tensors(1, 1, 1, 64, 64, 16, torch.float32)
     plan = replace(SparsePlan.full(1, 1, 64, 64), is_full=False)
     query.requires_grad_()
@@ -187,7 +187,7 @@ def test_a_gradient_is_refused_in_words() -> None:
     assert sparse_attention(query, key, value, SparsePlan.full(1, 1, 64, 64)).requires_grad
 
 
-def test_a_backend_that_cannot_run_is_not_replaced_in_silence(
+def test_select_backend_replaces_nothing_in_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Never(reference.ReferenceBackend):

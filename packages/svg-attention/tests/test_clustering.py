@@ -24,7 +24,7 @@ def cost(x: Tensor, clusters: Clusters) -> float:
     return float((x - clusters.centroids.gather(2, index)).square().sum())
 
 
-def test_the_fields_belong_together() -> None:
+def test_cluster_rows_returns_fields_that_belong_together() -> None:
     x = torch.randn(2, 3, 200, 8)
     found = cluster(x)
     for b in range(2):
@@ -40,7 +40,7 @@ def test_the_fields_belong_together() -> None:
                     assert torch.allclose(found.centroids[b, h, c], mean, atol=1e-5)
 
 
-def test_a_warm_start_never_costs_more() -> None:
+def test_cluster_rows_never_cost_more_from_a_warm_start() -> None:
     x = torch.randn(1, 2, 300, 8)
     found = cluster(x)
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_a_warm_start_never_costs_more() -> None:
         found = later
 
 
-def test_an_item_of_a_batch_is_clustered_as_if_alone() -> None:
+def test_cluster_rows_of_a_batch_item_are_as_if_alone() -> None:
     x = torch.randn(2, 2, 150, 8)
     both, alone = cluster(x), cluster(x[1:])
     assert torch.equal(both.labels[1:], alone.labels)
@@ -59,13 +59,13 @@ def test_an_item_of_a_batch_is_clustered_as_if_alone() -> None:
 @pytest.mark.parametrize(
     "other", [torch.zeros(1, 2, 12, 9), torch.zeros(2, 2, 12, 8), torch.zeros(1, 2, 12, 8).half()]
 )
-def test_memories_of_another_kind_are_ignored(other: Tensor) -> None:
+def test_fits_refuses_memories_of_another_kind(other: Tensor) -> None:
     x = torch.randn(1, 2, 150, 8)
     assert not fits(other, (1, 2, 12, 8), x)
     assert torch.equal(cluster(x, remembered=other).labels, cluster(x).labels)
 
 
-def test_as_many_clusters_as_rows_and_only_one() -> None:
+def test_cluster_rows_into_as_many_clusters_as_rows_and_into_one() -> None:
     x = torch.randn(1, 1, 20, 4)
     assert torch.equal(cluster(x, 20).sizes, torch.ones(1, 1, 20, dtype=torch.int32))
     assert cluster(x, 1).sizes.item() == 20

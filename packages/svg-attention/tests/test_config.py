@@ -30,14 +30,14 @@ from svg_attention import SVG1, SVG2, RandomBlocks, Schedule, TokenLayout, metho
         (TokenLayout, {"grid": 5}, ValueError, "three positive sizes"),
     ],
 )
-def test_settings_of_the_wrong_type_are_refused_in_a_sentence(
+def test_configurations_refuse_the_wrong_type_in_a_sentence(
     config: Any, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         config(**fields)
 
 
-def test_numbers_of_numpy_become_plain_ones() -> None:
+def test_configurations_turn_numbers_of_numpy_into_plain_ones() -> None:
     method = SVG2(
         q_clusters=np.int64(20),
         k_clusters=np.int32(40),
@@ -60,7 +60,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         (TokenLayout, {"grid": [1, 2, 3], "colour": 1}, "it has grid, text_tokens, text_position"),
     ],
 )
-def test_settings_that_do_not_exist_are_named_with_the_nearest(
+def test_from_dict_names_a_setting_that_does_not_exist_and_the_nearest(
     config: Any, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

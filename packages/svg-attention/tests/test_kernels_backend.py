@@ -10,6 +10,7 @@ from svg_attention import UnsupportedError, sparse_attention
 from svg_attention.backends import BACKENDS, kernels
 from svg_attention.backends.kernels import KernelsBackend
 from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.planning.order import long_tiles_first
 
 needs_kernels = pytest.mark.skipif(
     importlib.util.find_spec("svg_kernels") is None, reason="svg-kernels is not installed"
@@ -22,12 +23,12 @@ def tensors(plan, *, key_heads=2, dim=32, seed=1):
     return [torch.randn(plan.batch, h, s, dim, generator=draw) for h, s in shapes]
 
 
-def test_the_fastest_backend_comes_first():
+def test_backends_are_listed_fastest_first():
     assert list(BACKENDS)[:3] == ["cuda", "triton", "reference"]
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_tensors_on_a_cpu_are_refused_by_name(name, random_plan):
+def test_unsupported_refuses_tensors_on_a_cpu(name, random_plan):
     plan = random_plan(1, 2, 130, 90)
     with pytest.raises(UnsupportedError, match="CUDA device") as caught:
         sparse_attention(*tensors(plan), plan, backend=name)
@@ -36,7 +37,7 @@ def test_tensors_on_a_cpu_are_refused_by_name(name, random_plan):
 
 @needs_kernels
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads, attend):
+def test_attend_hands_the_kernel_the_whole_plan(monkeypatch, random_plan, key_heads, attend):
     # The kernels' own reference stands in for a GPU: what is tested is how a plan is handed over.
     import svg_kernels
 
@@ -60,7 +61,7 @@ def test_the_plan_reaches_the_kernel_whole(monkeypatch, random_plan, key_heads, 
 @needs_kernels
 @pytest.mark.parametrize("scratch", [1, 15_000, 60_000])
 @pytest.mark.parametrize("summarised", [False, True])
-def test_groups_of_heads_compute_what_all_heads_do(
+def test_attend_by_groups_of_heads_equals_all_at_once(
     monkeypatch, random_plan, scratch, summarised, attend
 ):
     import svg_kernels
@@ -94,7 +95,7 @@ def test_groups_of_heads_compute_what_all_heads_do(
 
 
 @needs_kernels
-def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan, attend):
+def test_attend_with_a_summary_does_not_round(monkeypatch, random_plan, attend):
     import svg_kernels
 
     kernel = svg_kernels.block_sparse_attention
@@ -128,7 +129,9 @@ def test_a_summary_takes_part_and_forbids_rounding(monkeypatch, random_plan, att
 @pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_kernels_equal_the_reference(name, random_plan, move_plan, device, assert_accurate):
+def test_attend_by_kernels_equals_the_reference(
+    name, random_plan, move_plan, device, assert_accurate
+):
     plan = move_plan(random_plan(1, 4, 700, 900, key_heads=2, clusters=40), device)
     query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
     got, lse = sparse_attention(query, key, value, plan, backend=name, return_lse=True)
@@ -143,7 +146,7 @@ def test_kernels_equal_the_reference(name, random_plan, move_plan, device, asser
 
 @pytest.mark.gpu
 @needs_kernels
-def test_a_call_never_waits_for_the_device(random_plan, move_plan, device):
+def test_attend_never_waits_for_the_device(random_plan, move_plan, device):
     plan = move_plan(random_plan(1, 2, 300, 400), device)
     query, key, value = (x.to(device, torch.bfloat16) for x in tensors(plan, dim=64))
     sparse_attention(query, key, value, plan)  # compiles
@@ -153,3 +156,14 @@ def test_a_call_never_waits_for_the_device(random_plan, move_plan, device):
         sparse_attention(query, key, value, plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_plan_of_heads_numbers_the_tiles_of_the_part(random_plan, batch):
+    plan = random_plan(batch, 6, 300, 200, key_heads=3)
+    order = long_tiles_first(plan.run_lengths, ratio=1.0).view(batch, 6, plan.tiles)
+    plan = replace(plan, tile_order=order)
+    for item in range(batch):
+        part = kernels.plan_of_heads(plan, slice(item, item + 1), slice(2, 6), slice(1, 3), 3)
+        alone = long_tiles_first(part.run_lengths, ratio=1.0)
+        assert torch.equal(part.tile_order.flatten(), alone)

@@ -7,7 +7,7 @@ import pytest
 from svg_attention import TokenLayout
 
 
-def test_text_last_and_first_place_the_video() -> None:
+def test_token_layout_places_the_video_before_or_after_text() -> None:
     last = TokenLayout(grid=(3, 4, 5), text_tokens=7)
     first = TokenLayout(grid=(3, 4, 5), text_tokens=7, text_position="first")
     assert (last.video_start, last.text_start, last.tokens) == (0, 60, 67)
@@ -15,7 +15,7 @@ def test_text_last_and_first_place_the_video() -> None:
     assert (last.num_frames, last.frame_tokens, last.video_tokens) == (3, 20, 60)
 
 
-def test_json_round_trip() -> None:
+def test_to_dict_and_back_is_the_same_layout() -> None:
     layout = TokenLayout(grid=(3, 4, 5), text_tokens=7, text_position="first")
     assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
@@ -29,6 +29,6 @@ def test_json_round_trip() -> None:
         ({"grid": (1, 4, 4), "text_position": "middle"}, "'first' or 'last'"),
     ],
 )
-def test_bad_fields_are_refused(fields: dict, message: str) -> None:
+def test_token_layout_refuses_bad_fields(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenLayout(**fields)

@@ -30,7 +30,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_json_round_trip(method: Any) -> None:
+def test_to_dict_and_back_is_the_same_method(method: Any) -> None:
     fields = json.loads(json.dumps(method.to_dict()))
     assert method_from_dict(fields) == method
     assert type(method).from_dict(fields) == method
@@ -45,7 +45,7 @@ def test_repr_is_the_call_that_makes_the_method() -> None:
         assert eval(repr(method)) == method
 
 
-def test_unknown_and_foreign_settings_are_refused() -> None:
+def test_method_from_dict_refuses_unknown_and_foreign_settings() -> None:
     with pytest.raises(ValueError, match="unknown method 'SVG3'"):
         method_from_dict({"name": "SVG3"})
     with pytest.raises(ValueError, match="settings of 'Dense'"):
@@ -54,7 +54,7 @@ def test_unknown_and_foreign_settings_are_refused() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("text", [0, 30])
-def test_planning_never_waits_for_the_device(
+def test_plan_never_waits_for_the_device(
     method: Any, text: int, no_sync: Callable[[], Any]
 ) -> None:
     layout = TokenLayout(grid=(3, 10, 11), text_tokens=text)
@@ -71,7 +71,7 @@ def test_planning_never_waits_for_the_device(
                 plan.rounded(8)
 
 
-def test_the_guard_notices_a_wait(no_sync: Callable[[], Any]) -> None:
+def test_no_sync_notices_a_wait(no_sync: Callable[[], Any]) -> None:
     x = torch.arange(3)
     with no_sync():
         with pytest.raises(AssertionError, match="waits for the device"):
@@ -83,7 +83,7 @@ def test_the_guard_notices_a_wait(no_sync: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_shapes_do_not_depend_on_the_data(method: Any) -> None:
+def test_plan_shapes_do_not_depend_on_the_data(method: Any) -> None:
     layout = TokenLayout(grid=(3, 10, 11), text_tokens=12)
     shapes = set()
     for seed in range(3):
@@ -97,7 +97,7 @@ def test_shapes_do_not_depend_on_the_data(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_tensors_that_do_not_fit_the_layout_are_refused(method: Any) -> None:
+def test_plan_refuses_tensors_that_do_not_fit_the_layout(method: Any) -> None:
     layout = TokenLayout(grid=(3, 10, 11), text_tokens=12)
     data = [torch.randn(1, 2, 300, 16) for _ in range(3)]
     with pytest.raises(ValueError, match="has 342 tokens, but query has 300"):
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_the_layout_are_refused(method: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_planning_can_be_captured_in_a_graph(method: Any, device: torch.device) -> None:
+def test_plan_can_be_captured_in_a_graph(method: Any, device: torch.device) -> None:
     layout = TokenLayout(grid=(5, 16, 20), text_tokens=30)
     draw = torch.Generator(device=device).manual_seed(0)
     data = [torch.randn(2, 4, layout.tokens, 64, device=device, generator=draw) for _ in range(3)]
@@ -141,7 +141,7 @@ def test_planning_can_be_captured_in_a_graph(method: Any, device: torch.device) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, SVG2)], ids=repr)
-def test_a_whole_call_is_captured_and_replayed_with_new_data(
+def test_plan_and_attention_are_captured_and_replayed_with_new_data(
     method: Any, device: torch.device
 ) -> None:
     layout = TokenLayout(grid=(5, 16, 20), text_tokens=30)

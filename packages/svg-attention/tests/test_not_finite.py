@@ -99,7 +99,7 @@ def test_sparse_attention_is_not_finite_only_where_dense_is(
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_a_gpu_survives_what_is_not_finite(
+def test_sparse_attention_on_a_gpu_survives_what_is_not_finite(
     method: Any, bad: float, which: int, device: torch.device
 ) -> None:
     hold_to_dense(method, bad, which, device)
@@ -108,7 +108,7 @@ def test_a_gpu_survives_what_is_not_finite(
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("which", [0, 1], ids=["query", "key"])
-def test_huge_values_do_not_fail(method: Any, which: int) -> None:
+def test_sparse_attention_takes_huge_values(method: Any, which: int) -> None:
     for huge in (1e18, 1e34, 3e38):
         data = draw()
         data[which][0, 1, 200] = huge
@@ -274,13 +274,13 @@ def test_probes_and_errors_keep_what_is_not_finite_to_its_head(
         tensor.copy_(kept)
 
 
-def test_every_planner_has_every_function(interpreted: None) -> None:
+def test_select_planner_returns_modules_with_the_same_functions(interpreted: None) -> None:
     plain, kernels = (select_planner(name, torch.device("cpu")) for name in ("reference", "triton"))
     for name in kernels.__all__:
         assert hasattr(plain, name)
 
 
-def test_the_guard_of_these_tests_notices_a_spoiled_head(
+def test_hold_to_dense_notices_a_spoiled_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import svg_attention.planning.clusters as module

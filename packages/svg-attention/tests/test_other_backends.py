@@ -130,7 +130,7 @@ def test_key_blocks_say_what_the_plan_says(random_plan, key_heads):
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_flashinfer_is_given_the_plan(flashinfer, random_plan, key_heads, monkeypatch, attend):
+def test_attend_gives_flashinfer_the_plan(flashinfer, random_plan, key_heads, monkeypatch, attend):
     from svg_attention.backends import flashinfer as module
 
     monkeypatch.setattr(module, "WORKSPACE", 8)
@@ -158,7 +158,7 @@ def test_block_lists_are_ascending_and_complete():
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_flash_attention_is_given_the_blocks(flash_attention, key_heads, attend):
+def test_attend_gives_flash_attention_the_blocks(flash_attention, key_heads, attend):
     plan = block_plan()
     if key_heads == 1:
         object.__setattr__(plan, "key_order", plan.key_order[:, :1])
@@ -169,7 +169,7 @@ def test_flash_attention_is_given_the_blocks(flash_attention, key_heads, attend)
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-5)
 
 
-def test_flash_attention_computes_a_full_plan(flash_attention, attend):
+def test_attend_by_flash_attention_computes_a_full_plan(flash_attention, attend):
     order = torch.randperm(200).int().expand(1, 2, 200)
     plan = SparsePlan.full(1, 4, 130, 200, key_order=order)
     inputs = tensors(plan)
@@ -179,7 +179,7 @@ def test_flash_attention_computes_a_full_plan(flash_attention, attend):
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-5)
 
 
-def test_what_flash_attention_cannot_express_is_said(random_plan):
+def test_not_in_blocks_says_what_flash_attention_cannot_express(random_plan):
     assert not_in_blocks(block_plan()) is None
     assert "whole blocks of 128" in not_in_blocks(random_plan(1, 2, 300, 256))
     assert "multiple of 128" in not_in_blocks(random_plan(1, 2, 256, 256))
@@ -190,7 +190,7 @@ def test_what_flash_attention_cannot_express_is_said(random_plan):
 
 
 @pytest.mark.parametrize("backend", [FlashInferBackend(), FlashAttentionBackend()])
-def test_each_reason_is_one_sentence(backend, monkeypatch, request):
+def test_unsupported_is_one_sentence(backend, monkeypatch, request):
     plan = block_plan()
 
     def reason(plan=plan, dim=128, dtype=torch.bfloat16):
@@ -216,7 +216,7 @@ def test_each_reason_is_one_sentence(backend, monkeypatch, request):
 
 
 @pytest.mark.parametrize("name", ["flashinfer", "flash_attn"])
-def test_other_peoples_kernels_are_taken_by_name_only(name, random_plan):
+def test_select_backend_takes_other_peoples_kernels_by_name_only(name, random_plan):
     plan = random_plan(1, 2, 130, 90)
     with pytest.raises(UnsupportedError, match="CUDA device") as caught:
         sparse_attention(*tensors(plan), plan, backend=name)
@@ -224,7 +224,7 @@ def test_other_peoples_kernels_are_taken_by_name_only(name, random_plan):
     assert list(BACKENDS).index(name) > list(BACKENDS).index("reference")
 
 
-def test_an_old_gpu_is_named(monkeypatch):
+def test_not_on_cuda_names_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     tensor = SimpleNamespace(device=torch.device("cuda", 0))
     assert blocks.not_on_cuda(tensor, (8, 0)) == (
@@ -236,7 +236,7 @@ def test_an_old_gpu_is_named(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["full", "blocks"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_flash_attention_itself_agrees_with_the_reference(
+def test_attend_by_flash_attention_itself_agrees_with_the_reference(
     kind, dim, move_plan, device, assert_accurate
 ):
     pytest.importorskip("flash_attn.cute.interface", reason="flash-attn-4 is not installed")
@@ -249,7 +249,7 @@ def test_flash_attention_itself_agrees_with_the_reference(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
-def test_flashinfer_itself_agrees_with_the_reference(
+def test_attend_by_flashinfer_itself_agrees_with_the_reference(
     random_plan, dim, move_plan, device, assert_accurate
 ):
     pytest.importorskip("flashinfer", reason="flashinfer-python is not installed")

@@ -19,7 +19,7 @@ def test_density_is_the_mean_of_the_mask(random_plan: Callable[..., SparsePlan])
     assert torch.equal(plan.to_mask() & rounded.to_mask(), plan.to_mask())
 
 
-def test_the_mask_follows_both_orders() -> None:
+def test_to_mask_follows_both_orders() -> None:
     query_order = torch.tensor([[[2, 0, 1]]], dtype=torch.int32)
     key_order = torch.tensor([[[1, 3, 0, 2]]], dtype=torch.int32)
     plan = SparsePlan(
@@ -46,7 +46,7 @@ def test_density_counts_only_valid_queries_and_keys() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 63, 129])
-def test_permuting_rows_and_back_is_the_identity(length: int) -> None:
+def test_put_rows_undoes_take_rows(length: int) -> None:
     x = torch.randn(2, 3, 80, length).transpose(-1, -2)
     order = torch.rand(2, 3, length).argsort(dim=-1).to(torch.int32)
     moved = take_rows(x, order)
@@ -54,11 +54,11 @@ def test_permuting_rows_and_back_is_the_identity(length: int) -> None:
     assert torch.equal(put_rows(moved, order), x)
 
 
-def test_tiles_cover_the_rows() -> None:
+def test_count_tiles_covers_the_rows() -> None:
     assert [count_tiles(n) for n in (0, 1, 128, 129)] == [0, 1, 1, 2]
 
 
-def test_a_plan_that_does_not_fit_itself_is_refused() -> None:
+def test_sparse_plan_refuses_what_does_not_fit_itself() -> None:
     runs = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="300 queries are 3 tiles"):
         SparsePlan(query_length=300, key_length=9, run_starts=runs, run_lengths=runs)
@@ -74,7 +74,7 @@ def test_a_plan_that_does_not_fit_itself_is_refused() -> None:
         )
 
 
-def test_a_plan_with_centroids_cannot_be_rounded() -> None:
+def test_rounded_refuses_a_plan_with_centroids() -> None:
     runs = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     summary = KeySummary(
         keys=torch.zeros(1, 1, 2, 4),
@@ -104,7 +104,7 @@ def test_repr_is_readable_and_short(random_plan: Any) -> None:
     assert "tokens in the given order" in repr(full)
 
 
-def test_ready_changes_nothing_on_a_cpu_and_tiles_are_kept_in_parts(random_plan: Any) -> None:
+def test_ready_changes_nothing_on_a_cpu(random_plan: Any) -> None:
     plan = random_plan(1, 2, 300, 200)
     assert plan.ready() is plan
 

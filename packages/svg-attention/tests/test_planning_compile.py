@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize(
     ("capability", "sizes", "widths"), [("86", "2", "128"), ("86", "4", "256")]
 )
-def test_planning_kernels_fit_the_smallest_shared_memory(tmp_path, capability, sizes, widths):
+def test_compile_planning_fits_the_smallest_shared_memory(tmp_path, capability, sizes, widths):
     # In a process of its own: here kernels may have been decorated for the interpreter.
     pytest.importorskip("triton")
     script = Path(__file__).with_name("compile_planning.py")

@@ -7,7 +7,7 @@ from svg_attention import LayerMemory, RandomBlocks, TokenLayout
 
 
 @pytest.mark.parametrize("density", [0.1, 0.33, 0.7])
-def test_the_density_is_met_on_average(density: float) -> None:
+def test_random_blocks_meet_the_density_on_average(density: float) -> None:
     layout = TokenLayout(grid=(5, 20, 21))
     data = [torch.zeros(1, 32, layout.tokens, 8) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
@@ -21,6 +21,6 @@ def test_the_density_is_met_on_average(density: float) -> None:
     assert not torch.equal(plan.run_starts, again.run_starts)
 
 
-def test_bad_density_is_refused() -> None:
+def test_random_blocks_refuse_a_bad_density() -> None:
     with pytest.raises(ValueError, match="density must lie"):
         RandomBlocks(density=1.1)

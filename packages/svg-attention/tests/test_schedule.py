@@ -10,7 +10,7 @@ from svg_attention import Schedule
 @pytest.mark.parametrize(
     ("fraction", "count", "dense"), [(0.2, 40, 8), (0.3, 35, 10), (0.0, 9, 0), (1.0, 9, 9)]
 )
-def test_the_first_steps_and_layers_are_dense(fraction: float, count: int, dense: int) -> None:
+def test_is_dense_for_the_first_steps_and_layers(fraction: float, count: int, dense: int) -> None:
     by_step = Schedule(dense_steps=fraction, dense_layers=0.0)
     by_layer = Schedule(dense_steps=0.0, dense_layers=fraction)
     steps = [by_step.is_dense(step=i, num_steps=count, layer=0, num_layers=5) for i in range(count)]
@@ -20,21 +20,21 @@ def test_the_first_steps_and_layers_are_dense(fraction: float, count: int, dense
     assert steps == layers == [True] * dense + [False] * (count - dense)
 
 
-def test_an_unknown_step_is_dense() -> None:
+def test_is_dense_for_an_unknown_step() -> None:
     assert Schedule(dense_steps=0.0).is_dense(step=None, num_steps=None, layer=5, num_layers=9)
     assert Schedule(dense_steps=0.1).is_dense(step=8, num_steps=None, layer=5, num_layers=9)
     never = Schedule(dense_steps=0.0, dense_layers=0.0)
     assert not never.is_dense(step=8, num_steps=None, layer=5, num_layers=9)
 
 
-def test_density_is_interpolated_between_breakpoints_and_held_outside() -> None:
+def test_density_at_interpolates_between_breakpoints_and_holds_outside() -> None:
     schedule = Schedule(density=((0.25, 0.5), (0.75, 0.1)))
     asked = [schedule.density_at(step=step, num_steps=8) for step in range(8)]
     assert asked == pytest.approx([0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
     assert Schedule().density_at(step=3, num_steps=8) is None
 
 
-def test_json_round_trip() -> None:
+def test_to_dict_and_back_is_the_same_schedule() -> None:
     for schedule in (Schedule(), Schedule(dense_steps=0.1, density=((0.0, 0.5), (1.0, 0.2)))):
         assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
@@ -49,6 +49,6 @@ def test_json_round_trip() -> None:
         ({"density": ((0.5, 0.0),)}, r"density of a breakpoint must lie in \(0, 1\]"),
     ],
 )
-def test_bad_fields_are_refused(fields: dict, message: str) -> None:
+def test_schedule_refuses_bad_fields(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**fields)

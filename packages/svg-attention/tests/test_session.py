@@ -46,7 +46,7 @@ def run_video(session: Session, data: tuple[Tensor, Tensor, Tensor], steps: int 
 
 
 @pytest.mark.parametrize("method", [METHOD, SVG1(density=0.6), RandomBlocks(density=0.5)])
-def test_two_videos_in_a_row_equal_two_fresh_sessions(
+def test_reset_makes_a_session_as_good_as_new(
     method: Any, clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]
 ) -> None:
     first, second = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
@@ -59,7 +59,7 @@ def test_two_videos_in_a_row_equal_two_fresh_sessions(
     assert torch.equal(b, run_video(Session(method, SPARSE, seed=3), second))
 
 
-def test_without_a_reset_the_second_video_would_differ(
+def test_reset_is_what_keeps_two_videos_apart(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     first, second = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
@@ -69,7 +69,7 @@ def test_without_a_reset_the_second_video_would_differ(
     assert not torch.equal(stale, run_video(Session(METHOD, SPARSE), second))
 
 
-def test_the_global_generator_is_left_alone(
+def test_attend_leaves_the_global_generator_alone(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     state = torch.get_rng_state()
@@ -78,7 +78,7 @@ def test_the_global_generator_is_left_alone(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_seeds_are_the_same_in_every_process_and_differ_between_sites() -> None:
+def test_site_seed_is_the_same_in_every_process_and_differs_between_sites() -> None:
     code = "from svg_attention.session import site_seed; print(site_seed(1, 'a', 'b', 2))"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -88,7 +88,7 @@ def test_seeds_are_the_same_in_every_process_and_differ_between_sites() -> None:
     assert len({site_seed(*site) for site in [*sites, (1, "a", "b", 2)]}) == 5
 
 
-def test_branches_layers_and_transformers_do_not_share_memory(
+def test_attend_keeps_a_memory_for_each_branch_layer_and_transformer(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     data, other = clustered(LAYOUT, seed=1), clustered(LAYOUT, seed=2)
@@ -105,7 +105,7 @@ def test_branches_layers_and_transformers_do_not_share_memory(
         assert torch.equal(found[1], expected[1])
 
 
-def test_skipped_steps_do_no_harm(
+def test_attend_takes_skipped_steps(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     data = clustered(LAYOUT)
@@ -116,7 +116,7 @@ def test_skipped_steps_do_no_harm(
     assert [record.step for record in session.records()] == [2, 7, 5]
 
 
-def test_dense_calls_use_the_models_own_kernel() -> None:
+def test_attend_computes_dense_calls_by_the_models_own_kernel() -> None:
     data = tuple(torch.randn(1, 2, LAYOUT.tokens, 16) for _ in range(3))
     seen = []
 
@@ -160,7 +160,7 @@ def test_records_tell_what_ran(
     assert {record.seconds for record in quiet.records()} == {None}
 
 
-def test_the_schedule_may_set_the_density_of_a_step(
+def test_attend_takes_the_density_of_a_step_from_the_schedule(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     schedule = Schedule(dense_steps=0.0, dense_layers=0.0, density=((0.0, 0.8), (0.75, 0.3)))
@@ -171,7 +171,7 @@ def test_the_schedule_may_set_the_density_of_a_step(
 
 
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_dense_calls_without_a_kernel_of_their_own_mask_padding(position: str) -> None:
+def test_attend_masks_padding_in_dense_calls(position: str) -> None:
     layout = TokenLayout(grid=(2, 10, 11), text_tokens=40, text_position=position)
     query, key, value = (torch.randn(2, 2, layout.tokens, 16) for _ in range(3))
     lengths = torch.tensor([10, 30])
@@ -266,7 +266,7 @@ def test_attend_lays_its_output_out_as_asked(
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_the_log_is_bounded(clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+def test_records_are_bounded(clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
     session = Session(METHOD, SPARSE, max_records=5)
     run_video(session, clustered(LAYOUT))
     records = session.records()

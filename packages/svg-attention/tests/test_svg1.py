@@ -67,7 +67,7 @@ def executed(layout: TokenLayout, temporal: bool, width: int, text: int) -> Spar
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("temporal", [False, True])
 @pytest.mark.parametrize("width", [0, 70, 128, 10_000])
-def test_the_executed_mask_equals_the_oracle(
+def test_svg1_computes_the_mask_of_the_oracle(
     layout: TokenLayout, temporal: bool, width: int
 ) -> None:
     text = layout.text_tokens * 2 // 3
@@ -88,7 +88,7 @@ def test_the_executed_mask_equals_the_oracle(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_orders_are_permutations_and_spatial_heads_keep_theirs(layout: TokenLayout) -> None:
+def test_head_order_is_a_permutation_and_none_for_spatial_heads(layout: TokenLayout) -> None:
     kinds = torch.tensor([[False, True]])
     tokens = torch.arange(layout.video_tokens, dtype=torch.int32)
     for sink_first in (False, True):
@@ -102,7 +102,7 @@ def test_orders_are_permutations_and_spatial_heads_keep_theirs(layout: TokenLayo
 @pytest.mark.parametrize("text", [0, 60])
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("temporal", [False, True])
-def test_the_realised_density_matches_the_request(
+def test_svg1_meets_the_density_asked_for(
     temporal: bool, density: float, text: int, text_position: str
 ) -> None:
     layout = TokenLayout(grid=(9, 16, 20), text_tokens=text, text_position=text_position)
@@ -112,7 +112,7 @@ def test_the_realised_density_matches_the_request(
     )
 
 
-def test_a_density_below_the_first_frame_gives_the_narrowest_band() -> None:
+def test_solve_width_gives_the_narrowest_band_below_the_first_frame() -> None:
     layout = TokenLayout(grid=(3, 16, 16))
     assert solve_width(layout, temporal=False, text=torch.tensor([0]), density=0.1).item() == 0
 
@@ -130,7 +130,7 @@ def patterned(layout: TokenLayout, *, temporal: bool) -> tuple[Tensor, Tensor, T
     return tuple(x[None, None] for x in (base + 0.3 * noise[0], base + 0.3 * noise[1], noise[2]))
 
 
-def test_the_profile_tells_temporal_from_spatial_heads() -> None:
+def test_profile_tells_temporal_from_spatial_heads() -> None:
     layout = TokenLayout(grid=(10, 16, 16))
     heads = [patterned(layout, temporal=kind) for kind in (True, False, False, True)]
     query, key, value = (torch.cat(parts, dim=1) for parts in zip(*heads, strict=True))
@@ -151,7 +151,7 @@ def test_the_profile_tells_temporal_from_spatial_heads() -> None:
     assert error.max() < 0.02
 
 
-def test_rows_are_sampled_over_the_whole_clip() -> None:
+def test_svg1_samples_rows_over_the_whole_clip() -> None:
     """The head is temporal only in the last frames: rows of the first could not tell."""
     layout = TokenLayout(grid=(10, 16, 16))
     spatial, temporal = (patterned(layout, temporal=kind) for kind in (False, True))
@@ -173,7 +173,7 @@ def test_rows_are_sampled_over_the_whole_clip() -> None:
     )
 
 
-def test_heads_that_share_keys_share_their_order() -> None:
+def test_svg1_heads_that_share_keys_share_their_order() -> None:
     layout = TokenLayout(grid=(6, 16, 16))
     query, key, value = patterned(layout, temporal=True)
     plan = SVG1(density=0.4).plan(
@@ -194,7 +194,7 @@ def plan_of_one(plan: SparsePlan) -> SparsePlan:
     return replace(plan, key_order=plan.key_order[:, :1])
 
 
-def test_bad_settings_are_refused() -> None:
+def test_svg1_refuses_bad_settings() -> None:
     with pytest.raises(ValueError, match="density must lie"):
         SVG1(density=0.0)
     with pytest.raises(ValueError, match="sampled_rows"):

@@ -50,7 +50,7 @@ def relative_error(plan: SparsePlan, data: tuple[Tensor, Tensor, Tensor]) -> flo
     return float((out - exact).square().mean() / exact.square().mean())
 
 
-def test_it_keeps_the_attention_that_other_methods_lose(clustered: Data) -> None:
+def test_svg2_keeps_the_attention_that_other_methods_lose(clustered: Data) -> None:
     data = clustered(LAYOUT)
     kept = {}
     for method in (SVG2(density=0.25, **SMALL), SVG1(density=0.25), RandomBlocks(density=0.25)):
@@ -62,7 +62,7 @@ def test_it_keeps_the_attention_that_other_methods_lose(clustered: Data) -> None
     assert kept["RandomBlocks"] < 0.5
 
 
-def test_the_plan_computes_what_its_mask_says(
+def test_svg2_computes_what_its_mask_says(
     clustered: Data, masked_attention: Callable[..., tuple[Tensor, Tensor]]
 ) -> None:
     data = clustered(LAYOUT)
@@ -71,7 +71,7 @@ def test_the_plan_computes_what_its_mask_says(
     assert torch.allclose(sparse_attention(*data, plan).double(), exact, atol=1e-5)
 
 
-def test_each_tile_reaches_its_share_of_the_mass(clustered: Data) -> None:
+def test_svg2_reaches_top_p_in_each_tile(clustered: Data) -> None:
     data = clustered(LAYOUT, noise=0.2)
     light = plan_of(SVG2(top_p=0.5, min_keep=0.0, **SMALL), data)
     heavy = plan_of(SVG2(top_p=0.95, min_keep=0.0, **SMALL), data)
@@ -84,7 +84,7 @@ def test_each_tile_reaches_its_share_of_the_mass(clustered: Data) -> None:
 
 @pytest.mark.parametrize("text", [0, 40])
 @pytest.mark.parametrize("density", [0.3, 0.5])
-def test_density_is_at_or_just_below_the_request(
+def test_svg2_density_is_at_or_just_below_the_request(
     clustered: Data, density: float, text: int
 ) -> None:
     layout = TokenLayout(grid=(6, 16, 16), text_tokens=text)
@@ -95,7 +95,7 @@ def test_density_is_at_or_just_below_the_request(
         assert (realised > density - 0.01).all()
 
 
-def test_density_one_and_top_p_one_are_dense_to_the_last_bit(clustered: Data) -> None:
+def test_is_full_plans_are_dense_to_the_last_bit(clustered: Data) -> None:
     data = clustered(LAYOUT)
     exact = F.scaled_dot_product_attention(*data)
     for method in (
@@ -107,7 +107,7 @@ def test_density_one_and_top_p_one_are_dense_to_the_last_bit(clustered: Data) ->
         assert torch.equal(sparse_attention(*data, plan_of(method, data)), exact)
 
 
-def test_keeping_every_cluster_equals_dense(clustered: Data) -> None:
+def test_svg2_keeping_every_cluster_equals_dense(clustered: Data) -> None:
     data = clustered(LAYOUT)
     plan = plan_of(SVG2(top_p=0.9, min_keep=1.0, **SMALL), data)
     assert not plan.is_full
@@ -116,7 +116,7 @@ def test_keeping_every_cluster_equals_dense(clustered: Data) -> None:
     assert torch.allclose(sparse_attention(*data, plan), exact, atol=1e-5)
 
 
-def test_compensation_counts_every_key_once(clustered: Data) -> None:
+def test_compensate_counts_every_key_once(clustered: Data) -> None:
     query, key, value = clustered(LAYOUT)
     # With keys all but equal every centroid is exact: weights are one over the number of keys.
     flat = 1.0 + 1e-4 * key
@@ -132,7 +132,7 @@ def test_compensation_counts_every_key_once(clustered: Data) -> None:
         assert plan.density().max() <= 0.3 + 1e-6
 
 
-def test_one_hot_values_show_the_weight_of_every_key(clustered: Data) -> None:
+def test_compensate_gives_every_key_its_weight(clustered: Data) -> None:
     """Each output channel is the softmax weight of one key; compensated keys share their mean."""
     layout = TokenLayout(grid=(3, 8, 8))
     query, key, _ = clustered(layout, heads=1)
@@ -151,7 +151,7 @@ def test_one_hot_values_show_the_weight_of_every_key(clustered: Data) -> None:
     assert (weights[~read] > 0).all()
 
 
-def test_compensation_helps_and_routing_by_error_helps_more(clustered: Data) -> None:
+def test_compensate_helps_and_route_by_error_helps_more(clustered: Data) -> None:
     data = clustered(LAYOUT, groups=60, noise=0.8, gain=2.0)
     plain = relative_error(plan_of(SVG2(density=0.15, **SMALL), data), data)
     mass = SVG2(density=0.15, compensate=True, **SMALL)
@@ -160,7 +160,7 @@ def test_compensation_helps_and_routing_by_error_helps_more(clustered: Data) -> 
     assert routed < compensated < 0.7 * plain
 
 
-def test_error_routing_inherits_the_budget_of_top_p(clustered: Data) -> None:
+def test_route_by_error_inherits_the_budget_of_top_p(clustered: Data) -> None:
     data = clustered(LAYOUT)
     mass = SVG2(top_p=0.7, min_keep=0.0, compensate=True, **SMALL)
     by_mass = plan_of(mass, data).density()
@@ -169,7 +169,7 @@ def test_error_routing_inherits_the_budget_of_top_p(clustered: Data) -> None:
     assert (by_error > by_mass - 0.03).all()
 
 
-def test_a_batch_of_two_equals_two_of_one(clustered: Data) -> None:
+def test_plan_of_a_batch_of_two_equals_two_of_one(clustered: Data) -> None:
     layout = TokenLayout(grid=(4, 12, 12), text_tokens=20)
     data = clustered(layout, batch=2)
     lengths = torch.tensor([7, 20])
@@ -194,7 +194,7 @@ def test_a_batch_of_two_equals_two_of_one(clustered: Data) -> None:
             )
 
 
-def test_later_steps_start_from_the_clusters_of_the_step_before(clustered: Data) -> None:
+def test_svg2_starts_from_the_clusters_of_the_step_before(clustered: Data) -> None:
     data = clustered(LAYOUT)
     memory = LayerMemory()
     method = SVG2(density=0.3, step_iterations=1, **(SMALL | {"first_iterations": 1}))
@@ -207,7 +207,7 @@ def test_later_steps_start_from_the_clusters_of_the_step_before(clustered: Data)
     assert torch.equal(fresh.run_starts, first.run_starts)
 
 
-def test_neighbouring_clusters_make_longer_runs_and_better_tiles(
+def test_neighbour_order_makes_longer_runs_and_better_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Content that varies smoothly: tokens on a surface, close ones attend to each other.
@@ -232,7 +232,7 @@ def test_neighbouring_clusters_make_longer_runs_and_better_tiles(
     assert kept[0] > kept[1] + 0.05
 
 
-def test_a_memory_of_another_resolution_is_ignored(clustered: Data) -> None:
+def test_svg2_ignores_a_memory_of_another_resolution(clustered: Data) -> None:
     method = SVG2(density=0.3, **SMALL)
     memory = LayerMemory()
     plan_of(method, clustered(LAYOUT, heads=3), memory=memory)
@@ -241,7 +241,7 @@ def test_a_memory_of_another_resolution_is_ignored(clustered: Data) -> None:
     assert torch.equal(plan.run_starts, plan_of(method, data).run_starts)
 
 
-def test_grouped_key_heads_are_clustered_once(clustered: Data) -> None:
+def test_svg2_clusters_grouped_key_heads_once(clustered: Data) -> None:
     query, key, value = clustered(LAYOUT, heads=4)
     data = (query, key[:, ::2].contiguous(), value[:, ::2].contiguous())
     plan = plan_of(SVG2(density=0.3, compensate=True, route="error", **SMALL), data)
@@ -253,7 +253,7 @@ def test_grouped_key_heads_are_clustered_once(clustered: Data) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_plans_and_computes(clustered: Data, dtype: torch.dtype) -> None:
+def test_svg2_plans_and_computes_in_half_precision(clustered: Data, dtype: torch.dtype) -> None:
     data = tuple(x.to(dtype) for x in clustered(LAYOUT))
     plan = plan_of(SVG2(density=0.3, compensate=True, route="error", **SMALL), data)
     out = sparse_attention(*data, plan)
@@ -262,7 +262,7 @@ def test_half_precision_plans_and_computes(clustered: Data, dtype: torch.dtype) 
     assert relative_error(plan, data) < 0.05
 
 
-def test_more_clusters_than_tokens_is_an_error_that_says_what_to_do() -> None:
+def test_svg2_refuses_more_clusters_than_tokens_and_says_what_to_do() -> None:
     layout = TokenLayout(grid=(1, 4, 4))
     data = tuple(torch.randn(1, 1, 16, 8) for _ in range(3))
     with pytest.raises(ValueError, match="48 clusters cannot be made of 16 video tokens; ask for"):
@@ -305,6 +305,6 @@ def test_cluster_counts_shrink_with_the_sequence_and_keep_the_published_ones() -
         ({"route": "error"}, "set compensate=True"),
     ],
 )
-def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_svg2_refuses_bad_settings(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SVG2(**fields)

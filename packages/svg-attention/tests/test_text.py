@@ -64,7 +64,7 @@ def valid_rows(layout: TokenLayout, length: int) -> Tensor:
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize(("grid", "text"), GRIDS)
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_padding_never_leaks(
+def test_plan_never_leaks_padding(
     method: Any,
     grid: tuple[int, int, int],
     text: int,
@@ -89,7 +89,7 @@ def test_padding_never_leaks(
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize(("grid", "text"), GRIDS)
-def test_padding_tokens_change_nothing(
+def test_plan_does_not_depend_on_padding_tokens(
     method: Any,
     grid: tuple[int, int, int],
     text: int,
@@ -107,7 +107,7 @@ def test_padding_tokens_change_nothing(
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize(("grid", "text"), GRIDS)
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_text_rows_and_columns_are_exact(
+def test_plan_keeps_text_rows_and_columns_exact(
     method: Any,
     grid: tuple[int, int, int],
     text: int,
@@ -128,7 +128,7 @@ def test_text_rows_and_columns_are_exact(
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize(("grid", "text"), GRIDS)
-def test_the_place_of_the_text_does_not_matter(
+def test_plan_does_not_depend_on_the_place_of_the_text(
     method: Any,
     grid: tuple[int, int, int],
     text: int,

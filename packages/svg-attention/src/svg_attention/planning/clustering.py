@@ -87,9 +87,10 @@ def cluster_rows(
         start = start.gather(2, neighbour_order(start)[..., None].expand(shape))
     result = kmeans(flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=rounds)
     found = result.centroids.view(shape)
-    spoiled = ~found.isfinite().flatten(2).all(dim=-1)
+    finite = found.isfinite()
+    spoiled = ~finite.flatten(2).all(dim=-1)
     broken = spoiled if broken is None else broken | spoiled
-    centroids = zero_where_not_finite(found)
+    centroids = torch.where(finite, found, 0)
     return Clusters(
         labels=result.labels.view(batch, heads, rows),
         centroids=centroids,
