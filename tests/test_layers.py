@@ -36,6 +36,7 @@ FLOORS = {
     ),
     "svg_kernels": (
         ("errors", "_build", "_checks", "_arithmetic", "_rows"),
+        ("_cache",),
         ("_library",),
         ("_dispatch",),
         ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "status"),

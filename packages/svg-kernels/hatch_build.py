@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import re
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[misc]
     """Compile `csrc/` for the wheel. An editable install compiles at first use instead."""
 
     PLUGIN_NAME = "custom"
+    fresh: tempfile.TemporaryDirectory[str] | None = None
 
     def dependencies(self) -> list[str]:
         """Return what the build needs beyond `build-system.requires`."""
@@ -43,11 +45,18 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[misc]
         if reason:
             self.app.display_warning(f"building a pure wheel, without the library: {reason}")
             return
-        library = tool.build_once(csrc, tool.ARCHITECTURES)
+        # A fresh folder: what goes into a wheel comes from these sources alone, never from a cache.
+        self.fresh = tempfile.TemporaryDirectory(prefix="svg-kernels-")
+        library = tool.build(csrc, Path(self.fresh.name) / "lib", tool.ARCHITECTURES)
         for file in (library, library.with_name(tool.REPORT)):
             build_data["force_include"][str(file)] = f"svg_kernels/lib/{file.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag(library)}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove the folder that the library was built in."""
+        if self.fresh is not None:
+            self.fresh.cleanup()
 
 
 def load_build_module(root: Path) -> ModuleType:

@@ -3,40 +3,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from svg_kernels import _build, _library
+from svg_kernels import _build, _cache
 
 PACKAGE = Path(__file__).parents[1]
 SOURCES = PACKAGE / "csrc"
-FAKE_NVCC = """#!/bin/sh
-echo "$@" >> "$FAKE_LOG"
-while [ "$1" != "-o" ]; do shift; done
-sleep 0.05
-[ -z "$FAKE_FAILS" ] || { echo "error: no such register" >&2; exit 1; }
-echo built > "$2"
+MODULES = PACKAGE / "src" / "svg_kernels"
+STUCK_NVCC = """#!/bin/sh
+[ "$1" = --version ] && exit
+sleep 300 &
+echo $$ $! >> "$FAKE_LOG.pids"
+wait
 """
-
-
-@pytest.fixture
-def fake_nvcc(tmp_path, monkeypatch):
-    """Put a compiler first that only writes its output file, and an empty cache behind it."""
-    home = tmp_path / "cuda"
-    (home / "bin").mkdir(parents=True)
-    compiler = home / "bin" / "nvcc"
-    compiler.write_text(FAKE_NVCC)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(home))
-    monkeypatch.setenv("CXX", "sh")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    return compiler
 
 
 def test_find_nvcc_takes_that_of_cuda_home_first(fake_nvcc):
@@ -58,37 +43,59 @@ def test_architectures_of_reads_the_file_name():
     assert _build.architectures_of(hopper, ("80", "86")) == ()
 
 
-def test_build_once_serves_processes_that_ask_at_once(fake_nvcc, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from svg_kernels import _build;"
-        "print(_build.build_once(Path(sys.argv[1]), ('90',)))"
-    )
-    command = [sys.executable, "-c", code, str(SOURCES)]
-    pipe = subprocess.PIPE
-    running = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
-    answers = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
-    assert Path(answers[0][0].strip()).read_text() == "built\n"
+def test_build_makes_the_whole_folder_or_none(fake_nvcc, tmp_path, monkeypatch):
+    library = _build.build(SOURCES, tmp_path / "lib", ("90",))
+    assert library.read_text() == "built\n"
+    assert sorted(path.name for path in library.parent.iterdir()) == [
+        _build.LIBRARY,
+        _build.REPORT,
+    ]
     calls = (tmp_path / "log").read_text().splitlines()
     assert len(calls) == len(list(SOURCES.rglob("*.cu"))) + 1  # and the link
-    assert sum("compiling for sm_90" in err for _, err in answers) == 1
-
-
-def test_build_once_says_why_it_failed_and_leaves_nothing(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_FAILS", "1")
     with pytest.raises(RuntimeError, match="no such register"):
-        _build.build_once(SOURCES, ("90",))
-    assert not list((tmp_path / "cache").rglob(_build.LIBRARY))
+        _build.build(SOURCES, tmp_path / "other", ("90",))
+    assert not list(tmp_path.glob("other*"))
 
 
-def test_cache_dir_follows_the_sources(tmp_path):
-    copy = tmp_path / "csrc"
-    shutil.copytree(SOURCES, copy)
-    assert _build.cache_dir(copy, ("90",)) == _build.cache_dir(SOURCES, ("90",))
-    assert _build.cache_dir(copy, ("80",)) != _build.cache_dir(SOURCES, ("90",))
-    (copy / "hopper" / "tma.cuh").write_text("// changed")
-    assert _build.cache_dir(copy, ("90",)) != _build.cache_dir(SOURCES, ("90",))
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_build_that_is_killed_leaves_no_folder_and_no_compiler(end, fake_nvcc, tmp_path):
+    fake_nvcc.write_text(STUCK_NVCC)
+    code = (
+        "import sys; from pathlib import Path; sys.path.append(sys.argv[3]); import _build;"
+        "_build.build(Path(sys.argv[1]), Path(sys.argv[2]), ('90',))"
+    )
+    folder = tmp_path / "builds"
+    folder.mkdir()
+    command = [sys.executable, "-c", code, str(SOURCES), str(folder / "lib"), str(MODULES)]
+    # Not ignored, as it would be in the background of a shell.
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    build = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=restore)
+    pids = tmp_path / "log.pids"
+    wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 4)  # two compilers
+    running = [int(pid) for pid in pids.read_text().split()]
+    assert all(alive(pid) for pid in running)
+    assert list(folder.iterdir())
+    build.send_signal(end)
+    build.wait(timeout=30)
+    wait_until(lambda: not any(alive(pid) for pid in running))
+    wait_until(lambda: not list(folder.iterdir()))
+
+
+def wait_until(holds):
+    """Wait up to 30 s for a condition."""
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in 30 s"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def library():
     reason = _build.missing()
     if reason:
         pytest.skip(reason)
-    return _build.build_once(SOURCES, _build.ARCHITECTURES)
+    return _cache.build_once(SOURCES, _build.ARCHITECTURES)
 
 
 @pytest.mark.slow
@@ -149,14 +156,6 @@ def test_build_is_small_and_loads_without_a_gpu(library):
             module.check_device(0)
 
 
-def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path, monkeypatch):
-    pytest.importorskip("tvm_ffi")
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / _build.LIBRARY).write_bytes(b"not a library")
-    monkeypatch.setattr(_library, "_PACKAGE", tmp_path)
-    assert "cannot be loaded" in _library._find(torch.device("cuda", 0)).reason
-
-
 def load_hook():
     pytest.importorskip("hatchling")
     spec = importlib.util.spec_from_file_location("hatch_build", PACKAGE / "hatch_build.py")
@@ -185,6 +184,11 @@ def test_build_hook_packs_the_library_or_a_pure_wheel(nvcc, fake_nvcc, monkeypat
     assert (f"svg_kernels/lib/{_build.LIBRARY}" in packed) == nvcc
     assert data["pure_python"] != nvcc
     assert str(data["tag"]).startswith("py3-none-manylinux_2_17_") == nvcc
+    files = [path for path in data["force_include"] if path.endswith(_build.LIBRARY)]
+    assert all(Path(path).exists() for path in files)
+    hook.finalize("standard", data, "x.whl")
+    assert not any(Path(path).parents[1].exists() for path in files)
+    assert not _cache.cache_root().exists(), "a wheel takes nothing from a cache"
     editable = {"force_include": {}, "pure_python": True, "tag": None}
     hook.initialize("editable", editable)
     assert editable == {"force_include": {}, "pure_python": True, "tag": None}

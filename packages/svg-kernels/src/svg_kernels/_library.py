@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from svg_kernels import _build
+from svg_kernels import _build, _cache
 
 _PACKAGE = Path(__file__).resolve().parent
 _REQUIREMENT = "apache-tvm-ffi>=0.1.13.post2,<0.2"
@@ -63,33 +63,59 @@ def _library(device: torch.device) -> Library:
 def _find(device: torch.device) -> Library:
     if importlib.util.find_spec("tvm_ffi") is None:
         return Library(reason=f"apache-tvm-ffi is not installed; pip install '{_REQUIREMENT}'")
-    found = _PACKAGE / "lib" / _build.LIBRARY
-    if not found.exists():
-        major, minor = torch.cuda.get_device_capability(device)
-        folder, architectures = _build.sources(_PACKAGE), (f"{major}{minor}",)
-        found = _build.cache_dir(folder, architectures) / _build.LIBRARY
-        if not found.exists() and (reason := _build.missing()):
+    packed = _PACKAGE / "lib" / _build.LIBRARY
+    if packed.exists():
+        try:
+            return _check(_load(packed), packed, device)
+        except (RuntimeError, OSError) as error:
+            return Library(reason=f"{packed} cannot be loaded: {error}")
+    try:
+        return _find_built(device)
+    except (RuntimeError, OSError) as error:
+        return Library(reason=f"building the library failed: {error}")
+
+
+def _find_built(device: torch.device) -> Library:
+    """Return the library that was built for the architecture of `device`, or build it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    folder, architectures = _build.sources(_PACKAGE), (f"{major}{minor}",)
+    jobs = os.cpu_count() or 1
+    found = _cache.find_cached(folder, architectures)
+    if found is None:
+        if reason := _build.missing():
             return Library(
                 reason=f"this wheel has no compiled library, and it cannot be built: {reason}"
             )
-        try:
-            found = _build.build_once(folder, architectures, jobs=os.cpu_count() or 1)
-        except (RuntimeError, OSError) as error:
-            return Library(reason=f"building the library failed: {error}")
+        found = _cache.build_once(folder, architectures, jobs)
     try:
         module = _load(found)
     except (RuntimeError, OSError) as error:
-        return Library(reason=f"{found} cannot be loaded: {error}")
+        if reason := _build.missing():
+            return Library(reason=f"{found} cannot be loaded ({error}) nor built anew: {reason}")
+        _cache.tell(f"{found} cannot be loaded ({error}); building it anew")
+        found = _cache.build_once(folder, architectures, jobs, replace=True)
+        module = _load(found)
+    return _check(module, found, device)
+
+
+def _check(module: Any, path: Path, device: torch.device) -> Library:
+    """Return the library for `device`, or why it does not run there."""
     try:
         module.check_device(device.index or 0)
     except RuntimeError as error:
-        return Library(reason=f"{found} does not run on this GPU and driver: {error}")
-    return Library(functions=module, path=found)
+        return Library(reason=f"{path} does not run on this GPU and driver: {error}")
+    return Library(functions=module, path=path)
 
 
 def _load(path: Path) -> Any:
+    """Load a library, once for all devices; raise OSError if it is not one of ours."""
     import tvm_ffi
 
     if path not in _loaded:
-        _loaded[path] = tvm_ffi.load_module(str(path))
+        module = tvm_ffi.load_module(str(path))
+        try:
+            module.check_device  # noqa: B018
+        except AttributeError as error:
+            raise OSError(f"{path} does not export check_device") from error
+        _loaded[path] = module
     return _loaded[path]
