@@ -51,4 +51,24 @@ inline cudaError_t encode_row_map(CUtensorMap* map, bool bfloat16, const void* b
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Describes rows of 128 bytes so that one load fetches `box` consecutive rows from any first row
+// into 128-byte swizzled shared memory; rows past the last arrive as zeros.
+inline cudaError_t encode_byte_row_map(CUtensorMap* map, const void* base, int64_t rows,
+                                       int64_t row_stride, int64_t sequences,
+                                       int64_t sequence_stride, int box) {
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[3] = {128, static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(sequences)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_stride),
+                                 static_cast<cuuint64_t>(sequence_stride)};
+  const cuuint32_t boxes[3] = {128, static_cast<cuuint32_t>(box), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(base), sizes, strides, boxes,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace svg::hopper

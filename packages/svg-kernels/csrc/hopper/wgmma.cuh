@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include "hopper/address.cuh"
 
@@ -105,6 +106,34 @@ struct WgmmaRS;
 
 SVG_WGMMA(__nv_bfloat16, "bf16")
 SVG_WGMMA(__half, "f16")
+
+// The same for e4m3, 32 elements of the reduced axis at a time, contiguous in both operands. The
+// tensor cores keep such a sum to some 14 bits.
+template <>
+struct WgmmaSS<__nv_fp8_e4m3, 128> {
+  static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b,
+                                             int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SVG_NAMES_64
+        "}, %64, %65, p, 1, 1;\n}"
+        : SVG_BIND_64
+        : "l"(a), "l"(b), "r"(accumulate));
+  }
+};
+
+template <>
+struct WgmmaRS<__nv_fp8_e4m3, 128> {
+  static __device__ __forceinline__ void run(float (&d)[64], const uint32_t* a, uint64_t b,
+                                             int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SVG_NAMES_64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
+        : SVG_BIND_64
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+};
 
 #undef SVG_WGMMA
 #undef SVG_WGMMA_RS

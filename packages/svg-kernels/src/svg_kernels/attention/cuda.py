@@ -1,8 +1,10 @@
-"""Launcher of the compiled kernel: describe the tensors, launch."""
+"""Launcher of the compiled kernels: describe the tensors, launch."""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +13,30 @@ from svg_kernels import _library
 from svg_kernels.attention.operands import Operands
 
 _CODES = {torch.float16: 1, torch.bfloat16: 2}
-_VECTOR = 8  # elements of 16 bytes
+_VECTOR = 16  # bytes
 
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Launch the kernel on the current stream; see `svg_kernels.block_sparse_attention`."""
+    launch(_library.functions(operands.query.device).block_sparse_attention, operands, out, lse)
+
+
+def launch(
+    function: Callable[..., Any],
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor | None,
+    scales: tuple[Tensor, ...] = (),
+) -> None:
+    """Describe a call to one of the compiled kernels and launch it on the current stream.
+
+    Args:
+        function: the launcher.
+        operands: what the kernel reads.
+        out: where the output goes; any strides.
+        lse: where the log-sum-exps go, or None.
+        scales: further fp32 tensors, contiguous, whose addresses follow the description.
+    """
     # Copies must outlive the launch, so they keep a name until it returns.
     query, key = _vectors(operands.query), _sequences(operands.key)
     value = _sequences(operands.value)
@@ -32,8 +53,9 @@ def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) 
     described.extend((query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2]))
     described.extend((operands.run_starts.shape[-1], summaries))
     described.extend((query.shape[3], _CODES[query.dtype]))
+    described.extend(x.data_ptr() for x in scales)
     device = query.device.index
-    _library.functions(query.device).block_sparse_attention(
+    function(
         described.buffer_info()[0],
         operands.scale,
         device,
@@ -55,8 +77,9 @@ def _vectors(x: Tensor) -> Tensor:
 def _aligned(x: Tensor) -> bool:
     """Return whether every row starts at a multiple of 16 bytes and is contiguous."""
     batch, head, row, column = x.stride()
-    steps_fit = batch % _VECTOR == 0 and head % _VECTOR == 0 and row % _VECTOR == 0
-    return steps_fit and column == 1 and x.data_ptr() % 16 == 0
+    step = _VECTOR // x.element_size()
+    steps_fit = batch % step == 0 and head % step == 0 and row % step == 0
+    return steps_fit and column == 1 and x.data_ptr() % _VECTOR == 0
 
 
 def _sequences(x: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+// The online softmax of the rows that a thread holds, with lazy rescaling, for probabilities in e4m3.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "attention/softmax.cuh"
+
+namespace svg::attention::fp8 {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLargestByte = 448.f;  // of e4m3
+// What the maximum of a row stands at when it is set: 2^5.8 below the largest number, room for later
+// scores that are higher, and as much above 2^-6, down to where e4m3 keeps all its digits.
+constexpr float kMaximumLog2 = 3.f;
+
+// Two numbers as e4m3, the first in the low byte; what is too large becomes the largest.
+__device__ __forceinline__ uint16_t pack_half(float low, float high) {
+  uint16_t half;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(half) : "f"(high), "f"(low));
+  return half;
+}
+
+__device__ __forceinline__ uint32_t join(uint16_t low, uint16_t high) {
+  uint32_t word;
+  asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(low), "h"(high));
+  return word;
+}
+
+// The running softmax of the two rows a thread holds. Maxima are in units of log 2.
+struct Softmax {
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.f, 0.f};  // of this thread's columns only
+
+  // Replaces scores by probabilities relative to a maximum that includes them; returns what older
+  // results must be multiplied by.
+  __device__ __forceinline__ void rescale(float (&scores)[64], const float (&scale)[2],
+                                        float (&correction)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+      highest = fmaxf(maximum[r], quad_max(highest) * scale[r]);
+      correction[r] = exp2_approx(maximum[r] - (highest == -INFINITY ? 0.f : highest));
+      maximum[r] = highest;
+      const float down = shift(r);
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[4 * i + 2 * r + e];
+          score = exp2_approx(fmaf(score, scale[r], -down));
+          total += score;
+        }
+      }
+      sum[r] = sum[r] * correction[r] + total;
+    }
+  }
+
+  // Turns scores into probabilities relative to the maximum as it is, two to a half word; returns
+  // their sums.
+  __device__ __forceinline__ void exponentiate(const float (&scores)[64], const float (&scale)[2],
+                                         uint16_t (&halves)[32], float (&sums)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float down = shift(r);
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        float p[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float x = fmaf(scores[4 * i + 2 * r + e], scale[r], -down);
+          p[e] = exp2_approx(x);
+          total += p[e];
+        }
+        halves[2 * i + r] = pack_half(p[0], p[1]);
+      }
+      sums[r] = total;
+    }
+  }
+
+  __device__ __forceinline__ float log_sum_exp(int r, float total) const {
+    return shift(r) * kLn2 + logf(total);
+  }
+
+ private:
+  __device__ __forceinline__ float shift(int r) const {
+    return maximum[r] == -INFINITY ? 0.f : maximum[r] - kMaximumLog2;
+  }
+};
+
+}  // namespace svg::attention::fp8
