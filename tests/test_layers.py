@@ -40,8 +40,8 @@ FLOORS = {
         ("_cache",),
         ("_library",),
         ("_dispatch",),
-        ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "status"),
-        ("modulation", "qk_norm_rope", "quantize"),
+        ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "key_value_fp8", "status"),
+        ("modulation", "qk_norm_rope", "quantize", "attention_fp8"),
         ("__init__",),
     ),
     "svg_attention": (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from svg_attention import UnsupportedError, sparse_attention
-from svg_attention.backends import BACKENDS, kernels
+from svg_attention.backends import AUTO_BACKENDS, BACKENDS, kernels
 from svg_attention.backends.kernels import KernelsBackend
 from svg_attention.plan import KeySummary, SparsePlan
 from svg_attention.planning.order import long_tiles_first
@@ -27,7 +27,7 @@ def test_backends_are_listed_fastest_first():
     assert list(BACKENDS)[:3] == ["cuda", "triton", "reference"]
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["cuda", "triton", "cuda_fp8"])
 def test_unsupported_refuses_tensors_on_a_cpu(name, random_plan):
     plan = random_plan(1, 2, 130, 90)
     with pytest.raises(UnsupportedError, match="CUDA device") as caught:
@@ -56,6 +56,41 @@ def test_attend_hands_the_kernel_the_whole_plan(monkeypatch, random_plan, key_he
     rounded, _ = attend(KernelsBackend("cuda"), query, key, value, plan, scale=0.2)
     want, _ = attend(BACKENDS["reference"], query, key, value, plan.rounded(8), scale=0.2)
     torch.testing.assert_close(rounded, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_attend_hands_the_fp8_kernel_the_whole_plan(monkeypatch, random_plan, key_heads, attend):
+    import svg_kernels
+
+    kernel = svg_kernels.block_sparse_attention_fp8
+    monkeypatch.setattr(
+        svg_kernels,
+        "block_sparse_attention_fp8",
+        lambda *args, **kwargs: kernel(*args, **{**kwargs, "backend": "reference"}),
+    )
+    plan = random_plan(2, 2, 300, 200, key_heads=key_heads)
+    query, key, value = tensors(plan, key_heads=key_heads, dim=128)
+    got, lse = attend(BACKENDS["cuda_fp8"], query, key, value, plan, scale=0.05)
+    rounded = plan.rounded(8)
+    want, want_lse = attend(BACKENDS["reference"], query, key, value, rounded, scale=0.05)
+    # Three digits of keys and values, where a wrong row would show as an error of one.
+    assert (got - want).norm() < 0.06 * want.norm()
+    assert (lse - want_lse).abs().max() < 0.2
+
+
+def test_backends_in_fp8_are_taken_by_name_only():
+    assert "cuda_fp8" in BACKENDS
+    assert "cuda_fp8" not in AUTO_BACKENDS
+    assert list(BACKENDS).index("cuda_fp8") > list(BACKENDS).index("reference")
+
+
+@needs_kernels
+def test_unsupported_names_the_head_size_of_the_fp8_kernel():
+    from svg_kernels.attention_fp8 import unsupported
+
+    reason = unsupported("cuda", torch.device("cuda"), torch.bfloat16, 64)
+    assert reason == "head_dim must be 128 for keys in e4m3, got 64"
 
 
 @needs_kernels

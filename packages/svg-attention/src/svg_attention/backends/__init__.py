@@ -1,8 +1,9 @@
 """Backends compute a plan; they meet the methods only in the plan.
 
 A backend is an object with `name`, `unsupported(...)` and `attend(...)`. `BACKENDS` lists them from
-the fastest to the one that runs everywhere, which "auto" never passes; after it come other people's
-kernels, which are taken by name only, since they wait for the device.
+the fastest to the one that runs everywhere, which "auto" never passes; after it come those that are
+taken by name only: ours in fp8, which is less exact, and other people's kernels, which wait for the
+device.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from svg_attention.backends.flash_attn import FlashAttentionBackend
 from svg_attention.backends.flashinfer import FlashInferBackend
-from svg_attention.backends.kernels import KernelsBackend
+from svg_attention.backends.kernels import Fp8KernelsBackend, KernelsBackend
 from svg_attention.backends.reference import ReferenceBackend
 from svg_attention.errors import UnsupportedError
 from svg_attention.plan import SparsePlan
@@ -56,6 +57,7 @@ _ALL: tuple[Backend, ...] = (
     KernelsBackend("cuda"),
     KernelsBackend("triton"),
     ReferenceBackend(),
+    Fp8KernelsBackend(),
     FlashInferBackend(),
     FlashAttentionBackend(),
 )
