@@ -239,7 +239,13 @@ def prepare_call(
         order = labels.argsort(dim=-1, stable=True).int()
         sizes = torch.zeros(*x.shape[:2], count, dtype=torch.int32, device=x.device)
         sizes.scatter_add_(-1, labels.long(), torch.ones_like(labels, dtype=torch.int32))
-        return Clusters(labels=labels, centroids=centroids[None], sizes=sizes, order=order)
+        return Clusters(
+            labels=labels,
+            centroids=centroids[None],
+            sizes=sizes,
+            order=order,
+            broken=torch.zeros(sizes.shape[:2], dtype=torch.bool, device=sizes.device),
+        )
 
     def call() -> Tensor:
         queries, keys = (

@@ -162,7 +162,7 @@ class SVG2(Method):
             iterations=iterations,
             generator=call.generator,
         )
-        memory.query_centroids, memory.key_centroids = queries.remembered, keys.remembered
+        memory.query_centroids, memory.key_centroids = queries.centroids, keys.centroids
         return queries, keys
 
     def plan_clusters(

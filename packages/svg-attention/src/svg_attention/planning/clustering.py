@@ -16,20 +16,18 @@ class Clusters:
 
     Attributes:
         labels: int32 `[B, H, N]`.
-        centroids: `[B, H, K, D]`, mean row of each cluster; an empty one keeps its last. Always
-            finite: a channel that is not is 0.
+        centroids: `[B, H, K, D]`, mean row of each cluster, finite; one that is empty, or holds a
+            row that is not finite, keeps its last.
         sizes: int32 `[B, H, K]`.
         order: int32 `[B, H, N]`, rows sorted by cluster.
-        remembered: `[B, H, K, D]`, finite, where the next step starts.
-        broken: bool `[B, H]`, heads of which some row or mean is not finite. Their clusters are a
-            partition of the rows all the same, but say nothing about them.
+        broken: bool `[B, H]`, heads of which some row is not finite, or so large that its square
+            is not.
     """
 
     labels: Tensor
     centroids: Tensor
     sizes: Tensor
     order: Tensor
-    remembered: Tensor
     broken: Tensor
 
 
@@ -49,8 +47,8 @@ def cluster_rows(
     which similar ones are neighbours; they keep it from then on, so rows sorted by label are in
     that order too.
 
-    NaN and infinity do no harm beyond their own head: it is marked `broken`, and its next step
-    starts from what this one started from.
+    NaN and infinity do no harm beyond their own cluster, which stays where it was; their head is
+    marked `broken`.
 
     Args:
         x: `[B, H, N, D]`.
@@ -64,17 +62,17 @@ def cluster_rows(
     broken = None
     if x.device.type == "cpu":
         # K-means on a CPU refuses such rows; on a GPU it would have to wait to see them, so there
-        # they are found by the means that they spoil.
+        # they show in the inertia only.
         finite = x.isfinite()
         broken = ~finite.flatten(2).all(dim=-1)
         x = torch.where(finite, x, 0)
     flat = x.reshape(batch * heads, rows, width)
     if fits(remembered, shape, x) and remembered is not None:
-        first = start = remembered
+        start = remembered
         rounds = iterations[1]
     else:
         chosen = torch.rand(rows, generator=generator, device=x.device).argsort()[:n_clusters]
-        first = start = zero_where_not_finite(x.index_select(2, chosen))
+        start = zero_where_not_finite(x.index_select(2, chosen))
         rounds = min(iterations)
         if iterations[0] > rounds:
             result = kmeans(
@@ -86,18 +84,13 @@ def cluster_rows(
             start = result.centroids.view(shape)
         start = start.gather(2, neighbour_order(start)[..., None].expand(shape))
     result = kmeans(flat, n_clusters, init=start.reshape(-1, n_clusters, width), max_iter=rounds)
-    found = result.centroids.view(shape)
-    finite = found.isfinite()
-    spoiled = ~finite.flatten(2).all(dim=-1)
-    broken = spoiled if broken is None else broken | spoiled
-    centroids = torch.where(finite, found, 0)
+    endless = ~result.inertia.view(batch, heads).isfinite()
     return Clusters(
         labels=result.labels.view(batch, heads, rows),
-        centroids=centroids,
+        centroids=result.centroids.view(shape),
         sizes=result.sizes.view(batch, heads, n_clusters),
         order=result.order.view(batch, heads, rows),
-        remembered=torch.where(broken[..., None, None], first, centroids),
-        broken=broken,
+        broken=endless if broken is None else broken | endless,
     )
 
 
