@@ -22,6 +22,7 @@ PACKAGES = {
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 CONSTRAINTS = os.environ.get("CONSTRAINTS", "tools/constraints.txt")
+TRITON = "tools/constraints-triton.txt"
 
 # Packages are installed without compiling their files to bytecode, which takes longer than the
 # download; what is imported is then compiled once, unless the machine forbids writing it.
@@ -33,7 +34,10 @@ def install(session: nox.Session, *requirements: str) -> None:
     site_packages(session).joinpath("torch.pth").write_text(
         str(site_packages(session, "torch")), encoding="utf-8"
     )
-    session.install("--no-compile", "--constraint", CONSTRAINTS, *requirements)
+    constraints = ["--constraint", CONSTRAINTS]
+    if not site_packages(session, "torch").joinpath("triton").exists():
+        constraints += ["--constraint", TRITON]
+    session.install("--no-compile", *constraints, *requirements)
 
 
 def site_packages(session: nox.Session, other: str | None = None) -> Path:

@@ -126,3 +126,18 @@ def test_code_owners_names_folders_that_exist():
             pattern, *owners = line.split()
             assert owners
             assert pattern == "*" or Path(ROOT / pattern.strip("/")).exists(), pattern
+
+
+def test_constraints_leave_triton_to_a_torch_that_brings_it():
+    """A CUDA build of torch pins one Triton; a second pin beside it cannot be resolved."""
+    pins = {
+        name: [
+            Requirement(line).name
+            for line in (ROOT / "tools" / name).read_text(encoding="utf-8").splitlines()
+            if not line.startswith("#")
+        ]
+        for name in ("constraints.txt", "constraints-triton.txt")
+    }
+    assert "torch" in pins["constraints.txt"]
+    assert "triton" not in pins["constraints.txt"]
+    assert pins["constraints-triton.txt"] == ["triton"]
