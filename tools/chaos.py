@@ -426,12 +426,13 @@ def main() -> int:
     if shutil.which("nvcc") is None and not options.names:
         names.remove("build")
         print("no nvcc, so the build is left out", file=sys.stderr)
-    tallies = {name: torment(name, options.times, options.seed) for name in names}
-    print(table(tallies))
-    print(*(note for tally in tallies.values() for note in tally.notes), sep="\n")
-    if options.json:
-        figures = {name: asdict(tally) for name, tally in tallies.items()}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    tallies: dict[str, Tally] = {}
+    for name in names:
+        tallies[name] = torment(name, options.times, options.seed)
+        print(table({name: tallies[name]}), *tallies[name].notes, sep="\n", flush=True)
+        if options.json:
+            figures = {name: asdict(tally) for name, tally in tallies.items()}
+            options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 1 if any(tally.faults for tally in tallies.values()) else 0
 
 

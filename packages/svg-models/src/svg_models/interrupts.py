@@ -29,11 +29,13 @@ class Interrupts:
         received: whether one came.
         unwinds: whether the first one is raised as KeyboardInterrupt, so that temporary files and
             child processes are cleaned up; else, and at the second, the process ends at once.
+        says: what to say of the run so far, in place of whether one file was written.
     """
 
     def __init__(self) -> None:
         self.received = False
         self.unwinds = False
+        self.says = ""
         self._watched: Path | None = None
         self._before: object = None
 
@@ -43,6 +45,8 @@ class Interrupts:
 
     def sentence(self) -> str:
         """Say what became of the file."""
+        if self.says:
+            return f"stopped: {self.says}"
         if self._watched is None or _identity(self._watched) == self._before:
             return "stopped: nothing was written"
         return f"stopped: {ascii(str(self._watched))[1:-1]} was written"
@@ -90,13 +94,13 @@ def listening() -> Iterator[Interrupts]:
 
 
 @contextlib.contextmanager
-def unwinding(path: Path) -> Iterator[None]:
+def unwinding(path: Path) -> Iterator[Interrupts]:
     """Clean up at an interrupt while `path` is being made, instead of ending at once."""
     with listening() as answer:
         answer.watch(path)
         answer.unwinds = True
         try:
-            yield
+            yield answer
         finally:
             answer.unwinds = False
 

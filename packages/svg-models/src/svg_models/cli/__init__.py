@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from svg_models.cli import batch as _batch
 from svg_models.cli import compare as _compare
 from svg_models.cli import generate as _generate
 from svg_models.cli import models as _models
 from svg_models.cli.doctor import doctor
-from svg_models.cli.output import SpokenGroup, out
+from svg_models.cli.output import PlainCommand, SpokenGroup, out
 
 __all__ = ["app"]
 
@@ -54,7 +55,8 @@ def svg(
     """Hold the options that stand before a command."""
 
 
-app.command("generate", epilog=_generate.EXAMPLES)(_generate.generate)
-app.command("compare", epilog=_compare.EXAMPLES)(_compare.compare)
-app.command("models", epilog=_models.EXAMPLES)(_models.models)
-app.command("doctor")(doctor)
+app.command("generate", cls=PlainCommand, epilog=_generate.EXAMPLES)(_generate.generate)
+app.command("batch", cls=PlainCommand, epilog=_batch.EXAMPLES)(_batch.batch)
+app.command("compare", cls=PlainCommand, epilog=_compare.EXAMPLES)(_compare.compare)
+app.command("models", cls=PlainCommand, epilog=_models.EXAMPLES)(_models.models)
+app.command("doctor", cls=PlainCommand)(doctor)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from svg_models.cli.options import has_options_of
-from svg_models.cli.output import escaped, out, say_path
+from svg_models.cli.config import used, write_config
+from svg_models.cli.options import AsJson, Quiet, SaveConfig, has_options_of
+from svg_models.cli.output import escaped, out, say_json, say_path, show_note
 from svg_models.cli.progress import progress_bars
 from svg_models.generation.request import CompareRequest
 from svg_models.generation.settings import WHERE
@@ -32,12 +34,21 @@ def compare(
         str,
         typer.Option("--output", "-o", help="The folder to write into.", rich_help_panel=WHERE),
     ] = "svg-compare",
+    opens: Annotated[
+        bool,
+        typer.Option("--open", help="Show the page in a browser.", rich_help_panel=WHERE),
+    ] = False,
+    save_config: SaveConfig = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate one clip dense and sparse, measure the difference, and make a page of it."""
-    from svg_models.files import check_folder
+    from svg_models.files import check_folder, check_output
 
     folder = check_folder(output)
-    with progress_bars() as progress:
+    if save_config is not None:
+        check_output(save_config)
+    with progress_bars(silent=quiet) as progress:
         from svg_models.comparison.result import PAGE
         from svg_models.comparison.run import compare as run
 
@@ -46,8 +57,24 @@ def compare(
             progress("writing the page", 0, 0)
             page = comparison.save(folder)
             progress.end()
-    out().print(_comparison_table(comparison))
-    say_path(page.resolve(), "page: ")
+    if save_config is not None:
+        write_config(used(request, comparison.dense.settings), save_config)
+    if as_json:
+        say_json(comparison.to_dict() | {"page": str(page.resolve())})
+    else:
+        if not quiet:
+            out().print(_comparison_table(comparison))
+        say_path(page.resolve(), "" if quiet else "page: ")
+    if opens:
+        show_page(page)
+
+
+def show_page(page: Path) -> None:
+    """Open a page in a browser, or say that there is none."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        show_note("no browser was found; open the page by its path")
 
 
 def _comparison_table(comparison: Comparison) -> Table:

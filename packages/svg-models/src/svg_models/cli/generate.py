@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svg_models.cli.options import has_options_of
-from svg_models.cli.output import err, escaped, say_path
+from svg_models.cli.config import used, write_config
+from svg_models.cli.options import AsJson, Quiet, SaveConfig, has_options_of
+from svg_models.cli.output import err, escaped, say_json, say_path
 from svg_models.cli.progress import progress_bars
 from svg_models.generation.request import GenerateRequest
 from svg_models.generation.settings import WHERE
@@ -36,13 +37,18 @@ def generate(
             "--output", "-o", help="The mp4 to write, replaced if there.", rich_help_panel=WHERE
         ),
     ] = "video.mp4",
+    save_config: SaveConfig = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate one clip with sparse attention and write it as an mp4."""
     from svg_models.files import check_output, check_suffix
 
     check_suffix(output)
     path = check_output(output)
-    with progress_bars() as progress:
+    if save_config is not None:
+        check_output(save_config)
+    with progress_bars(silent=quiet) as progress:
         from svg_models.generation.sample import generate as run
 
         with unwinding(path):
@@ -50,10 +56,17 @@ def generate(
             progress("writing", 0, 0)
             clip.save(path)
             progress.end()
-    _tell_clip(clip, Path(output).expanduser())
+    if save_config is not None:
+        write_config(used(request, clip.settings), save_config)
+    if as_json:
+        say_json(clip.to_dict() | {"path": str(path)})
+        return
+    if not quiet:
+        _tell_clip(clip)
+    say_path(Path(output).expanduser())
 
 
-def _tell_clip(clip: Clip, path: Path) -> None:
+def _tell_clip(clip: Clip) -> None:
     settings = clip.settings
     text = (
         f"{len(clip.frames)} frames of {settings.width} x {settings.height} in "
@@ -62,4 +75,3 @@ def _tell_clip(clip: Clip, path: Path) -> None:
     if clip.stats.sparse_records:
         text += f", density {clip.stats.mean_density:.0%} on sparse calls"
     err().print(escaped(text), highlight=False)
-    say_path(path)

@@ -11,13 +11,34 @@ from typing import Annotated, Any
 
 import typer
 
+from svg_models.cli.config import option_names, read_config
 from svg_models.cli.output import spoken_errors
 from svg_models.generation.request import Request
-from svg_models.generation.settings import WHAT, Option, options_of
+from svg_models.generation.settings import WHAT, WHERE, Option
 
-__all__ = ["has_options_of"]
+__all__ = ["AsJson", "Quiet", "SaveConfig", "has_options_of", "read_size"]
 
 SIZE = typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT)
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Say nothing but results and errors.", rich_help_panel=WHERE
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print results as JSON for a program.", rich_help_panel=WHERE),
+]
+SaveConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--save-config",
+        metavar="FILE",
+        help="Write a file for --config that repeats this run.",
+        rich_help_panel=WHERE,
+    ),
+]
 
 
 def has_options_of(
@@ -32,14 +53,14 @@ def has_options_of(
         kind: the class of the request.
         without: fields that this command has no option for.
     """
-    shared = {name: o for name, o in options_of(kind).items() if o.names or name == "prompt"}
-    shared = {name: o for name, o in shared.items() if name not in without}
+    shared = {name: o for name, o in option_names(kind).items() if name not in without}
     defaults = {f.name: f.default for f in fields(kind)}
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         given = [_parameter(name, about, defaults[name]) for name, about in shared.items()]
         parameters = [*given, _keyword("size", None, Annotated[str | None, SIZE])]
+        parameters.append(_keyword("config", None, Annotated[str | None, _config(shared)]))
         parameters += [_keyword(p.name, p.default, p.annotation) for p in own]
 
         @functools.wraps(function)
@@ -70,12 +91,33 @@ def _parameter(name: str, about: Option, default: Any) -> inspect.Parameter:
         says: Any = typer.Argument(help=about.help)
     else:
         says = typer.Option(
-            *about.names, help=about.help, metavar=about.metavar, rich_help_panel=about.panel
+            *about.names,
+            help=about.help,
+            metavar=about.metavar or {int: "N", float: "X"}.get(about.kind),
+            rich_help_panel=about.panel,
         )
     if about.repeats:
         default = None
     optional: Any = kind | None if default is None else kind
     return _keyword(name, default, Annotated[optional, says])
+
+
+def _config(known: dict[str, Option]) -> Any:
+    """Return the option `--config`, whose file gives what the line leaves out."""
+
+    def read(context: typer.Context, path: str | None) -> str | None:
+        if path is not None:
+            context.default_map = read_config(path, known)
+        return path
+
+    return typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A TOML file with options, as steps = 30; those of the line come first.",
+        callback=read,
+        is_eager=True,
+        rich_help_panel=WHERE,
+    )
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

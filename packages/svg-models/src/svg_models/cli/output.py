@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -16,12 +17,22 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from svg_models.errors import SvgModelsError, first_line, printable, shortened
 from svg_models.interrupts import STATUS, Interrupts, listening
 
-__all__ = ["SpokenGroup", "err", "escaped", "out", "say_path", "show_note", "spoken_errors"]
+__all__ = [
+    "PlainCommand",
+    "SpokenGroup",
+    "err",
+    "escaped",
+    "out",
+    "say_json",
+    "say_path",
+    "show_note",
+    "spoken_errors",
+]
 
 _LONGEST = 600  # characters of an error; what was typed may be a megabyte
 
@@ -29,6 +40,12 @@ _LONGEST = 600  # characters of an error; what was typed may be a megabyte
 def out() -> Console:
     """Return the console of what was asked for."""
     return Console()
+
+
+def say_json(values: Any) -> None:
+    """Print plain values for a program; what JSON does not know is null."""
+    json.dump(values, sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
 
 
 def err() -> Console:
@@ -53,6 +70,19 @@ def _fail(sentence: str) -> NoReturn:
     text = escaped(shortened(sentence, _LONGEST))
     err().print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
     raise typer.Exit(2)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help says what a value is only where that says something."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help; see `click.Command.format_help`."""
+        for parameter in self.get_params(ctx):
+            if parameter.param_type_name == "option" and parameter.metavar is None:
+                parameter.metavar = " "
+            elif hasattr(parameter, "display_type_rich"):  # of typer, for arguments
+                setattr(parameter, "display_type_rich", lambda *_, **__: None)  # noqa: B010
+        super().format_help(ctx, formatter)
 
 
 class SpokenGroup(TyperGroup):
@@ -100,6 +130,10 @@ def _status(run: Callable[[], Any], interrupts: Interrupts) -> int:
             return 1
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
+            return 2
+        if isinstance(error, SvgModelsError):  # while options were read
+            with contextlib.suppress(typer.Exit):
+                _fail(str(error))
             return 2
         if hasattr(error, "format_message"):  # of click, or of typer's copy of it
             with contextlib.suppress(typer.Exit):

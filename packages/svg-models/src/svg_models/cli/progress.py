@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,18 +19,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from svg_models.cli.output import err, show_note
+from svg_models.cli.output import err, escaped, show_note
 
 __all__ = ["Stages", "hushed_libraries", "progress_bars"]
 
 
 @contextmanager
-def progress_bars() -> Iterator[Any]:
+def progress_bars(*, silent: bool = False) -> Iterator[Any]:
     """Show one bar per stage on stderr, with the time left where it can be known.
 
     The bars vanish at the end. Where stderr is no terminal there are none, only a line per clip.
+
+    Args:
+        silent: neither bars nor notes.
     """
     console = err()
+    console.quiet = silent
     bars = Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description}"),
@@ -41,9 +45,11 @@ def progress_bars() -> Iterator[Any]:
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=silent or not console.is_terminal,
     )
     with hushed_libraries(), bars:
+        if silent:
+            warnings.showwarning = lambda *_, **__: None
         yield Stages(bars)
 
 
@@ -73,6 +79,14 @@ class Stages:
             self._bars.stop()
         elif not self._bars.live.is_started:
             self._bars.start()
+
+    def named(self, name: str) -> Callable[[str, float, float], None]:
+        """Return what reports the stages of one of many clips."""
+
+        def report(stage: str, done: float, total: float) -> None:
+            self(f"{escaped(name)}: {stage}", done, total)
+
+        return report
 
     def end(self) -> None:
         """Mark the running stage as done."""

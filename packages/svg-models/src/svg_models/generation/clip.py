@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,21 @@ class Clip:
     step_seconds: tuple[float, ...]
     decode_seconds: float
     stats: RunStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures as plain values for JSON."""
+        return {
+            "model": self.model,
+            "loras": list(self.loras),
+            "settings": asdict(self.settings),
+            "method": self.method.label,
+            "config": self.stats.recipe,
+            "seconds": round(self.seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "step_seconds": [round(value, 5) for value in self.step_seconds],
+            "attention": {k: v for k, v in self.stats.numbers().items() if not isinstance(v, dict)},
+            "messages": list(self.stats.messages),
+        }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the clip as an mp4; see `svg_models.video.write_video`.

@@ -85,6 +85,8 @@ class Request(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.loras, str):
+            raise SettingError(f"loras must be a list, such as ['{self.loras}']")
         if self.model is None or isinstance(self.model, str | os.PathLike):
             return
         for f in fields(Request):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from svg_models.video.frames import Frames, to_frames
 from svg_models.video.metrics import Similarity, similarity
-from svg_models.video.montage import enlarge, side_by_side
+from svg_models.video.montage import contact_sheet, enlarge, side_by_side
 from svg_models.video.mp4 import FPS, LARGEST_SIDE, encode, keep_elsewhere, write_video
 from svg_models.video.reader import VideoFile, read_video
 
@@ -14,6 +14,7 @@ __all__ = [
     "Frames",
     "Similarity",
     "VideoFile",
+    "contact_sheet",
     "encode",
     "enlarge",
     "keep_elsewhere",

@@ -9,7 +9,7 @@ import numpy as np
 
 from svg_models.video.frames import Frames, to_frames
 
-__all__ = ["enlarge", "side_by_side"]
+__all__ = ["contact_sheet", "enlarge", "side_by_side"]
 
 
 def side_by_side(
@@ -51,6 +51,49 @@ def side_by_side(
         canvas[:, :head, left : left + width] = header
         canvas[:, head : head + height, left : left + width] = array
     return canvas
+
+
+def contact_sheet(
+    pictures: Sequence[np.ndarray], labels: Sequence[str], *, columns: int = 4, width: int = 320
+) -> np.ndarray:
+    """Lay out one picture of each clip with its label above.
+
+    Args:
+        pictures: uint8 `[H, W, 3]`, of any sizes.
+        labels: one line each.
+        columns: pictures in a row, at most.
+        width: pixels that each is scaled to.
+
+    Returns:
+        uint8 `[H', W', 3]`.
+
+    Raises:
+        ValueError: if there is no picture, or the numbers differ.
+    """
+    from PIL import Image
+
+    if not pictures or len(pictures) != len(labels):
+        raise ValueError(
+            f"expected one label a picture, got {len(pictures)} pictures, {len(labels)} labels"
+        )
+    columns, gap = min(columns, len(pictures)), 8
+    cells = []
+    for picture, text in zip(pictures, labels, strict=True):
+        height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+        scaled = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+        cells.append(np.concatenate([_label(text, width), np.asarray(scaled)]))
+    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
+    heights = [max(len(cell) for cell in row) for row in rows]
+    sheet = np.full(
+        (sum(heights) + gap * (len(rows) + 1), columns * (width + gap) + gap, 3), 18, np.uint8
+    )
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for index, cell in enumerate(row):
+            left = gap + index * (width + gap)
+            sheet[top : top + len(cell), left : left + width] = cell
+        top += height + gap
+    return sheet
 
 
 def enlarge(clip: np.ndarray, factor: int) -> np.ndarray:
