@@ -74,6 +74,13 @@ def test_every_api_page_is_of_a_package():
     assert folders == {package.module for package in distributions().values()}
 
 
+def test_the_repair_of_the_k_means_files_is_the_one_that_the_error_gives():
+    from svg_attention._kmeans_files import REPAIR
+
+    page = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert f"\n{REPAIR}\n" in page
+
+
 def test_changelogs_are_on_the_site():
     for package in distributions().values():
         page = (ROOT / "docs" / "changelog" / f"{package.name}.md").read_text(encoding="utf-8")
