@@ -36,3 +36,23 @@ def member(rank: int, world: int, where: str, metric: str, results: str, device:
     )
     torch.save({"given": vars(given), "drawn": vars(drawn)}, f"{results}.{rank}")
     torch.distributed.destroy_process_group()
+
+
+def refused_member(rank: int, world: int, where: str, results: str) -> None:
+    """Cluster with a bad weight, then with a bad point, on process 1; store what was said."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{where}", rank=rank, world_size=world
+    )
+    x = blobs(1, 40, 3, 4)[0]
+    said = {}
+    for name in ("weights", "points"):
+        points, weight = x.clone(), torch.ones(40)
+        if rank == 1:
+            (weight if name == "weights" else points)[5] = torch.nan
+        try:
+            fk.kmeans_distributed(points, 3, init=x[:3], max_iter=2, sample_weight=weight)
+        except ValueError as error:
+            said[name] = str(error)
+    torch.save(said, f"{results}.{rank}")
+    torch.distributed.destroy_process_group()

@@ -46,11 +46,11 @@ def spans(total: int, per_item: int, device: torch.device) -> Iterator[slice]:
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """Return `1 / |x|` per point, `[B, N]`, and zero for a zero point."""
+    """Return `1 / |x|` per point, `[B, N]`, and zero for a point too short to have a direction."""
     out = torch.empty(x.shape[:2], dtype=compute_dtype(x), device=x.device)
     for part in spans(x.shape[1], x.shape[0] * x.shape[2], x.device):
-        norm = x[:, part].to(out.dtype).norm(dim=-1)
-        out[:, part] = torch.where(norm > 0, 1 / norm, 0)
+        inverse = 1 / x[:, part].to(out.dtype).norm(dim=-1)
+        out[:, part] = torch.where(torch.isinf(inverse), 0, inverse)
     return out
 
 

@@ -255,6 +255,8 @@ class _Points:
         if isinstance(self.source, Tensor):
             return self.source[rows].detach()
         part = self.source[rows.numpy() if isinstance(rows, Tensor) else rows]
+        if min(part.strides) < 0:  # which torch refuses even where one row makes it no matter
+            part = part.copy()
         known = part.dtype.newbyteorder("=")
         if known.kind == "u" and known.itemsize > 1:
             known = np.dtype(np.int32 if known.itemsize == 2 else np.float64)
