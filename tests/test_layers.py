@@ -36,7 +36,7 @@ FLOORS = {
         ("__init__", "compat"),
     ),
     "svg_kernels": (
-        ("errors", "_build", "_checks", "_arithmetic", "_rows"),
+        ("errors", "_build", "_checks", "_debug", "_arithmetic", "_rows"),
         ("_cache",),
         ("_library",),
         ("_dispatch",),

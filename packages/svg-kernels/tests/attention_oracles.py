@@ -77,6 +77,8 @@ def random_call(
         *random_runs((batch, heads, tiles), keys, runs, generator),
     ]
     arguments[4] -= arguments[4] % multiple
+    used_first = (arguments[4] == 0).int().argsort(dim=-1, stable=True)
+    arguments[3:] = [x.gather(-1, used_first) for x in arguments[3:]]
     keywords: dict[str, Any] = {}
     if ordered:
         keywords["query_order"] = permutations((batch, heads), queries, generator)

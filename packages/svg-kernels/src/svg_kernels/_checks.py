@@ -8,10 +8,15 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_rows(name: str, x: Tensor, out_dtype: torch.dtype | None = None) -> None:
-    """Raise unless `x` has rows of a supported float type and `out_dtype` is one as well."""
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless `x` is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+
+
+def check_rows(name: str, x: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    """Raise unless `x` has rows of a supported float type and `out_dtype` is one as well."""
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}; convert it first")
     if x.ndim == 0:
@@ -24,6 +29,7 @@ def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
     """Raise unless `vector` is None or one float per column of `x`, on its device."""
     if vector is None:
         return
+    check_tensor(name, vector)
     if vector.ndim != 1 or vector.shape[0] != x.shape[-1]:
         raise ValueError(
             f"{name} must be [{x.shape[-1]}] to match the last axis of x, got {list(vector.shape)}"
@@ -51,6 +57,7 @@ def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
 
     `[B, C]` means one row per batch element, never one per token.
     """
+    check_tensor(name, value)
     batch, tokens, width = x.shape
     shape = value.shape
     if not (

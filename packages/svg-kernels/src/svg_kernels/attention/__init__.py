@@ -7,12 +7,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from svg_kernels import _debug
 from svg_kernels._dispatch import define_op, select_backend
 from svg_kernels.attention.limits import unsupported
 from svg_kernels.attention.operands import (
     TILE_ROWS,
     Operands,
     Summary,
+    check_indices,
     check_operands,
     check_out,
 )
@@ -160,6 +162,8 @@ def _compute(
         __name__, backend, query.device, query.dtype, query.shape[-1], unsupported=unsupported
     )
     out, lse = _outputs(query, return_lse, out)
+    if _debug.ENABLED:
+        check_indices(operands)
     if out.numel():
         module.block_sparse_attention(operands, out, lse if return_lse else None)
     return out, lse

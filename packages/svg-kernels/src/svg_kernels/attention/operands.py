@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svg_kernels._checks import FLOATS
+from svg_kernels import _debug
+from svg_kernels._checks import FLOATS, check_tensor
 from svg_kernels.attention.limits import MAX_HEAD_DIM
 
 TILE_ROWS = 128
@@ -49,6 +50,11 @@ def check_operands(
         TypeError: if a dtype is unsupported.
         ValueError: if a shape or the scale does not fit or the devices differ.
     """
+    for name, x in (
+        *(("query", query), ("key", key), ("value", value)),
+        *(("run_starts", run_starts), ("run_lengths", run_lengths)),
+    ):
+        check_tensor(name, x)
     _check_tensors(query, key, value)
     batch, heads, length, width = query.shape
     tiles = (length + TILE_ROWS - 1) // TILE_ROWS
@@ -73,6 +79,19 @@ def check_operands(
         tile_order,
         scale,
     )
+
+
+def check_indices(operands: Operands) -> None:
+    """Raise ValueError unless orders are permutations and runs lie apart within the keys.
+
+    Waits for the device, and is done with `SVG_DEBUG=1` only.
+    """
+    query, order, tiles = operands.query, operands.query_order, operands.tile_order
+    _debug.check_runs(operands.run_starts, operands.run_lengths, operands.key.shape[2])
+    if order is not None:
+        _debug.check_order("query_order", order, query.shape[2], permutation=True)
+    if tiles is not None:
+        _debug.check_order("tile_order", tiles, tiles.shape[0], permutation=True)
 
 
 def check_out(out: Tensor, query: Tensor) -> None:
@@ -117,6 +136,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_index(name: str, x: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    check_tensor(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {x.dtype}; use {name}.int()")
     if tuple(x.shape) != shape:
@@ -130,7 +150,11 @@ def _check_summary(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if summary is None:
         return None, None, None
+    if not isinstance(summary, (tuple, list)) or len(summary) != 3:
+        raise ValueError("summary must be (keys, values, log_weights) or None")
     keys, values, weights = summary
+    for name, part in zip(("keys", "values", "log_weights"), summary, strict=True):
+        check_tensor(f"summary {name}", part)
     batch, key_heads, _, width = key.shape
     count = keys.shape[2] if keys.ndim == 4 else 0
     for name, x, shape, dtype in (

@@ -8,6 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from svg_kernels import _debug
+from svg_kernels._checks import check_tensor
 from svg_kernels._dispatch import define_op, launchers, select_backend
 from svg_kernels.permute.cuda import MAX_TENSORS, UNUSED, as_bytes
 
@@ -131,6 +133,8 @@ def _quick(
 
 
 def _check(x: Tensor, order: Tensor, inverse: bool) -> Tensor:
+    check_tensor("tensors", x)
+    check_tensor("order", order)
     if x.ndim != 4:
         raise ValueError(f"tensors must be [batch, heads, tokens, head_dim], got {list(x.shape)}")
     if order.dtype != torch.int32:
@@ -163,6 +167,9 @@ def _outputs(xs: list[Tensor], orders: list[Tensor]) -> list[Tensor]:
 
 
 def _run(xs: list[Tensor], orders: list[Tensor], inverse: bool, backend: str) -> list[Tensor]:
+    if _debug.ENABLED:
+        for x, order in zip(xs, orders, strict=True):
+            _debug.check_order("order", order, x.shape[2], permutation=inverse)
     outs = _outputs(xs, orders)
     select_backend(__name__, backend, xs[0].device).permute_rows(xs, orders, outs, inverse)
     return outs

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from svg_kernels import _debug
 from svg_kernels._dispatch import define_op, select_backend
 from svg_kernels.probe_sums.limits import TILE_ROWS, unsupported
 
@@ -159,7 +160,10 @@ def _outputs(
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *operands, return_output, largest_bias, backend = arguments
-    probes, _, value, _, _, _, sizes, _, probe_rows, _ = operands
+    probes, key, value, order, _, _, sizes, _, probe_rows, _ = operands
+    if _debug.ENABLED:
+        _debug.check_order("order", order, key.shape[2], permutation=True)
+        _debug.check_sizes("sizes", sizes, key.shape[2])
     module = select_backend(
         __name__,
         backend,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels._checks import check_companion, check_device, check_rows
+from svg_kernels._checks import check_companion, check_device, check_rows, check_tensor
 from svg_kernels._dispatch import define_op, launchers, select_backend
 from svg_kernels.rope.tables import Pairing, check_range, check_tables, is_half, pending, resolve
 
@@ -85,6 +85,7 @@ def qk_norm_rope(
 
 def _check_projections(query: Tensor, key: Tensor, heads: int) -> int:
     check_rows("query", query)
+    check_tensor("key", key)
     shape, key_shape = query.shape, key.shape
     if len(shape) != 3 or len(key_shape) != 3 or shape[:2] != key_shape[:2]:
         raise ValueError(
@@ -107,6 +108,7 @@ def _check_projections(query: Tensor, key: Tensor, heads: int) -> int:
 def _check_weights(query: Tensor, key: Tensor, wq: Tensor, wk: Tensor, dim: int) -> None:
     per_head = []
     for name, weight, x in (("query_weight", wq, query), ("key_weight", wk, key)):
+        check_tensor(name, weight)
         size, width = weight.shape, x.shape[2]
         if len(size) != 1 or size[0] not in (dim, width):
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svg_kernels._checks import check_device
+from svg_kernels._checks import check_device, check_tensor
 
 Pairing = Literal["interleaved", "half"]
 
@@ -25,6 +25,9 @@ def is_half(pairing: str) -> bool:
 
 def check_tables(cos: Tensor, sin: Tensor | None, x: Tensor, dim: int) -> int:
     """Return how many tokens the tables cover; raise unless they fit heads of `dim` channels."""
+    check_tensor("cos", cos)
+    if sin is not None:
+        check_tensor("sin", sin)
     shape = cos.shape
     complex_table = cos.dtype.is_complex
     if sin is None:
