@@ -24,6 +24,7 @@ SHARED_KB = {80: 163, 86: 99, 90: 227}
 FLOATS = (
     "errors",
     "biases",
+    "lse",
     "mass",
     "weights",
     "energy",

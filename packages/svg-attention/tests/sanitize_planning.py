@@ -40,7 +40,7 @@ def main() -> None:
         long_tiles_first(lengths)
     sizes = torch.full((1, 1, 40), 7, dtype=torch.int32, device="cuda")
     sizes[..., -1] += 20
-    errors, biases, _ = probe_sums(
+    errors, biases, *_ = probe_sums(
         *(means, query[:, :1], value, order[:, :1], centroids, centroids[..., :32], sizes),
         length=300,
         scale=0.1,

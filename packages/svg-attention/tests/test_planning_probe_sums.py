@@ -33,7 +33,7 @@ def example(generator, device, *, heads=2, key_heads=1, length=150, probe_rows=1
 
 
 def by_key(means, key, value, owner, centroids, value_means, sizes, scale):
-    """Return each probe's error, mass and bias of every cluster `[P, C]`, and its output: fp64."""
+    """Return each probe's error, mass and bias of every cluster, its output and lse, in fp64."""
     means, key, value, centroids, value_means = (
         x.double() for x in (means, key, value, centroids, value_means)
     )
@@ -53,7 +53,7 @@ def by_key(means, key, value, owner, centroids, value_means, sizes, scale):
         mine = owner == c
         mass[:, c] = weights[:, mine].sum(-1)
         bias[:, c] = torch.logsumexp(logits[:, mine], -1) - mine.sum().log() - centre_logits[:, c]
-    return error, mass, bias.clamp(0, LARGEST_BIAS), weights @ value
+    return error, mass, bias.clamp(0, LARGEST_BIAS), weights @ value, lse[:, 0]
 
 
 @pytest.mark.parametrize(("length", "probe_rows"), [(150, 16), (300, 128), (128, 4)])
@@ -76,7 +76,7 @@ def test_probe_sums_is_the_sum_over_keys(
     shares = torch.stack([part.mean(0) for part in shares.split(128)])
     for h in range(heads):
         k = h * key_heads // heads
-        error, mass, bias, output = by_key(
+        error, mass, bias, output, lse = by_key(
             means[0, h], key[0, k], value[0, k], owner, centroids[0, k], value_means[0, k],
             sizes[0, k], 0.3,
         )  # fmt: skip
@@ -85,6 +85,7 @@ def test_probe_sums_is_the_sum_over_keys(
         want = (shares @ (mass * bias) / (shares @ mass)).nan_to_num(0.0)
         torch.testing.assert_close(found.bias[0, h].double(), want, rtol=2e-3, atol=1e-4)
         torch.testing.assert_close(found.output[0, h].double(), output, rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(found.lse[0, h].double(), lse, rtol=1e-4, atol=1e-4)
         empty = sizes[0, k] == 0
         assert (found.error[0, h][:, empty] == 0).all()
         assert (found.bias[0, h][:, empty] == 0).all()

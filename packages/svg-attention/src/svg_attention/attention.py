@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_attention.backends import BACKENDS, select_backend
-from svg_attention.plan import SparsePlan
+from svg_attention.plan import ProbeResidual, SparsePlan
 from svg_attention.rows import take_rows
 from svg_attention.tiles import match_heads
 
@@ -103,12 +104,59 @@ def sparse_attention(
         )
     if out is None:
         out = torch.empty(out_shape(query, value), dtype=query.dtype, device=query.device)
-    lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=return_lse)
+    if plan.residual is None:
+        lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=return_lse)
+    else:
+        queries = torch.cat([query, plan.residual.queries], dim=2)
+        whole = queries.new_empty(out_shape(queries, value))
+        joined = replace(plan, residual=None, query_length=plan.positions)
+        lse = chosen.attend(queries, key, value, joined, whole, scale=scale, return_lse=return_lse)
+        out.copy_(correct(whole, plan.query_order, plan.residual))
+        lse = None if lse is None else lse[:, :, : plan.query_length]
     if not return_lse:
         return out
     if lse is None:
         raise RuntimeError(f"backend {chosen.name!r} returned no log-sum-exp")
     return out, lse
+
+
+def correct(outputs: Tensor, order: Tensor | None, residual: ProbeResidual) -> Tensor:
+    """Return the outputs of the queries, with what their probes lack added.
+
+    Args:
+        outputs: `[B, H, S + P, D_v]`, of the queries and, behind them, of the probes.
+        order: int32 `[B, H, S + P]`, see `SparsePlan.query_order`; None for the given order.
+        residual: the probes.
+    """
+    queries = outputs.shape[2] - residual.outputs.shape[2]
+    lacking = foretold(residual.outputs - outputs[:, :, queries:].float())
+    lacking = lacking.repeat_interleave(residual.rows, dim=2)[:, :, : residual.positions]
+    if order is None:
+        places = torch.arange(residual.positions, device=outputs.device).expand(lacking.shape[:3])
+    else:
+        places = order[:, :, : residual.positions].long()
+    index = places[..., None].expand(lacking.shape)
+    return outputs.scatter_add(2, index, lacking.to(outputs.dtype))[:, :, :queries]
+
+
+def foretold(lacking: Tensor) -> Tensor:
+    """Scale what the probes of each head lack by how well probes foretell their neighbours.
+
+    The factor of a head is the one with which the probes of each pair of neighbours predict each
+    other best, by least squares, less twice its standard error, and held between 0 and 1: where
+    neighbours have nothing in common, a probe says nothing about its rows either.
+
+    Args:
+        lacking: `[B, H, P, D]`, probes in plan order; one that is not finite counts as 0.
+    """
+    lacking = torch.where(lacking.isfinite().all(dim=-1, keepdim=True), lacking, 0.0)
+    pairs = lacking[:, :, : lacking.shape[2] // 2 * 2].unflatten(2, (-1, 2))
+    both = 2 * (pairs[:, :, :, 0] * pairs[:, :, :, 1]).sum(dim=-1)
+    energy = pairs.square().sum(dim=(3, 4))
+    total = energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(pairs.dtype).tiny)
+    best = both.sum(dim=-1, keepdim=True) / total
+    deviation = (both - best * energy).square().sum(dim=-1, keepdim=True).sqrt() / total
+    return lacking * (best - 2 * deviation).clamp(0, 1)[..., None]
 
 
 def dense_attention(

@@ -35,6 +35,28 @@ class KeySummary:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeResidual:
+    """Correct rows by what a sparse call gets wrong for probes that stand for them.
+
+    Behind every `rows - 1` rows of the plan order stands their probe, which reads what their tile
+    reads; behind the last rows, which may be fewer, stands the last probe. What its exact output
+    exceeds its sparse output by is added to the outputs of its rows, as far as probes of each head
+    foretell each other (`attention.foretold`).
+
+    Attributes:
+        queries: `[B, H, P, D]`, typed as the queries.
+        outputs: fp32 `[B, H, P, D_v]`, attention of the probes over every video key.
+        rows: positions of a probe and its rows.
+        positions: positions of all of them, from the first on; text follows.
+    """
+
+    queries: Tensor
+    outputs: Tensor
+    rows: int
+    positions: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SparsePlan:
     """Describe which keys each tile of query rows reads.
 
@@ -47,7 +69,8 @@ class SparsePlan:
         query_length: query tokens, padding included.
         key_length: key tokens, padding included.
         tile_rows: query rows of a tile.
-        query_order: int32 `[B, H, query_length]`, or None for the given order.
+        query_order: int32 `[B, H, query_length]`, or None for the given order. With a residual,
+            `[B, H, query_length + P]`: `query_length + p` is probe `p`.
         key_order: int32 `[B, H_kv, key_length]`, or None for the given order.
         run_starts: int32 `[B, H, T, R]`, first position of a run; the runs of a tile are disjoint
             and ascending, used slots come first.
@@ -62,6 +85,8 @@ class SparsePlan:
             `t` of head `h` of item `b` is `(b * H + h) * T + t`. None leaves it to the backend. It
             changes speed only.
         summary: centroids that stand in for what is not read, or None.
+        residual: probes whose exact outputs correct their rows, or None. They are positions of the
+            plan order like other queries, and count in its density and in `query_lengths`.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite; None
             where the method does not look.
         is_full: known without looking at the device that every query reads every valid key.
@@ -79,6 +104,7 @@ class SparsePlan:
     run_multiple: int = 1
     tile_order: Tensor | None = None
     summary: KeySummary | None = None
+    residual: ProbeResidual | None = None
     broken: Tensor | None = None
     is_full: bool = False
 
@@ -89,13 +115,13 @@ class SparsePlan:
                 "run_starts and run_lengths must both be [B, H, T, R], "
                 f"got {shape} and {tuple(self.run_lengths.shape)}"
             )
-        tiles = count_tiles(self.query_length, self.tile_rows)
+        tiles = count_tiles(self.positions, self.tile_rows)
         if shape[2] != tiles:
             raise ValueError(
-                f"{self.query_length} queries are {tiles} tiles of {self.tile_rows} rows, "
+                f"{self.positions} queries are {tiles} tiles of {self.tile_rows} rows, "
                 f"but the runs describe {shape[2]}"
             )
-        for name, length in (("query", self.query_length), ("key", self.key_length)):
+        for name, length in (("query", self.positions), ("key", self.key_length)):
             order = getattr(self, f"{name}_order")
             if order is not None and (order.dim() != 3 or order.shape[-1] != length):
                 raise ValueError(f"{name}_order must be [B, H, {length}], got {tuple(order.shape)}")
@@ -106,6 +132,12 @@ class SparsePlan:
                     f"log_weights must be [B, H, T, C] = {(*shape[:3], self.summary.keys.shape[2])}"
                     f", got {weights}"
                 )
+
+    @property
+    def positions(self) -> int:
+        """Positions of the query order: the queries, and the probes of a residual."""
+        probes = 0 if self.residual is None else self.residual.queries.shape[2]
+        return self.query_length + probes
 
     @property
     def batch(self) -> int:
@@ -352,12 +384,14 @@ class SparsePlan:
         """Count the valid query rows of each tile: int64 `[B or 1, T]`."""
         valid = self.query_lengths
         if valid is None:
-            valid = torch.full((1,), self.query_length, device=self.device)
+            valid = torch.full((1,), self.positions, device=self.device)
         first = torch.arange(self.tiles, device=self.device) * self.tile_rows
         return (valid.long()[:, None] - first).clamp(min=0, max=self.tile_rows)
 
     def density(self) -> Tensor:
         """Return the query-key pairs computed exactly, as a fraction of all valid pairs.
+
+        What the probes of a residual read counts as computed, beside the pairs of the queries.
 
         Returns:
             fp32 `[B, H]` on the plan's device.
@@ -367,7 +401,8 @@ class SparsePlan:
         keys: Tensor | int = self.key_length
         if self.key_lengths is not None:
             keys = self.key_lengths.long()[:, None]
-        return (pairs.double() / (rows.sum(dim=-1, keepdim=True) * keys)).float()
+        queries = rows.sum(dim=-1, keepdim=True) - (self.positions - self.query_length)
+        return (pairs.double() / (queries * keys)).float()
 
     def __repr__(self) -> str:
         """Return a few readable lines; waits for the device."""
@@ -399,6 +434,8 @@ class SparsePlan:
         facts.append(f"{' and '.join(moved)} reordered" if moved else "tokens in the given order")
         if self.summary is not None:
             facts.append(f"{self.summary.keys.shape[2]:,} centroids stand in for unread keys")
+        if self.residual is not None:
+            facts.append(f"{self.residual.queries.shape[2]:,} probes correct their rows")
         return facts
 
     def to_mask(self) -> Tensor:
@@ -412,14 +449,14 @@ class SparsePlan:
         edges.scatter_add_(-1, self.run_starts.long(), used)
         edges.scatter_add_(-1, (self.run_starts + self.run_lengths).long(), -used)
         tiles = edges.cumsum(dim=-1)[..., : self.key_length] > 0
-        mask = tiles.repeat_interleave(self.tile_rows, dim=2)[:, :, : self.query_length]
+        mask = tiles.repeat_interleave(self.tile_rows, dim=2)[:, :, : self.positions]
         if self.key_order is not None:
             order = match_heads(self.key_order, self.heads).long()
             mask = torch.zeros_like(mask).scatter_(-1, order[:, :, None].expand_as(mask), mask)
         if self.query_order is not None:
             order = self.query_order.long()[..., None]
             mask = torch.zeros_like(mask).scatter_(2, order.expand_as(mask), mask)
-        return mask
+        return mask[:, :, : self.query_length]
 
 
 def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:

@@ -96,11 +96,15 @@ class AttentionCall:
         """Return the valid text tokens, as a number where all batch items have the same."""
         return self.layout.text_tokens if self.text_lengths is None else self.valid_text()
 
-    def valid_tokens(self) -> Tensor | None:
-        """Return the valid tokens of each batch item, int32 `[B]`, or None for all."""
+    def valid_tokens(self, rows: int | None = None) -> Tensor | None:
+        """Return the valid tokens of each batch item, int32 `[B]`, or None for all.
+
+        Args:
+            rows: video rows, if probes are counted among them; the video tokens when None.
+        """
         if self.text_lengths is None or self.layout.text_tokens == 0:
             return None
-        return self.valid_text() + self.layout.video_tokens
+        return self.valid_text() + (self.layout.video_tokens if rows is None else rows)
 
     def token_order(self, video_order: Tensor | None, heads: int) -> Tensor | None:
         """Return the canonical plan order: video, as `video_order` permutes it, then text.
@@ -127,15 +131,20 @@ class AttentionCall:
             video_order = video_order + layout.video_start
         return torch.cat([video_order.to(torch.int32), text], dim=-1)
 
-    def full_tiles(self) -> Tensor | None:
-        """Return which tiles read everything: bool `[B or 1, 1, T]`, or None where none does."""
-        layout = self.layout
-        if layout.text_tokens == 0:
+    def full_tiles(self, rows: int | None = None) -> Tensor | None:
+        """Return which tiles read everything: bool `[B or 1, 1, T]`, or None where none does.
+
+        Args:
+            rows: video rows, if probes are counted among them; the video tokens when None.
+        """
+        text = self.layout.text_tokens
+        if text == 0:
             return None
+        rows = self.layout.video_tokens if rows is None else rows
         if self.text_lengths is not None:
-            return text_tiles(layout, self.valid_text())[:, None]
-        full = torch.zeros(1, 1, count_tiles(layout.tokens), dtype=torch.bool, device=self.device)
-        full[..., layout.video_tokens // TILE_ROWS :] = True
+            return text_tiles(self.layout, self.valid_text(), rows)[:, None]
+        full = torch.zeros(1, 1, count_tiles(rows + text), dtype=torch.bool, device=self.device)
+        full[..., rows // TILE_ROWS :] = True
         return full
 
     def full_plan(self) -> SparsePlan:
@@ -155,13 +164,15 @@ class AttentionCall:
         )
 
 
-def text_tiles(layout: TokenLayout, text: Tensor) -> Tensor:
+def text_tiles(layout: TokenLayout, text: Tensor, rows: int | None = None) -> Tensor:
     """Return which tiles hold a valid text row: bool `[B, T]`, in canonical plan order.
 
     Args:
         layout: where the tokens are.
         text: integers `[B]`, valid text tokens.
+        rows: video rows, if probes are counted among them; the video tokens when None.
     """
-    first = torch.arange(count_tiles(layout.tokens), device=text.device) * TILE_ROWS
-    end = (layout.video_tokens + text)[:, None]
-    return (first + TILE_ROWS > layout.video_tokens) & (first < end) & (text[:, None] > 0)
+    rows = layout.video_tokens if rows is None else rows
+    first = torch.arange(count_tiles(rows + layout.text_tokens), device=text.device) * TILE_ROWS
+    end = (rows + text)[:, None]
+    return (first + TILE_ROWS > rows) & (first < end) & (text[:, None] > 0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from svg_attention import config
 from svg_attention.methods.base import Method
 from svg_attention.methods.budget import key_budget
 from svg_attention.methods.call import AttentionCall
-from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.methods.probes import attend_text, probe_places, probed_order
+from svg_attention.plan import KeySummary, ProbeResidual, SparsePlan
 from svg_attention.planning.clustering import Clusters, cluster_rows
 from svg_attention.planning.clusters import Selection, plan_clusters
 from svg_attention.tiles import TILE_ROWS
@@ -65,6 +66,9 @@ class SVG2(Method):
             cluster to weigh: a mean key weighs less than its keys do on average. Needs
             `route="error"`, whose pass over the keys finds it; clusters that one key dominates,
             where the right weight on the mean value does harm, are then read.
+        correct_residual: add to each row what its probe's exact attention output exceeds its
+            sparse output by, as far as neighbouring probes foretell each other, head by head. A
+            probe takes the place of every `probe_rows`-th row of a tile. Needs `route="error"`.
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
@@ -82,6 +86,7 @@ class SVG2(Method):
     compensate: bool = False
     route: Literal["mass", "error"] = "mass"
     correct_bias: bool = False
+    correct_residual: bool = False
     probe_rows: int = 16
     first_iterations: int = 50
     step_iterations: int = 2
@@ -109,15 +114,19 @@ class SVG2(Method):
             compensate=config.flag("compensate", self.compensate),
             route=config.choice("route", self.route, ("mass", "error")),
             correct_bias=config.flag("correct_bias", self.correct_bias),
+            correct_residual=config.flag("correct_residual", self.correct_residual),
         )
         if self.route == "error" and not self.compensate:
             raise ValueError(
                 "route='error' ranks clusters by the error of compensation; set compensate=True"
             )
-        if self.correct_bias and self.route != "error":
-            raise ValueError(
-                "correct_bias takes what the probes of error routing find; set route='error'"
-            )
+        for name in ("correct_bias", "correct_residual"):
+            if getattr(self, name) and self.route != "error":
+                raise ValueError(
+                    f"{name} takes what the probes of error routing find; set route='error'"
+                )
+        if self.correct_residual and self.probe_rows < 2:
+            raise ValueError("correct_residual needs probes of at least 2 rows, got 1")
 
     @property
     def is_full(self) -> bool:
@@ -176,9 +185,14 @@ class SVG2(Method):
             key_clusters: clusters of its video keys.
         """
         layout, key_heads = call.layout, call.key.shape[1]
+        rows, probe = layout.video_tokens, None
+        if self.correct_residual:
+            row, probe = probe_places(rows, self.probe_rows, call.device)
+            rows = len(row)
+            query_clusters = replace(query_clusters, order=query_clusters.order[..., row])
         budget = None
         if self.density is not None:
-            budget = key_budget(layout, call.text_lengths, self.density, call.query).float()
+            budget = key_budget(layout, call.text_lengths, self.density, call.query, rows).float()
         reads = plan_clusters(
             call.video(call.query),
             call.video(call.key),
@@ -192,32 +206,42 @@ class SVG2(Method):
                 by_error=self.route == "error",
                 correct_bias=self.correct_bias,
                 probe_rows=self.probe_rows,
+                return_probes=self.correct_residual,
             ),
-            tokens=layout.tokens,
+            tokens=rows + layout.text_tokens,
             text=call.text_rows(),
-            full_tiles=call.full_tiles(),
+            full_tiles=call.full_tiles(rows),
             scale=call.scale,
             compensate=self.compensate,
         )
-        summary = None
+        summary = residual = None
         if reads.value_means is not None and reads.log_weights is not None:
             summary = KeySummary(
                 keys=key_clusters.centroids,
                 values=reads.value_means,
                 log_weights=reads.log_weights,
             )
-        valid = call.valid_tokens()
+        query_order = call.token_order(query_clusters.order, call.heads)
+        if probe is not None and reads.probes is not None:
+            count = rows - layout.video_tokens
+            queries, outputs, lse = (x[:, :, :count] for x in reads.probes)
+            outputs = attend_text(call, queries, outputs, lse)
+            residual = ProbeResidual(
+                queries=queries, outputs=outputs, rows=self.probe_rows, positions=rows
+            )
+            query_order = probed_order(call, query_clusters.order, probe)
         return SparsePlan(
             query_length=layout.tokens,
             key_length=layout.tokens,
-            query_order=call.token_order(query_clusters.order, call.heads),
+            query_order=query_order,
             key_order=call.token_order(key_clusters.order, key_heads),
             run_starts=reads.run_starts,
             run_lengths=reads.run_lengths,
             run_multiple=reads.run_multiple,
             tile_order=reads.tile_order,
-            query_lengths=valid,
-            key_lengths=valid,
+            query_lengths=call.valid_tokens(rows),
+            key_lengths=call.valid_tokens(),
             summary=summary,
+            residual=residual,
             broken=reads.broken,
         )

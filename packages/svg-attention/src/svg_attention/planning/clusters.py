@@ -28,6 +28,7 @@ class Selection:
         by_error: read the clusters that their centroid would replace worst.
         correct_bias: raise the weight of centroids to what the probes find their clusters weigh.
         probe_rows: rows of a probe; divides 128.
+        return_probes: also return the probes and their exact outputs. Needs `by_error`.
     """
 
     budget: Tensor | None = None
@@ -36,6 +37,7 @@ class Selection:
     by_error: bool = False
     correct_bias: bool = False
     probe_rows: int = 16
+    return_probes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +53,9 @@ class TileReads:
         log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for, and
             what it lacks; None without compensation.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite.
+        probes: `[B, H, P, D]`, the probes of the video tiles, and fp32 `[B, H, P, D_v]` and
+            `[B, H, P]`, output and log-sum-exp of their attention to every video key; None unless
+            asked for.
     """
 
     run_starts: Tensor
@@ -60,6 +65,7 @@ class TileReads:
     value_means: Tensor | None
     log_weights: Tensor | None
     broken: Tensor
+    probes: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def plan_clusters(
@@ -100,7 +106,10 @@ def plan_clusters(
     means = planner.probe_means(query, query_clusters.order, selection.probe_rows)
     sizes = match_heads(key_clusters.sizes, heads)
     value_means = mean_values(value, key_clusters) if compensate else None
-    mask, bias = _select(planner, means, key, value, key_clusters, value_means, selection, scale)
+    length = query_clusters.order.shape[-1]
+    mask, bias, exact = _select(
+        planner, means, key, value, key_clusters, value_means, selection, scale, length
+    )
     # Tiles past the video read nothing but text, unless they hold text rows themselves.
     spare = count_tiles(tokens) - mask.shape[2]
     if spare:
@@ -129,6 +138,7 @@ def plan_clusters(
         value_means=value_means,
         log_weights=weights,
         broken=broken,
+        probes=None if exact is None else (means.to(query.dtype), *exact),
     )
 
 
@@ -141,38 +151,41 @@ def _select(
     value_means: Tensor | None,
     selection: Selection,
     scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the clusters that each tile of video rows reads, and what unread centroids lack.
+    length: int,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Return the clusters that each tile reads, what unread centroids lack, and exact probes.
 
-    Both are `[B, H, T, C]`, bool and fp32; the second is None where it is not asked for.
+    The first two are `[B, H, T, C]`, bool and fp32; the third is output and log-sum-exp of every
+    probe. What is not asked for is None.
     """
     kept: Tensor
-    error = bias = None
-    length, rows = key.shape[2], selection.probe_rows
+    error = bias = exact = None
+    rows = selection.probe_rows
     sizes = match_heads(clusters.sizes, means.shape[1])
     probed = (length, rows, scale)
     budget = selection.budget
     if selection.by_error:
         tensors = (means, key, value, clusters.order, clusters.centroids, value_means)
         prober = cuda if cuda.unsupported(means, key, value, rows) is None else planner
-        error, bias, _ = prober.probe_sums(*tensors, clusters.sizes, *probed, False)
-        bias = bias if selection.correct_bias else None
+        wanted = selection.return_probes
+        error, bias, *found = prober.probe_sums(*tensors, clusters.sizes, *probed, wanted)
+        bias, exact = bias if selection.correct_bias else None, tuple(found) if wanted else None
         if budget is not None:
             room = budget[:, None, None].expand(error.shape[:3])
-            return planner.keep_budget(error, sizes, room), bias
+            return planner.keep_budget(error, sizes, room), bias, exact
     mass = planner.probe_mass(
         means, clusters.centroids, clusters.sizes, *probed, budget is not None
     )
     if budget is not None:
         room = budget[:, None, None].expand(mass.shape[:3])
-        return planner.keep_budget(mass, sizes, room), None
+        return planner.keep_budget(mass, sizes, room), None, None
     priority = mass / sizes.clamp(min=1)[:, :, None]
     floor = max(selection.min_clusters, 1)
     kept = planner.keep_top_p(priority, mass, sizes, selection.top_p, floor)
     if selection.by_error:
         room = (kept * sizes[:, :, None]).sum(dim=-1).float()
         kept = planner.keep_budget(error, sizes, room)
-    return kept, bias
+    return kept, bias, exact
 
 
 def mean_values(value: Tensor, clusters: Clusters) -> Tensor:

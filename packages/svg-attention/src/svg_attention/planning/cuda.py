@@ -36,7 +36,7 @@ def probe_sums(
     probe_rows: int,
     scale: float,
     return_output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the kernel of `svg_kernels`."""
     from svg_kernels import probe_sums
 
@@ -55,5 +55,7 @@ def probe_sums(
         largest_bias=LARGEST_BIAS,
         backend="cuda",
     )
-    output = torch.empty(0, device=means.device) if found.output is None else found.output
-    return found.error, found.bias, output
+    if found.output is None or found.lse is None:
+        none = torch.empty(0, device=means.device)
+        return found.error, found.bias, none, none
+    return found.error, found.bias, found.output, found.lse

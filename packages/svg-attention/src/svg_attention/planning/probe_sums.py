@@ -21,11 +21,13 @@ class ProbeSums(NamedTuple):
         error: fp32 `[B, H, T, C]`, squared error, per key, of replacing a cluster by its centroid.
         bias: fp32 `[B, H, T, C]`, what the logarithm of the centroid's weight lacks, at least 0.
         output: fp32 `[B, H, P, Dv]`, the attention output of each probe, or None.
+        lse: fp32 `[B, H, P]`, natural logarithm of each probe's softmax denominator, or None.
     """
 
     error: Tensor
     bias: Tensor
     output: Tensor | None
+    lse: Tensor | None
 
 
 def probe_sums(
@@ -65,7 +67,7 @@ def probe_sums(
         length: rows that were probed.
         probe_rows: rows of a probe.
         scale: factor of the logits, above 0.
-        return_output: also return each probe's output.
+        return_output: also return each probe's output and log-sum-exp.
         backend: `"auto"`, `"cuda"` (the kernel of `svg_kernels`, compute capability 9.0, bf16),
             `"triton"` or `"reference"`.
 
@@ -99,43 +101,41 @@ def probe_sums(
     tensors = (means, key, value, order, centroids, value_means, sizes)
     if backend == "auto" and cuda.unsupported(means, key, value, probe_rows) is None:
         backend = "cuda"
-    error, bias, output = _probe_sums(
+    error, bias, output, lse = _probe_sums(
         *tensors, length, probe_rows, float(scale), return_output, backend
     )
-    return ProbeSums(error, bias, output if return_output else None)
+    return ProbeSums(error, bias, *((output, lse) if return_output else (None, None)))
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *operands, backend = arguments
     means, key, value, probe_rows = operands[0], operands[1], operands[2], operands[8]
     if backend == "cuda":
         reason = cuda.unsupported(means, key, value, probe_rows)
         if reason is not None:
             raise UnsupportedError({"cuda": reason})
-        found: tuple[Tensor, Tensor, Tensor] = cuda.probe_sums(*operands)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = cuda.probe_sums(*operands)
     else:
         found = select_planner(backend, means.device).probe_sums(*operands)
     return found
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     means, value, centroids = arguments[0], arguments[2], arguments[4]
     probe_rows, return_output = arguments[8], arguments[10]
     shares = empty_shares(means, centroids, probe_rows)
-    return shares, torch.empty_like(shares), empty_output(means, value, return_output)
-
-
-def empty_output(means: Tensor, value: Tensor, return_output: bool) -> Tensor:
-    """Allocate one fp32 row of values for each probe, or nothing: `[B, H, P, Dv]` or `[0]`."""
-    shape = (*means.shape[:3], value.shape[-1]) if return_output else (0,)
-    return means.new_empty(shape, dtype=torch.float32)
+    rows = means.shape[:3] if return_output else (0,)
+    output, lse = (
+        means.new_empty(shape, dtype=torch.float32) for shape in ((*rows, value.shape[-1]), rows)
+    )
+    return shares, torch.empty_like(shares), output, lse
 
 
 _probe_sums = define_op(
     "probe_sums",
     "(Tensor means, Tensor key, Tensor value, Tensor order, Tensor centroids, Tensor value_means,"
     " Tensor sizes, int length, int probe_rows, float scale, bool return_output, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -129,7 +129,7 @@ def probe_sums(
     probe_rows: int,
     scale: float,
     return_output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probe every key in chunks of probes, then average by tile.
 
     The sums over a cluster are differences of an fp64 running sum, so they do not depend on the
@@ -153,7 +153,7 @@ def probe_sums(
     centroids_t = centroids.float().transpose(-1, -2)
     count = sizes.float()[:, :, None]
     per_probe = keys.shape[0] * keys.shape[1] * keys.shape[2]
-    errors, masses, biases, outputs = [], [], [], []
+    errors, masses, biases, outputs, denominators = [], [], [], [], []
     for part in means.float().split(max(ERROR_LOGITS // max(per_probe, 1), 1), dim=2):
         logits = torch.matmul(part, keys_t) * scale
         largest = logits.amax(dim=-1, keepdim=True)
@@ -170,6 +170,7 @@ def probe_sums(
         masses.append(total / denominator)
         if return_output:
             outputs.append(torch.matmul(weights, values) / denominator + constant)
+            denominators.append((denominator.log() + largest).squeeze(-1))
         cross = _cluster_sums(weights * agreement, ends)
         square = _cluster_sums(weights.square_() * energy, ends)
         error = count * centre.square() * mean_energy - 2.0 * centre * cross + square
@@ -178,8 +179,11 @@ def probe_sums(
     lacking = tile_average(mass * torch.cat(biases, dim=2), length, probe_rows)
     mass = tile_average(mass, length, probe_rows)
     bias = torch.where(mass > 0, lacking / mass.clamp(min=1e-37), 0.0)
-    output = torch.cat(outputs, dim=2) if outputs else means.new_empty(0, dtype=torch.float32)
-    return tile_average(torch.cat(errors, dim=2), length, probe_rows), bias, output
+    output, lse = (
+        torch.cat(x, dim=2) if x else means.new_empty(0, dtype=torch.float32)
+        for x in (outputs, denominators)
+    )
+    return tile_average(torch.cat(errors, dim=2), length, probe_rows), bias, output, lse
 
 
 def _cluster_sums(x: Tensor, ends: Tensor) -> Tensor:

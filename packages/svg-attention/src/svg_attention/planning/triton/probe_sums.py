@@ -110,6 +110,7 @@ def probe_sums_kernel(
     starts,
     errors,
     biases,
+    lse,
     scratch,
     length,
     keys,
@@ -214,6 +215,11 @@ def probe_sums_kernel(
         share = tl.minimum(tl.maximum(length - offs_p * PROBE_ROWS, 0), PROBE_ROWS).to(tl.float32)
         share /= tl.minimum(tl.maximum(length - offs_p // PROBES * 128, 1), 128).to(tl.float32)
         share_of_mass = share / denominator
+        tl.store(
+            lse + sequence * probes + offs_p,
+            (maximum + tl.log2(denominator)) * 0.6931471805599453,
+            mask=offs_p < probes,
+        )
         share /= denominator * denominator
         tile = block * TILES + tl.arange(0, TILES)
         target = errors + sequence * (probes // PROBES) * C
@@ -250,7 +256,7 @@ def probe_sums(
     probe_rows: int,
     scale: float,
     return_output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch both kernels; torch's own attention computes the outputs of probes."""
     batch, heads, probes, width = means.shape
     key_heads, count = centroids.shape[1:3]
@@ -259,12 +265,13 @@ def probe_sums(
     errors = means.new_empty(batch, heads, tiles, count, dtype=torch.float32)
     biases = torch.empty_like(errors)
     output = means.new_empty(0, dtype=torch.float32)
+    lse = means.new_empty(batch, heads, probes, dtype=torch.float32)
     if return_output:
         output = F.scaled_dot_product_attention(
             means, match_heads(key, heads), match_heads(value, heads), scale=scale
         ).float()
     if not errors.numel():
-        return errors, biases, output
+        return errors, biases, output, output
     starts = torch.nn.functional.pad(sizes.cumsum(-1, dtype=torch.int32), (1, 0))
     weighted = value_means.float() * sizes[..., None]
     constants = (weighted.sum(2) / max(keys, 1)).contiguous()
@@ -287,15 +294,15 @@ def probe_sums(
             BLOCK_N=16, BLOCK_D=widths[0], BLOCK_DV=widths[1], num_warps=2,
         )  # fmt: skip
         probe_sums_kernel[(programs,)](
-            means.contiguous(), rows, energy, agreement, starts, errors, biases, scratch, length,
-            keys, probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
+            means.contiguous(), rows, energy, agreement, starts, errors, biases, lse, scratch,
+            length, keys, probes, blocks, heads // key_heads, total, count, width, scale * LOG2_E,
             LARGEST_BIAS, PROBE_ROWS=probe_rows, PROBES=TILE_ROWS // probe_rows, BLOCK_P=block,
             BLOCK_N=chosen.columns, TOGETHER=TOGETHER,
             ALL_C=triton.next_power_of_2(count), BLOCK_D=widths[0],
             PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
-    return errors, biases, output
+    return errors, biases, output, lse
 
 
 def _multiprocessors(device: torch.device) -> int:
