@@ -37,7 +37,7 @@ from _model_subjects import SUBJECTS, TINY, Subject
 from bench_wan_block import by_kind
 from torch import Tensor
 
-from svg_attention import SVG1, SVG2, Dense, Method, Schedule
+from svg_attention import SVG1, SVG2, Dense, Schedule
 from svg_models import sparsify
 
 EVERY_STEP = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -47,14 +47,18 @@ KINDS = ("attention", "matrix products", "the rest")
 PAGE = ROOT / "docs" / "speed.md"
 
 
-def methods(subject: Subject) -> dict[str, Method | None]:
-    """Return what is timed, by name; None for the model as it is."""
+def ways(subject: Subject) -> dict[str, dict[str, Any] | None]:
+    """Return what `sparsify` is given, by name of what is timed; None for the model as it is."""
     queries, keys = subject.clusters
+    svg2 = SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY)
     return {
         STOCK: None,
-        "dense steps": Dense(),
-        "SVG2": SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY),
-        "SVG1": SVG1(density=BAND_DENSITY),
+        "dense steps, attention alone": {"method": Dense(), "fuse": False, "exact_dense": True},
+        "dense steps": {"method": Dense()},
+        "SVG2, attention alone": {"method": svg2, "fuse": False},
+        "SVG2": {"method": svg2},
+        "SVG2, fp8 products": {"method": svg2, "linears": "fp8"},
+        "SVG1": {"method": SVG1(density=BAND_DENSITY)},
     }
 
 
@@ -104,12 +108,12 @@ def forwards(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
 
 
 @contextmanager
-def running(model: Any, method: Method | None) -> Iterator[Any]:
-    """Make the model sparse for a while, unless there is no method."""
-    if method is None:
+def running(model: Any, way: Mapping[str, Any] | None) -> Iterator[Any]:
+    """Make the model sparse for a while, unless it is timed as it is."""
+    if way is None:
         yield None
     else:
-        with sparsify(model, method, EVERY_STEP) as run:
+        with sparsify(model, schedule=EVERY_STEP, **way) as run:
             yield run
 
 
@@ -118,8 +122,9 @@ def check(subject: Subject, model: Any, device: str) -> dict[str, float]:
     inputs = make_inputs(subject, subject.small, device)
     found = {}
     everything = SVG2(q_clusters=4, k_clusters=12, density=1.0)
-    for name, method in {STOCK: None, "dense steps": Dense(), "density 1": everything}.items():
-        with running(model, method):
+    ways: dict[str, Any] = {STOCK: None, "dense steps": {"method": Dense()}}
+    for name, way in (ways | {"density 1": {"method": everything}}).items():
+        with running(model, way):
             found[name] = forwards(model, inputs)()
     wide = copy.deepcopy(model).float()
     floats = {
@@ -164,13 +169,13 @@ class Measurement:
         self.memory: dict[str, float] = {}
         self.kinds: dict[str, dict[str, float]] = {}
 
-    def take(self, name: str, method: Method | None, *, samples: int, warmup: int) -> None:
-        """Time forward passes with a method, after `warmup` of them."""
+    def take(self, name: str, way: Mapping[str, Any] | None, *, samples: int, warmup: int) -> None:
+        """Time forward passes in one way, after `warmup` of them."""
         forward = forwards(self.model, self.inputs)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with running(self.model, method) as run:
+        with running(self.model, way) as run:
             for _ in range(warmup):
                 out = forward()
             if not torch.isfinite(out).all():
@@ -219,12 +224,14 @@ def measure(
 ) -> None:
     """Time all methods in turns, then the compiled ones; save after each."""
     taken = Measurement(subject, device, profile=profile, say=say)
-    chosen = methods(subject)
+    chosen = ways(subject)
+    if device != "cuda":
+        del chosen["SVG2, fp8 products"]
     for _ in range(rounds):
-        for name, method in chosen.items():
+        for name, way in chosen.items():
             # The first sparse step makes its clusters from nothing; it is not what is timed.
-            warmup = 2 if name in ("SVG1", "SVG2") else 1
-            taken.take(name, method, samples=samples, warmup=warmup)
+            warmup = 2 if name.startswith("SVG") else 1
+            taken.take(name, way, samples=samples, warmup=warmup)
             save(taken.result())
     if compiled:
         compiler = "inductor" if device == "cuda" else "aot_eager"
@@ -324,8 +331,10 @@ def written(result: Mapping[str, Any]) -> str:
 
 
 def write_table(gpu: str) -> None:
-    result = load(gpu, "models")
-    replace_between(PAGE, "models", f"{conditions(result['environment'])}\n\n{written(result)}")
+    for name in ("models", "layers"):
+        result = load(gpu, name)
+        text = f"{conditions(result['environment'])}\n\n{written(result)}"
+        replace_between(PAGE, name, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -61,7 +61,9 @@ def test_a_run_on_toy_models_fills_the_page(
     result = json.loads((tmp_path / "models.json").read_text(encoding="utf-8"))
     assert [model["name"] for model in result["models"]] == ["tiny Wan", "tiny HunyuanVideo"]
     for model in result["models"]:
-        assert list(model["ms_per_forward"]) == ["diffusers", "dense steps", "SVG2", "SVG1"]
+        names = ["diffusers", "dense steps, attention alone", "dense steps"]
+        names += ["SVG2, attention alone", "SVG2", "SVG1"]
+        assert list(model["ms_per_forward"]) == names
         assert model["density"]["dense steps"] == 1.0
         assert 0.1 < model["density"]["SVG2"] < 0.5
         assert set(model["error_vs_fp32"]) == {"diffusers", "dense steps", "density 1"}
