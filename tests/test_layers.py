@@ -121,8 +121,10 @@ def upward(package: str, edges: import_graph.Graph) -> list[str]:
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_inside_a_package_point_to_a_lower_floor(package):
     edges = import_graph.graph(package, FILES)
-    homeless = {*import_graph.rooms(edges)} - {name for names in FLOORS[package] for name in names}
-    assert homeless == set(), "place these rooms in FLOORS"
+    rooms, placed = {*import_graph.rooms(edges)}, [n for names in FLOORS[package] for n in names]
+    assert rooms - {*placed} == set(), "place these rooms in FLOORS"
+    assert {*placed} - rooms == set(), "these rooms are gone from the package"
+    assert len(placed) == len({*placed})
     assert upward(package, edges) == []
 
 
