@@ -12,8 +12,9 @@ from svg_attention.methods.call import AttentionCall
 from svg_attention.methods.probes import attend_text, probe_places, probed_order
 from svg_attention.plan import KeySummary, ProbeResidual, SparsePlan
 from svg_attention.planning.clustering import Clusters, cluster_rows
-from svg_attention.planning.clusters import Selection, plan_clusters
-from svg_attention.tiles import TILE_ROWS
+from svg_attention.planning.clusters import Selection, mean_values, plan_clusters
+from svg_attention.planning.response import respond, response_root
+from svg_attention.tiles import TILE_ROWS, match_heads
 
 # Published cluster counts, made for 32,760 tokens and more, and the rows that a cluster of a
 # shorter sequence should hold on average: enough to be one run of keys that a kernel reads at once,
@@ -72,10 +73,14 @@ class SVG2(Method):
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
+        metric: distance in which rows are clustered: "euclidean", or "response", which measures
+            keys by how much they change the scores of the queries, and the directions of queries
+            by how much they change the scores of the keys.
         first_iterations: k-means rounds of the first planned call of a layer.
         step_iterations: k-means rounds of later calls, from the centroids of the one before.
 
-    Source: Sparse VideoGen2, arXiv:2505.18875; compensation and routing SVG-EAR, arXiv:2603.08982.
+    Source: Sparse VideoGen2, arXiv:2505.18875; compensation and routing SVG-EAR, arXiv:2603.08982;
+    response metric SparsePR, arXiv:2608.18484.
     """
 
     q_clusters: int | None = None
@@ -88,6 +93,7 @@ class SVG2(Method):
     correct_bias: bool = False
     correct_residual: bool = False
     probe_rows: int = 16
+    metric: Literal["euclidean", "response"] = "euclidean"
     first_iterations: int = 50
     step_iterations: int = 2
 
@@ -113,6 +119,7 @@ class SVG2(Method):
             density=density,
             compensate=config.flag("compensate", self.compensate),
             route=config.choice("route", self.route, ("mass", "error")),
+            metric=config.choice("metric", self.metric, ("euclidean", "response")),
             correct_bias=config.flag("correct_bias", self.correct_bias),
             correct_residual=config.flag("correct_residual", self.correct_residual),
         )
@@ -157,21 +164,33 @@ class SVG2(Method):
                 f"{tokens}, or leave q_clusters and k_clusters out"
             )
         iterations = (self.first_iterations, self.step_iterations)
+        query, key = call.video(call.query), call.video(call.key)
+        rows = (query, key)
+        if self.metric == "response":
+            keys_root = match_heads(response_root(key, key.shape[1]), call.heads)
+            rows = (
+                respond(query, keys_root, unit=True),
+                respond(key, response_root(query, key.shape[1])),
+            )
         queries = cluster_rows(
-            call.video(call.query),
+            rows[0],
             q_clusters,
             remembered=memory.query_centroids,
             iterations=iterations,
             generator=call.generator,
         )
         keys = cluster_rows(
-            call.video(call.key),
+            rows[1],
             k_clusters,
             remembered=memory.key_centroids,
             iterations=iterations,
             generator=call.generator,
         )
         memory.query_centroids, memory.key_centroids = queries.centroids, keys.centroids
+        if self.metric == "response":
+            # Scores need mean rows of the call's own space.
+            queries = replace(queries, centroids=mean_values(query, queries))
+            keys = replace(keys, centroids=mean_values(key, keys))
         return queries, keys
 
     def plan_clusters(
