@@ -26,7 +26,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_dense_is_stock_and_every_video_is_sparse(name: str) -> None:
+def test_sparsify_dense_is_stock_and_every_video_is_sparse(name: str) -> None:
     case = zoo.case(name)
     pipe = case.build()
     settings: dict[str, Any] = dict(

@@ -23,7 +23,7 @@ def models(monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
 
 
 @pytest.mark.parametrize("family", known_families(), ids=lambda family: family.name)
-def test_the_pipelines_of_a_family_run_its_transformers(family: typing.Any) -> None:
+def test_catalog_the_pipelines_of_a_family_run_its_transformers(family: typing.Any) -> None:
     assert PIPELINES[family.name]
     for name in PIPELINES[family.name]:
         kind = getattr(diffusers, name)
@@ -31,7 +31,7 @@ def test_the_pipelines_of_a_family_run_its_transformers(family: typing.Any) -> N
         assert any(transformer in str(hint) for transformer in family.transformers), name
 
 
-def test_everything_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_everything_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     output = models(monkeypatch).stdout
     assert "embedded" in output
     for family in known_families():
@@ -43,7 +43,7 @@ def test_everything_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
             assert row.source.split(";")[0] in output
 
 
-def test_a_family_is_described_by_its_name_or_a_checkpoint(
+def test_find_family_takes_its_name_or_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = models(monkeypatch, "cosmos").stdout
@@ -53,7 +53,7 @@ def test_a_family_is_described_by_its_name_or_a_checkpoint(
     assert "Wan" not in output
 
 
-def test_the_json_is_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_the_json_is_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(models(monkeypatch, "--json").stdout) == catalog()
     wan = json.loads(models(monkeypatch, "wan", "--json").stdout)
     assert wan == [describe(find_family("wan"))]
@@ -62,7 +62,7 @@ def test_the_json_is_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wan[0]["recipes"][0]["tokens"] == 75_600
 
 
-def test_a_name_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_family_refuses_a_name_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     result = models(monkeypatch, "stable-diffusion")
     assert result.exit_code == 2
     assert "the families are wan, " in " ".join(result.stderr.split())

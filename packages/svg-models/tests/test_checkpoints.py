@@ -22,7 +22,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     return request.param
 
 
-def test_each_self_attention_is_found_and_no_other(checkpoint: Checkpoint) -> None:
+def test_find_attentions_each_self_attention_is_found_and_no_other(checkpoint: Checkpoint) -> None:
     kind = getattr(diffusers, checkpoint.transformer)
     with torch.device("meta"):
         model: nn.Module = kind(**checkpoint.config)
@@ -45,7 +45,7 @@ def test_each_self_attention_is_found_and_no_other(checkpoint: Checkpoint) -> No
     assert not any(isinstance(m.processor, SparseProcessor) for m in attentions.values())
 
 
-def test_the_checkpoints_of_all_families_are_here() -> None:
+def test_find_attentions_the_checkpoints_of_all_families_are_here() -> None:
     listed = Counter((f.name, name) for f in known_families() for name in f.checkpoints)
     tested = Counter((c.family, name) for c in CHECKPOINTS for name in c.names)
     assert listed == tested

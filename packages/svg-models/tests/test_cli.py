@@ -127,7 +127,7 @@ def test_generate_refuses_what_the_model_would_round(
     assert not output.exists()
 
 
-def test_an_unwritable_path_is_refused(folder: str, tmp_path: Path) -> None:
+def test_generate_an_unwritable_path_is_refused(folder: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     inside = str(tmp_path / "file" / "clip.mp4")
     assert "choose a folder that can be written" in refusal("generate", "-m", folder, "-o", inside)
@@ -137,7 +137,7 @@ def test_an_unwritable_path_is_refused(folder: str, tmp_path: Path) -> None:
     assert "got the folder" in sentence
 
 
-def test_unknown_models_are_refused(tmp_path: Path) -> None:
+def test_generate_unknown_models_are_refused(tmp_path: Path) -> None:
     output = ["-o", str(tmp_path / "clip.mp4")]
     assert "unknown model 'nonsense'" in refusal("generate", "-m", "nonsense", *output)
     missing = str(tmp_path / "missing")
@@ -156,14 +156,14 @@ def write_index(place: Path, transformer: str, config: dict[str, Any]) -> str:
     return str(place)
 
 
-def test_a_family_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_generate_a_family_nobody_knows_is_refused(tmp_path: Path) -> None:
     model = write_index(tmp_path / "flux", "FluxTransformer2DModel", {})
     sentence = refusal("generate", "-m", model, "-o", str(tmp_path / "clip.mp4"))
     assert "has FluxTransformer2DModel as its transformer, which no model family covers" in sentence
     assert "wan (Wan 2.1" in sentence
 
 
-def test_a_checkpoint_that_its_family_objects_to_is_refused(tmp_path: Path) -> None:
+def test_generate_a_checkpoint_that_its_family_objects_to_is_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = {"num_layers": 1, "ffn_dim": 8, "num_frame_per_block": 3}
     model = write_index(tmp_path / "causal", "SkyReelsV2Transformer3DModel", config)
     sentence = refusal("generate", "-m", model, "-o", str(tmp_path / "clip.mp4"))
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_its_family_objects_to_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_a_14b_model_without_a_gpu_is_refused(tmp_path: Path) -> None:
+def test_generate_a_14b_model_without_a_gpu_is_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "num_attention_heads": 40,
         "attention_head_dim": 128,
@@ -185,7 +185,7 @@ def test_a_14b_model_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert "torch sees no CUDA GPU" in refusal("generate", "-m", model, "--device", "cuda", *output)
 
 
-def test_a_model_larger_than_memory_is_refused(
+def test_generate_a_model_larger_than_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_a_model_larger_than_memory_is_refused(
     assert "has 2.0 GiB of memory" in sentence
 
 
-def test_without_a_network_one_sentence_says_what_was_out_of_reach(
+def test_generate_without_a_network_one_sentence_says_what_was_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -235,7 +235,7 @@ def test_generate_writes_the_clip(folder: str, tmp_path: Path) -> None:
     assert [p.name for p in output.parent.iterdir()] == ["clip.mp4"]
 
 
-def test_the_embedded_model_redraws_a_video_with_a_lora(tmp_path: Path) -> None:
+def test_generate_the_embedded_model_redraws_a_video_with_a_lora(tmp_path: Path) -> None:
     transformer = WanTransformer3DModel.from_pretrained(embedded_path(), subfolder="transformer")
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     layers = get_peft_model_state_dict(transformer)
@@ -254,7 +254,9 @@ def test_the_embedded_model_redraws_a_video_with_a_lora(tmp_path: Path) -> None:
     assert (clips[0] != clips[1]).any()
 
 
-def test_an_image_for_a_model_that_takes_none_is_refused(folder: str, tmp_path: Path) -> None:
+def test_generate_an_image_for_a_model_that_takes_none_is_refused(
+    folder: str, tmp_path: Path
+) -> None:
     Image.new("RGB", (48, 48)).save(tmp_path / "black.png")
     words = ["--image", str(tmp_path / "black.png"), "-o", str(tmp_path / "clip.mp4")]
     for command in ("generate", "compare"):
@@ -300,7 +302,7 @@ app()
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(
+def test_generate_leaves_nothing_behind_at_ctrl_c(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = Stages.__call__
@@ -317,7 +319,9 @@ def test_ctrl_c_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_stopped_from_outside_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
+def test_generate_a_run_stopped_from_outside_leaves_nothing_behind(
+    folder: str, tmp_path: Path
+) -> None:
     place, marker = tmp_path / "out", tmp_path / "marker"
     place.mkdir()
     words: Sequence[str] = [

@@ -37,7 +37,9 @@ def run(
     return script
 
 
-def test_a_pipeline_is_made_sparse_and_reports(run: Callable[[str], str], tmp_path: Path) -> None:
+def test_example_a_pipeline_is_made_sparse_and_reports(
+    run: Callable[[str], str], tmp_path: Path
+) -> None:
     output = run("sparse_pipeline.py")
     calls, density = re.findall(r"(\d+) sparse calls, mean density ([\d.]+)", output)[0]
     assert int(calls) > 0
@@ -47,7 +49,7 @@ def test_a_pipeline_is_made_sparse_and_reports(run: Callable[[str], str], tmp_pa
     assert "sparse calls" in (tmp_path / "run.html").read_text().lower()
 
 
-def test_methods_are_compared(run: Callable[[str], str], tmp_path: Path) -> None:
+def test_example_methods_are_compared(run: Callable[[str], str], tmp_path: Path) -> None:
     output = run("compare_methods.py")
     svg2, random = (float(x) for x in re.findall(r"([\d.]+) dB", output))
     assert svg2 > random

@@ -37,7 +37,7 @@ def forward(model: Any, **changes: Any) -> Tensor:
         return model(**(arguments | changes))[0]
 
 
-def test_projections_fused_before() -> None:
+def test_sparsify_projections_fused_before() -> None:
     pipe = CASE.build()
     pipe.transformer.fuse_qkv_projections()
     stock = CASE.run(pipe)
@@ -51,7 +51,7 @@ def test_projections_fused_before() -> None:
     assert torch.equal(CASE.run(pipe), stock)
 
 
-def test_projections_fused_afterwards_make_the_run_dense_and_say_so() -> None:
+def test_sparsify_projections_fused_afterwards_make_the_run_dense_and_say_so() -> None:
     reference = CASE.build()
     reference.transformer.fuse_qkv_projections()
     stock = CASE.run(reference)
@@ -66,14 +66,14 @@ def test_projections_fused_afterwards_make_the_run_dense_and_say_so() -> None:
         assert run.stats().mean_density < 1.0
 
 
-def test_the_dispatcher_has_no_say_as_in_the_stock_processor() -> None:
+def test_sparsify_the_dispatcher_has_no_say_as_in_the_stock_processor() -> None:
     model = cogvideox.transformer()
     stock = forward(model)
     with attention_backend("_native_math"), sparsify(model, Dense(), ALWAYS_SPARSE):
         assert torch.equal(forward(model), stock)
 
 
-def test_a_masked_call_stays_with_the_stock_processor() -> None:
+def test_sparsify_a_masked_call_stays_with_the_stock_processor() -> None:
     model = cogvideox.transformer()
     mask = torch.zeros(4, 1, 12 + 3 * 64)
     mask[..., :5] = -10.0
@@ -85,7 +85,7 @@ def test_a_masked_call_stays_with_the_stock_processor() -> None:
     assert run.stats().records == ()
 
 
-def test_several_prompts() -> None:
+def test_sparsify_several_prompts() -> None:
     settings = dict(prompt=["a red circle", "the"], negative_prompt=["bad", "a"])
     pipe = CASE.build()
     stock = CASE.run(pipe, **settings)
@@ -99,13 +99,13 @@ def test_several_prompts() -> None:
 @pytest.mark.parametrize(
     ("version", "frames", "expected"), [({}, 3, 3), (cogvideox.VERSION_15, 3, 2)]
 )
-def test_the_grid_counts_a_padded_frame(version: Any, frames: int, expected: int) -> None:
+def test_grid_counts_a_padded_frame(version: Any, frames: int, expected: int) -> None:
     model = cogvideox.transformer(**version)
     latents = torch.zeros(1, frames, 4, 8, 6)
     assert COGVIDEOX.grid(model, {"hidden_states": latents}) == (expected, 8, 6)
 
 
-def test_a_checkpoint_gets_the_nearest_settings_and_a_note() -> None:
+def test_recipe_for_gives_the_nearest_settings_and_a_note() -> None:
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42)
     recipe = recipe_for(model, 17_550)
@@ -115,7 +115,7 @@ def test_a_checkpoint_gets_the_nearest_settings_and_a_note() -> None:
     assert recipe_for(model, 44_880, method="svg1").method == SVG1(density=0.25)
 
 
-def test_a_cache_that_halves_the_batch() -> None:
+def test_sparsify_a_cache_that_halves_the_batch() -> None:
     def config(player: composition.Player) -> FasterCacheConfig:
         return FasterCacheConfig(
             spatial_attention_timestep_skip_range=(-1, 850),

@@ -37,7 +37,7 @@ def comparison(loaded: LoadedPipeline) -> Comparison:
     return compare("a red circle", methods=methods, density=0.4, model=loaded, seed=3, **SETTINGS)
 
 
-def test_the_dense_clip_is_that_of_an_untouched_pipeline(comparison: Comparison) -> None:
+def test_compare_the_dense_clip_is_that_of_an_untouched_pipeline(comparison: Comparison) -> None:
     pipe = tiny.pipeline()
     frames = tiny.generate(
         pipe,
@@ -53,7 +53,7 @@ def test_the_dense_clip_is_that_of_an_untouched_pipeline(comparison: Comparison)
     assert (comparison.dense.frames == expected).all()
 
 
-def test_every_method_keeps_its_budget(comparison: Comparison) -> None:
+def test_compare_every_method_keeps_its_budget(comparison: Comparison) -> None:
     by_name = {c.clip.method.slug: c for c in comparison.candidates}
     assert list(by_name) == ["svg2-40", "svg2-error-40", "svg1-40", "random-60"]
     for name in ("svg2-40", "svg2-error-40"):
@@ -66,7 +66,7 @@ def test_every_method_keeps_its_budget(comparison: Comparison) -> None:
         assert sum(candidate.clip.step_seconds) == pytest.approx(candidate.clip.seconds)
 
 
-def test_methods_are_configured_as_they_are_named(comparison: Comparison) -> None:
+def test_compare_methods_are_configured_as_they_are_named(comparison: Comparison) -> None:
     configs = {c.clip.method.name: c.clip.stats.recipe["settings"] for c in comparison.candidates}
     assert configs["svg2"]["compensate"] is False
     assert configs["svg2-error"] | {"compensate": True, "route": "error"} == configs["svg2-error"]
@@ -74,7 +74,7 @@ def test_methods_are_configured_as_they_are_named(comparison: Comparison) -> Non
     assert configs["random"]["density"] == 0.6
 
 
-def test_the_numbers_are_all_in_the_json(comparison: Comparison, tmp_path: Path) -> None:
+def test_save_writes_all_the_numbers_into_the_json(comparison: Comparison, tmp_path: Path) -> None:
     page = comparison.save(tmp_path / "out")
     text = (page.parent / "compare.json").read_text()
     assert "Infinity" not in text
@@ -94,7 +94,7 @@ def test_the_numbers_are_all_in_the_json(comparison: Comparison, tmp_path: Path)
         assert (page.parent / run["file"]).stat().st_size > 0
 
 
-def test_a_seed_gives_the_same_clip_again(loaded: LoadedPipeline) -> None:
+def test_generate_gives_the_same_clip_for_a_seed(loaded: LoadedPipeline) -> None:
     one, again = (
         generate("a red circle", model=loaded, method="svg2@0.4", seed=1, **SETTINGS)
         for _ in range(2)
@@ -104,7 +104,7 @@ def test_a_seed_gives_the_same_clip_again(loaded: LoadedPipeline) -> None:
     assert (one.frames != other.frames).any()
 
 
-def test_progress_counts_the_steps(loaded: LoadedPipeline) -> None:
+def test_generate_reports_progress_by_steps(loaded: LoadedPipeline) -> None:
     seen: list[tuple[str, float, float]] = []
     generate(
         "a red circle",
@@ -118,7 +118,7 @@ def test_progress_counts_the_steps(loaded: LoadedPipeline) -> None:
     assert [stage for stage, *_ in seen][-1] == "decoding"
 
 
-def test_loading_reports_progress_to_the_end(tmp_path: Path) -> None:
+def test_load_pipeline_reports_progress_to_the_end(tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "tiny")
     seen: list[tuple[float, float]] = []
     load_pipeline(tmp_path / "tiny", progress=lambda stage, done, total: seen.append((done, total)))
@@ -127,13 +127,13 @@ def test_loading_reports_progress_to_the_end(tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
-def test_the_default_methods_share_one_budget() -> None:
+def test_specs_by_default_share_one_budget() -> None:
     specs = CompareRequest().specs
     assert [spec.name for spec in specs] == list(DEFAULT_METHODS)
     assert len({spec.density for spec in specs}) == 1
 
 
-def test_settings_come_from_the_model_unless_given() -> None:
+def test_complete_takes_from_the_model_what_is_not_given() -> None:
     defaults = Defaults(prompt="a fox", steps=7, guidance=3.0)
     settings = Settings(steps=9, seed=4).complete(defaults, height=64)
     assert (settings.prompt, settings.steps, settings.guidance) == ("a fox", 9, 3.0)
@@ -143,7 +143,7 @@ def test_settings_come_from_the_model_unless_given() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_name_builds_a_method(name: str) -> None:
+def test_build_makes_a_method_of_every_name(name: str) -> None:
     from svg_attention import SVG2
 
     base = SVG2(q_clusters=7, k_clusters=9)
@@ -156,7 +156,7 @@ def test_every_method_name_builds_a_method(name: str) -> None:
         assert method.density == 0.3
 
 
-def test_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline) -> None:
+def test_generate_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline) -> None:
     few = generate("a red circle", model=loaded, **SETTINGS)
     assert few.method == MethodSpec(name="dense")
     assert few.stats.sparse_records == ()
@@ -171,7 +171,7 @@ def test_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline) -> None
 @pytest.mark.parametrize(
     "text", ["dense", "svg1@0.3", "svg2@0.2", "svg2-comp@0.2", "svg2-error@0.2", "random@0.4"]
 )
-def test_a_method_tells_its_name(text: str) -> None:
+def test_of_names_a_method(text: str) -> None:
     from svg_attention import SVG2
 
     spec = MethodSpec.parse(text)

@@ -40,7 +40,7 @@ def fresh_compiler() -> Any:
     counters.clear()
 
 
-def test_repeated_blocks_compile_to_one_graph(fresh_compiler: None) -> None:
+def test_sparsify_repeated_blocks_compile_to_one_graph(fresh_compiler: None) -> None:
     model, inputs = tiny.transformer(num_layers=10), tiny.forward_inputs()
 
     def forward(step: int) -> Tensor:
@@ -67,7 +67,7 @@ def test_repeated_blocks_compile_to_one_graph(fresh_compiler: None) -> None:
     ("family", "kernel"),
     [("Wan", "qk_norm_rope"), ("HunyuanVideo", "qk_norm_rope"), ("CogVideoX", "rope")],
 )
-def test_the_kernel_for_queries_and_keys_is_part_of_the_graph(
+def test_sparsify_the_kernel_for_queries_and_keys_is_part_of_the_graph(
     family: str, kernel: str, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's kernels serve, says the test; their reference tier computes for them."""
@@ -89,7 +89,7 @@ def test_the_kernel_for_queries_and_keys_is_part_of_the_graph(
 
 
 @pytest.mark.gpu
-def test_repeated_blocks_by_the_default_compiler(
+def test_sparsify_repeated_blocks_by_the_default_compiler(
     fresh_compiler: None, assert_accurate: Callable[..., None]
 ) -> None:
     model = tiny.transformer(num_layers=2, attention_head_dim=64).to("cuda")
@@ -112,7 +112,7 @@ def test_repeated_blocks_by_the_default_compiler(
     assert [r.method for r in run.stats().records] == ["Dense"] * 2 + ["SVG2"] * 2
 
 
-def test_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
+def test_sparsify_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
     pipe = tiny.pipeline()
     reference = tiny.generate(pipe, num_inference_steps=2)
     pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
@@ -122,7 +122,7 @@ def test_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
     torch.testing.assert_close(video, reference, rtol=0.0, atol=1e-5)
 
 
-def test_the_operator_is_well_formed() -> None:
+def test_attention_op_is_well_formed() -> None:
     class Answer:
         def attend(self, slot: int, query: Tensor, *others: Tensor) -> Tensor:
             return query.flip(1) * slot

@@ -21,11 +21,13 @@ def stored() -> dict[str, dict[str, dict[str, str]]]:
 
 @pytest.mark.parametrize("family", composition.CASES)
 @pytest.mark.parametrize("title", composition.QUICK)
-def test_the_table_is_true(family: str, title: str, stored: dict) -> None:
+def test_composition_the_table_is_true(family: str, title: str, stored: dict) -> None:
     assert composition.QUICK[title](family).verdict == stored[title][family]["verdict"]
 
 
-def test_two_processes_share_the_heads_and_ring_attention_is_refused(stored: dict) -> None:
+def test_composition_two_processes_share_the_heads_and_ring_attention_is_refused(
+    stored: dict,
+) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
     cells = composition.ulysses_cells()
@@ -33,7 +35,7 @@ def test_two_processes_share_the_heads_and_ring_attention_is_refused(stored: dic
     assert {family: cell.verdict for family, cell in cells.items()} == expected
 
 
-def test_every_cell_is_filled_and_says_why_not(stored: dict) -> None:
+def test_composition_every_cell_is_filled_and_says_why_not(stored: dict) -> None:
     assert set(stored) == {*composition.QUICK, *composition.SLOW, composition.ULYSSES}
     for cells in stored.values():
         assert set(cells) == set(composition.CASES)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_processor_repeats_the_stock_one_to_the_bit(dtype: torch.dtype) -> None:
+def test_processor_repeats_the_stock_one_to_the_bit(dtype: torch.dtype) -> None:
     model = cosmos.transformer(4).to(dtype)
     attn = model.transformer_blocks[0].attn1
     states = torch.randn(2, 192, 36, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -29,7 +29,7 @@ def test_the_processor_repeats_the_stock_one_to_the_bit(dtype: torch.dtype) -> N
     assert torch.equal(out, expected)
 
 
-def test_the_halves_of_a_head_are_rotated_into_each_other() -> None:
+def test_rotate_halves_rotates_the_halves_of_a_head_into_each_other() -> None:
     model = cosmos.transformer(4)
     attn = model.transformer_blocks[0].attn1
     states = torch.randn(1, 192, 36, generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def test_the_halves_of_a_head_are_rotated_into_each_other() -> None:
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1))
 
 
-def test_what_cosmos_transfer_adds_is_left_alone() -> None:
+def test_sparsify_what_cosmos_transfer_adds_is_left_alone() -> None:
     settings = dict(img_context_dim_in=8, img_context_dim_out=36, controlnet_block_every_n=1)
     model = cosmos.transformer(4, extra_pos_embed_type=None, **settings)
     source = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def test_what_cosmos_transfer_adds_is_left_alone() -> None:
     assert torch.equal(video, stock)
 
 
-def test_each_step_counts_once_though_timesteps_repeat_in_bf16() -> None:
+def test_sparsify_each_step_counts_once_though_timesteps_repeat_in_bf16() -> None:
     case = zoo.case("cosmos predict2 v2w")
     pipe = case.build().to(dtype=torch.bfloat16)
     seen = []

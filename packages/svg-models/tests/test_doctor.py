@@ -18,7 +18,7 @@ from svg_models import doctor
 from svg_models.cli import app
 
 
-def test_every_backend_is_listed_with_what_it_says_itself() -> None:
+def test_diagnose_every_backend_is_listed_with_what_it_says_itself() -> None:
     checks = {c.name: c for c in doctor.diagnose("cpu") if c.part == "sparse attention"}
     assert list(checks) == list(BACKENDS)
     for status in backend_status("cpu", torch.float32):
@@ -29,7 +29,7 @@ def test_every_backend_is_listed_with_what_it_says_itself() -> None:
     assert checks["reference"].works
 
 
-def test_what_cannot_run_says_why() -> None:
+def test_diagnose_what_cannot_run_says_why() -> None:
     for check in doctor.diagnose("cpu"):
         assert check.detail
         if check.part in ("sparse attention", "k-means", "fused kernels") and not check.works:
@@ -40,11 +40,11 @@ def test_what_cannot_run_says_why() -> None:
     ("auto", "works", "who"),
     [
         ("reference", None, "diffusers"),
-        ("triton", True, "the triton tier"),
-        ("cuda", True, "the cuda tier"),
+        ("triton", True, "the triton backend"),
+        ("cuda", True, "the cuda backend"),
     ],
 )
-def test_who_makes_the_heads_of_models_is_told(
+def test_diagnose_who_makes_the_heads_of_models_is_told(
     auto: str, works: bool | None, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = replace(svg_kernels.status("cpu"), auto=auto)
@@ -55,7 +55,7 @@ def test_who_makes_the_heads_of_models_is_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_a_machine_without_a_gpu_is_told_why() -> None:
+def test_diagnose_a_machine_without_a_gpu_is_told_why() -> None:
     gpu = next(c for c in doctor.diagnose() if c.name == "GPU")
     assert gpu.works is False
     assert "CUDA" in gpu.detail or "driver" in gpu.detail
@@ -63,28 +63,30 @@ def test_a_machine_without_a_gpu_is_told_why() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_described() -> None:
+def test_diagnose_a_gpu_is_described() -> None:
     gpu = next(c for c in doctor.diagnose() if c.name == "GPU 0")
     assert gpu.works
     assert "compute capability" in gpu.detail
     assert "GiB" in gpu.detail
 
 
-def test_the_json_is_the_same_data() -> None:
+def test_diagnose_the_json_is_the_same_data() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"])
     assert result.exit_code == 0
     listed = json.loads(result.stdout)
     assert listed == doctor.to_dict(doctor.diagnose("cpu"))
 
 
-def test_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnose_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     output = CliRunner().invoke(app, ["doctor", "--device", "cpu"]).stdout
     for check in doctor.diagnose("cpu"):
         assert check.name in output
 
 
-def test_nvcc_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_diagnose_asks_nvcc_for_its_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
     nvcc.chmod(0o755)

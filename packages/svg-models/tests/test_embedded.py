@@ -34,12 +34,12 @@ def make(pipe, *, seed, prompt="a red circle moving left", guidance=4.0):
     ).frames[0]
 
 
-def test_the_folder_is_at_most_15_megabytes():
+def test_embedded_path_the_folder_is_at_most_15_megabytes():
     size = sum(file.stat().st_size for file in embedded_path().rglob("*") if file.is_file())
     assert 5_000_000 < size <= MAX_BYTES
 
 
-def test_every_weight_is_finite_and_bf16():
+def test_embedded_path_every_weight_is_finite_and_bf16():
     files = sorted(embedded_path().rglob("*.safetensors"))
     assert [file.parent.name for file in files] == ["text_encoder", "transformer", "vae"]
     for file in files:
@@ -48,7 +48,7 @@ def test_every_weight_is_finite_and_bf16():
             assert torch.isfinite(value).all(), name
 
 
-def test_it_has_the_sizes_that_sparse_attention_needs(pipe):
+def test_embedded_path_it_has_the_sizes_that_sparse_attention_needs(pipe):
     config = pipe.transformer.config
     assert config.attention_head_dim == 64
     assert config.num_attention_heads * config.attention_head_dim == 256
@@ -58,7 +58,7 @@ def test_it_has_the_sizes_that_sparse_attention_needs(pipe):
     assert factors == (4, 8)
 
 
-def test_equal_seeds_give_equal_clips_and_others_do_not(pipe):
+def test_embedded_path_equal_seeds_give_equal_clips_and_others_do_not(pipe):
     first, again, other = make(pipe, seed=1), make(pipe, seed=1), make(pipe, seed=2)
     assert first.shape == (5, 32, 48, 3)
     assert np.isfinite(first).all()
@@ -66,18 +66,18 @@ def test_equal_seeds_give_equal_clips_and_others_do_not(pipe):
     assert np.abs(first - other).max() > 0.05
 
 
-def test_the_prompt_changes_the_clip(pipe):
+def test_embedded_path_the_prompt_changes_the_clip(pipe):
     red, blue = make(pipe, seed=1), make(pipe, seed=1, prompt="a blue circle moving left")
     assert np.abs(red - blue).max() > 0.05
 
 
-def test_the_latent_statistics_are_those_of_its_own_vae(pipe):
+def test_embedded_path_the_latent_statistics_are_those_of_its_own_vae(pipe):
     mean, std = pipe.vae.config.latents_mean, pipe.vae.config.latents_std
     assert len(mean) == len(std) == pipe.vae.config.z_dim == 16
     assert all(value > 0.01 for value in std)
 
 
-def test_no_word_of_the_grammar_is_unknown(pipe):
+def test_embedded_path_no_word_of_the_grammar_is_unknown(pipe):
     from training.clips import vocabulary
 
     words = [word for word in vocabulary() if word != ","]
@@ -87,7 +87,7 @@ def test_no_word_of_the_grammar_is_unknown(pipe):
     assert max(ids) < pipe.text_encoder.config.vocab_size
 
 
-def test_a_missing_model_is_one_clear_sentence(monkeypatch, tmp_path):
+def test_embedded_path_a_missing_model_is_one_clear_sentence(monkeypatch, tmp_path):
     import svg_models.embedded as embedded
 
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))

@@ -81,13 +81,13 @@ def like_wan(kind: Any, **changes: Any) -> Any:
     return model
 
 
-def test_the_page_adds_a_copy_of_wan(page: dict[str, Any]) -> None:
+def test_family_of_the_page_adds_a_copy_of_wan(page: dict[str, Any]) -> None:
     model = like_wan(ChronoEditTransformer3DModel)
     inputs = {k: v for k, v in tiny.forward_inputs().items() if k != "return_dict"}
     page["check_family"](model, inputs)
 
 
-def test_the_page_shows_all_of_ltx(page: dict[str, Any]) -> None:
+def test_family_of_the_page_shows_all_of_ltx(page: dict[str, Any]) -> None:
     assert page["LTX"].transformers == families.ltx.LTX.transformers
     lines = Path(families.ltx.__file__).read_text(encoding="utf-8").splitlines()
     assert len(lines) < 80
@@ -122,7 +122,7 @@ def ltx_inputs() -> dict[str, Any]:
     )
 
 
-def test_ltx_with_coordinates_instead_of_a_grid_is_refused() -> None:
+def test_sparsify_refuses_ltx_with_coordinates_instead_of_a_grid() -> None:
     inputs = ltx_inputs() | dict(num_frames=None, height=None, width=None)
     inputs["video_coords"] = torch.zeros(1, 3, 432)
     model = tiny_ltx()
@@ -130,7 +130,7 @@ def test_ltx_with_coordinates_instead_of_a_grid_is_refused() -> None:
         model(**inputs)
 
 
-def test_causal_attention_stays_with_the_stock_processor() -> None:
+def test_sparsify_leaves_causal_attention_to_the_original_processor() -> None:
     model = like_wan(SkyReelsV2Transformer3DModel)
     inputs = tiny.forward_inputs()
 
@@ -147,7 +147,7 @@ def test_causal_attention_stays_with_the_stock_processor() -> None:
         sparsify(model, Dense())
 
 
-def test_diffusion_forcing_is_refused() -> None:
+def test_sparsify_refuses_diffusion_forcing() -> None:
     model = like_wan(SkyReelsV2Transformer3DModel)
     inputs = tiny.forward_inputs() | dict(enable_diffusion_forcing=True)
     with sparsify(model, Dense()), pytest.raises(ValueError, match="each frame at a step of its"):
@@ -155,7 +155,7 @@ def test_diffusion_forcing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", families.SKIPPED)
-def test_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
+def test_family_of_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
     old = Version(diffusers.__version__) < Version("0.42")
     if old and not hasattr(diffusers, name):
         pytest.skip("this transformer came with diffusers 0.42")
@@ -166,26 +166,26 @@ def test_the_reason_why_a_transformer_is_skipped_is_told(name: str) -> None:
         families.family_of(model)
 
 
-def test_a_family_may_cover_what_is_skipped(registry: list[Family]) -> None:
+def test_family_of_a_family_may_cover_what_is_skipped(registry: list[Family]) -> None:
     mine = replace(WAN, name="mine", transformers=("WanAnimateTransformer3DModel",))
     families.register(mine)
     model = torch.nn.Module.__new__(diffusers.WanAnimateTransformer3DModel)
     assert families.family_of(model) is mine
 
 
-def test_a_transformer_nobody_knows_is_told_what_is_known() -> None:
+def test_family_of_a_transformer_nobody_knows_is_told_what_is_known() -> None:
     with pytest.raises(ValueError, match=r"covers Linear; known families are wan: .*cosmos: "):
         families.family_of(torch.nn.Linear(1, 1))
 
 
-def test_a_family_without_recipes_gets_the_shared_one_and_a_note() -> None:
+def test_recipe_for_a_family_without_any_is_the_shared_one_with_a_note() -> None:
     recipe = recipe_for(tiny_ltx(), 75_600)
     assert isinstance(recipe.method, SVG2)
     assert (recipe.method.q_clusters, recipe.method.k_clusters) == (300, 1000)
     assert "nearest published settings" in recipe.note
 
 
-def test_the_page_about_models_is_what_the_registry_says() -> None:
+def test_family_of_the_page_about_models_is_what_the_registry_says() -> None:
     list_models = pytest.importorskip("list_models", reason="tools/ is not on the path")
     text = list_models.PAGE.read_text(encoding="utf-8")
     assert list_models.filled(text) == text, "run python tools/list_models.py"
@@ -204,7 +204,7 @@ def code_lines(path: Path) -> list[str]:
     return [line.strip() for number, line in lines if line.strip() and number not in imports]
 
 
-def test_no_two_families_share_a_run_of_more_than_six_lines() -> None:
+def test_family_of_no_two_families_share_a_run_of_more_than_six_lines() -> None:
     seen: dict[tuple[str, ...], str] = {}
     for path in sorted(Path(families.__file__).parent.glob("*.py")):
         lines = code_lines(path)
@@ -213,7 +213,7 @@ def test_no_two_families_share_a_run_of_more_than_six_lines() -> None:
             assert seen.setdefault(run, path.name) == path.name, "\n".join((path.name, *run))
 
 
-def test_a_name_or_transformer_that_is_taken_is_refused(registry: list[Family]) -> None:
+def test_register_refuses_a_name_or_transformer_that_is_taken(registry: list[Family]) -> None:
     before = families.known_families()
     for clash in (replace(WAN, transformers=("Other",)), replace(WAN, name="other")):
         with pytest.raises(ValueError, match=r"is already known as 'wan'"):
@@ -221,7 +221,7 @@ def test_a_name_or_transformer_that_is_taken_is_refused(registry: list[Family]) 
     assert families.known_families() == before
 
 
-def test_subclasses_belong_to_the_family_of_their_base() -> None:
+def test_family_of_subclasses_belong_to_the_family_of_their_base() -> None:
     from diffusers import WanTransformer3DModel
 
     class Finetuned(WanTransformer3DModel):
@@ -231,7 +231,7 @@ def test_subclasses_belong_to_the_family_of_their_base() -> None:
         assert families.family_of(Finetuned(num_layers=1)) is WAN
 
 
-def test_a_family_whose_attentions_are_missing_says_so(registry: list[Family]) -> None:
+def test_find_attentions_says_when_there_are_none(registry: list[Family]) -> None:
     registry[0] = replace(WAN, attentions=r"layers\.\d+\.attention")
     with pytest.raises(ValueError, match=r"no module matching .*layers"):
         sparsify(tiny.transformer(), Dense())
@@ -252,7 +252,7 @@ def family_files() -> list[Path]:
     return [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
 
 
-def test_every_file_of_the_package_is_compared() -> None:
+def test_family_of_every_file_of_the_package_is_compared() -> None:
     names = {path.stem for path in family_files()}
     assert {"cogvideox", "cosmos", "hunyuan_video", "hunyuan_video15", "ltx", "wan"} <= names
 
@@ -264,6 +264,6 @@ def test_every_file_of_the_package_is_compared() -> None:
         for pair in combinations(family_files(), 2)
     ],
 )
-def test_no_family_file_repeats_another(first: Path, second: Path) -> None:
+def test_family_of_no_family_file_repeats_another(first: Path, second: Path) -> None:
     shared = longest_shared_run(first, second)
     assert len(shared) <= 6, "\n".join(["write this once:", *shared])

@@ -116,7 +116,7 @@ def make(call: tuple[tuple, dict], dtype: torch.dtype, serve: bool) -> tuple[Ten
         return make_heads(rule, heads, norms, projected, rotation, **options)
 
 
-def test_fused_heads_equal_those_of_the_modules(
+def test_make_heads_fused_heads_equal_those_of_the_modules(
     case: zoo.Case, calls: list, launches: list[str]
 ) -> None:
     for call in calls:
@@ -130,7 +130,7 @@ def test_fused_heads_equal_those_of_the_modules(
             assert all(states.transpose(1, 2).is_contiguous() for states in heads[:2])
 
 
-def test_streams_are_joined_in_the_memory_order_of_the_video() -> None:
+def test_join_keeps_the_memory_order_of_the_video() -> None:
     by_token = torch.randn(2, 7, 3, 8), torch.randn(2, 4, 3, 8)
     by_head = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in by_token)
     whole = torch.cat(by_token, dim=1)
@@ -142,7 +142,7 @@ def test_streams_are_joined_in_the_memory_order_of_the_video() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_heads_are_no_farther_from_the_truth(
+def test_make_heads_fused_heads_are_no_farther_from_the_truth(
     calls: list, dtype: torch.dtype, launches: list[str]
 ) -> None:
     for (rule, heads, norms, projected, rotation), options in calls:
@@ -160,7 +160,7 @@ def test_fused_heads_are_no_farther_from_the_truth(
                 torch.testing.assert_close(one.double(), exact, rtol=half_unit * 1.01, atol=1e-6)
 
 
-def test_a_tiny_pipeline_of_each_family_is_the_same_video(
+def test_make_heads_a_tiny_pipeline_of_each_family_is_the_same_video(
     case: zoo.Case, launches: list[str]
 ) -> None:
     pipe = case.build()
@@ -248,7 +248,7 @@ REFUSALS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("reason", REFUSALS)
-def test_modules_are_called_where_a_kernel_may_not_stand_for_them(
+def test_make_heads_modules_are_called_where_a_kernel_may_not_stand_for_them(
     reason: str, launches: list[str]
 ) -> None:
     assert attempt(**REFUSALS[reason]()) is None
@@ -256,7 +256,7 @@ def test_modules_are_called_where_a_kernel_may_not_stand_for_them(
     assert attempt() is not None
 
 
-def test_no_kernel_where_a_gradient_is_needed(launches: list[str]) -> None:
+def test_make_heads_no_kernel_where_a_gradient_is_needed(launches: list[str]) -> None:
     attn = tiny.transformer().blocks[0].attn1
     states = torch.randn(1, 6, 24, requires_grad=True)
     projected = (attn.to_q(states), attn.to_k(states), attn.to_v(states))
@@ -269,7 +269,9 @@ def test_no_kernel_where_a_gradient_is_needed(launches: list[str]) -> None:
 
 
 @pytest.mark.parametrize("rule", [PER_HEAD, PER_HEAD_IN_HALVES])
-def test_a_hooked_norm_is_called_and_its_heads_are_rotated(rule: Any, launches: list[str]) -> None:
+def test_make_heads_a_hooked_norm_is_called_and_its_heads_are_rotated(
+    rule: Any, launches: list[str]
+) -> None:
     heard: list[Tensor] = []
     norms = (norm(), norm())
     norms[0].register_forward_hook(lambda module, args, out: heard.append(out.clone()))
@@ -287,7 +289,7 @@ def test_a_hooked_norm_is_called_and_its_heads_are_rotated(rule: Any, launches: 
     assert torch.equal(value.flatten(2), projected[2])
 
 
-def test_queries_and_keys_rotate_together_or_not_at_all(launches: list[str]) -> None:
+def test_make_heads_queries_and_keys_rotate_together_or_not_at_all(launches: list[str]) -> None:
     query, key = torch.randn(2, 2, 6, 3, 8).unbind(0)
 
     def attempt(key: Tensor, video: slice = slice(0, 6)) -> Any:
@@ -318,7 +320,7 @@ def test_queries_and_keys_rotate_together_or_not_at_all(launches: list[str]) -> 
         ("bf16 autocast", "rope"),
     ],
 )
-def test_what_diffusers_does_to_a_model_still_works(
+def test_make_heads_what_diffusers_does_to_a_model_still_works(
     title: str, kernel: str, launches: list[str]
 ) -> None:
     """The cell of the compatibility table, with kernels; hooked norms are left to themselves."""
@@ -337,7 +339,7 @@ def test_what_diffusers_does_to_a_model_still_works(
         ("cuda:0", True, "cuda", True),
     ],
 )
-def test_only_a_tier_for_gpus_serves(
+def test_serves_takes_only_a_backend_for_gpus(
     device: str, installed: bool, auto: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.device] = []

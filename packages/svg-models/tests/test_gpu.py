@@ -93,7 +93,7 @@ def in_full_precision(pipe: Any, arguments: dict[str, Any]) -> Tensor:
     [Dense(), SVG2(q_clusters=4, k_clusters=12, density=1.0, first_iterations=2)],
     ids=["dense", "density 1"],
 )
-def test_dense_is_stock_within_rounding(
+def test_sparsify_dense_is_stock_within_rounding(
     case: zoo.Case,
     pipe: Any,
     stock: Tensor,
@@ -115,7 +115,7 @@ def test_dense_is_stock_within_rounding(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sparse_is_bounded_and_different_and_restored(
+def test_sparsify_sparse_is_bounded_and_different_and_restored(
     case: zoo.Case, pipe: Any, stock: Tensor, name: str
 ) -> None:
     with sparsify(pipe, METHODS[name], ALWAYS_SPARSE) as run:

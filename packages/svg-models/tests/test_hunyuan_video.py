@@ -91,7 +91,7 @@ def sparse_forward(model: Any, arguments: dict[str, Any], method: Method) -> Ten
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_padding_changes_nothing(name: str, method: Method) -> None:
+def test_sparsify_padding_changes_nothing(name: str, method: Method) -> None:
     build, make = MODELS[name]
     model, arguments = build(), make(LENGTHS)
     other = dict(arguments)
@@ -112,7 +112,7 @@ def test_padding_changes_nothing(name: str, method: Method) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[::-1]])
-def test_prompts_of_different_length_equal_separate_runs(
+def test_sparsify_prompts_of_different_length_equal_separate_runs(
     name: str, method: Method, lengths: tuple[int, ...]
 ) -> None:
     # Only the first sample of a batch draws the same random numbers as it would alone.
@@ -125,7 +125,7 @@ def test_prompts_of_different_length_equal_separate_runs(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dense_is_stock_with_different_lengths(name: str) -> None:
+def test_sparsify_dense_is_stock_with_different_lengths(name: str) -> None:
     build, make = MODELS[name]
     model, arguments = build(), make(LENGTHS)
     torch.testing.assert_close(
@@ -133,7 +133,7 @@ def test_dense_is_stock_with_different_lengths(name: str) -> None:
     )
 
 
-def test_dual_and_single_blocks_are_layers_in_the_order_they_run() -> None:
+def test_sparsify_dual_and_single_blocks_are_layers_in_the_order_they_run() -> None:
     model = hunyuan_video.transformer(num_layers=2, num_single_layers=3, num_refiner_layers=2)
     paths = [path for path, _ in HUNYUAN_VIDEO.find_attentions(model)]
     assert paths == [
@@ -142,7 +142,7 @@ def test_dual_and_single_blocks_are_layers_in_the_order_they_run() -> None:
     ]
 
 
-def test_arguments_by_position() -> None:
+def test_sparsify_arguments_by_position() -> None:
     model = hunyuan_video.transformer(guidance_embeds=False)
     arguments = inputs(LENGTHS[:1])
     expected = sparse_forward(model, arguments, SPARSE)
@@ -157,7 +157,7 @@ def test_arguments_by_position() -> None:
 @pytest.mark.parametrize(
     ("tokens", "clusters", "dense_steps"), [(118_800, 400, 0.1), (44_550, 200, 0.04)]
 )
-def test_published_sizes_get_their_own_settings(
+def test_recipe_for_published_sizes_gives_their_own_settings(
     tokens: int, clusters: int, dense_steps: float
 ) -> None:
     with torch.device("meta"):
@@ -170,7 +170,7 @@ def test_published_sizes_get_their_own_settings(
     assert "nearest published settings" in recipe_for(model, tokens - 1).note
 
 
-def test_lengths_are_exact_in_bf16() -> None:
+def test_text_lengths_are_exact_in_bf16() -> None:
     mask = torch.zeros(2, 400, dtype=torch.bfloat16)
     mask[0, :257] = mask[1, :399] = 1
     lengths = HUNYUAN_VIDEO.text_lengths(None, {"encoder_attention_mask": mask})
@@ -178,12 +178,12 @@ def test_lengths_are_exact_in_bf16() -> None:
 
 
 @pytest.mark.parametrize(("image", "expected"), [(0.0, [7, 25]), (1.0, [10, 28])])
-def test_an_image_of_zeros_is_no_text(image: float, expected: list[int]) -> None:
+def test_text_lengths_leave_out_an_image_of_zeros(image: float, expected: list[int]) -> None:
     arguments = inputs15(LENGTHS) | dict(image_embeds=torch.full((2, 3, 8), image))
     assert HUNYUAN_VIDEO_15.text_lengths(None, arguments).tolist() == expected
 
 
-def test_several_prompts_with_several_videos_each() -> None:
+def test_sparsify_several_prompts_with_several_videos_each() -> None:
     case = zoo.case("hunyuan_video t2v")
     settings = dict(
         prompt=["a red circle", "the"], negative_prompt=["bad", "a"], num_videos_per_prompt=2
@@ -199,7 +199,7 @@ def test_several_prompts_with_several_videos_each() -> None:
     assert {record.branch for record in run.stats().records} == {"cond", "uncond"}
 
 
-def test_a_distilled_model_has_one_branch() -> None:
+def test_sparsify_a_distilled_model_has_one_branch() -> None:
     case = zoo.case("hunyuan_video t2v")
     pipe = case.build()
     with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
@@ -209,7 +209,7 @@ def test_a_distilled_model_has_one_branch() -> None:
     assert {record.branch for record in records} == {"cond"}
 
 
-def test_steps_are_counted_where_timesteps_repeat_in_bf16() -> None:
+def test_sparsify_steps_are_counted_where_timesteps_repeat_in_bf16() -> None:
     case = zoo.case("hunyuan_video t2v")
     pipe = case.build()
     pipe.transformer.to(torch.bfloat16)
@@ -224,7 +224,7 @@ def test_steps_are_counted_where_timesteps_repeat_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_context_parallelism_is_refused(late: bool) -> None:
+def test_sparsify_context_parallelism_is_refused(late: bool) -> None:
     model = hunyuan_video.transformer(guidance_embeds=False)
     parallel = SimpleNamespace(
         context_parallel_config=SimpleNamespace(ring_degree=1, ulysses_degree=2)

@@ -57,7 +57,7 @@ def test_geometry_is_known_before_the_weights(case: Case) -> None:
 
 
 @pytest.mark.parametrize("size", [{"height": 33}, {"width": 40, "height": None}, {"frames": 6}])
-def test_a_wrong_size_is_refused_before_weights_are_read(
+def test_load_pipeline_a_wrong_size_is_refused_before_weights_are_read(
     size: dict[str, int | None], tmp_path: Path
 ) -> None:
     folder = tmp_path / "wan"
@@ -74,7 +74,7 @@ def test_a_wrong_size_is_refused_before_weights_are_read(
         load_pipeline(folder, device="cpu", size={"height": 32})
 
 
-def test_frames_that_the_vae_would_change_are_refused() -> None:
+def test_load_pipeline_frames_that_the_vae_would_change_are_refused() -> None:
     found = case("cogvideox 1.0 t2v")
     pipe = found.build()
     geometry = Geometry.of(pipe)
@@ -86,7 +86,7 @@ def test_frames_that_the_vae_would_change_are_refused() -> None:
     assert [geometry.most_frames(n) for n in (1, 8, 9, 16, 17, 40)] == [1, 1, 9, 9, 17, 33]
 
 
-def test_a_model_with_learned_positions_knows_one_size() -> None:
+def test_load_pipeline_a_model_with_learned_positions_knows_one_size() -> None:
     pipe = case("cogvideox 1.0 t2v").build()
     pipe.transformer.register_to_config(
         use_learned_positional_embeddings=True, sample_height=8, sample_width=12
@@ -110,7 +110,7 @@ def test_a_model_with_learned_positions_knows_one_size() -> None:
         ("cogvideox 1.5 t2v", (50, 6, 768, 1360, 81, 16)),
     ],
 )
-def test_defaults_are_those_of_the_model(name: str, expected: tuple[float, ...]) -> None:
+def test_defaults_for_are_those_of_the_model(name: str, expected: tuple[float, ...]) -> None:
     pipe = case(name).build()
     if name.startswith("cogvideox"):  # real sizes, which CogVideoX has in its configuration
         rows, columns = (60, 90) if "1.0" in name else (96, 170)
@@ -120,7 +120,7 @@ def test_defaults_are_those_of_the_model(name: str, expected: tuple[float, ...])
     assert (found.steps, found.guidance, *sizes) == expected
 
 
-def test_wan_22_5b_has_defaults_of_its_own() -> None:
+def test_defaults_for_wan_22_5b_are_its_own() -> None:
     pipe = tiny.pipeline(tiny.transformer(in_channels=48, out_channels=48))
     found = defaults_for("wan", pipe)
     assert (found.height, found.width, found.frames, found.fps) == (704, 1280, 121, 24)
@@ -138,9 +138,7 @@ def test_wan_22_5b_has_defaults_of_its_own() -> None:
         (CogVideoXPipeline, "", "", ""),
     ],
 )
-def test_inputs_are_read_from_the_pipeline(
-    pipeline: type, image: str, video: str, needs: str
-) -> None:
+def test_inputs_of_reads_the_pipeline(pipeline: type, image: str, video: str, needs: str) -> None:
     found = Inputs.of(pipeline)
     assert (found.image, found.video, found.needs) == (image, video, needs)
 
@@ -164,7 +162,7 @@ def checkpoint(folder: Path, pipeline: str, **index: Any) -> Path:
         ("CosmosVideoToWorldPipeline", {}, {"video"}, "CosmosVideoToWorldPipeline"),
     ],
 )
-def test_the_pipeline_that_takes_what_is_given_is_chosen(
+def test_choose_pipeline_takes_the_one_that_takes_what_is_given(
     pipeline: str, index: dict[str, Any], given: set[str], expected: str, tmp_path: Path
 ) -> None:
     folder = checkpoint(tmp_path, pipeline, **index)
@@ -188,7 +186,7 @@ def test_the_pipeline_that_takes_what_is_given_is_chosen(
         ),
     ],
 )
-def test_what_no_pipeline_takes_is_refused(
+def test_choose_pipeline_refuses_what_none_takes(
     pipeline: str, index: dict[str, Any], given: set[str], sentence: str, tmp_path: Path
 ) -> None:
     folder = checkpoint(tmp_path, pipeline, **index)
@@ -197,19 +195,19 @@ def test_what_no_pipeline_takes_is_refused(
         choose_pipeline("it", read_index(folder), **kinds)
 
 
-def test_a_pipeline_that_diffusers_does_not_have_is_named(tmp_path: Path) -> None:
+def test_choose_pipeline_names_one_that_diffusers_does_not_have(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "WanPipelineOfTomorrow")
     with pytest.raises(ModelUnavailableError, match=r"needs diffusers\.WanPipelineOfTomorrow"):
         choose_pipeline("it", read_index(folder), image=False, video=False)
 
 
-def test_a_vae_that_joins_pixels_counts_them(tmp_path: Path) -> None:
+def test_load_pipeline_a_vae_that_joins_pixels_counts_them(tmp_path: Path) -> None:
     loaded = load_pipeline(video=True)
     stages = 2 ** len(loaded.pipe.vae.temperal_downsample)
     assert stages != loaded.pipe.vae_scale_factor_spatial == loaded.geometry.space == 8
 
 
-def test_layers_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_pipeline_layers_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, seen = tiny.pipeline(), []
     monkeypatch.setattr(pipe, "enable_sequential_cpu_offload", lambda device: seen.append(device))
     monkeypatch.setattr(pipe, "to", lambda device: pytest.fail("moved whole"))
@@ -218,14 +216,14 @@ def test_layers_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("offload", [kind for kind in OFFLOAD if kind != "sequential"])
-def test_a_placed_pipeline_makes_the_same_clip(offload: str) -> None:
+def test_place_leaves_the_clip_the_same(offload: str) -> None:
     stock = tiny.generate(tiny.pipeline())
     pipe = tiny.pipeline()
     place(pipe, "cpu", offload)
     assert torch.equal(tiny.generate(pipe), stock)
 
 
-def test_offloading_without_a_gpu_is_refused() -> None:
+def test_check_offload_refuses_it_without_a_gpu() -> None:
     with pytest.raises(SettingError, match="this runs on the CPU; leave --offload out"):
         check_offload("group", "cpu")
     with pytest.raises(SettingError, match="one of none, model, group, sequential, got 'disk'"):
@@ -244,7 +242,7 @@ def save_lora(folder: Path, model: WanTransformer3DModel | None = None) -> Path:
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_a_lora_changes_the_clip_by_its_weight(form: str, tmp_path: Path) -> None:
+def test_load_pipeline_a_lora_changes_the_clip_by_its_weight(form: str, tmp_path: Path) -> None:
     path = save_lora(tmp_path)
     source = str(path if form == "file" else path.parent)
     stock = tiny.generate(tiny.pipeline())
@@ -257,7 +255,7 @@ def test_a_lora_changes_the_clip_by_its_weight(form: str, tmp_path: Path) -> Non
     assert whole > half > 0 == none
 
 
-def test_two_loras_add_up(tmp_path: Path) -> None:
+def test_load_pipeline_two_loras_add_up(tmp_path: Path) -> None:
     source = str(save_lora(tmp_path))
     twice, once = tiny.pipeline(), tiny.pipeline()
     load_loras(twice, [Lora(source=source, weight=0.5)] * 2)
@@ -265,7 +263,7 @@ def test_two_loras_add_up(tmp_path: Path) -> None:
     assert torch.allclose(tiny.generate(twice), tiny.generate(once), atol=1e-5)
 
 
-def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
+def test_load_pipeline_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
     wide = tiny.transformer(num_attention_heads=3)
     source = str(save_lora(tmp_path, wide))
     with pytest.raises(ModelUnavailableError, match="WanTransformer3DModel: size mismatch"):
@@ -275,7 +273,9 @@ def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
         load_loras(tiny.pipeline(), [Lora(source=str(tmp_path / "text.safetensors"))])
 
 
-def test_a_lora_without_weights_for_the_transformer_is_refused(tmp_path: Path) -> None:
+def test_load_pipeline_a_lora_without_weights_for_the_transformer_is_refused(
+    tmp_path: Path,
+) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "unet.safetensors"
@@ -285,7 +285,7 @@ def test_a_lora_without_weights_for_the_transformer_is_refused(tmp_path: Path) -
         load_loras(tiny.pipeline(), [Lora(source=str(path))])
 
 
-def test_a_lora_is_named_by_source_and_weight(tmp_path: Path) -> None:
+def test_lora_is_named_by_source_and_weight(tmp_path: Path) -> None:
     path = tmp_path / "a:b.safetensors"
     path.touch()
     assert Lora.parse(str(path)) == Lora(source=str(path))
@@ -298,7 +298,9 @@ def test_a_lora_is_named_by_source_and_weight(tmp_path: Path) -> None:
         Lora.parse("somebody/style:nan")
 
 
-def test_blocks_are_compiled_and_what_names_none_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_pipeline_blocks_are_compiled_and_what_names_none_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
         WanTransformer3DModel,
@@ -315,7 +317,7 @@ def test_blocks_are_compiled_and_what_names_none_whole(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("offload", ["group", "sequential"])
-def test_compiled_layers_are_not_moved(offload: str) -> None:
+def test_check_offload_refuses_to_move_compiled_layers(offload: str) -> None:
     with pytest.raises(SettingError, match="leave --compile out, or take --offload model"):
         check_offload(offload, "cuda", compiled=True)
     check_offload(offload, "cuda")

@@ -46,13 +46,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
         (0, 16, list(range(10))),
     ],
 )
-def test_frames_are_those_shown_at_a_steady_rate(
+def test_resampled_takes_the_frames_shown_at_a_steady_rate(
     fps: float, to: float, expected: list[int]
 ) -> None:
     assert resampled(10, fps, to).tolist() == expected
 
 
-def test_a_picture_is_cut_and_never_squeezed() -> None:
+def test_covering_cuts_a_picture_and_never_squeezes_it() -> None:
     picture = Image.new("RGB", (100, 50), (10, 10, 10))
     picture.paste((250, 0, 0), (0, 0, 25, 50))
     picture.paste((0, 250, 0), (75, 0, 100, 50))
@@ -61,7 +61,7 @@ def test_a_picture_is_cut_and_never_squeezed() -> None:
     assert np.asarray(cut)[:, 2:-2].max() < 30, "a quarter is cut off at either side"
 
 
-def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
+def test_generate_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     for path in (tmp_path / "text.png", tmp_path / "missing.png"):
         with pytest.raises(SettingError, match=f"cannot read {path} as an image"):
@@ -70,7 +70,7 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
         read_media(video=tmp_path / "text.png")
 
 
-def test_a_picture_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
+def test_read_image_turns_a_picture_as_its_camera_noted(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGBA", (40, 20)).convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
@@ -78,7 +78,9 @@ def test_a_picture_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
     assert (image.size, image.mode) == ((20, 40), "RGB")
 
 
-def test_a_video_settles_size_frames_and_strength(redraws: LoadedPipeline, clip: str) -> None:
+def test_shape_settles_size_frames_and_strength_by_a_video(
+    redraws: LoadedPipeline, clip: str
+) -> None:
     media = read_media(video=clip)
     found = media.shape(redraws, {})
     assert (found["height"], found["width"]) == (496, 816), "five to three at the default's area"
@@ -93,12 +95,12 @@ def test_a_video_settles_size_frames_and_strength(redraws: LoadedPipeline, clip:
         media.shape(redraws, {"frames": 49})
 
 
-def test_strength_belongs_to_a_video_that_is_redrawn(redraws: LoadedPipeline) -> None:
+def test_shape_refuses_strength_where_nothing_is_redrawn(redraws: LoadedPipeline) -> None:
     with pytest.raises(SettingError, match="nothing is redrawn here"):
         Media().shape(redraws, {"strength": 0.5})
 
 
-def test_a_redrawn_video_resembles_its_start_the_more_the_less_is_redrawn(
+def test_generate_a_redrawn_video_resembles_its_start_the_more_the_less_is_redrawn(
     redraws: LoadedPipeline, clip: str
 ) -> None:
     clips = {
@@ -118,12 +120,14 @@ def test_a_redrawn_video_resembles_its_start_the_more_the_less_is_redrawn(
     assert (clips[0.25].frames != clips[1.0].frames).any()
 
 
-def test_a_strength_that_leaves_no_step_is_refused(redraws: LoadedPipeline, clip: str) -> None:
+def test_generate_a_strength_that_leaves_no_step_is_refused(
+    redraws: LoadedPipeline, clip: str
+) -> None:
     with pytest.raises(SettingError, match=r"strength 0\.1 of 4 steps leaves none to run"):
         generate("a", model=redraws, video=clip, strength=0.1, **SHORT)
 
 
-def test_a_model_that_redraws_asks_for_a_video(redraws: LoadedPipeline) -> None:
+def test_generate_a_model_that_redraws_asks_for_a_video(redraws: LoadedPipeline) -> None:
     with pytest.raises(SettingError, match="add --video PATH"):
         generate("a red circle", model=redraws, **SHORT)
 
@@ -144,7 +148,7 @@ def test_a_model_that_redraws_asks_for_a_video(redraws: LoadedPipeline) -> None:
         ("ltx i2v", "image"),
     ],
 )
-def test_what_is_given_reaches_the_model(name: str, kind: str, tmp_path: Path) -> None:
+def test_generate_what_is_given_reaches_the_model(name: str, kind: str, tmp_path: Path) -> None:
     found = case(name)
     pipe = found.build()
     loaded = LoadedPipeline(

@@ -25,7 +25,7 @@ def published(**config: object) -> WanTransformer3DModel:
         return WanTransformer3DModel(**config)
 
 
-def test_wan_14b_720p_gets_the_published_settings() -> None:
+def test_recipe_for_wan_14b_720p_gets_the_published_settings() -> None:
     recipe = recipe_for(published(num_layers=1), 75_600, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, top_p=0.9, min_keep=0.1)
     assert recipe.schedule == Schedule(dense_steps=0.2, dense_layers=0.03)
@@ -36,7 +36,9 @@ def test_wan_14b_720p_gets_the_published_settings() -> None:
 @pytest.mark.parametrize(
     ("tokens", "q_clusters", "dense_steps"), [(75_600, 300, 0.35), (32_760, 200, 0.2)]
 )
-def test_image_to_video_has_its_own_rows(tokens: int, q_clusters: int, dense_steps: float) -> None:
+def test_recipe_for_image_to_video_has_its_own_rows(
+    tokens: int, q_clusters: int, dense_steps: float
+) -> None:
     model = published(num_layers=1, in_channels=36)
     recipe = recipe_for(model, tokens, num_steps=40)
     assert isinstance(recipe.method, SVG2)
@@ -44,27 +46,27 @@ def test_image_to_video_has_its_own_rows(tokens: int, q_clusters: int, dense_ste
     assert recipe.note == ""
 
 
-def test_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
+def test_recipe_for_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
     recipe = recipe_for(published(num_layers=1), 60_000, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000)
     assert "720p" in recipe.note
     assert "60,000" in recipe.note
 
 
-def test_fewer_tokens_than_published_are_compensated() -> None:
+def test_recipe_for_fewer_tokens_than_published_are_compensated() -> None:
     recipe = recipe_for(published(num_layers=1), 32_760, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **SMALL)
     assert recipe.note.endswith("density 0.3 and compensation")
 
 
-def test_a_smaller_model_of_the_published_size_is_compensated_and_told() -> None:
+def test_recipe_for_a_smaller_model_of_the_published_size_is_compensated_and_told() -> None:
     small = published(num_layers=1, num_attention_heads=12)
     recipe = recipe_for(small, 75_600, num_steps=50)
     assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **SMALL)
     assert "Wan 2.1 14B" in recipe.note
 
 
-def test_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
+def test_recipe_for_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
     tiny_width = published(num_layers=1, num_attention_heads=2)
     recipe = recipe_for(tiny_width, 3_328, num_steps=50)
     assert recipe.method == SVG2(q_clusters=52, k_clusters=208, **SMALL)
@@ -73,7 +75,7 @@ def test_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
 @pytest.mark.parametrize(
     ("tokens", "density"), [(75_600, 0.3), (60_000, 0.378), (32_760, 0.5), (151_200, 0.3)]
 )
-def test_svg1_keeps_its_band_as_wide_as_published(tokens: int, density: float) -> None:
+def test_recipe_for_svg1_keeps_its_band_as_wide_as_published(tokens: int, density: float) -> None:
     recipe = recipe_for(published(num_layers=1), tokens, method="svg1")
     assert isinstance(recipe.method, SVG1)
     assert recipe.method.density == pytest.approx(density)
@@ -81,14 +83,14 @@ def test_svg1_keeps_its_band_as_wide_as_published(tokens: int, density: float) -
 
 
 @pytest.mark.parametrize("family", known_families(), ids=lambda family: family.name)
-def test_each_published_row_is_found_by_its_own_size(family: Family) -> None:
+def test_nearest_finds_each_published_row_by_its_own_size(family: Family) -> None:
     for row in family.recipes:
         assert nearest(family.recipes, row.task, row.tokens) is row
         assert row.source.startswith("Sparse-VideoGen")
         assert row.width > 0
 
 
-def test_rows_of_another_task_are_better_than_none() -> None:
+def test_nearest_prefers_rows_of_another_task_to_none() -> None:
     only = (WAN.recipes[0],)
     assert nearest(only, "i2v", 75_600) is only[0]
     assert nearest((), "t2v", 75_600) is SHARED
@@ -102,14 +104,14 @@ def test_cluster_counts_shrink_with_the_sequence(tokens: int, expected: tuple[in
     assert cluster_counts(tokens, 300, 1000) == expected
 
 
-def test_few_steps_stay_dense_and_say_so() -> None:
+def test_recipe_for_few_steps_stay_dense_and_say_so() -> None:
     for steps, method in ((FEW_STEPS, Dense), (FEW_STEPS + 1, SVG2)):
         recipe = recipe_for(published(num_layers=1), 75_600, num_steps=steps)
         assert type(recipe.method) is method
     assert "8 denoising steps" in recipe_for(published(num_layers=1), 75_600, num_steps=8).note
 
 
-def test_a_single_frame_stays_dense_and_says_so() -> None:
+def test_recipe_for_a_single_frame_stays_dense_and_says_so() -> None:
     recipe = recipe_for(published(num_layers=1), 14_400, latent_frames=1)
     assert isinstance(recipe.method, Dense)
     assert "a single frame is an image" in recipe.note
@@ -119,7 +121,7 @@ def test_a_single_frame_stays_dense_and_says_so() -> None:
     ("tokens", "heads", "sparse"),
     [(8_959, 40, False), (8_960, 40, True), (3_328, 2, True), (1_023, 2, False)],
 )
-def test_short_clips_stay_dense_where_attention_is_little_of_the_work(
+def test_recipe_for_short_clips_stay_dense_where_attention_is_little_of_the_work(
     tokens: int, heads: int, sparse: bool
 ) -> None:
     model = published(num_layers=1, num_attention_heads=heads)
@@ -128,12 +130,12 @@ def test_short_clips_stay_dense_where_attention_is_little_of_the_work(
     assert sparse or "too short" in recipe.note
 
 
-def test_a_method_without_recipes_is_refused() -> None:
+def test_recipe_for_a_method_without_recipes_is_refused() -> None:
     with pytest.raises(ValueError, match="recipes are for method 'svg1' or 'svg2', got 'dense'"):
         recipe_for(tiny.transformer(), 75_600, method="dense")  # type: ignore[arg-type]
 
 
-def test_tokens_must_be_positive() -> None:
+def test_recipe_for_tokens_must_be_positive() -> None:
     with pytest.raises(ValueError, match="tokens must be positive, got 0"):
         recipe_for(tiny.transformer(), 0)
 
@@ -167,7 +169,7 @@ def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
     assert stats.mean_density < 1.0
 
 
-def test_a_method_without_a_schedule_takes_the_schedule_of_the_recipe() -> None:
+def test_sparsify_without_a_schedule_takes_that_of_the_recipe() -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, SVG2(q_clusters=4, k_clusters=8, first_iterations=2)) as run:
         tiny.generate(pipe, num_inference_steps=5)

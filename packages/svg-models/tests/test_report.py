@@ -128,14 +128,14 @@ def text(comparison: Comparison) -> str:
     return comparison_page(comparison)
 
 
-def test_the_page_parses_and_its_ids_are_unique(text: str) -> None:
+def test_comparison_page_the_page_parses_and_its_ids_are_unique(text: str) -> None:
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert page.tags.count("svg") >= 2 + 3 + 4  # per frame, density of three, time of four
 
 
-def test_the_page_asks_nobody_for_anything(text: str) -> None:
+def test_comparison_page_the_page_asks_nobody_for_anything(text: str) -> None:
     page = Page(text)
     for address in page.addresses:
         assert address.startswith(("data:", "#")), address[:80]
@@ -145,7 +145,7 @@ def test_the_page_asks_nobody_for_anything(text: str) -> None:
     assert "default-src 'none'" in text
 
 
-def test_references_inside_the_plots_lead_somewhere(text: str) -> None:
+def test_comparison_page_references_inside_the_plots_lead_somewhere(text: str) -> None:
     page = Page(text)
     targets = [a[1:] for a in page.addresses if a.startswith("#")]
     targets += re.findall(r"url\(#([^)]+)\)", text)
@@ -153,7 +153,7 @@ def test_references_inside_the_plots_lead_somewhere(text: str) -> None:
     assert set(targets) <= set(page.ids)
 
 
-def test_plots_take_their_colours_from_the_page(text: str) -> None:
+def test_comparison_page_plots_take_their_colours_from_the_page(text: str) -> None:
     plots = "".join(re.findall(r"<svg role=.*?</svg>", text, flags=re.S))
     assert "var(--series-1)" in plots
     assert "var(--kept)" in plots
@@ -165,7 +165,9 @@ def test_plots_take_their_colours_from_the_page(text: str) -> None:
             assert defined == 2, f"{name} needs a light and a dark value"
 
 
-def test_the_clips_are_inside_and_play(text: str, comparison: Comparison, tmp_path: Path) -> None:
+def test_comparison_page_the_clips_are_inside_and_play(
+    text: str, comparison: Comparison, tmp_path: Path
+) -> None:
     found = re.findall(r'<video src="data:video/mp4;base64,([^"]+)"', text)
     assert len(found) == len(comparison.clips)
     for number, (data, source) in enumerate(zip(found, comparison.clips, strict=True)):
@@ -179,7 +181,7 @@ def test_the_clips_are_inside_and_play(text: str, comparison: Comparison, tmp_pa
         assert similarity(small, source.frames).mean_psnr > 25
 
 
-def test_every_control_has_a_name(text: str) -> None:
+def test_comparison_page_every_control_has_a_name(text: str) -> None:
     for tag, values in Page(text).attributes:
         if tag == "video" or (tag == "input" and values.get("type") == "range") or tag == "select":
             assert values.get("aria-label"), (tag, values)
@@ -187,12 +189,12 @@ def test_every_control_has_a_name(text: str) -> None:
             assert values.get("aria-label")
 
 
-def test_a_prompt_cannot_break_the_page(text: str) -> None:
+def test_comparison_page_a_prompt_cannot_break_the_page(text: str) -> None:
     assert "<b>red</b>" not in text
     assert "&lt;b&gt;red&lt;/b&gt; &amp; &#34;blue&#34; circle" in text
 
 
-def test_headline_numbers_are_the_closest_clip_and_honest(text: str) -> None:
+def test_comparison_page_headline_numbers_are_the_closest_clip_and_honest(text: str) -> None:
     headline = text[text.index('class="headline"') : text.index('id="clips"')]
     assert "Random blocks" in headline
     assert "identical" in headline
@@ -200,14 +202,14 @@ def test_headline_numbers_are_the_closest_clip_and_honest(text: str) -> None:
     assert "The fastest was SVG2 with 2.00×" in headline
 
 
-def test_times_of_a_busy_machine_are_not_praised(comparison: Comparison) -> None:
+def test_comparison_page_times_of_a_busy_machine_are_not_praised(comparison: Comparison) -> None:
     machine = comparison.machine | {"busy": "load 9 on 2 cores"}
     text = comparison_page(dataclasses.replace(comparison, machine=machine))
     assert "busy with other work (load 9 on 2 cores), so the times here say little" in text
     assert "as fast as dense" not in text
 
 
-def test_identical_frames_are_no_infinity(text: str) -> None:
+def test_comparison_page_identical_frames_are_no_infinity(text: str) -> None:
     assert "Infinity" not in text
     assert "inf dB" not in text
     psnr = re.findall(r'data-psnr="([^"]+)"', text)
@@ -216,7 +218,7 @@ def test_identical_frames_are_no_infinity(text: str) -> None:
     assert all(math.isfinite(v) for v in json.loads(psnr[1]))
 
 
-def test_a_run_has_a_page(tmp_path: Path) -> None:
+def test_run_page_shows_a_run(tmp_path: Path) -> None:
     path = write_run_report(stats(0.25), tmp_path / "new" / "run.html")
     text = path.read_text()
     page = Page(text)
@@ -230,7 +232,7 @@ def test_a_run_has_a_page(tmp_path: Path) -> None:
         write_run_report(stats(0.25), tmp_path)
 
 
-def test_a_run_without_calls_has_a_page_too() -> None:
+def test_run_page_shows_a_run_without_calls() -> None:
     text = run_page(RunStats(records=(), recipe={}))
     assert "no denoising step was recorded" in text
     assert Page(text).open == []
@@ -256,7 +258,7 @@ def test_layer_bands_cover_every_layer_once(layers: int) -> None:
     assert covered == list(range(layers))
 
 
-def test_numbers_for_people() -> None:
+def test_percent_and_seconds_are_written_for_people() -> None:
     assert [percent(x).replace(NBSP, " ") for x in (0.25, 0.025, 1.0, 0.02, 0.999)] == [
         "25 %",
         "2.5 %",

@@ -61,7 +61,9 @@ def assert_same_attributes(before: dict[str, Any], after: dict[str, Any]) -> Non
         pytest.param(SPARSE, Schedule(dense_steps=0.0, dense_layers=1.0), id="every layer dense"),
     ],
 )
-def test_dense_calls_give_the_bits_of_the_stock_processor(method, schedule, reference) -> None:
+def test_sparsify_dense_calls_give_the_bits_of_the_stock_processor(
+    method, schedule, reference
+) -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, method, schedule) as run:
         assert torch.equal(tiny.generate(pipe), reference)
@@ -70,7 +72,7 @@ def test_dense_calls_give_the_bits_of_the_stock_processor(method, schedule, refe
     assert stats.mean_density == stats.mean_density_with_dense_calls == 1.0
 
 
-def test_the_operator_takes_what_autocast_leaves_in_different_dtypes() -> None:
+def test_attention_op_takes_what_autocast_leaves_in_different_dtypes() -> None:
     class Sum:
         def attend(self, slot, query, key, value):
             return query + key + value
@@ -87,7 +89,7 @@ def test_the_operator_takes_what_autocast_leaves_in_different_dtypes() -> None:
     assert (out == 3).all()
 
 
-def test_autocast_rules_over_attention_as_over_the_stock_processor() -> None:
+def test_sparsify_autocast_rules_over_attention_as_over_the_stock_processor() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = tiny.generate(tiny.pipeline(), num_inference_steps=2)
         pipe = tiny.pipeline()
@@ -100,7 +102,7 @@ def test_autocast_rules_over_attention_as_over_the_stock_processor() -> None:
     assert run.stats().mean_density < 0.95
 
 
-def test_density_one_is_dense_within_rounding(reference) -> None:
+def test_sparsify_density_one_is_dense_within_rounding(reference) -> None:
     pipe = tiny.pipeline()
     full = SVG2(q_clusters=6, k_clusters=12, density=1.0, first_iterations=4)
     with sparsify(pipe, full, ALWAYS_SPARSE) as run:
@@ -108,7 +110,7 @@ def test_density_one_is_dense_within_rounding(reference) -> None:
     assert run.stats().mean_density == pytest.approx(1.0)
 
 
-def test_sparse_output_is_different_finite_and_bounded(reference) -> None:
+def test_sparsify_sparse_output_is_different_finite_and_bounded(reference) -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
         video = tiny.generate(pipe)
@@ -118,7 +120,7 @@ def test_sparse_output_is_different_finite_and_bounded(reference) -> None:
     assert 0.1 < run.stats().mean_density < 0.95
 
 
-def test_same_seed_gives_the_same_video_and_another_seed_another() -> None:
+def test_sparsify_same_seed_gives_the_same_video_and_another_seed_another() -> None:
     def video(seed: int) -> torch.Tensor:
         pipe = tiny.pipeline()
         with sparsify(pipe, SPARSE, ALWAYS_SPARSE, seed=seed):
@@ -129,7 +131,7 @@ def test_same_seed_gives_the_same_video_and_another_seed_another() -> None:
     assert not torch.equal(first, video(1))
 
 
-def test_two_videos_in_a_row_equal_two_fresh_runs() -> None:
+def test_sparsify_two_videos_in_a_row_equal_two_fresh_runs() -> None:
     def fresh(noise: int) -> torch.Tensor:
         pipe = tiny.pipeline()
         with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
@@ -143,7 +145,7 @@ def test_two_videos_in_a_row_equal_two_fresh_runs() -> None:
     assert len(run.stats().records) == 4 * 2 * 3
 
 
-def test_a_video_after_an_interrupted_one_starts_afresh() -> None:
+def test_sparsify_a_video_after_an_interrupted_one_starts_afresh() -> None:
     def stop(pipe: Any, step: int, timestep: Any, arguments: dict) -> dict:
         raise KeyboardInterrupt
 
@@ -194,7 +196,7 @@ def test_restore_twice_is_harmless_and_stats_outlive_it() -> None:
     assert run.stats() == during
 
 
-def test_an_error_inside_the_block_restores_too() -> None:
+def test_sparsify_an_error_inside_the_block_restores_too() -> None:
     pipe = tiny.pipeline()
     before = attributes(pipe)
     with pytest.raises(ZeroDivisionError), sparsify(pipe, SPARSE):
@@ -202,7 +204,7 @@ def test_an_error_inside_the_block_restores_too() -> None:
     assert_same_attributes(before, attributes(pipe))
 
 
-def test_settings_made_meanwhile_stay_on_the_stock_processors() -> None:
+def test_sparsify_settings_made_meanwhile_stay_on_the_original_processors() -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, Dense()):
         for block in pipe.transformer.blocks:
@@ -210,7 +212,7 @@ def test_settings_made_meanwhile_stay_on_the_stock_processors() -> None:
     assert [b.attn1.processor._attention_backend for b in pipe.transformer.blocks] == ["native"] * 3
 
 
-def test_two_pipelines_in_one_process_do_not_see_each_other(reference) -> None:
+def test_sparsify_two_pipelines_in_one_process_do_not_see_each_other(reference) -> None:
     one, other, third = tiny.pipeline(), tiny.pipeline(), tiny.pipeline()
     with sparsify(one, SPARSE, ALWAYS_SPARSE) as first, sparsify(third, Dense(), ALWAYS_SPARSE):
         alone = tiny.generate(one)
@@ -239,12 +241,12 @@ class SomePipeline:
         self.transformer = Unheard()
 
 
-def test_unknown_pipeline_names_the_known_families_and_the_way_to_add_one() -> None:
+def test_sparsify_names_the_known_families_and_the_way_to_add_one() -> None:
     with pytest.raises(ValueError, match=r"Unheard.*WanTransformer3DModel.*Adding a model"):
         sparsify(SomePipeline())
 
 
-def test_something_else_than_a_pipeline_is_refused() -> None:
+def test_sparsify_something_else_than_a_pipeline_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a diffusers video pipeline.*got dict"):
         sparsify({})
 
@@ -254,7 +256,7 @@ class ForeignProcessor:
         return hidden_states
 
 
-def test_a_processor_that_is_not_reproduced_is_refused_and_nothing_changes() -> None:
+def test_sparsify_a_processor_that_is_not_reproduced_is_refused_and_nothing_changes() -> None:
     first, second = tiny.transformer(), tiny.transformer()
     second.blocks[1].attn1.set_processor(ForeignProcessor())
     pipe = tiny.pipeline(first, second, boundary_ratio=0.5)
@@ -264,7 +266,7 @@ def test_a_processor_that_is_not_reproduced_is_refused_and_nothing_changes() -> 
     assert_same_attributes(before, attributes(pipe))
 
 
-def test_processors_replaced_afterwards_are_told_and_left_in_place() -> None:
+def test_sparsify_processors_replaced_afterwards_are_told_and_left_in_place() -> None:
     pipe = tiny.pipeline()
     foreign = ForeignProcessor()
     run = sparsify(pipe, SPARSE, ALWAYS_SPARSE)
@@ -277,7 +279,7 @@ def test_processors_replaced_afterwards_are_told_and_left_in_place() -> None:
     assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
 
 
-def test_a_deep_copy_is_a_dense_pipeline_of_its_own(reference) -> None:
+def test_sparsify_a_deep_copy_is_a_dense_pipeline_of_its_own(reference) -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, SPARSE, ALWAYS_SPARSE) as run:
         sparse = tiny.generate(pipe)
@@ -293,7 +295,7 @@ def test_a_deep_copy_is_a_dense_pipeline_of_its_own(reference) -> None:
     assert torch.equal(tiny.generate(pipe), reference)
 
 
-def test_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
+def test_sparsify_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
     pipe = tiny.pipeline()
     number = sparsify(pipe, SPARSE, ALWAYS_SPARSE)._engine.number
     gc.collect()
@@ -306,7 +308,7 @@ def test_a_dropped_run_lives_as_long_as_its_pipeline() -> None:
     assert number not in attention_op._owners
 
 
-def test_a_run_outlives_its_pipeline() -> None:
+def test_sparsify_a_run_outlives_its_pipeline() -> None:
     pipe = tiny.pipeline()
     run = sparsify(pipe, Dense())
     tiny.generate(pipe)
@@ -316,13 +318,13 @@ def test_a_run_outlives_its_pipeline() -> None:
     run.restore()
 
 
-def test_a_part_of_a_sparse_transformer_called_alone_says_what_to_call() -> None:
+def test_sparsify_a_part_of_a_sparse_transformer_called_alone_says_what_to_call() -> None:
     model = tiny.transformer()
     with sparsify(model, Dense()), pytest.raises(RuntimeError, match="call the transformer itself"):
         model.blocks[0].attn1(torch.zeros(1, 8, 24))
 
 
-def test_a_stale_processor_says_that_its_run_has_ended() -> None:
+def test_sparsify_a_stale_processor_says_that_its_run_has_ended() -> None:
     model = tiny.transformer()
     run = sparsify(model, Dense())
     stale = model.blocks[0].attn1.processor
@@ -334,7 +336,7 @@ def test_a_stale_processor_says_that_its_run_has_ended() -> None:
         model(**tiny.forward_inputs())
 
 
-def test_a_transformer_alone_is_sparse_inside_a_cache_context_and_dense_outside() -> None:
+def test_sparsify_a_transformer_alone_is_sparse_inside_a_cache_context_and_dense_outside() -> None:
     model, inputs = tiny.transformer(), tiny.forward_inputs()
     with torch.no_grad(), sparsify(model, SPARSE, ALWAYS_SPARSE) as run:
         with model.cache_context("cond", step_index=0, num_inference_steps=10):
@@ -379,7 +381,7 @@ def test_report_is_one_page_with_the_numbers_of_the_run(tmp_path) -> None:
     assert "SVG2" in text
 
 
-def test_ring_attention_is_refused_with_the_way_out() -> None:
+def test_sparsify_ring_attention_is_refused_with_the_way_out() -> None:
     class Context:
         ring_degree, ulysses_degree = 2, 1
 
@@ -584,7 +586,7 @@ def test_restore_needs_no_run(reference) -> None:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
-def test_a_pickled_transformer_is_a_dense_one(how: str) -> None:
+def test_sparsify_leaves_a_pickle_dense(how: str) -> None:
     pipe = tiny.pipeline()
     inputs = tiny.forward_inputs()
     with torch.no_grad():
@@ -612,7 +614,7 @@ class Watcher(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", [Dense(), SPARSE], ids=["dense", "sparse"])
 @pytest.mark.parametrize("mode", [AttentionScoreSkipFunctionMode, Watcher])
-def test_a_mode_around_attention_has_its_effect(method: Any, mode: Any) -> None:
+def test_sparsify_a_mode_around_attention_has_its_effect(method: Any, mode: Any) -> None:
     model, inputs = tiny.transformer(), tiny.forward_inputs()
 
     def out() -> torch.Tensor:
@@ -628,7 +630,7 @@ def test_a_mode_around_attention_has_its_effect(method: Any, mode: Any) -> None:
         assert run.stats().records == ()
 
 
-def test_a_default_device_is_no_mode_around_attention() -> None:
+def test_sparsify_a_default_device_is_no_mode_around_attention() -> None:
     model = tiny.transformer()
     with sparsify(model, SPARSE, ALWAYS_SPARSE) as run, torch.no_grad(), torch.device("cpu"):
         with model.cache_context("cond", step_index=1, num_inference_steps=4):
@@ -661,7 +663,7 @@ def test_sparsify_reads_arguments_by_position_through_a_subclass() -> None:
     assert run.stats().grid == tiny.GRID
 
 
-def test_print_shows_a_few_readable_lines() -> None:
+def test_repr_shows_a_few_readable_lines() -> None:
     pipe = tiny.pipeline()
     with sparsify(pipe, SPARSE, HALF) as run:
         assert "none yet" in repr(run)
@@ -677,7 +679,7 @@ def test_print_shows_a_few_readable_lines() -> None:
 
 
 @pytest.mark.parametrize("asked", ["nothing", "exact_dense", "set_attention_backend"])
-def test_dense_calls_take_the_original_kernel_only_where_it_is_asked_for_or_fastest(
+def test_sparsify_dense_calls_take_the_original_kernel_only_where_it_is_asked_for_or_fastest(
     monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     from svg_models.families import dense

@@ -33,7 +33,7 @@ def gradient(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
 @pytest.mark.parametrize(
     "form", ["uint8", "float", "channels first", "torch", "bf16", "list", "pil"]
 )
-def test_every_form_of_a_clip_is_the_same_clip(form: str) -> None:
+def test_to_frames_takes_every_form_of_a_clip(form: str) -> None:
     clip = gradient()
     scaled = clip.astype(np.float32) / 255
     channels_first = torch.from_numpy(scaled).permute(0, 3, 1, 2)
@@ -50,18 +50,18 @@ def test_every_form_of_a_clip_is_the_same_clip(form: str) -> None:
     assert np.abs(to_frames(forms[form]).astype(int) - clip).max() <= tolerance
 
 
-def test_floating_point_beyond_the_range_is_clipped() -> None:
+def test_to_frames_clips_floating_point_beyond_the_range() -> None:
     clip = np.array([[[[-1.0, 0.5, 2.0]]]])
     assert to_frames(clip).tolist() == [[[[0, 128, 255]]]]
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 4), (0, 8, 8, 3), (2, 3, 0, 8)])
-def test_what_is_no_clip_is_refused(shape: tuple[int, ...]) -> None:
+def test_to_frames_refuses_what_is_no_clip(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a clip is"):
         to_frames(np.zeros(shape, np.float32))
 
 
-def test_integers_other_than_bytes_are_refused() -> None:
+def test_to_frames_refuses_integers_other_than_bytes() -> None:
     with pytest.raises(TypeError, match="uint8"):
         to_frames(np.zeros((1, 4, 4, 3), np.int64))
     with pytest.raises(ValueError, match="at least one frame"):
@@ -70,7 +70,9 @@ def test_integers_other_than_bytes_are_refused() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 48), (32, 47), (31, 31), (16, 130)])
 @pytest.mark.parametrize("fps", [8, 12.5, 23.976])
-def test_a_written_clip_reads_back(height: int, width: int, fps: float, tmp_path: Path) -> None:
+def test_write_video_a_written_clip_reads_back(
+    height: int, width: int, fps: float, tmp_path: Path
+) -> None:
     clip = gradient(7, height, width)
     path = write_video(clip, tmp_path / "deep" / "er" / "clip.mp4", fps=fps)
     frames, rate = read_video(path)
@@ -82,7 +84,7 @@ def test_a_written_clip_reads_back(height: int, width: int, fps: float, tmp_path
         assert np.abs(frames[:, :, width].astype(int) - frames[:, :, width - 1]).max() < 16
 
 
-def test_the_file_is_what_browsers_play(tmp_path: Path) -> None:
+def test_write_video_the_file_is_what_browsers_play(tmp_path: Path) -> None:
     import av
 
     path = write_video(gradient(30), tmp_path / "clip.mp4", keyframe_every=10)
@@ -95,7 +97,7 @@ def test_the_file_is_what_browsers_play(tmp_path: Path) -> None:
         assert sum(frame.key_frame for frame in container.decode(stream)) >= 3
 
 
-def test_colours_survive(tmp_path: Path) -> None:
+def test_write_video_colours_survive(tmp_path: Path) -> None:
     colours = [(230, 40, 40), (40, 230, 40), (40, 40, 230), (128, 128, 128), (250, 250, 250)]
     for number, colour in enumerate(colours):
         clip = np.full((3, 32, 32, 3), colour, np.uint8)
@@ -104,7 +106,7 @@ def test_colours_survive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_the_old_file(
+def test_write_video_an_interrupted_write_leaves_the_old_file(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import av
@@ -129,7 +131,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert path.read_bytes() == b"the old clip"
 
 
-def test_bad_files_are_refused(tmp_path: Path) -> None:
+def test_read_video_refuses_bad_files(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="mp4"):
         write_video(gradient(), tmp_path / "clip.avi")
     with pytest.raises(SettingError, match="fps must be above 0"):
@@ -144,7 +146,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         read_video(tmp_path / "missing.mp4")
 
 
-def test_psnr_is_the_closed_form_and_identical_frames_are_counted() -> None:
+def test_similarity_psnr_is_the_closed_form_and_counts_identical_frames() -> None:
     clip = gradient(4, 32, 32)
     other = clip.copy()
     other[1] = np.where(clip[1] < 128, clip[1] + 10, clip[1] - 10)
@@ -161,7 +163,7 @@ def test_psnr_is_the_closed_form_and_identical_frames_are_counted() -> None:
     assert plain["psnr_mean_db"] == pytest.approx(result.mean_psnr, abs=1e-3)
 
 
-def test_identical_clips_have_no_finite_psnr() -> None:
+def test_similarity_of_identical_clips_has_no_finite_psnr() -> None:
     result = similarity(gradient(3), gradient(3))
     assert math.isinf(result.mean_psnr)
     assert result.ssim == (1.0,) * 3, "and not something near it"
@@ -186,7 +188,7 @@ def gaussian_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_ssim_follows_the_paper() -> None:
+def test_similarity_ssim_follows_the_paper() -> None:
     random = np.random.default_rng(0)
     clip = gradient(1, 24, 24)
     noisy = (clip.astype(int) + random.integers(-40, 40, clip.shape)).clip(0, 255).astype(np.uint8)
@@ -196,14 +198,14 @@ def test_ssim_follows_the_paper() -> None:
     assert 0.05 < ours < 0.95
 
 
-def test_clips_that_cannot_be_compared_are_refused() -> None:
+def test_similarity_refuses_clips_that_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="one shape"):
         similarity(gradient(3), gradient(4))
     with pytest.raises(ValueError, match="11 x 11"):
         similarity(gradient(1, 8, 40), gradient(1, 8, 40))
 
 
-def test_side_by_side_keeps_pixels_and_labels_them() -> None:
+def test_write_video_side_by_side_keeps_pixels_and_labels_them() -> None:
     one, other = gradient(2, 32, 32), 255 - gradient(2, 32, 32)
     canvas = side_by_side(
         [one, other], ["Dense", "a label far too long to fit " * 4], min_width=100

@@ -36,7 +36,7 @@ def assert_dense_is_exact_and_sparse_differs(model: Any, inputs: dict[str, Any])
     assert torch.equal(forward(model, inputs), stock)
 
 
-def test_only_the_self_attention_of_the_blocks_is_taken() -> None:
+def test_sparsify_only_the_self_attention_of_the_blocks_is_taken() -> None:
     model = tiny.transformer(num_layers=2)
     with sparsify(model, Dense()):
         taken = [
@@ -49,7 +49,9 @@ def test_only_the_self_attention_of_the_blocks_is_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_shared_steps_repeat_the_stock_processor_to_the_bit(dtype: torch.dtype) -> None:
+def test_sparsify_the_shared_steps_repeat_the_stock_processor_to_the_bit(
+    dtype: torch.dtype,
+) -> None:
     model = tiny.transformer().to(dtype)
     attn = model.blocks[0].attn1
     states = torch.randn(2, 432, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -64,7 +66,7 @@ def test_the_shared_steps_repeat_the_stock_processor_to_the_bit(dtype: torch.dty
         assert torch.equal(project_out(attn, out.type_as(query)), expected)
 
 
-def test_rotation_is_that_of_complex_numbers() -> None:
+def test_rotate_pairs_is_that_of_complex_numbers() -> None:
     source = torch.Generator().manual_seed(1)
     states = torch.randn(2, 5, 3, 8, generator=source)
     angles = torch.randn(1, 5, 1, 4, generator=source)
@@ -77,7 +79,7 @@ def test_rotation_is_that_of_complex_numbers() -> None:
     )
 
 
-def test_fused_projections_before_and_after() -> None:
+def test_sparsify_fused_projections_before_and_after() -> None:
     inputs = tiny.forward_inputs()
     model = tiny.transformer()
     model.fuse_qkv_projections()
@@ -91,7 +93,7 @@ def test_fused_projections_before_and_after() -> None:
         assert run.messages == ()
 
 
-def test_image_to_video_keeps_the_image_in_its_cross_attention() -> None:
+def test_sparsify_image_to_video_keeps_the_image_in_its_cross_attention() -> None:
     model = tiny.transformer(in_channels=9, image_dim=8, added_kv_proj_dim=24)
     source = torch.Generator().manual_seed(4)
     inputs = tiny.forward_inputs() | dict(
@@ -103,14 +105,14 @@ def test_image_to_video_keeps_the_image_in_its_cross_attention() -> None:
     assert_dense_is_exact_and_sparse_differs(model, inputs)
 
 
-def test_timesteps_per_token() -> None:
+def test_sparsify_timesteps_per_token() -> None:
     model = tiny.transformer()
     timestep = torch.full((1, 432), 500.0)
     timestep[:, :144] = 0.0
     assert_dense_is_exact_and_sparse_differs(model, tiny.forward_inputs() | {"timestep": timestep})
 
 
-def test_arguments_by_position() -> None:
+def test_sparsify_arguments_by_position() -> None:
     model, inputs = tiny.transformer(), tiny.forward_inputs()
     stock = forward(model, inputs)
     names = ("hidden_states", "timestep", "encoder_hidden_states")
@@ -121,13 +123,13 @@ def test_arguments_by_position() -> None:
         assert run.stats().records[0].tokens == 432
 
 
-def test_patches_shape_the_grid() -> None:
+def test_sparsify_patches_shape_the_grid() -> None:
     model = tiny.transformer(patch_size=(1, 2, 2))
     assert WAN.grid(model, {"hidden_states": torch.zeros(1, 4, 5, 12, 8)}) == (5, 6, 4)
 
 
 @pytest.mark.parametrize("method", [SPARSE, SVG1(density=0.4, sampled_rows=16)])
-def test_a_sample_does_not_see_the_other_one_of_its_batch(method: Any) -> None:
+def test_sparsify_a_sample_does_not_see_the_other_one_of_its_batch(method: Any) -> None:
     def split(part: slice) -> torch.Tensor:
         model = tiny.transformer()
         inputs = tiny.forward_inputs(batch=2)
@@ -144,7 +146,7 @@ def two_transformers() -> Any:
     return tiny.pipeline(tiny.transformer(3), tiny.transformer(4), boundary_ratio=0.9)
 
 
-def test_wan22_counts_steps_over_both_transformers() -> None:
+def test_sparsify_wan22_counts_steps_over_both_transformers() -> None:
     reference = tiny.generate(two_transformers(), num_inference_steps=6)
     pipe = two_transformers()
     with sparsify(pipe, Dense(), ALWAYS_SPARSE):
@@ -162,7 +164,7 @@ def test_wan22_counts_steps_over_both_transformers() -> None:
     assert torch.equal(tiny.generate(pipe, num_inference_steps=6), reference)
 
 
-def test_wan22_transformers_have_their_own_memory() -> None:
+def test_sparsify_wan22_transformers_have_their_own_memory() -> None:
     """A transformer's result must not depend on what the other one left in memory."""
     inputs = tiny.forward_inputs()
     pipe = two_transformers()
@@ -176,7 +178,7 @@ def test_wan22_transformers_have_their_own_memory() -> None:
         assert torch.equal(forward(pipe.transformer_2, inputs, step=2), third)
 
 
-def test_wan22_with_one_transformer_missing() -> None:
+def test_sparsify_wan22_with_one_transformer_missing() -> None:
     model = tiny.transformer()
     pipe = tiny.pipeline(model, None)
     pipe.register_modules(transformer=None, transformer_2=model)
@@ -185,7 +187,7 @@ def test_wan22_with_one_transformer_missing() -> None:
     run.restore()
 
 
-def test_several_prompts_and_several_videos_of_each() -> None:
+def test_sparsify_several_prompts_and_several_videos_of_each() -> None:
     settings = dict(
         prompt=["a red circle", "the blue square moving left"],
         negative_prompt=["bad", "bad quality"],

@@ -108,7 +108,7 @@ def exact(case: Case, pipe: Any, stock: Tensor) -> Tensor:
         return case.run(pipe).double()
 
 
-def test_dense_is_stock(
+def test_sparsify_dense_is_stock(
     case: Case, pipe: Any, stock: Tensor, exact: Tensor, assert_accurate: Callable[..., None]
 ) -> None:
     with sparsify(pipe, Dense(), ALWAYS_SPARSE) as run:
@@ -121,7 +121,7 @@ def test_dense_is_stock(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_density_one_is_dense(
+def test_sparsify_density_one_is_dense(
     case: Case,
     pipe: Any,
     stock: Tensor,
@@ -137,23 +137,25 @@ def test_density_one_is_dense(
     assert_accurate(video, stock, exact, factor=4.0)
 
 
-def test_sparse_differs_and_stays_bounded(stock: Tensor, outcome: Outcome) -> None:
+def test_sparsify_sparse_differs_and_stays_bounded(stock: Tensor, outcome: Outcome) -> None:
     assert torch.isfinite(outcome.first).all()
     assert outcome.first.abs().max() < 4 * stock.abs().max()
     assert not torch.allclose(outcome.first, stock, rtol=1e-3, atol=1e-3)
     assert 0.1 < outcome.stats.mean_density < 0.95
 
 
-def test_restored_is_stock(case: Case, pipe: Any, stock: Tensor, outcome: Outcome) -> None:
+def test_sparsify_restored_is_stock(case: Case, pipe: Any, stock: Tensor, outcome: Outcome) -> None:
     assert torch.equal(case.run(pipe), stock)
 
 
-def test_a_second_video_equals_a_fresh_run(case: Case, pipe: Any, outcome: Outcome) -> None:
+def test_sparsify_a_second_video_equals_a_fresh_run(
+    case: Case, pipe: Any, outcome: Outcome
+) -> None:
     with sparsify(pipe, outcome.method, ALWAYS_SPARSE):
         assert torch.equal(case.run(pipe, seed=1), outcome.second)
 
 
-def test_each_layer_branch_and_step_is_recorded_once(case: Case, outcome: Outcome) -> None:
+def test_sparsify_each_layer_branch_and_step_is_recorded_once(case: Case, outcome: Outcome) -> None:
     records = outcome.stats.records
     assert outcome.sources == {case.source}
     assert outcome.grids == {case.grid}
@@ -171,7 +173,7 @@ def test_each_layer_branch_and_step_is_recorded_once(case: Case, outcome: Outcom
     assert {r.transformer for r in records} == set(case.layers)
 
 
-def test_density_is_told_by_step_and_layer(case: Case, outcome: Outcome) -> None:
+def test_sparsify_density_is_told_by_step_and_layer(case: Case, outcome: Outcome) -> None:
     stats = json.loads(json.dumps(outcome.stats.to_dict()))
     assert list(stats["density_by_step"]) == [str(step) for step in range(case.steps)]
     assert len(stats["density_by_layer"]) == max(case.layers.values())
@@ -182,7 +184,7 @@ def test_density_is_told_by_step_and_layer(case: Case, outcome: Outcome) -> None
 @pytest.mark.parametrize(
     "one", {case.family: case for case in CASES}.values(), ids=lambda case: case.family
 )
-def test_the_report_of_each_family(one: Case, tmp_path: Path) -> None:
+def test_sparsify_the_report_of_each_family(one: Case, tmp_path: Path) -> None:
     own = one.build()
     with sparsify(own, METHODS["SVG2"][0], ALWAYS_SPARSE, profile=True) as run:
         one.run(own)
@@ -193,7 +195,7 @@ def test_the_report_of_each_family(one: Case, tmp_path: Path) -> None:
     assert f"branches: {', '.join(sorted(one.branches))}" in page
 
 
-def test_the_family_is_recognised(case: Case, pipe: Any) -> None:
+def test_sparsify_the_family_is_recognised(case: Case, pipe: Any) -> None:
     transformers = transformers_of(pipe)
     assert set(transformers) == set(case.layers)
     for name, transformer in transformers.items():

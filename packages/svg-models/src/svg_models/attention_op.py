@@ -35,7 +35,7 @@ _numbers = itertools.count(1)
 
 
 def register(session: Attends) -> int:
-    """Give `session` a number that handles can carry; the table keeps none alive.
+    """Register `session` under a number that handles can carry; the table keeps none alive.
 
     Args:
         session: whatever answers `attend`.

@@ -165,22 +165,23 @@ def _fused_kernels(device: str) -> list[Check]:
     import svg_kernels
 
     state = svg_kernels.status(device)
-    tiers = [
+    backends = [
         Check(
             part="fused kernels",
-            name=tier.name,
-            works=tier.available,
-            detail=tier.note or ("runs, and is chosen" if tier.name == state.auto else "runs"),
+            name=backend.name,
+            works=backend.available,
+            detail=backend.note
+            or ("runs, and is chosen" if backend.name == state.auto else "runs"),
         )
-        for tier in state.backends
+        for backend in state.backends
     ]
     if state.auto == "reference":
-        works, who = None, "diffusers; the reference tier would be no faster"
+        works, who = None, "diffusers; the reference backend would be no faster"
     else:
-        works, who = True, f"the {state.auto} tier"
+        works, who = True, f"the {state.auto} backend"
     detail = f"normalised and rotated by {who}"
     heads = Check(part="fused kernels", name="queries and keys", works=works, detail=detail)
-    return [*tiers, heads]
+    return [*backends, heads]
 
 
 def _models(device: str) -> list[Check]:

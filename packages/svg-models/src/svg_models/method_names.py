@@ -133,12 +133,12 @@ class MethodSpec:
 
     @property
     def label(self) -> str:
-        """Name for people."""
+        """Return the name for people."""
         return METHODS.get(self.name, type(self.method).__name__)
 
     @property
     def slug(self) -> str:
-        """Name for files: letters, digits and dashes."""
+        """Return the name for files: letters, digits and dashes."""
         parts = [self.name]
         if self.density is not None:
             parts.append(f"{round(self.density * 100):02d}")

@@ -62,7 +62,7 @@ def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> No
 def checks_names(
     spellings: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a function understand other spellings and name the nearest to an unknown argument."""
+    """Make a function understand other spellings and name the nearest to an unknown argument."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         known = list(inspect.signature(function).parameters)

@@ -34,7 +34,7 @@ def one(**changes):
     return Group(**{**values, **changes})
 
 
-def test_captions_say_every_attribute():
+def test_caption_says_every_attribute():
     group = one(count=2, size="small", texture="striped", shape="cross", turn="clockwise")
     scene = scene_of((group,), background="navy", pattern="tiled", camera="pans left")
     assert caption(scene) == (
@@ -46,7 +46,7 @@ def test_captions_say_every_attribute():
     )
 
 
-def test_scenes_repeat_with_their_seed_and_avoid_held_out_combinations():
+def test_sample_scene_repeats_with_its_seed_and_avoids_held_out_combinations():
     assert sample_scene(5) == sample_scene(5)
     assert sample_scene(5) != sample_scene(6)
     groups = [group for seed in range(500) for group in sample_scene(seed).groups]
@@ -61,20 +61,20 @@ def test_held_out_scenes_are_all_held_out():
     assert len({caption(scene) for scene in scenes}) == 32
 
 
-def test_every_word_of_a_caption_is_in_the_vocabulary():
+def test_vocabulary_has_every_word_of_a_caption():
     known = set(vocabulary())
     for seed in range(300):
         text = caption(sample_scene(seed), say=random.Random(seed))
         assert set(text.replace(",", " ,").split()) <= known
 
 
-def test_too_many_shapes_are_refused():
+def test_parameters_refuse_too_many_shapes():
     with pytest.raises(ValueError, match="1 to 4 shapes, got 6"):
         scene_of((one(count=3), one(count=3, colour="blue")))
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
-def test_distances_are_negative_inside_and_close_to_euclidean(shape):
+def test_shape_distance_is_negative_inside_and_close_to_euclidean(shape):
     axis = torch.linspace(-1.6, 1.6, 161)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     distance = shape_distance(x, y, torch.tensor(shape))
@@ -85,7 +85,7 @@ def test_distances_are_negative_inside_and_close_to_euclidean(shape):
     assert distance[:, 0].min() > 0
 
 
-def test_a_short_clip_is_the_middle_of_the_long_one():
+def test_render_makes_a_short_clip_the_middle_of_the_long_one():
     params = parameters([sample_scene(3)])
     long = render(params, num_frames=49, height=16, width=24)
     short = render(params, num_frames=9, height=16, width=24)
@@ -94,21 +94,21 @@ def test_a_short_clip_is_the_middle_of_the_long_one():
     assert long.abs().max() <= 1
 
 
-def test_a_window_shows_part_of_the_frame():
+def test_render_shows_part_of_the_frame_in_a_window():
     params = parameters([scene_of((one(direction="still"),))])
     whole = render(params, num_frames=1, height=64, width=64)
     corner = render(params, num_frames=1, height=32, width=32, window=(0.5, 0.25, 0.5))
     torch.testing.assert_close(corner, whole[..., 16:48, 32:], atol=1e-4, rtol=0)
 
 
-def test_a_clip_does_not_depend_on_its_batch():
+def test_render_does_not_depend_on_the_batch():
     scenes = [sample_scene(seed) for seed in range(3)]
     together = render(parameters(scenes), num_frames=3, height=16, width=16)
     alone = render(parameters(scenes[1:2]), num_frames=3, height=16, width=16)
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
 
 
-def test_the_checker_confirms_true_clips():
+def test_check_group_confirms_true_clips():
     scenes = held_out_scenes(16)
     result = agreement(draw(scenes, frames=25, side=64), scenes)
     assert result["groups"] == 19
@@ -117,7 +117,7 @@ def test_the_checker_confirms_true_clips():
     assert result["shape"] >= 0.9
 
 
-def test_the_checker_refuses_wrong_descriptions():
+def test_check_group_refuses_wrong_descriptions():
     truth = one(shape="star", size="large")
     frames = draw([scene_of((truth,))], frames=25, side=64)[0]
     assert check_group(frames, truth).all
@@ -128,7 +128,7 @@ def test_the_checker_refuses_wrong_descriptions():
     assert not check_group(frames, one(shape="square")).shape
 
 
-def test_the_checker_sees_nothing_on_an_empty_frame():
+def test_check_group_sees_nothing_on_an_empty_frame():
     blank = np.full((8, 32, 32, 3), 0.4, np.float32)
     assert (colour_map(blank) == -1).all()
     verdict = check_group(blank, one())
@@ -138,7 +138,7 @@ def test_the_checker_sees_nothing_on_an_empty_frame():
 
 
 @pytest.mark.parametrize("name", list(DIRECTIONS))
-def test_directions_are_named_by_where_the_centre_goes(name):
+def test_name_direction_goes_by_the_centre(name):
     dx, dy = DIRECTIONS[name]
     masks = np.zeros((10, 40, 40), bool)
     for t in range(10):
@@ -149,7 +149,7 @@ def test_directions_are_named_by_where_the_centre_goes(name):
 
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 @pytest.mark.parametrize("angle", [0.0, 0.7])
-def test_shapes_are_named_at_any_size_and_angle(index, angle):
+def test_name_shape_works_at_any_size_and_angle(index, angle):
     axis = torch.arange(48) + 0.5
     y, x = torch.meshgrid((axis - 20) / 14, (axis - 27) / 14, indexing="ij")
     c, s = np.cos(angle), np.sin(angle)
@@ -172,7 +172,7 @@ def test_coverage_is_the_fraction_of_keys_that_hold_the_mass():
     torch.testing.assert_close(peaked, torch.tensor([1 / 8]))
 
 
-def test_a_contact_sheet_holds_every_clip():
+def test_contact_sheet_holds_every_clip():
     clips = np.random.default_rng(0).random((3, 5, 32, 32, 3), dtype=np.float32)
     methods = {"dense": clips, "SVG2": np.zeros_like(clips)}
     sheet = np.asarray(contact_sheet(methods, ["a", "b", "c"], shown=4, pixels=16))

@@ -26,7 +26,7 @@ def options(tmp_path):
     return train.Options(out=tmp_path / "run", steps=4, lr=1e-3, shape=train.TOY_SHAPE, sizes=sizes)
 
 
-def test_a_whole_clip_pass_equals_the_chunked_one():
+def test_whole_clip_equals_the_chunked_pass():
     torch.manual_seed(0)
     vae = make_vae(Shape(encoder_dim=8, decoder_dim=8, latent_channels=4)).eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_whole_clip_pass_equals_the_chunked_one():
         assert torch.equal(vae.encode(video).latent_dist.mean, chunked.mean)
 
 
-def test_the_codec_refuses_other_autoencoders():
+def test_whole_clip_refuses_other_autoencoders():
     from diffusers import AutoencoderKLWan
 
     plain = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
@@ -52,7 +52,7 @@ def test_the_codec_refuses_other_autoencoders():
         WholeClip(plain)
 
 
-def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(options, tmp_path):
+def test_train_resumed_is_bit_equal_to_an_unbroken_run(options, tmp_path):
     whole, parts = options, replace(options, out=tmp_path / "parts")
     train.train_vae(whole)
     train.train_vae(replace(parts, stop_at=2))
@@ -82,7 +82,7 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(options, tmp_path):
     assert torch.load(again.out / "transformer.pt", weights_only=True)["step"] == 4
 
 
-def test_a_batch_is_a_function_of_its_step():
+def test_make_batch_is_a_function_of_its_step():
     sizes = (Size(frames=5, side=16, batch=3, weight=1.0),)
     given = {"sizes": sizes, "steps": 10, "seed": 0, "tokenizer": make_tokenizer()}
     first, again, other = make_batch(3, **given), make_batch(3, **given), make_batch(4, **given)
@@ -91,14 +91,14 @@ def test_a_batch_is_a_function_of_its_step():
     assert not torch.equal(first.params.bodies, other.params.bodies)
 
 
-def test_sizes_come_only_in_their_part_of_the_run():
+def test_choose_size_takes_sizes_only_in_their_part_of_the_run():
     early = Size(frames=5, side=16, batch=1, weight=1.0, stop=0.5)
     late = Size(frames=9, side=16, batch=1, weight=1.0, start=0.5)
     chosen = [choose_size((early, late), step=i, steps=10, seed=0) for i in range(10)]
     assert chosen == [early] * 5 + [late] * 5
 
 
-def test_text_is_zero_after_the_prompt():
+def test_encode_text_is_zero_after_the_prompt():
     tokenizer = make_tokenizer()
     encoder = make_text_encoder(train.TOY_SHAPE, 192)
     tokens = tokenizer(["a red star", ""], padding=True, return_tensors="pt")
@@ -109,7 +109,7 @@ def test_text_is_zero_after_the_prompt():
     assert hidden[1, 1:].abs().sum() == 0
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
+def test_orthogonalise_makes_singular_values_near_one():
     for shape in ((2, 8, 24), (1, 24, 8), (3, 16, 16)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert values.min() > 0.3
@@ -130,14 +130,14 @@ def test_muon_descends_and_leaves_parameters_without_gradient():
     assert torch.equal(idle, torch.ones(8, 4))
 
 
-def test_the_learning_rate_warms_up_and_falls():
+def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate(step, 100, peak=1.0, warmup=10) for step in range(101)]
     assert rates[0] == pytest.approx(0.1, rel=0.01)
     assert max(rates) == pytest.approx(1.0, rel=0.03)
     assert rates[-1] == pytest.approx(0.01)
 
 
-def test_the_average_follows_the_weights():
+def test_average_follows_the_weights():
     model = torch.nn.Linear(2, 2)
     average = Average(model, decay=0.5)
     with torch.no_grad():

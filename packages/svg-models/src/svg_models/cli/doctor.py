@@ -18,7 +18,7 @@ def doctor(
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Say what this machine can run, and why not."""
+    """List what this machine can run, and why not."""
     with spoken_errors():
         from svg_models.loading.device import check_device
 

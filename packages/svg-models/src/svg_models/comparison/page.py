@@ -29,22 +29,22 @@ class Compared(Protocol):
 
     @property
     def dense(self) -> Clip:
-        """The clip that the others are measured against."""
+        """Return the clip that the others are measured against."""
         ...
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """The sparse clips."""
+        """Return the sparse clips."""
         ...
 
     @property
     def machine(self) -> dict[str, Any]:
-        """What they ran on."""
+        """Return what they ran on."""
         ...
 
     @property
     def clips(self) -> list[Clip]:
-        """The dense clip, then the others."""
+        """Return the dense clip, then the others."""
         ...
 
 

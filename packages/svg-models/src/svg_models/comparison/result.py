@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def clips(self) -> list[Clip]:
-        """The dense clip, then the others."""
+        """Return the dense clip, then the others."""
         return [self.dense, *(c.clip for c in self.candidates)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def clip_label(clip: Clip) -> str:
-    """Name a clip by its method and the density that was measured."""
+    """Return a label of a clip: its method and the density that was measured."""
     if clip.method.name == "dense":
         return "Dense"
     short = clip.method.label.replace("compensation", "comp.").replace(" routing", "")

@@ -38,17 +38,17 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def text_to_video(transformer: Any) -> str:
-    """Name the only task of a transformer that has one."""
+    """Return the only task of a transformer that has one."""
     return "t2v"
 
 
 def no_padding(transformer: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Say that all text tokens count."""
+    """Return None: all text tokens count."""
     return None
 
 
 def no_objection(transformer: Any) -> str:
-    """Find nothing against making a transformer sparse."""
+    """Return nothing against making a transformer sparse."""
     return ""
 
 
@@ -70,7 +70,7 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
 
 
 def nothing_unusual(transformer: Any) -> Mapping[str, Any]:
-    """Leave what a clip is like by default to the pipeline."""
+    """Return nothing: the pipeline says what a clip is like by default."""
     return {}
 
 
@@ -84,7 +84,7 @@ class Family:
         transformers: class names of the transformers; subclasses count too.
         attentions: regular expression that the module path of each video self-attention matches;
             or several, where modules run in another order than the model lists them.
-        stock_processors: class names of the processors that `processor` reproduces; any other is
+        original_processors: class names of the processors that `processor` reproduces; any other is
             refused, because replacing it would lose what it does.
         processor: the attention processor that takes their place.
         grid: latent frames, rows and columns of tokens, from the transformer and the arguments of
@@ -108,7 +108,7 @@ class Family:
     title: str
     transformers: tuple[str, ...]
     attentions: str | tuple[str, ...]
-    stock_processors: tuple[str, ...]
+    original_processors: tuple[str, ...]
     processor: type[SparseProcessor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
     blocks: tuple[BlockRule, ...] = ()
@@ -129,7 +129,7 @@ class Family:
             )
 
     def covers(self, transformer: nn.Module) -> bool:
-        """Tell whether `transformer` is of this family."""
+        """Return whether `transformer` is of this family."""
         return any(cls.__name__ in self.transformers for cls in type(transformer).__mro__)
 
     def find_blocks(self, transformer: nn.Module) -> list[tuple[nn.Module, BlockRule]]:
@@ -161,9 +161,9 @@ class Family:
             )
         for path, module in found:
             processor = type(module.processor).__name__
-            if processor not in self.stock_processors:
+            if processor not in self.original_processors:
                 raise ValueError(
-                    f"expected {' or '.join(self.stock_processors)} at {path}, got {processor}; "
+                    f"expected {' or '.join(self.original_processors)} at {path}, got {processor}; "
                     "call sparsify before installing other attention processors"
                 )
         return found

@@ -50,7 +50,7 @@ def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]
 
 
 def task(transformer: Any) -> str:
-    """Name what the checkpoint was trained for; one for image-to-video takes more channels."""
+    """Return what the checkpoint was trained for; one for image-to-video takes more channels."""
     return "i2v" if transformer.config.in_channels > transformer.config.out_channels else "t2v"
 
 
@@ -77,7 +77,7 @@ COGVIDEOX = Family(
     title="CogVideoX 1.0 and 1.5",
     transformers=("CogVideoXTransformer3DModel",),
     attentions=r"transformer_blocks\.\d+\.attn1",
-    stock_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+    original_processors=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     processor=SparseCogVideoXProcessor,
     blocks=COGVIDEOX_BLOCKS,
     grid=grid,

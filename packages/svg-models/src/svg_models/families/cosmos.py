@@ -28,7 +28,7 @@ class SparseCosmosProcessor(VideoProcessor):
 
 
 def task(transformer: Any) -> str:
-    """Name what the checkpoint was trained for; to continue a clip takes one more channel."""
+    """Return what the checkpoint was trained for; to continue a clip takes one more channel."""
     config = transformer.config
     return "i2v" if config.in_channels > config.out_channels else "t2v"
 
@@ -38,7 +38,7 @@ COSMOS = Family(
     title="Cosmos 1.0, Predict2 and Predict2.5",
     transformers=("CosmosTransformer3DModel",),
     attentions=r"transformer_blocks\.\d+\.attn1",
-    stock_processors=("CosmosAttnProcessor2_0",),
+    original_processors=("CosmosAttnProcessor2_0",),
     processor=SparseCosmosProcessor,
     blocks=COSMOS_BLOCKS,
     grid=patch_grid,

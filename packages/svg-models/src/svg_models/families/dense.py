@@ -1,4 +1,4 @@
-"""Dense attention as stock processors compute it, for the calls that stay dense."""
+"""Dense attention as original processors compute it, for the calls that stay dense."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def dense_attention(
     backend: Any = None,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Compute dense attention by diffusers' dispatcher, the kernel the stock processor would use.
+    """Compute dense attention by diffusers' dispatcher, the kernel the original processor would use.
 
     Padding is cut off instead of masked: the result is the same within rounding, but a mask rules
-    out the fastest kernels and some stock processors make one of `S` times `S`.
+    out the fastest kernels and some original processors make one of `S` times `S`.
 
     Args:
         query: `[B, S, H, D]`.
@@ -74,7 +74,7 @@ def torch_attention(
     backend: Any = None,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Compute dense attention by torch, for stock processors that ask no dispatcher.
+    """Compute dense attention by torch, for original processors that ask no dispatcher.
 
     Takes and returns what `dense_attention` does; `backend` is not read.
     """

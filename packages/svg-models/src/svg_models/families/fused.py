@@ -2,7 +2,7 @@
 
 The kernel reads the weights of the norms, which is right only while nothing else has a say in what
 these modules do. Each function returns None where it does not apply; its caller then does what the
-stock processor does.
+original processor does.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _served: dict[torch.device, bool] = {}
 
 @torch.compiler.assume_constant_result
 def serves(device: torch.device) -> bool:
-    """Tell whether svg-kernels has kernels for `device`; asks once for each device.
+    """Return whether svg-kernels has kernels for `device`; asks once for each device.
 
-    Its reference tier does not count: it would be no faster, and a CPU keeps the stock bits.
+    Its reference backend does not count: it would be no faster, and a CPU keeps the original bits.
     """
     if device not in _served:
         _served[device] = _find(device)
@@ -136,7 +136,7 @@ def _find(device: torch.device) -> bool:
 
 
 def serves_tensor(x: Tensor) -> bool:
-    """Tell whether the kernels take `x` and whatever comes of it needs no gradient."""
+    """Return whether the kernels take `x` and whatever comes of it needs no gradient."""
     return (
         type(x) is Tensor
         and x.dtype in _FLOATS
@@ -179,7 +179,7 @@ def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
 
 
 def _fits(rotation: tuple[Tensor, Tensor], video: slice, dim: int, x: Tensor) -> bool:
-    """Tell whether cosines and sines are real, one row for each video token, beside `x`."""
+    """Return whether cosines and sines are real, one row for each video token, beside `x`."""
     cos, sin = rotation
     tokens = video.stop - video.start
     return (

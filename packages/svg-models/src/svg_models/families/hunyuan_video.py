@@ -58,7 +58,7 @@ def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def task(transformer: Any) -> str:
-    """Name what the checkpoint was trained for; one for image-to-video says or shows it."""
+    """Return what the checkpoint was trained for; one for image-to-video says or shows it."""
     config = transformer.config
     replaces = config.image_condition_type is not None
     return "i2v" if replaces or config.in_channels > config.out_channels else "t2v"
@@ -77,7 +77,7 @@ HUNYUAN_VIDEO = Family(
     title="HunyuanVideo",
     transformers=("HunyuanVideoTransformer3DModel",),
     attentions=(r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
-    stock_processors=("HunyuanVideoAttnProcessor2_0",),
+    original_processors=("HunyuanVideoAttnProcessor2_0",),
     processor=SparseHunyuanVideoProcessor,
     blocks=HUNYUAN_VIDEO_BLOCKS,
     grid=patch_grid,

@@ -27,7 +27,7 @@ def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def task(transformer: Any) -> str:
-    """Name what the checkpoint was trained for, as its configuration says."""
+    """Return what the checkpoint was trained for, as its configuration says."""
     return str(transformer.config.task_type)
 
 
@@ -42,7 +42,7 @@ HUNYUAN_VIDEO_15 = Family(
     title="HunyuanVideo 1.5",
     transformers=("HunyuanVideo15Transformer3DModel",),
     attentions=r"transformer_blocks\.\d+\.attn",
-    stock_processors=("HunyuanVideo15AttnProcessor2_0",),
+    original_processors=("HunyuanVideo15AttnProcessor2_0",),
     processor=SparseHunyuanVideoProcessor,
     blocks=HUNYUAN_VIDEO_BLOCKS,
     grid=patch_grid,

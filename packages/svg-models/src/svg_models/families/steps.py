@@ -70,7 +70,7 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_neighbours(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Do what `rotate_pairs` does by diffusers' shared function; tables are `[S, D]`."""
+    """Rotate as `rotate_pairs` does, by diffusers' shared function; tables are `[S, D]`."""
     out: Tensor = apply_rotary_emb(states, (cos, sin), sequence_dim=1)
     return out
 
@@ -86,7 +86,7 @@ class HeadRule:
     """How a model makes heads of the queries and keys that it has projected.
 
     Attributes:
-        rotate: rotates `[B, S, H, D]` by cosines and sines as the stock processor does.
+        rotate: rotates `[B, S, H, D]` by cosines and sines as the original processor does.
         pairing: which two channels that rotates together, in the words of `svg_kernels.rope`.
         across_heads: whether a norm spans all heads, or takes each by itself.
     """
@@ -114,7 +114,7 @@ def make_heads(
     """Normalise queries and keys, split all three into heads, and rotate the video tokens.
 
     On a GPU that svg-kernels serves, one kernel does all that it can stand for, see `fused`; what
-    is left, and everything elsewhere, is done as the stock processor does it, to the bit.
+    is left, and everything elsewhere, is done as the original processor does it, to the bit.
 
     Args:
         rule: of the model.

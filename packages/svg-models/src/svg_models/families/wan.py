@@ -31,7 +31,7 @@ class SparseWanProcessor(VideoProcessor):
 
 
 def task(transformer: Any) -> str:
-    """Name what the checkpoint was trained for; one for image-to-video takes more channels."""
+    """Return what the checkpoint was trained for; one for image-to-video takes more channels."""
     config = transformer.config
     takes_image = config.image_dim is not None or config.in_channels > config.out_channels
     return "i2v" if takes_image else "t2v"
@@ -53,7 +53,7 @@ WAN = Family(
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     # VACE computes all its control blocks, over the same tokens, before the first other block.
     attentions=(r"vace_blocks\.\d+\.attn1", r"blocks\.\d+\.attn1"),
-    stock_processors=("WanAttnProcessor",),
+    original_processors=("WanAttnProcessor",),
     processor=SparseWanProcessor,
     blocks=WAN_BLOCKS,
     grid=patch_grid,
@@ -131,7 +131,7 @@ SKYREELS = replace(
     name="skyreels_v2",
     title="SkyReels V2",
     transformers=("SkyReelsV2Transformer3DModel",),
-    stock_processors=("SkyReelsV2AttnProcessor",),
+    original_processors=("SkyReelsV2AttnProcessor",),
     grid=synchronous_grid,
     usual=lambda transformer: {"fps": 24},
     checkpoints=(

@@ -104,7 +104,7 @@ class Request(Settings):
         return {"backend": self.backend, "linears": self.linears}
 
     def report(self, stage: str, done: float, total: float) -> None:
-        """Tell `progress`, if somebody wants to know."""
+        """Call `progress`, if there is one."""
         if self.progress is not None:
             self.progress(stage, done, total)
 
@@ -214,7 +214,7 @@ class CompareRequest(Request):
 
 
 def _numbered(specs: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:
-    """Give methods that differ in more than name and budget names of their own."""
+    """Number methods that differ in more than name and budget names of their own."""
     import dataclasses
 
     told: list[MethodSpec] = []

@@ -163,7 +163,7 @@ class Settings:
 
     @property
     def steps_to_run(self) -> int:
-        """Denoising steps that run: all of them, unless a video is redrawn."""
+        """Return the denoising steps that run: all of them, unless a video is redrawn."""
         return self.steps if self.strength is None else int(self.steps * self.strength)
 
     def given(self) -> dict[str, Any]:

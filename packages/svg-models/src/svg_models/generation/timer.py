@@ -62,18 +62,18 @@ class StepTimer:
 
     @property
     def seconds(self) -> float:
-        """Time of the loop."""
+        """Return the time of the loop."""
         return self._times[-1] - self._times[0] if self._times else 0.0
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
-        """Time of each step."""
+        """Return the time of each step."""
         pairs = zip(self._times, self._times[1:], strict=False)
         return tuple(later - earlier for earlier, later in pairs)
 
     @property
     def last(self) -> float:
-        """When the last step ended."""
+        """Return when the last step ended."""
         return self._times[-1] if self._times else time.perf_counter()
 
     def now(self) -> float:

@@ -63,7 +63,7 @@ class Lora:
 
     @property
     def local(self) -> bool:
-        """Tell whether it is on this machine."""
+        """Return whether it is on this machine."""
         try:
             return user_path(self.source).exists()
         except (OSError, ValueError):  # no name that a file could have

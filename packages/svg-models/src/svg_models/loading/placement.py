@@ -44,7 +44,7 @@ def check_offload(offload: str, device: str, *, compiled: bool = False) -> None:
 
 
 def compile_transformers(pipe: Any) -> None:
-    """Have torch compile the blocks of each transformer, or all of it where it names no blocks."""
+    """Compile the blocks of each transformer, or all of it where it names no blocks."""
     for name in ("transformer", "transformer_2"):
         network = getattr(pipe, name, None)
         if network is None:

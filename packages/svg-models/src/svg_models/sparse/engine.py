@@ -35,7 +35,7 @@ class Generation:
     """One video in the making: a pipeline, on one thread.
 
     Attributes:
-        tracker: tells the step.
+        tracker: knows the step.
         session: what computes, and remembers from step to step; None before the first forward pass
             and after the last.
         recipe: what it runs with.
@@ -156,7 +156,7 @@ class Engine:
         )
 
     def finish(self, transformer: nn.Module) -> None:
-        """Note that the pipeline on this thread has ended a generation."""
+        """Record that the pipeline on this thread has ended a generation."""
         running = pipelines_running(transformer)
         key = threading.get_ident(), id(running[0]) if running else 0
         generation = self._generations.get(key)
@@ -185,7 +185,7 @@ class Engine:
                 del self._generations[thread, pipe]
 
     def begin_forward(self, transformer: str, context: ForwardContext) -> None:
-        """Take note of a forward pass that starts; a new video starts with empty memory."""
+        """Begin a forward pass; a new video starts with empty memory."""
         generation: Generation = self._here.generation
         if context.moment.new_video or generation.session is None:
             self._begin_video(generation, context)
@@ -221,7 +221,7 @@ class Engine:
         return recipe
 
     def _tell_replaced(self, generation: Generation) -> None:
-        """Say which transformers of the pipeline were exchanged for others, which are dense."""
+        """Warn of transformers of the pipeline that were exchanged for others, which are dense."""
         pipe = self._pipe()
         if pipe is None or isinstance(pipe, nn.Module):
             return

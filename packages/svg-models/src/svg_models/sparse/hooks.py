@@ -41,11 +41,11 @@ class Host(Protocol):
         ...
 
     def finish(self, transformer: nn.Module) -> None:
-        """Note the end of a generation."""
+        """Record the end of a generation."""
         ...
 
     def begin_forward(self, transformer: str, context: ForwardContext) -> None:
-        """Take note of the forward pass that starts."""
+        """Begin a forward pass."""
         ...
 
     def tell(self, message: str) -> None:
@@ -77,7 +77,7 @@ class Slot:
 
     @property
     def in_place(self) -> bool:
-        """Tell whether the module still uses our processor (True once the module is gone)."""
+        """Return whether the module still uses our processor (True once the module is gone)."""
         module = self.module()
         return module is None or module.processor is self.processor
 

@@ -57,7 +57,7 @@ class ContextProbe(ModelHook):
         return self.listener.announced
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Note the end of a generation."""
+        """Record the end of a generation."""
         self.listener.set_context(None)
         if self._finished is not None:
             self._finished()

@@ -160,7 +160,7 @@ class SparseRun(Summarised):
 
     @property
     def active(self) -> bool:
-        """Tell whether the pipeline is sparse through this run."""
+        """Return whether the pipeline is sparse through this run."""
         return bool(self._engine.installations)
 
     @property

@@ -49,7 +49,7 @@ class _Passes:
 
 
 class StepTracker:
-    """Tell the denoising step of each forward pass of one pipeline on one thread.
+    """Return the denoising step of each forward pass of one pipeline on one thread.
 
     Sources in order: what the pipeline announced (`CacheContext`), its scheduler's step index, the
     place of its timestep in the scheduler's table, and, where that table says something else than
