@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Player:
         self.steps = len(calls)
         self._calls, self._branch = calls, branch
         self._current_timestep: float | None = None
+        self.scheduler = SimpleNamespace(timesteps=[900.0 - 100.0 * n for n in range(len(calls))])
 
     @property
     def _num_timesteps(self) -> int:
@@ -56,7 +58,7 @@ class Player:
         """Return what the model answers to each call, stacked."""
         outputs = []
         for step, call in enumerate(self._calls):
-            self._current_timestep = 900.0 - 100.0 * step
+            self._current_timestep = self.scheduler.timesteps[step]
             with torch.no_grad(), self._announce(step):
                 outputs.append(self.transformer(**call)[0])
         return torch.stack(outputs)

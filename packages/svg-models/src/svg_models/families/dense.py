@@ -35,7 +35,7 @@ def dense_attention(
     backend: Any = None,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Compute dense attention by diffusers' dispatcher, the kernel the original processor would use.
+    """Compute dense attention by diffusers' dispatcher, as the original processor would.
 
     Padding is cut off instead of masked: the result is the same within rounding, but a mask rules
     out the fastest kernels and some original processors make one of `S` times `S`.
