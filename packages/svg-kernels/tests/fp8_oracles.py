@@ -153,6 +153,8 @@ def stages(
         taken = -(-length // ATOM_ROWS) * ATOM_ROWS
         rows += range(start, start + taken)
         counts += [i < length for i in range(taken)]
+    if not rows:
+        return []
     missing = -len(rows) % STAGE_ROWS
     rows += [0] * missing
     counts += [False] * missing

@@ -6,7 +6,11 @@
 
 #include <cstdint>
 
+#include "hopper/arithmetic.cuh"
+
 namespace svg::attention {
+
+using hopper::exp2_approx;  // its error is far below the rounding of P
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -21,13 +25,6 @@ template <>
 __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-// exp2 in one instruction; its error, 2^-22, is far below the rounding of P.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 __device__ __forceinline__ float quad_max(float x) {

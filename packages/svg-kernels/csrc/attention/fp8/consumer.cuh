@@ -364,8 +364,8 @@ class Consumer {
       const float inverse = kLargestByte / largest;
       uint16_t halves[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) halves[i] = pack_half(x[2 * i] * inverse, x[2 * i + 1] * inverse);
-      const uint2 bytes = make_uint2(join(halves[0], halves[1]), join(halves[2], halves[3]));
+      for (int i = 0; i < 4; ++i) halves[i] = hopper::round_to_e4m3(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+      const uint2 bytes = make_uint2(hopper::join(halves[0], halves[1]), hopper::join(halves[2], halves[3]));
       *reinterpret_cast<uint2*>(shared_.query[group_] + local * kHeadDim +
                                 ((chunk / 2 ^ local % 8) << 4) + chunk % 2 * 8) = bytes;
       if (chunk == 0) {
@@ -476,14 +476,14 @@ class Consumer {
                                              uint32_t (&probabilities)[16]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-      probabilities[i] = join(halves[i / 2 * 4 + i % 2], halves[i / 2 * 4 + i % 2 + 2]);
+      probabilities[i] = hopper::join(halves[i / 2 * 4 + i % 2], halves[i / 2 * 4 + i % 2 + 2]);
   }
 
   __device__ __forceinline__ void to_operand(const float (&scores)[64],
                                              uint32_t (&probabilities)[16]) {
     uint16_t halves[32];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) halves[i] = pack_half(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < 32; ++i) halves[i] = hopper::round_to_e4m3(scores[2 * i], scores[2 * i + 1]);
     to_operand(halves, probabilities);
   }
 

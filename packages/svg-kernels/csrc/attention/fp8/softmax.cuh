@@ -13,19 +13,6 @@ constexpr float kLargestByte = 448.f;  // of e4m3
 // scores that are higher, and as much above 2^-6, down to where e4m3 keeps all its digits.
 constexpr float kMaximumLog2 = 3.f;
 
-// Two numbers as e4m3, the first in the low byte; what is too large becomes the largest.
-__device__ __forceinline__ uint16_t pack_half(float low, float high) {
-  uint16_t half;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(half) : "f"(high), "f"(low));
-  return half;
-}
-
-__device__ __forceinline__ uint32_t join(uint16_t low, uint16_t high) {
-  uint32_t word;
-  asm("mov.b32 %0, {%1, %2};" : "=r"(word) : "h"(low), "h"(high));
-  return word;
-}
-
 // The running softmax of the two rows a thread holds. Maxima are in units of log 2.
 struct Softmax {
   float maximum[2] = {-INFINITY, -INFINITY};
@@ -76,7 +63,7 @@ struct Softmax {
           p[e] = exp2_approx(x);
           total += p[e];
         }
-        halves[2 * i + r] = pack_half(p[0], p[1]);
+        halves[2 * i + r] = hopper::round_to_e4m3(p[0], p[1]);
       }
       sums[r] = total;
     }

@@ -1,0 +1,113 @@
+"""The attention kernels for Hopper themselves, run on the CPU by `emulator/`, against fp64.
+
+Matrix products, bulk loads and barriers are emulated: layouts, phases of pipelines and arithmetic
+are tested, what is asynchronous on a GPU is not.
+"""
+
+from __future__ import annotations
+
+import emulate
+import pytest
+import torch
+from attention_oracles import brute_force, random_call
+from fp8_oracles import attend_in_e4m3, relative_error
+
+from svg_kernels import _dispatch, _library, attention, attention_fp8, quantize_key_value
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]  # compiling takes a minute
+CPU = torch.device("cpu")
+
+PLANS = {
+    "whole stages": {"queries": 130, "keys": 700, "runs": 3, "multiple": 8},
+    "ragged runs": {"queries": 70, "keys": 900, "runs": 40, "ordered": True, "magnitude": 6.0},
+    "summaries": {"queries": 129, "keys": 300, "runs": 9, "summaries": 130, "key_heads": 1},
+    "batch of two": {"queries": 65, "keys": 500, "runs": 5, "batch": 2, "ordered": True},
+}
+CASES = [*((plan, torch.bfloat16) for plan in PLANS), ("ragged runs", torch.float16)]
+
+
+class OnStreamZero:
+    """The library's launchers, for a CPU that has neither device number nor stream."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __getattr__(self, name):
+        function = getattr(self.library, name)
+        return lambda described, scale, device, stream: function(described, scale, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    ffi = pytest.importorskip("tvm_ffi")
+    if reason := emulate.missing():
+        pytest.skip(reason)
+    path = emulate.build_attention(tmp_path_factory.mktemp("emulated"))
+    return ffi.load_module(str(path))
+
+
+@pytest.fixture(autouse=True)
+def _emulated(library, monkeypatch):
+    found = _library.Library(functions=OnStreamZero(library))
+    monkeypatch.setitem(_library._libraries, CPU, found)
+    monkeypatch.setattr(_dispatch, "_no_cuda_device", lambda device: None)
+    monkeypatch.setattr(_dispatch, "_selected", {})
+    monkeypatch.setattr(attention.limits, "_not_compiled", lambda *traits: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+
+
+def poisoned(query):
+    return torch.full_like(query, torch.nan)
+
+
+def assert_lse_close(found, want):
+    assert torch.equal(torch.isneginf(found), torch.isneginf(want))
+    read = torch.isfinite(want)
+    torch.testing.assert_close(found[read].double(), want[read], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("plan", "dtype"), CASES)
+def test_block_sparse_attention_emulated_matches_fp64(plan, dtype, generator):
+    arguments, keywords = random_call(generator, dtype=dtype, dim=128, **PLANS[plan])
+    out = poisoned(arguments[0])
+    _, lse = attention.block_sparse_attention(
+        *arguments, return_lse=True, out=out, backend="cuda", **keywords
+    )
+    want, want_lse = brute_force(*arguments, **keywords)
+    assert relative_error(out, want) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize(("plan", "dtype"), CASES)
+def test_block_sparse_attention_fp8_emulated_matches_the_oracle(plan, dtype, generator):
+    arguments, keywords = random_call(generator, dtype=dtype, dim=128, **PLANS[plan])
+    query, key, value, starts, lengths = arguments
+    rows = quantize_key_value(key, value)
+    out = poisoned(query)
+    _, lse = attention_fp8.block_sparse_attention_fp8(
+        query, rows, starts, lengths, return_lse=True, out=out, backend="cuda", **keywords
+    )
+    want, want_lse = attend_in_e4m3(query, rows, starts, lengths, **keywords)
+    assert relative_error(out, want) < 5e-3
+    assert_lse_close(lse, want_lse)
+
+
+def test_block_sparse_attention_fp8_emulated_promotes_its_sums(generator):
+    # More stages than are summed up between two promotions, and rings that go round.
+    (query, key, value, starts, lengths), _ = random_call(
+        generator,
+        dtype=torch.bfloat16,
+        dim=128,
+        heads=1,
+        key_heads=1,
+        queries=40,
+        keys=4736,
+        runs=1,
+    )
+    starts.zero_()
+    lengths.fill_(4736)
+    rows = quantize_key_value(key, value)
+    out = poisoned(query)
+    attention_fp8.block_sparse_attention_fp8(query, rows, starts, lengths, out=out, backend="cuda")
+    want, _ = attend_in_e4m3(query, rows, starts, lengths)
+    assert relative_error(out, want) < 5e-3
