@@ -94,6 +94,13 @@ def test_the_weight_of_a_centroid_is_what_its_keys_weigh_where_rows_equal_their_
             torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
 
 
+def test_probe_density_counts_scores_by_half() -> None:
+    options = {"layout": LAYOUT, "memory": LayerMemory(), "generator": None}
+    plan = SVG2(**CLUSTERS).plan(*draw("random"), **options)
+    assert plan.probe_density == 0.5 * 48 * LAYOUT.video_tokens / LAYOUT.tokens**2
+    assert SVG2(**{**CLUSTERS, "route": "mass"}).plan(*draw("random"), **options).probe_density == 0
+
+
 def test_correct_bias_needs_error_routing() -> None:
     with pytest.raises(ValueError, match="set route='error'"):
         SVG2(compensate=True, correct_bias=True)

@@ -142,6 +142,8 @@ def test_density_counts_what_probes_read_and_stays_below_the_request() -> None:
         )  # fmt: skip
         pairs = plan.run_lengths.sum(-1) * plan.tile_rows_valid()
         torch.testing.assert_close(plan.density(), pairs.sum(-1) / layout.tokens**2)
+        # Of 768 video rows, 52 probes read every video key, its value too.
+        assert plan.probe_density == pytest.approx(52 * 768 / layout.tokens**2)
         assert 0.17 < float(plan.density().min()) <= float(plan.density().max()) <= 0.2
 
 

@@ -46,6 +46,7 @@ class CallRecord:
         seconds: time of planning and attention together; None unless the session profiles.
         tokens: tokens of the sequence.
         finite: False if some head read every key because a query or key was NaN or infinite.
+        probe_density: what the method's probes took beside it; see `SparsePlan`.
     """
 
     step: int | None
@@ -57,6 +58,7 @@ class CallRecord:
     seconds: float | None
     tokens: int
     finite: bool = True
+    probe_density: float = 0.0
 
 
 class Stopwatch:
@@ -102,6 +104,7 @@ class _Entry:
     method: str
     tokens: int
     stopwatch: Stopwatch | None
+    probe_density: float = 0.0
     density: float = 1.0
     finite: bool = True
 
@@ -150,9 +153,10 @@ class CallLog:
         density: Tensor | None,
         broken: Tensor | None,
         stopwatch: Stopwatch | None,
+        probe_density: float = 0.0,
     ) -> None:
         """Take note of a call; `density` and `broken` are scalars on the device, or None."""
-        entry = _Entry(call, method, tokens, stopwatch)
+        entry = _Entry(call, method, tokens, stopwatch, probe_density)
         new_step = bool(self._fresh) and self._fresh[-1][0].call.step != call.step
         if new_step or len(self._fresh) >= TOGETHER:
             self._send()
@@ -180,6 +184,7 @@ class CallLog:
                 seconds=None if entry.stopwatch is None else entry.stopwatch.seconds(),
                 tokens=entry.tokens,
                 finite=entry.finite,
+                probe_density=entry.probe_density,
             )
             for entry in self._entries
         ]

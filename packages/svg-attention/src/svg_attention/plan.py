@@ -90,6 +90,9 @@ class SparsePlan:
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite; None
             where the method does not look.
         is_full: known without looking at the device that every query reads every valid key.
+        probe_density: what probes of the plan's method took of every key, as a fraction of the
+            pairs of the queries: half of a pair where a score was computed, all of it where a
+            value was read too. No part of `density`.
     """
 
     query_length: int
@@ -107,6 +110,7 @@ class SparsePlan:
     residual: ProbeResidual | None = None
     broken: Tensor | None = None
     is_full: bool = False
+    probe_density: float = 0.0
 
     def __post_init__(self) -> None:
         shape = tuple(self.run_starts.shape)
@@ -436,6 +440,8 @@ class SparsePlan:
             facts.append(f"{self.summary.keys.shape[2]:,} centroids stand in for unread keys")
         if self.residual is not None:
             facts.append(f"{self.residual.queries.shape[2]:,} probes correct their rows")
+        if self.probe_density:
+            facts.append(f"probes took {self.probe_density:.1%} more")
         return facts
 
     def to_mask(self) -> Tensor:

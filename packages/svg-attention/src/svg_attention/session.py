@@ -167,6 +167,7 @@ class Session:
         stopwatch = Stopwatch(query.device) if self.profile else None
         method = self._method_for(call)
         density = broken = None
+        probe_density = 0.0
         if isinstance(method, Dense) and dense is not None:
             out = dense(query, key, value)
         else:
@@ -190,12 +191,15 @@ class Session:
             )
             if not plan.is_full:
                 density = plan.density().mean()
+                probe_density = plan.probe_density
                 broken = None if plan.broken is None else plan.broken.any()
         if out_layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         if stopwatch is not None:
             stopwatch.stop()
-        self._log.add(call, type(method).__name__, layout.tokens, density, broken, stopwatch)
+        self._log.add(
+            call, type(method).__name__, layout.tokens, density, broken, stopwatch, probe_density
+        )
         return out
 
     def reset(self) -> None:

@@ -81,6 +81,12 @@ class RunStats(Summarised):
 
     @property
     @statistic
+    def mean_probe_density(self) -> float:
+        """Return what probes took beside the density of all calls, on average."""
+        return sum(r.probe_density for r in self.records) / max(len(self.records), 1)
+
+    @property
+    @statistic
     def density_by_step(self) -> dict[int, float]:
         """Return the mean density of each denoising step over its layers, dense calls included."""
         return self._by(lambda record: record.step)
@@ -132,13 +138,15 @@ class RunStats(Summarised):
         size = "" if self.grid is None else ", {} x {} x {} tokens".format(*self.grid)
         steps, layers = len(self.density_by_step), len(self.density_by_layer)
         seconds = self.seconds
+        probes = self.mean_probe_density
+        probed = f"{probes:.1%} more by probes; " if probes else ""
         return title, [
             ("method", method),
             ("settings", described(self.recipe.get("settings", {})) or "none"),
             (
                 "density",
                 f"{self.mean_density:.1%} of sparse calls, "
-                f"{self.mean_density_with_dense_calls:.1%} of all; "
+                f"{self.mean_density_with_dense_calls:.1%} of all; {probed}"
                 f"{steps} steps, {layers} layers{size}",
             ),
             ("time", "not timed (profile=True)" if seconds is None else f"{seconds:.2f} s"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from svg_attention import config
+from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import Method
 from svg_attention.methods.budget import key_budget
 from svg_attention.methods.call import AttentionCall
@@ -263,4 +264,12 @@ class SVG2(Method):
             summary=summary,
             residual=residual,
             broken=reads.broken,
+            probe_density=self._probe_density(layout, rows),
         )
+
+    def _probe_density(self, layout: TokenLayout, rows: int) -> float:
+        """Return what the probes of so many video rows take, as `SparsePlan.probe_density`."""
+        if self.route != "error":
+            return 0.0
+        part = 1.0 if self.correct_residual else 0.5
+        return part * -(-rows // self.probe_rows) * layout.video_tokens / layout.tokens**2
