@@ -24,6 +24,7 @@ from torch import Tensor
 
 from svg_models.embedded import embedded_path
 from svg_models.embedded.defaults import FRAMES, GUIDANCE, SHEET_PROMPTS, STEPS
+from svg_models.files import atomic_path
 
 from .checker import check_group
 from .clips import (
@@ -270,14 +271,16 @@ def main(argv: list[str] | None = None) -> None:
         for side in args.sides:
             batch = max(1, args.batch * 128**2 // side**2)
             sheet = _draw_sheet(pipe, side=side, batch=batch, options=options)
-            sheet.save(args.out / f"sheet_{side}.jpg", quality=88)
+            with atomic_path(args.out / f"sheet_{side}.jpg") as temporary:
+                sheet.save(temporary, "JPEG", quality=88)
             if args.only_sheet:
                 continue
             results[str(side)] = _evaluate_size(
                 pipe, scenes, side=side, batch=batch, options=options
             )
             print(side, json.dumps(results[str(side)]), flush=True)
-            (args.out / "evaluation.json").write_text(json.dumps(results, indent=1))
+            with atomic_path(args.out / "evaluation.json") as temporary:
+                temporary.write_text(json.dumps(results, indent=1))
 
 
 def _evaluate_size(

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svg_models.files import atomic_path
+
 from .build import (
     FLOW_SHIFT,
     Shape,
@@ -191,18 +193,18 @@ def _run(model: nn.Module, name: str, options: Options, compute: Any, *, decay: 
             recent = []
             print(json.dumps(log[-1]), flush=True)
     spent += time.perf_counter() - started
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-            "average": average.values,
-            "step": step,
-            "log": log,
-            "seconds": spent,
-        },
-        path,
-    )
-    (options.out / f"{name}_log.json").write_text(json.dumps(log))
+    state = {
+        "model": model.state_dict(),
+        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        "average": average.values,
+        "step": step,
+        "log": log,
+        "seconds": spent,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+    with atomic_path(options.out / f"{name}_log.json") as temporary:
+        temporary.write_text(json.dumps(log))
     average.copy_to(model)
     print(f"{name}: step {step} of {options.steps}, {spent:.0f} s", flush=True)
     return path

@@ -77,16 +77,25 @@ class PlainCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help; see `click.Command.format_help`."""
-        for parameter in self.get_params(ctx):
-            if parameter.param_type_name == "option" and parameter.metavar is None:
-                parameter.metavar = " "
-            elif hasattr(parameter, "display_type_rich"):  # of typer, for arguments
-                setattr(parameter, "display_type_rich", lambda *_, **__: None)  # noqa: B010
+        _leave_types_out(self.get_params(ctx))
         super().format_help(ctx, formatter)
+
+
+def _leave_types_out(parameters: Sequence[Any]) -> None:
+    for parameter in parameters:
+        if parameter.param_type_name == "option" and parameter.metavar is None:
+            parameter.metavar = " "
+        elif hasattr(parameter, "display_type_rich"):  # of typer, for arguments
+            parameter.display_type_rich = lambda *_, **__: None
 
 
 class SpokenGroup(TyperGroup):
     """A group of commands whose usage errors are one sentence, as all others are."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help; see `click.Command.format_help`."""
+        _leave_types_out(self.get_params(ctx))
+        super().format_help(ctx, formatter)
 
     def main(
         self,
