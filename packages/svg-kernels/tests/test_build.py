@@ -125,6 +125,24 @@ def test_build_spills_no_registers_on_any_architecture(library):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_build_finds_every_header_self_contained(tmp_path):
+    if reason := _build.missing():
+        pytest.skip(reason)
+    headers = [path for path in SOURCES.rglob("*") if path.suffix in (".cuh", ".h")]
+    assert len(headers) > 10
+    for header in headers:
+        source = tmp_path / "alone_sm90a.cu"
+        source.write_text(f'#include "{header.relative_to(SOURCES)}"\n')
+        command = _build.compile_command(
+            _build.find_nvcc(), source, tmp_path / "alone.o", ("90a",), False
+        )
+        command += [f"-I{SOURCES}", f"-I{_build.find_headers()}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{header}:\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_build_exports_our_symbols_alone(library):
     table = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True

@@ -7,10 +7,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from svg_kernels import _dispatch
+from svg_kernels import _debug, _dispatch
 from svg_kernels._dispatch import define_op, select_backend
 from svg_kernels.attention import limits
-from svg_kernels.attention.operands import Operands, Summary, check_operands, check_out
+from svg_kernels.attention.operands import (
+    Operands,
+    Summary,
+    check_indices,
+    check_operands,
+    check_out,
+)
 from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
 
 __all__ = ["block_sparse_attention_fp8"]
@@ -187,6 +193,8 @@ def _compute(arguments: tuple[Any, ...], out: Tensor | None = None) -> tuple[Ten
         __name__, backend, query.device, query.dtype, query.shape[-1], unsupported=unsupported
     )
     out, lse = _outputs(query, return_lse, out)
+    if _debug.ENABLED:
+        check_indices(operands)
     if out.numel():
         module.block_sparse_attention_fp8(operands, scales, out, lse if return_lse else None)
     return out, lse

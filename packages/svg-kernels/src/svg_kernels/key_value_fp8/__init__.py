@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg_kernels import _dispatch
+from svg_kernels import _debug, _dispatch
 from svg_kernels._checks import FLOATS
 from svg_kernels._dispatch import define_op, select_backend
 from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
@@ -90,6 +90,8 @@ def _expanded(order: Tensor, key: Tensor) -> Tensor:
 
 def _run(key: Tensor, value: Tensor, order: Tensor | None, backend: str) -> tuple[Tensor, ...]:
     module = select_backend(__name__, backend, key.device, unsupported=unsupported)
+    if _debug.ENABLED and order is not None:
+        _debug.check_order("order", order, key.shape[2], permutation=False)
     found: tuple[Tensor, ...] = module.quantize_key_value(key, value, order)
     return found
 
