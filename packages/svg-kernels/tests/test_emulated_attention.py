@@ -92,6 +92,28 @@ def test_block_sparse_attention_fp8_emulated_matches_the_oracle(plan, dtype, gen
     assert_lse_close(lse, want_lse)
 
 
+def test_block_sparse_attention_fp8_emulated_raises_its_maxima(generator):
+    # Scores that rise along the keys, by more in each stage than a maximum leaves room for.
+    shape = {"heads": 1, "key_heads": 1, "queries": 70, "keys": 1301, "runs": 1}
+    (query, key, value, starts, lengths), _ = random_call(
+        generator, dtype=torch.bfloat16, dim=128, **shape
+    )
+    starts.zero_()
+    lengths.fill_(1301)
+    direction = torch.randn(128, generator=generator)
+    direction /= direction.norm()
+    key += (torch.linspace(-30, 30, 1301)[:, None] * direction).to(key.dtype)
+    query[:, :, 1::2] += (16 * direction).to(query.dtype)
+    rows = quantize_key_value(key, value)
+    out = poisoned(query)
+    _, lse = attention_fp8.block_sparse_attention_fp8(
+        query, rows, starts, lengths, return_lse=True, out=out, backend="cuda"
+    )
+    want, want_lse = attend_in_e4m3(query, rows, starts, lengths)
+    assert relative_error(out, want) < 5e-3
+    assert_lse_close(lse, want_lse)
+
+
 def test_block_sparse_attention_fp8_emulated_promotes_its_sums(generator):
     # More stages than are summed up between two promotions, and rings that go round.
     (query, key, value, starts, lengths), _ = random_call(
