@@ -16,7 +16,7 @@ from kmeans_oracles import (
 )
 
 import flash_kmeans as fk
-from flash_kmeans import reference
+from flash_kmeans import common, reference
 
 METRICS = ("euclidean", "cosine", "dot")
 DIMS = (1, 2, 16, 17, 31, 64, 96, 100, 128, 257, 511, 513, 2048)
@@ -193,6 +193,21 @@ def test_kmeans_takes_arrays_as_weights_and_starts(kind) -> None:  # type: ignor
     assert torch.equal(labels, fk.assign(x, expected.centroids))
     moved = fk.update(x, labels, 3, previous=kind(start), sample_weight=kind(weight))
     assert torch.equal(moved.centroids, expected.centroids)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_in_bags_equal_sums_in_turn(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "VALUES_AT_ONCE", {"cpu": 64, "cuda": 64})
+    x = blobs(1, 100, 5, 3)[0]
+    labels = (torch.arange(100) ** 2 % 7).sort().values  # 3, 5 and 6 are empty
+    factor = torch.rand(100, generator=torch.Generator().manual_seed(0)) if weighted else None
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    turned = torch.empty_like(x).index_copy_(0, order, x)
+    moved = None if factor is None else torch.empty_like(factor).index_copy_(0, order, factor)
+    sizes = torch.bincount(labels, minlength=7)
+    bags = reference._sums_in_bags(turned, order, sizes, moved)
+    turn = reference._sums_in_turn(x, labels, 7, factor)
+    torch.testing.assert_close(bags, turn, rtol=1e-14, atol=1e-14)
 
 
 def test_update_takes_fewer_points_than_clusters() -> None:
