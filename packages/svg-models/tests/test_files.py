@@ -129,6 +129,19 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
     )
 
 
+def test_a_current_folder_that_was_removed_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for check in (check_output, check_folder):
+        with pytest.raises(SettingError, match="give a full path"):
+            check("clip.mp4")
+    monkeypatch.chdir(tmp_path)
+
+
 def test_checking_creates_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "a" / "b" / "clip.mp4")
     check_folder(tmp_path / "c" / "d")

@@ -86,6 +86,20 @@ def test_a_folder_that_was_removed_meanwhile_is_no_loss(
     assert len(list(spare.iterdir())) == 1
 
 
+def test_without_a_folder_for_temporary_files_the_home_folder_serves(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "gone").write_text("a file")
+    with pytest.raises(OutputError, match=r"the clip is kept as .*home"):
+        clip.save(tmp_path / "gone" / "clip.mp4")
+    assert len(list((tmp_path / "home").iterdir())) == 1
+
+
 def test_without_an_encoder_the_frames_are_kept(
     clip: Clip, spare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

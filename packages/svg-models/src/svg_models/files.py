@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "check_output",
     "check_suffix",
     "regular_file",
+    "spare_folders",
     "sweep",
     "user_path",
     "writable_folder",
@@ -123,7 +125,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         SettingError: if it cannot be written.
         OutputError: if a file cannot be written.
     """
-    final = Path(os.path.realpath(writable_folder(path)))
+    final = _absolute(writable_folder(path))
     with _said(final), _claimed(lambda: final / _name(_PART), Path.mkdir) as staging:
         yield staging
         for file in staging.iterdir():
@@ -149,7 +151,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """
     if os.fspath(path).endswith(("/", os.sep)):
         raise SettingError(f"expected a file to write, got the folder {path}; add a file name")
-    final = Path(os.path.realpath(user_path(path)))
+    final = _absolute(path)
     try:
         mode = final.stat().st_mode
     except FileNotFoundError:
@@ -177,7 +179,7 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         SettingError: says why.
     """
-    folder = Path(os.path.realpath(user_path(path)))
+    folder = _absolute(path)
     there, missing = folder, []
     try:
         while not there.exists() and there != there.parent:
@@ -243,6 +245,25 @@ def sweep(folder: Path) -> None:
                     _move_out(left)
                 else:
                     _remove(left)
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    """Return where a path leads, links followed."""
+    try:
+        return Path(os.path.realpath(user_path(path)))
+    except OSError as error:  # as where the current folder was removed
+        raise SettingError(
+            f"there is no place {path} ({_reason(error)}); give a full path"
+        ) from error
+
+
+def spare_folders() -> Iterator[Path]:
+    """Yield the folders where something can be kept that has no room where it should be."""
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.gettempdir())
+    with contextlib.suppress(RuntimeError):
+        yield Path.home()
+    yield Path("/dev/shm")
 
 
 def _name(suffix: str) -> str:

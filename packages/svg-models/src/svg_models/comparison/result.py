@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from svg_models.comparison.candidate import Candidate
 from svg_models.comparison.page import comparison_page
 from svg_models.errors import OutputError, SvgModelsError
-from svg_models.files import atomic_folder, user_path
+from svg_models.files import atomic_folder, spare_folders, user_path
 from svg_models.generation.clip import Clip
 from svg_models.video import side_by_side, write_video
 
@@ -82,12 +82,14 @@ class Comparison:
         try:
             return self._write(Path(folder))
         except SvgModelsError as error:
-            spare = Path(tempfile.gettempdir()) / f"svg-compare-{secrets.token_hex(4)}"
-            try:
-                page = self._write(spare)
-            except SvgModelsError:
-                raise error from None
-            raise OutputError(f"{error}; everything is kept in {page.parent}") from error
+            raise OutputError(f"{error}; {self._keep_elsewhere()}") from error
+
+    def _keep_elsewhere(self) -> str:
+        for folder in spare_folders():
+            with contextlib.suppress(SvgModelsError):
+                page = self._write(folder / f"svg-compare-{secrets.token_hex(4)}")
+                return f"everything is kept in {page.parent}"
+        return "and there was no room for it anywhere else"
 
     def _write(self, folder: Path) -> Path:
         with atomic_folder(folder) as staging:

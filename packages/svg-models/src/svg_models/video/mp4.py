@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from svg_models.errors import OutputError, SettingError, SvgModelsError, first_line
-from svg_models.files import atomic_path, check_suffix, user_path
+from svg_models.files import atomic_path, check_suffix, spare_folders, user_path
 from svg_models.video.frames import Frames, to_frames
 
 __all__ = ["FPS", "LARGEST_SIDE", "check_fps", "encode", "keep_elsewhere", "write_video"]
@@ -133,7 +132,7 @@ def keep_elsewhere(frames: Frames, name: str, *, fps: float) -> str:
         The second half of a sentence that says where it is.
     """
     for write in (_keep_video, _keep_array):
-        for folder in (Path(tempfile.gettempdir()), Path.home(), Path("/dev/shm")):
+        for folder in spare_folders():
             try:
                 return f"the clip is kept as {write(to_frames(frames), folder, name, fps)}"
             except (SvgModelsError, OSError):
