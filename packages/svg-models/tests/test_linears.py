@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -208,3 +209,31 @@ def test_fp8_feed_forward_quantises_what_its_activation_gives(
         assert torch.equal(whole(x), twin(x))
     assert not asked
     assert "forward" not in whole.__dict__
+
+
+def test_fp8_linears_are_on_for_one_thread_and_not_for_another() -> None:
+    torch.manual_seed(3)
+    layer = nn.Linear(64, 48).bfloat16()
+    taken = Fp8Linears(nn.Sequential(nn.Sequential(), nn.Sequential(layer), nn.Sequential()))
+    x = torch.randn(9, 64).bfloat16()
+    with torch.no_grad():
+        plain = layer(x)
+        taken.on = True
+        in_fp8 = layer(x)
+        with ThreadPoolExecutor(1) as other:
+            assert torch.equal(other.submit(torch.no_grad()(layer), x).result(), plain)
+        assert torch.equal(layer(x), in_fp8)
+    assert not torch.equal(plain, in_fp8)
+
+
+def test_fp8_linears_in_a_compiled_block() -> None:
+    torch.manual_seed(3)
+    block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)).bfloat16()
+    taken = Fp8Linears(nn.Sequential(nn.Sequential(), block, nn.Sequential()))
+    x = torch.randn(9, 64).bfloat16()
+    exact = copy.deepcopy(block).double()(x.double())
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for on in (False, True, False):
+            taken.on = on
+            assert (relative(compiled(x), exact) > 0.008) == on

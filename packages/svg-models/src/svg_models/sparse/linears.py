@@ -8,6 +8,7 @@ below it).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -45,8 +46,8 @@ def refuse_device(device: torch.device) -> None:
     raise UnsupportedError({"fp8": reason})
 
 
-class Inputs:
-    """The input that was quantised last: query, key and value are projected from one tensor."""
+class Inputs(threading.local):
+    """The input that a thread quantised last: query, key and value are made from one tensor."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
@@ -55,7 +56,7 @@ class Inputs:
 
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of `x` `[..., C]` in e4m3 and their scales, fp32 `[..., 1]`."""
-        if torch.compiler.is_compiling() or x.is_inference():
+        if x.is_inference():  # counts no changes
             return quantise_rows(x)
         source = None if self._source is None else self._source()
         if source is not x or self._version != x._version or self._quantised is None:
@@ -113,7 +114,10 @@ class Fp8Linear:
         switch = self.switch
         if switch is None or not switch.serves(x):
             return self._plain(self._module(), x)  # type: ignore[arg-type]
-        return self.product(*switch.inputs.quantise(x), x.dtype)
+        # A compiler makes one graph of a block and finds the common input itself.
+        compiling = torch.compiler.is_compiling()
+        quantised = quantise_rows(x) if compiling else switch.inputs.quantise(x)
+        return self.product(*quantised, x.dtype)
 
     def product(self, quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute the layer from an input `[..., C]` in e4m3 with a scale `[..., 1]` a row."""
@@ -203,13 +207,12 @@ class Fp8Linears:
         blocks: of one transformer, in order.
         fast: let the tensor cores add in their own, shorter precision.
 
-    Attributes:
-        on: whether products are in fp8; set before each forward pass.
-        layers: how many layers were taken over.
+    `on` is set before each forward pass.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, fast: bool = True) -> None:
-        self.on = False
+        self._here = threading.local()
+        self._latest = False
         self.fast = fast
         self.inputs = Inputs()
         self._forwards: list[Fp8Linear | Fp8FeedForward] = []
@@ -227,6 +230,17 @@ class Fp8Linears:
     def _install(self, module: nn.Module, forward: Fp8Linear | Fp8FeedForward) -> None:
         module.forward = forward  # type: ignore[method-assign]
         self._forwards.append(forward)
+
+    @property
+    def on(self) -> bool:
+        """Whether this thread's products are in fp8: two pipelines may share a transformer."""
+        if torch.compiler.is_compiling():  # no compiler follows what belongs to a thread
+            return self._latest
+        return getattr(self._here, "on", False)
+
+    @on.setter
+    def on(self, on: bool) -> None:
+        self._here.on = self._latest = on
 
     @property
     def layers(self) -> int:
