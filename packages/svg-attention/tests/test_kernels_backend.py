@@ -90,7 +90,7 @@ def test_unsupported_names_the_head_size_of_the_fp8_kernel():
     from svg_kernels.attention_fp8 import unsupported
 
     reason = unsupported("cuda", torch.device("cuda"), torch.bfloat16, 64)
-    assert reason == "head_dim must be 128 for keys in eight bits, got 64"
+    assert reason == "head_dim must be 128 for keys in e4m3, got 64"
 
 
 @needs_kernels

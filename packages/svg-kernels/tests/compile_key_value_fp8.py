@@ -12,18 +12,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels.key_value_fp8.rows import HEAD_DIM, LARGEST_KEY, LARGEST_VALUE
+from svg_kernels.key_value_fp8.rows import HEAD_DIM, LARGEST
 from svg_kernels.key_value_fp8.triton import (
     BLOCK_ROWS,
     CHUNK_ROWS,
-    largest_key_kernel,
     quantize_key_value_kernel,
     statistics_kernel,
 )
 
 DATA = ("key_ptr", "value_ptr")
-TYPES = {"order_ptr": "*i32", "rotation_ptr": "*fp16", "key_out_ptr": "*i8"}
-TYPES["value_out_ptr"] = "*fp8e4nv"
+TYPES = {"order_ptr": "*i32", "rotation_ptr": "*fp16", "key_out_ptr": "*fp8e4nv"}
+TYPES["value_out_ptr"] = TYPES["key_out_ptr"]
 
 
 def shared_bytes(kernel: Any, capability: int, data: str, **constants: Any) -> int:
@@ -48,17 +47,15 @@ def shared_bytes(kernel: Any, capability: int, data: str, **constants: Any) -> i
 
 for capability, data in ((89, "bf16"), (90, "bf16"), (120, "fp32")):
     found = (
-        *(
-            shared_bytes(kernel, capability, data, CHUNK=CHUNK_ROWS, BLOCK_S=BLOCK_ROWS, D=HEAD_DIM)
-            for kernel in (statistics_kernel, largest_key_kernel)
+        shared_bytes(
+            statistics_kernel, capability, data, CHUNK=CHUNK_ROWS, BLOCK_S=BLOCK_ROWS, D=HEAD_DIM
         ),
         shared_bytes(
             quantize_key_value_kernel,
             capability,
             data,
             HAS_ORDER=True,
-            LARGEST_KEY=LARGEST_KEY,
-            LARGEST_VALUE=LARGEST_VALUE,
+            LARGEST=LARGEST,
             BLOCK_S=BLOCK_ROWS,
             D=HEAD_DIM,
         ),

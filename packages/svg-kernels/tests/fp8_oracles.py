@@ -1,4 +1,4 @@
-"""Attention in eight bits step by step, as the compiled kernel computes it, in fp64."""
+"""Attention in e4m3 step by step, for the tests: what the compiled kernel computes, in fp64."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from svg_kernels import Fp8KeyValue
-from svg_kernels.key_value_fp8.rows import LARGEST_KEY, rotate
+from svg_kernels.key_value_fp8.rows import DTYPE, LARGEST, rotate
 
 STAGE_ROWS = 128
 WARPGROUP_ROWS = 64
 ATOM_ROWS = 8
-MAXIMUM_CODE = 96
-"""The e4m3 code of a row's maximum when it is set; eight codes are a factor of two."""
-LARGEST_CODE = 126
-CODE_BIAS = 0.9966
-"""What codes that are cut off stand for, relative to what they should, on average."""
-NONE = -(2.0**24)
-"""The maximum of a row that has met no key, in codes."""
+MAXIMUM_LOG2 = 3.0
+"""What a row's maximum stands at, in units of log 2, when it is set."""
 
 
-def attend_in_eight_bits(
+def to_e4m3(x: Tensor) -> Tensor:
+    """Round to e4m3, what is too large to the largest number; fp64."""
+    return x.float().clamp(-LARGEST, LARGEST).to(DTYPE).double()
+
+
+def attend_in_e4m3(
     query: Tensor,
     key_value: Fp8KeyValue,
     run_starts: Tensor,
@@ -47,7 +47,7 @@ def attend_in_eight_bits(
     order = torch.arange(length, device=query.device)
     for b in range(batch):
         for h in range(heads):
-            head = HeadInEightBits(key_value, b, h // group, scale)
+            head = HeadInE4m3(key_value, b, h // group, scale)
             if query_order is not None:
                 order = query_order[b, h].long()
             for t in range(run_starts.shape[2]):
@@ -62,7 +62,7 @@ def attend_in_eight_bits(
     return out, lse
 
 
-class HeadInEightBits:
+class HeadInE4m3:
     """The keys and values of one head, and attention of one tile of queries over them."""
 
     def __init__(self, key_value: Fp8KeyValue, batch: int, head: int, scale: float) -> None:
@@ -84,27 +84,22 @@ class HeadInEightBits:
         rotated = rotate(query.float() * self.key_scale.float())
         largest = rotated.abs().amax(dim=1, keepdim=True)
         largest = torch.where(largest > 0, largest, 1.0)
-        bytes_ = (rotated * (LARGEST_KEY / largest)).round().double()
-        # From sums of products of bytes to codes, as an integer of 32 bits behind the point.
-        unit = largest.double() / LARGEST_KEY * self.scale * 8 / math.log(2)
-        unit = (unit * 2.0**32).round().clamp(max=2.0**31 - 128) / 2.0**32
-        maximum = torch.full_like(unit, NONE)
+        bytes_ = to_e4m3(rotated * (LARGEST / largest))
+        unit = largest.double() / LARGEST * self.scale / math.log(2)
+        maximum = torch.full_like(unit, -torch.inf)
         total, out = torch.zeros_like(unit), torch.zeros(query.shape, dtype=torch.float64)
         out = out.to(query.device)
         for rows, counts in stages(runs, self.key.shape[0], query.device):
-            scores = (bytes_ @ self.key[rows].T * unit).floor()
+            scores = bytes_ @ self.key[rows].T * unit
             scores[:, ~counts] = -torch.inf
-            must = (scores + offset(maximum) > LARGEST_CODE).any(dim=1)
-            must = of_warpgroups(must | (maximum == NONE)[:, 0])
             raised = torch.maximum(maximum, scores.amax(dim=1, keepdim=True))
-            raised = torch.where(must[:, None], raised, maximum)
-            correction = torch.exp2((maximum - raised) / 8)
+            must = rescales(scores - shift(maximum)) | (maximum == -torch.inf)[:, 0]
+            raised = torch.where(of_warpgroups(must)[:, None], raised, maximum)
+            correction = torch.exp2(maximum - finite(raised))
             maximum = raised
-            p = of_codes(scores + offset(maximum))
+            p = torch.exp2(scores - shift(maximum))
             total = total * correction + p.sum(dim=1, keepdim=True)
-            out = out * correction + p @ self.value[rows]
-        total, out = total / CODE_BIAS, out / CODE_BIAS
-        base = torch.where(maximum == NONE, -torch.inf, (maximum - MAXIMUM_CODE) / 8 + 7)
+            out = out * correction + to_e4m3(p) @ self.value[rows]
         out = out * self.value_scale
         if summary is not None:
             keys, values, weights = summary
@@ -112,15 +107,15 @@ class HeadInEightBits:
             values = (values.float() - self.value_mean.float()).to(query.dtype).double()
             scores = query.double() @ keys.T * self.scale + weights.double()
             scores = scores / math.log(2)
-            raised = torch.maximum(base, scores.amax(dim=1, keepdim=True))
-            correction = torch.exp2(base - finite(raised))
-            base = raised
-            p = torch.exp2(scores - finite(base))
+            raised = torch.maximum(maximum, scores.amax(dim=1, keepdim=True))
+            correction = torch.exp2(maximum - finite(raised))
+            maximum = raised
+            p = torch.exp2(scores - shift(maximum))
             total = total * correction + p.sum(dim=1, keepdim=True)
             out = out * correction + p @ values
         reads = total > 0
         out = torch.where(reads, out / total.clamp_min(1e-300) + self.value_mean, 0.0)
-        lse = (base * math.log(2) + total.log())[:, 0]
+        lse = (shift(maximum) * math.log(2) + total.log())[:, 0]
         lse = lse + query.double() @ self.key_mean * self.scale
         return out, torch.where(reads[:, 0], lse, -torch.inf)
 
@@ -130,14 +125,15 @@ def finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
-def offset(maximum: Tensor) -> Tensor:
-    """Return what is added to scores in codes to make them those of probabilities."""
-    return torch.where(maximum == NONE, 0.0, MAXIMUM_CODE - maximum)
+def shift(maximum: Tensor) -> Tensor:
+    """Return what is taken from scores before they become exponents."""
+    return torch.where(maximum == -torch.inf, 0.0, maximum - MAXIMUM_LOG2)
 
 
-def of_codes(codes: Tensor) -> Tensor:
-    """Return what e4m3 codes stand for, 0 for those below; fp64."""
-    return codes.clamp(0, LARGEST_CODE).to(torch.uint8).view(torch.float8_e4m3fn).double()
+def rescales(exponents: Tensor) -> Tensor:
+    """Return which rows have a thread, with two of each eight columns, whose sum is too large."""
+    p = torch.exp2(exponents).view(len(exponents), -1, 4, 2)
+    return (p.sum(dim=(1, 3)) > LARGEST).any(dim=1)
 
 
 def of_warpgroups(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_oracles import brute_force, random_call
-from fp8_oracles import DATA, attend_in_eight_bits, relative_error
+from fp8_oracles import DATA, attend_in_e4m3, relative_error
 
 from svg_kernels import (
     Fp8KeyValue,
@@ -13,9 +13,9 @@ from svg_kernels import (
     quantize_key_value,
 )
 
-# What three digits of values and probabilities cost, and eight of keys and queries.
-ERRORS = {"random": 0.05, "offset": 0.0015, "skewed": 0.055, "outlier": 0.065, "sharp": 0.075}
-LSE_ERRORS = {"random": 0.1, "offset": 0.1, "skewed": 0.4, "outlier": 0.2, "sharp": 1.0}
+# What e4m3 with three digits costs: sharp scores multiply the error of a score by its size.
+ERRORS = {"random": 0.07, "offset": 0.002, "skewed": 0.10, "outlier": 0.09, "sharp": 0.18}
+LSE_ERRORS = {"random": 0.2, "offset": 0.2, "skewed": 1.0, "outlier": 0.4, "sharp": 2.5}
 
 
 def quantized(arguments):
@@ -57,17 +57,17 @@ def test_block_sparse_attention_fp8_writes_to_out(generator):
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_attend_in_eight_bits_is_as_close_as_its_digits_allow(name, generator):
+def test_attend_in_e4m3_is_as_close_as_its_digits_allow(name, generator):
     query, key, value = DATA[name](generator, 1, 512)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     rows = quantize_key_value(key, value)
-    out, lse = attend_in_eight_bits(query, rows, *full_plan(query, 512))
+    out, lse = attend_in_e4m3(query, rows, *full_plan(query, 512))
     assert relative_error(out, exact) < ERRORS[name]
     logits = query.double() @ key.double().mT * 128**-0.5
     assert (lse - torch.logsumexp(logits, -1)).abs().max() < LSE_ERRORS[name]
 
 
-def test_attend_in_eight_bits_does_not_mind_an_offset_that_the_plain_cast_does(generator):
+def test_attend_in_e4m3_does_not_mind_an_offset_that_the_plain_cast_does(generator):
     query, key, value = DATA["offset"](generator, 1, 512)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
 
@@ -76,15 +76,15 @@ def test_attend_in_eight_bits_does_not_mind_an_offset_that_the_plain_cast_does(g
         return (x / scale).to(torch.float8_e4m3fn).double() * scale
 
     plain = F.scaled_dot_product_attention(cast(query), cast(key), cast(value))
-    out, _ = attend_in_eight_bits(query, quantize_key_value(key, value), *full_plan(query, 512))
+    out, _ = attend_in_e4m3(query, quantize_key_value(key, value), *full_plan(query, 512))
     assert relative_error(out, exact) < relative_error(plain, exact) / 3
 
 
-def test_attend_in_eight_bits_follows_scores_that_rise(generator):
+def test_attend_in_e4m3_follows_scores_that_rise(generator):
     query, key, value = DATA["random"](generator, 1, 640)
     key = key * torch.linspace(0.1, 8, 640)[:, None]  # the maximum is set and raised again
     rows = quantize_key_value(key, value)
-    out, _ = attend_in_eight_bits(query, rows, *full_plan(query, 640))
+    out, _ = attend_in_e4m3(query, rows, *full_plan(query, 640))
     exact = F.scaled_dot_product_attention(
         query.double(), *(x.double() for x in rows.dequantized())
     )
@@ -108,7 +108,7 @@ def test_block_sparse_attention_fp8_refuses_what_it_cannot(generator):
     with pytest.raises(ValueError, match="scales and means must be fp32"):
         block_sparse_attention_fp8(query, wrong, starts, lengths)
     wrong = Fp8KeyValue(**tensors | {"key": rows.key.float()})
-    with pytest.raises(TypeError, match=r"keys must be torch\.int8"):
+    with pytest.raises(TypeError, match="keys and values must be"):
         block_sparse_attention_fp8(query, wrong, starts, lengths)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_oracles import permutations, random_call, random_runs
-from fp8_oracles import DATA, attend_in_eight_bits, relative_error
+from fp8_oracles import DATA, attend_in_e4m3, relative_error
 
 from svg_kernels import block_sparse_attention, block_sparse_attention_fp8, quantize_key_value
 from svg_kernels.attention import reference
@@ -54,7 +54,7 @@ def assert_matches(arguments, keywords):
     _, lse = block_sparse_attention_fp8(
         *arguments, return_lse=True, out=out, backend="cuda", **keywords
     )
-    want, want_lse = attend_in_eight_bits(*arguments, **keywords)
+    want, want_lse = attend_in_e4m3(*arguments, **keywords)
     assert torch.isfinite(out).all()
     assert torch.equal(torch.isneginf(lse), torch.isneginf(want_lse))
     read = torch.isfinite(want_lse)
@@ -130,7 +130,7 @@ def test_block_sparse_attention_fp8_is_as_close_as_its_digits_allow(name, draw):
     ).double()
     rows = quantize_key_value(key, value)
     out = block_sparse_attention_fp8(query, rows, *plan, backend="cuda")
-    want, _ = attend_in_eight_bits(query, rows, *plan)
+    want, _ = attend_in_e4m3(query, rows, *plan)
     assert relative_error(out, exact) < 1.1 * relative_error(want, exact) + 3e-3
 
 

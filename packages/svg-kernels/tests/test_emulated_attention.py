@@ -10,7 +10,7 @@ import emulate
 import pytest
 import torch
 from attention_oracles import brute_force, random_call
-from fp8_oracles import attend_in_eight_bits, relative_error
+from fp8_oracles import attend_in_e4m3, relative_error
 
 from svg_kernels import _dispatch, _library, attention, attention_fp8, quantize_key_value
 
@@ -87,7 +87,7 @@ def test_block_sparse_attention_fp8_emulated_matches_the_oracle(plan, dtype, gen
     _, lse = attention_fp8.block_sparse_attention_fp8(
         query, rows, starts, lengths, return_lse=True, out=out, backend="cuda", **keywords
     )
-    want, want_lse = attend_in_eight_bits(query, rows, starts, lengths, **keywords)
+    want, want_lse = attend_in_e4m3(query, rows, starts, lengths, **keywords)
     assert relative_error(out, want) < 5e-3
     assert_lse_close(lse, want_lse)
 
@@ -109,7 +109,7 @@ def test_block_sparse_attention_fp8_emulated_raises_its_maxima(generator):
     _, lse = attention_fp8.block_sparse_attention_fp8(
         query, rows, starts, lengths, return_lse=True, out=out, backend="cuda"
     )
-    want, want_lse = attend_in_eight_bits(query, rows, starts, lengths)
+    want, want_lse = attend_in_e4m3(query, rows, starts, lengths)
     assert relative_error(out, want) < 5e-3
     assert_lse_close(lse, want_lse)
 
@@ -131,5 +131,5 @@ def test_block_sparse_attention_fp8_emulated_promotes_its_sums(generator):
     rows = quantize_key_value(key, value)
     out = poisoned(query)
     attention_fp8.block_sparse_attention_fp8(query, rows, starts, lengths, out=out, backend="cuda")
-    want, _ = attend_in_eight_bits(query, rows, starts, lengths)
+    want, _ = attend_in_e4m3(query, rows, starts, lengths)
     assert relative_error(out, want) < 5e-3

@@ -47,13 +47,15 @@ def test_quantize_key_value_is_within_half_a_step(name, backend, generator):
     torch.testing.assert_close(got.key_mean, key.mean(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.value_mean, value.mean(2), rtol=1e-4, atol=1e-4)
     rotated = rotate((key - got.key_mean[:, :, None]) / got.key_scale[:, :, None])
-    assert (rotated.abs().amax((2, 3)) - 127).abs().max() < 0.2
-    # Half a step, and what fp16 adds to the rotation.
-    assert ((got.key.float() - rotated).abs() <= 0.5 + 0.2).all()
+    torch.testing.assert_close(
+        rotated.square().mean((2, 3)), torch.ones(1, 2, device=key.device), rtol=2e-2, atol=0
+    )
     centred = (value - got.value_mean[:, :, None]) / got.value_scale[:, :, None]
     assert (centred.abs().amax(2) - 448).abs().max() < 0.1
-    allowed = torch.maximum(centred.abs() * 2.0**-4 * 1.02, torch.tensor(2.0**-10 * 1.5))
-    assert ((got.value.float() - centred).abs() <= allowed + 4e-3).all()
+    # Half a step of e4m3, or of its subnormals, and what fp16 adds to the rotation.
+    for found, exact in ((got.key.float(), rotated), (got.value.float(), centred)):
+        allowed = torch.maximum(exact.abs() * 2.0**-4 * 1.02, torch.tensor(2.0**-10 * 1.5))
+        assert ((found - exact).abs() <= allowed + 4e-3).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,22 +131,22 @@ def test_quantize_key_value_of_meta_tensors_has_the_right_shapes():
     order = torch.empty(2, 3, 40, dtype=torch.int32, device="meta")
     found = torch.ops.svg_kernels.quantize_key_value(x, x, order, "auto")
     assert [tuple(t.shape) for t in found] == [(2, 3, 40, 128)] * 2 + [(2, 3, 128)] * 4
-    dtypes = [torch.int8, torch.float8_e4m3fn, *[torch.float32] * 4]
-    assert [t.dtype for t in found] == dtypes
+    assert [t.dtype for t in found] == [torch.float8_e4m3fn] * 2 + [torch.float32] * 4
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_quantize_key_value_kernels_do_what_the_reference_does(generator, monkeypatch):
     # The interpreter loses the carry where rounding to e4m3 reaches the next power of two, so the
     # kernel writes what it would round.
-    monkeypatch.setattr("svg_kernels.key_value_fp8.triton.VALUE_DTYPE", torch.float32)
+    monkeypatch.setattr("svg_kernels.key_value_fp8.triton.DTYPE", torch.float32)
     _, key, value = offset_rows(generator, 2, 100)
     order = torch.rand(1, 2, 70, generator=generator).argsort(-1).int()
     got = quantize_key_value(key, value, order, backend="triton")
     want = quantize_key_value(key, value, order, backend="reference")
     for name in ("key_scale", "key_mean", "value_scale", "value_mean"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-3, atol=1e-4)
-    assert (got.key.int() - want.key.int()).abs().max() <= 1
-    assert (got.key == want.key).float().mean() > 0.95  # fp16 before the rotation
-    value = value.gather(2, order.long()[..., None].expand(-1, -1, -1, 128))
-    torch.testing.assert_close(got.dequantized()[1], value, rtol=1e-3, atol=1e-3)
+    index = order.long()[..., None].expand(-1, -1, -1, 128)
+    for found, exact in zip(got.dequantized(), (key, value), strict=True):
+        exact = exact.gather(2, index)
+        deviation = exact - exact.mean(2, keepdim=True)
+        assert (found - exact).norm() < 1e-3 * deviation.norm()  # fp16 before the rotation

@@ -4,15 +4,13 @@
 // bits change:
 //
 //   queries         are gathered in 16 bits; each row is rotated, divided by its largest element and
-//                   rounded to int8, as the keys are, where it is laid out for the product, whose sums
-//                   are exact (fp8/consumer.cuh).
+//                   rounded to e4m3 where it is laid out for the product (fp8/consumer.cuh).
 //   values          arrive as rows. Two warps beside the producer transpose each stage once, and
 //                   leave the keys in the order in which the registers of the scores hold
 //                   probabilities, so that those are packed without a shuffle (fp8/transpose.cuh).
-//   probabilities   are e4m3, whose codes are linear in a score but for its mantissa: no exponential
-//                   is taken (fp8/softmax.cuh).
-//   O += P V        is promoted to a sum in fp32 every few stages, and so are the sums of P's rows,
-//                   which are a product with ones.
+//   probabilities   are scaled to make use of e4m3's range, summed in fp32, and rounded
+//                   (fp8/softmax.cuh).
+//   O += P V        is promoted to a sum in fp32 every few stages.
 //   summaries       follow the runs in 16 bits, in the memory of the drained stages.
 
 #include "attention/fp8/consumer.cuh"
@@ -58,9 +56,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     hopper::tma_prefetch_map(&params.key_maps[lane]);
     hopper::tma_prefetch_map(&params.value_maps[lane]);
   }
-  if (threadIdx.x < kAtomBytes / 4)
-    reinterpret_cast<uint32_t*>(shared.ones)[threadIdx.x] = 0x38383838;
-  hopper::fence_proxy_async();
   __syncthreads();
 
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
 namespace svg::hopper {
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -13,18 +11,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// A sync that tells every thread whether any of them said yes.
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
-  uint32_t any;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\n"
-      "barrier.cta.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
-      : "=r"(any)
-      : "r"(static_cast<uint32_t>(mine)), "r"(id), "r"(threads)
-      : "memory");
-  return any;
 }
 
 template <int kRegisters>

@@ -51,12 +51,6 @@ __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-template <int kCount>
-__device__ __forceinline__ void fence_registers(int32_t (&registers)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-
 // d[64, N] += a[64, 16] b[N, 16]^T, both in shared memory, the reduced axis contiguous in both.
 template <typename T, int kColumns>
 struct WgmmaSS;
@@ -78,12 +72,6 @@ struct WgmmaRS;
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SVG_BIND_32 SVG_BIND_8(0), SVG_BIND_8(8), SVG_BIND_8(16), SVG_BIND_8(24)
 #define SVG_BIND_64 SVG_BIND_32, SVG_BIND_8(32), SVG_BIND_8(40), SVG_BIND_8(48), SVG_BIND_8(56)
-#define SVG_BIND_INT_8(i)                                                                     \
-  "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
-      "+r"(d[i + 6]), "+r"(d[i + 7])
-#define SVG_BIND_INT_64                                                               \
-  SVG_BIND_INT_8(0), SVG_BIND_INT_8(8), SVG_BIND_INT_8(16), SVG_BIND_INT_8(24),       \
-      SVG_BIND_INT_8(32), SVG_BIND_INT_8(40), SVG_BIND_INT_8(48), SVG_BIND_INT_8(56)
 
 #define SVG_WGMMA_SS(TYPE, NAME)                                                         \
   template <>                                                                            \
@@ -119,30 +107,18 @@ struct WgmmaRS;
 SVG_WGMMA(__nv_bfloat16, "bf16")
 SVG_WGMMA(__half, "f16")
 
-// Eight bits, 32 elements of the reduced axis at a time, contiguous in both operands. The tensor
-// cores keep sums of e4m3 to some 14 bits, those of integers exactly.
+// The same for e4m3, 32 elements of the reduced axis at a time, contiguous in both operands. The
+// tensor cores keep such a sum to some 14 bits.
 template <>
-struct WgmmaSS<int8_t, 128> {
-  static __device__ __forceinline__ void run(int32_t (&d)[64], uint64_t a, uint64_t b,
+struct WgmmaSS<__nv_fp8_e4m3, 128> {
+  static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b,
                                              int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SVG_NAMES_64 "}, %64, %65, p;\n}"
-        : SVG_BIND_INT_64
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SVG_NAMES_64
+        "}, %64, %65, p, 1, 1;\n}"
+        : SVG_BIND_64
         : "l"(a), "l"(b), "r"(accumulate));
-  }
-};
-
-template <>
-struct WgmmaRS<__nv_fp8_e4m3, 8> {
-  static __device__ __forceinline__ void run(float (&d)[4], const uint32_t* a, uint64_t b,
-                                             int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}"
-        ", {%4, %5, %6, %7}, %8, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
   }
 };
 
@@ -162,8 +138,6 @@ struct WgmmaRS<__nv_fp8_e4m3, 128> {
 #undef SVG_WGMMA
 #undef SVG_WGMMA_RS
 #undef SVG_WGMMA_SS
-#undef SVG_BIND_INT_64
-#undef SVG_BIND_INT_8
 #undef SVG_BIND_64
 #undef SVG_BIND_32
 #undef SVG_BIND_8

@@ -243,28 +243,6 @@ inline int __reduce_add_sync(unsigned, int value) {
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-inline int __mulhi(int a, int b) { return static_cast<int>(int64_t{a} * b >> 32); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-
-// Two numbers of 16 bits to a word.
-template <typename F>
-unsigned each_half(F f) {
-  return static_cast<uint16_t>(f(0)) | static_cast<unsigned>(static_cast<uint16_t>(f(16))) << 16;
-}
-inline int16_t half_of(unsigned word, int shift) { return static_cast<int16_t>(word >> shift); }
-inline unsigned __vmaxs2(unsigned a, unsigned b) {
-  return each_half([&](int s) { return std::max(half_of(a, s), half_of(b, s)); });
-}
-inline unsigned __vimax3_s16x2(unsigned a, unsigned b, unsigned c) {
-  return __vmaxs2(__vmaxs2(a, b), c);
-}
-inline unsigned __viaddmax_s16x2_relu(unsigned a, unsigned b, unsigned c) {
-  return each_half([&](int s) {
-    const int16_t sum = static_cast<int16_t>(half_of(a, s) + half_of(b, s));
-    return std::max({sum, half_of(c, s), int16_t{0}});
-  });
-}
-
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = low | uint64_t{high} << 32;
   unsigned word = 0;

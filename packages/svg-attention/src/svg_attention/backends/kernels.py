@@ -141,9 +141,9 @@ class KernelsBackend:
 
 
 class Fp8KernelsBackend(KernelsBackend):
-    """Round keys and values to eight bits as they are permuted, then attend run by run.
+    """Round keys and values to e4m3 as they are permuted, then attend in e4m3 run by run.
 
-    Twice the rate of the tensor cores for errors of some 4 % of an output row, where bf16 has
+    Twice the rate of the tensor cores for errors of some 5 % of an output row, where bf16 has
     0.3 %; compute capability 9.0 and a head size of 128 only, and taken by name only. A summary
     stays in 16 bits.
     """

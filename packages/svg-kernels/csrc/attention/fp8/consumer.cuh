@@ -1,9 +1,6 @@
-// A consumer warpgroup of the kernel for 8-bit keys and values. consumer.cuh has the loop in 16 bits;
-// here the two warpgroups take no turns, since products take half the time, and a barrier at the end of
-// a step carries the vote on rescaling.
+// A consumer warpgroup of the kernel for 8-bit keys and values; consumer.cuh has the same loop in 16
+// bits and says how the two warpgroups share the tensor cores.
 #pragma once
-
-#include <cuda_fp8.h>
 
 #include "attention/fp8/softmax.cuh"
 #include "attention/fp8/storage.cuh"
@@ -16,10 +13,15 @@ namespace svg::attention::fp8 {
 // The tensor cores keep sums of e4m3 products to some 14 bits, cut off: after this many stages what
 // they hold is added to a sum in fp32.
 constexpr int kPromoteStages = 16;
-constexpr float kLargestByte = 127.f;
-constexpr int kAnyStage = -1;
 // The signs of the rotation, a bit for each channel; svg_kernels/key_value_fp8/rows.py has the same.
 constexpr uint64_t kLowSigns = 0x243F6A8885A308D3ull, kHighSigns = 0x13198A2E03707344ull;
+
+// The same value, of which the compiler knows nothing: what is rarely computed from it is not kept
+// in registers meanwhile.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t both);
@@ -30,14 +32,6 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t both) {
 template <>
 __device__ __forceinline__ float2 unpack<__half>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
-}
-
-// Four elements of a query, times `factor`, in a word.
-__device__ __forceinline__ uint32_t round_to_bytes(const float* x, float factor) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) word |= (__float2int_rn(x[i] * factor) & 255) << 8 * i;
-  return word;
 }
 
 template <typename T>
@@ -55,10 +49,9 @@ class Consumer {
     load_query_bytes();
     extent_ = measure(params_.run_lengths + tile() * params_.runs, params_.runs, lane_);
     const int stages = hopper::warp_uniform((extent_.atoms + kStageAtoms - 1) / kStageAtoms);
-    leader_ = lane_ == 0;
+    key_arrivals_ = !extent_.whole ? 1 : lane_ == 0 ? 32 : 0;
 #pragma unroll
     for (int i = 0; i < 64; ++i) output_[i] = 0.f;
-    sum_[0] = sum_[1] = 0.f;
     if (stages > 0) attend(stages);
     scale_output();
     if (params_.summaries > 0) attend_to_summaries();
@@ -66,154 +59,153 @@ class Consumer {
   }
 
  private:
-  // What one step hands to the next.
-  struct Pipeline {
-    hopper::PipelineState<kRowStages> key;
-    hopper::PipelineState<kValueStages> value;
-    uint32_t probabilities[16];
-    float partial[64], partial_sum[4];  // what the tensor cores have summed up since the promotion
-    int unpromoted = 0;                 // stages that are in them
-    uint32_t phase = 0;                 // of the rings, where steps know their stages
-    bool vote;  // whether a thread of the warpgroup must have its probabilities made anew
-  };
-
   __device__ __forceinline__ void attend(int stages) {
     // Stages that need no mask, a loop of their own.
     const int filled = hopper::warp_uniform(extent_.whole ? extent_.atoms / kStageAtoms : 0);
-    int32_t scores[64];
-    Pipeline p;
+    float scores[64], partial[64];
+    uint32_t probabilities[16];
+    hopper::PipelineState<kRowStages> key;
+    hopper::PipelineState<kValueStages> value;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scale = shared_.query_scale[group_ * 64 + row() + 8 * r];
-      codes_.scale[r] = __float2int_rn(fminf(scale * 0x1p32f, 0x1.fffffep30f));
-    }
+    for (int r = 0; r < 2; ++r) scale_[r] = shared_.query_scale[group_ * 64 + row() + 8 * r];
 
-    hopper::mbarrier_wait(&shared_.key_full[p.key.stage], p.key.phase);
-    multiply_keys(scores, p.key.stage);
+    if (group_ == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);  // the first warpgroup starts
+    hopper::mbarrier_wait(&shared_.key_full[key.stage], key.phase);
+    warp_scheduler_barrier_sync();
+    multiply_keys(scores, key.stage);
+    warp_scheduler_barrier_arrive();
     hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
-    mask(scores, 0, p.key.stage);
+    mask(scores, 0, key.stage);
     float correction[2];
-    codes_.raise(scores, correction);
-    uint32_t pairs[32];
-    codes_.template encode<true>(scores, pairs);
-    to_operand(pairs, p.probabilities);
-    p.vote = false;
+    softmax_.rescale(scores, scale_, correction);
+    to_operand(scores, probabilities);
+    vote_rescale(0, false);
+    pending_sum_[0] = pending_sum_[1] = 0.f;
 
     int j = 1;
-    for (; j + 3 < filled; j += 4) {
-      step<false, 1>(j, scores, p);
-      step<false, 2>(j + 1, scores, p);
-      step<false, 3>(j + 2, scores, p);
-      step<false, 0>(j + 3, scores, p);
-      p.phase ^= 1;
-    }
-    p.key.phase = p.value.phase = p.phase;
-    for (; j < stages; ++j) step<true, kAnyStage>(j, scores, p);
+    for (; j < filled; ++j) step<false>(j, scores, partial, probabilities, key, value);
+    for (; j < stages; ++j) step<true>(j, scores, partial, probabilities, key, value);
 
-    if (p.vote) rescale<true>(j - 1, scores, p, p.key.stage);
-    hopper::mbarrier_wait(&shared_.value_full[p.value.stage], p.value.phase);
-    multiply_values(p, p.value.stage, false);
+    hopper::named_barrier_sync(kRescaleVotes + group_, 128);
+    if (must_rescale(j - 1)) rescale<true>(j - 1, scores, partial, probabilities, key.stage);
+    add_pending_sum();
+    hopper::mbarrier_wait(&shared_.value_full[value.stage], value.phase);
+    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0);
     hopper::wgmma_wait<0>();
-    hopper::fence_registers(p.partial);
-    hopper::fence_registers(p.partial_sum);
-    promote(p);
+    hopper::fence_registers(partial);
+    promote(partial);
   }
 
   // The scores and probabilities of stage j, and the product of those of the stage before with its
-  // values. Keys stay until no warp asks to rescale what was made of them. kStage is j modulo the
-  // rings' depth, where it is known.
-  template <bool kMasked, int kStage>
-  __device__ __forceinline__ void step(int j, int32_t (&scores)[64], Pipeline& p) {
-    constexpr bool kKnown = kStage != kAnyStage;
-    constexpr int kBefore = (kStage + kRowStages - 1) % kRowStages;
-    const int before = kKnown ? kBefore : p.key.stage;
-    if (p.vote) rescale<kMasked>(j - 1, scores, p, before);
-    release_keys<kMasked>(before);
-    if (!kKnown) p.key.advance();
-    const int stage = kKnown ? kStage : p.key.stage;
-    hopper::mbarrier_wait(&shared_.key_full[stage],
-                          kKnown ? p.phase ^ (kStage == 0) : p.key.phase);
-    multiply_keys(scores, stage);
-    const int value = kKnown ? kBefore : p.value.stage;
-    hopper::mbarrier_wait(&shared_.value_full[value], kKnown ? p.phase : p.value.phase);
-    multiply_values(p, value, kKnown && kStage != 1);
+  // values. Keys stay until no warp rescale_votes what was made of them.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int j, float (&scores)[64], float (&partial)[64],
+                                       uint32_t (&probabilities)[16], hopper::PipelineState<kRowStages>& key,
+                                       hopper::PipelineState<kValueStages>& value) {
+    const int before = key.stage;
+    key.advance();
+    hopper::mbarrier_wait(&shared_.key_full[key.stage], key.phase);
+    warp_scheduler_barrier_sync();
+    multiply_keys(scores, key.stage);
+    if (must_rescale(j - 1)) {
+      hopper::wgmma_wait<0>();
+      rescale<kMasked>(j - 1, scores, partial, probabilities, opaque(before));
+      multiply_keys(scores, opaque(key.stage));
+    }
+    add_pending_sum();
+    release_keys(before);
+    hopper::mbarrier_wait(&shared_.value_full[value.stage], value.phase);
+    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0);
+    warp_scheduler_barrier_arrive();
     hopper::wgmma_wait<1>();
     hopper::fence_registers(scores);
-    if (kMasked) mask(scores, j, stage);
-    uint32_t pairs[32];
-    const bool useless = codes_.template encode<kMasked>(scores, pairs);
-    // Also keeps the compiler from moving the exponentials behind the wait.
-    p.vote = hopper::named_barrier_any(kRescaleVotes + group_, 128, useless);
+    if (kMasked) mask(scores, j, key.stage);
+    uint16_t halves[32];
+    softmax_.exponentiate(scores, scale_, halves, pending_sum_);
+    vote_rescale(j, max(pending_sum_[0], pending_sum_[1]) > kLargestByte ||
+                 min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY);
     hopper::wgmma_wait<0>();
-    hopper::fence_registers(p.partial);
-    hopper::fence_registers(p.partial_sum);
-    if (leader_) hopper::mbarrier_arrive(&shared_.value_empty[value]);
-    if (!kKnown) p.value.advance();
-    if ((!kKnown || kStage == 0) && p.unpromoted >= kPromoteStages) promote(p);
-    to_operand(pairs, p.probabilities);
+    hopper::fence_registers(partial);
+    release_values(value.stage);
+    value.advance();
+    if (j % kPromoteStages == 0) promote(partial);
+    to_operand(halves, probabilities);
   }
 
-  // Computes the probabilities of stage j, whose keys are still there, once more, relative to
-  // maxima that include them.
+  __device__ __forceinline__ void warp_scheduler_barrier_sync() const {
+    hopper::named_barrier_sync(kWarpScheduler + group_, kConsumers);
+  }
+
+  __device__ __forceinline__ void warp_scheduler_barrier_arrive() const {
+    hopper::named_barrier_arrive(kWarpScheduler + 1 - group_, kConsumers);
+  }
+
+  // Tells the other warps of the warpgroup, after their next barrier, whether this one rescale_votes its
+  // probabilities of stage j. Warps may be a stage apart, hence the two places.
+  __device__ __forceinline__ void vote_rescale(int j, bool doubtful) {
+    const bool any = __any_sync(~0u, doubtful);
+    if (lane_ == 0) shared_.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
+  }
+
+  __device__ __forceinline__ bool must_rescale(int j) const {
+    const int4 any = *reinterpret_cast<const int4*>(&shared_.rescale_votes[j & 1][group_ * 4]);
+    return __any_sync(~0u, any.x | any.y | any.z | any.w);
+  }
+
+  // Computes the probabilities of stage j once more, relative to a maximum that includes them.
   template <bool kMasked>
-  __device__ __forceinline__ void rescale(int j, int32_t (&scores)[64], Pipeline& p, int stage) {
+  __device__ __forceinline__ void rescale(int j, float (&scores)[64], float (&partial)[64],
+                                        uint32_t (&probabilities)[16], int stage) {
     multiply_keys(scores, stage);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
     if (kMasked) mask(scores, j, stage);
     float correction[2];
-    codes_.raise(scores, correction);
+    softmax_.rescale(scores, scale_, correction);
 #pragma unroll
     for (int i = 0; i < 64; ++i) output_[i] *= correction[i / 2 % 2];
+    if (j % kPromoteStages > 0) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) sum_[r] *= correction[r];
-    if (p.unpromoted > 0) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) p.partial[i] *= correction[i / 2 % 2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p.partial_sum[i] *= correction[i / 2];
+      for (int i = 0; i < 64; ++i) partial[i] *= correction[i / 2 % 2];
     }
-    uint32_t pairs[32];
-    codes_.template encode<kMasked>(scores, pairs);
-    to_operand(pairs, p.probabilities);
+    to_operand(scores, probabilities);
+    pending_sum_[0] = pending_sum_[1] = 0.f;
   }
 
-  // Adds what the tensor cores have summed up to the sums in fp32.
-  __device__ __forceinline__ void promote(Pipeline& p) {
+  // Counts the last stage's probabilities, which nobody rescale_votes any more.
+  __device__ __forceinline__ void add_pending_sum() {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) output_[i] += p.partial[i];
+    for (int r = 0; r < 2; ++r) softmax_.sum[r] += pending_sum_[r];
+  }
+
+  // Adds what the tensor cores have summed up to the output.
+  __device__ __forceinline__ void promote(const float (&partial)[64]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) sum_[r] += p.partial_sum[2 * r];
-    p.unpromoted = 0;
+    for (int i = 0; i < 64; ++i) output_[i] += partial[i];
   }
 
   // ---- summaries ----
 
-  // Gives the output the scale of the values, and takes what the codes are too large by out of it
-  // and of the sums. From here on probabilities are exact.
+  // Gives the output the scale of the values; from here on all is in 16 bits.
   __device__ void scale_output() {
     const float* scale = params_.value_scale + int64_t{key_sequence()} * kHeadDim + column();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      base_[r] = codes_.maximum[r] == Codes::kNone ? -INFINITY : codes_.base(r);
-      sum_[r] *= 1.f / kCodeBias;
-    }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       const float2 both = *reinterpret_cast<const float2*>(scale + 8 * i);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        output_[4 * i + 2 * r] *= both.x * (1.f / kCodeBias);
-        output_[4 * i + 2 * r + 1] *= both.y * (1.f / kCodeBias);
+        output_[4 * i + 2 * r] *= both.x;
+        output_[4 * i + 2 * r + 1] *= both.y;
       }
     }
   }
 
   __device__ void attend_to_summaries() {
-    hopper::named_barrier_sync(kRescaleVotes + group_, 128);  // nobody reads the bytes any more
+    hopper::named_barrier_sync(kRescaleVotes + group_, 128);  // nobody reads the bytes of the queries any more
     load_query();
-    if (leader_) hopper::mbarrier_arrive(&shared_.runs_read);
+    if (lane_ == 0) hopper::mbarrier_arrive(&shared_.runs_read);
+    const float unit[2] = {1.f, 1.f};
     hopper::PipelineState<kSummaryStages> state;
     for (int first = 0; first < params_.summaries; first += kStageRows) {
       float scores[64];
@@ -222,41 +214,19 @@ class Consumer {
       hopper::wgmma_wait<0>();
       hopper::fence_registers(scores);
       weigh(scores, first);
+      float correction[2];
+      softmax_.rescale(scores, unit, correction);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) exponentiate(scores, r);
+      for (int i = 0; i < 64; ++i) output_[i] *= correction[i / 2 % 2];
       uint32_t probabilities[32];
 #pragma unroll
       for (int i = 0; i < 32; ++i) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
       multiply_summary_values(probabilities, state.stage);
       hopper::wgmma_wait<0>();
       hopper::fence_registers(output_);
-      if (leader_) hopper::mbarrier_arrive(&shared_.summary_empty[state.stage]);
+      if (lane_ == 0) hopper::mbarrier_arrive(&shared_.summary_empty[state.stage]);
       state.advance();
     }
-  }
-
-  // Replaces the scores of row r by probabilities relative to a base that none exceeds.
-  __device__ __forceinline__ void exponentiate(float (&scores)[64], int r) {
-    float highest = base_[r];
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-    highest = quad_max(highest);
-    const float base = highest == -INFINITY ? 0.f : highest;
-    const float correction = exp2_approx(base_[r] - base);
-    base_[r] = highest;
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& score = scores[4 * i + 2 * r + e];
-        score = exp2_approx(score - base);
-        total += score;
-        output_[4 * i + 2 * r + e] *= correction;
-      }
-    }
-    sum_[r] = sum_[r] * correction + quad_sum(total);
   }
 
   // Scales scores to units of log 2 and adds the weights; what lies past the end counts nothing.
@@ -350,8 +320,7 @@ class Consumer {
     const uint32_t signs =
         static_cast<uint32_t>((chunk < 8 ? kLowSigns : kHighSigns) >> (chunk % 8 * 8));
     // What the sums below are too large by is sqrt(128).
-    const float unit =
-        params_.scale * kLog2E * (kCodesPerOctave * 0.08838834764831845f / kLargestByte);
+    const float unit = params_.scale * kLog2E * (0.08838834764831845f / kLargestByte);
 #pragma unroll 2
     for (int pass = 0; pass < 8; ++pass) {
       const int local = pass * 8 + thread_ / 16;
@@ -393,7 +362,10 @@ class Consumer {
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
       largest = largest > 0.f ? largest : 1.f;
       const float inverse = kLargestByte / largest;
-      const uint2 bytes = make_uint2(round_to_bytes(x, inverse), round_to_bytes(x + 4, inverse));
+      uint16_t halves[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) halves[i] = hopper::round_to_e4m3(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+      const uint2 bytes = make_uint2(hopper::join(halves[0], halves[1]), hopper::join(halves[2], halves[3]));
       *reinterpret_cast<uint2*>(shared_.query[group_] + local * kHeadDim +
                                 ((chunk / 2 ^ local % 8) << 4) + chunk % 2 * 8) = bytes;
       if (chunk == 0) {
@@ -408,37 +380,31 @@ class Consumer {
   // ---- products ----
 
   // Issues S = Q K^T; whoever needs it waits for it.
-  __device__ __forceinline__ void multiply_keys(int32_t (&scores)[64], int stage) {
+  __device__ __forceinline__ void multiply_keys(float (&scores)[64], int stage) {
     hopper::fence_registers(scores);
     hopper::wgmma_fence();
     const uint64_t query = hopper::matrix_descriptor(shared_.query[group_], kAtomBytes, 0);
     const uint64_t key = hopper::advance_descriptor(hopper::matrix_descriptor(shared_.runs.key, kAtomBytes, 0), kStageBytes, stage);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 32; ++k)
-      hopper::WgmmaSS<int8_t, kStageRows>::run(scores, hopper::advance_descriptor(query, 32 * k), hopper::advance_descriptor(key, 32 * k),
+      hopper::WgmmaSS<__nv_fp8_e4m3, kStageRows>::run(scores, hopper::advance_descriptor(query, 32 * k), hopper::advance_descriptor(key, 32 * k),
                                            k > 0);
     hopper::wgmma_commit();
   }
 
-  // Issues O += P V, and the sums of P's rows as a product with ones.
-  __device__ __forceinline__ void multiply_values(Pipeline& p, int stage, bool accumulates) {
-    hopper::fence_registers(p.partial);
-    hopper::fence_registers(p.partial_sum);
+  // Issues O (+)= P V.
+  __device__ __forceinline__ void multiply_values(float (&partial)[64],
+                                                  const uint32_t (&probabilities)[16], int stage,
+                                                  bool accumulate) {
+    hopper::fence_registers(partial);
     hopper::wgmma_fence();
-    const uint64_t value = hopper::advance_descriptor(
-        hopper::matrix_descriptor(shared_.runs.value, kAtomBytes, 0), kStageBytes, stage);
-    const uint64_t ones = hopper::matrix_descriptor(shared_.ones, 0, 0);
-    const int accumulate = accumulates ? 1 : p.unpromoted;
+    const uint64_t value =
+        hopper::advance_descriptor(hopper::matrix_descriptor(shared_.runs.value, kAtomBytes, 0), kStageBytes, stage);
 #pragma unroll
-    for (int k = 0; k < kStageRows / 32; ++k) {
-      hopper::WgmmaRS<__nv_fp8_e4m3, kHeadDim>::run(p.partial, p.probabilities + 4 * k,
-                                           hopper::advance_descriptor(value, 32 * k),
-                                           k > 0 ? 1 : accumulate);
-      hopper::WgmmaRS<__nv_fp8_e4m3, 8>::run(p.partial_sum, p.probabilities + 4 * k, ones,
-                                    k > 0 ? 1 : accumulate);
-    }
+    for (int k = 0; k < kStageRows / 32; ++k)
+      hopper::WgmmaRS<__nv_fp8_e4m3, kHeadDim>::run(partial, probabilities + 4 * k, hopper::advance_descriptor(value, 32 * k),
+                                           k > 0 || accumulate);
     hopper::wgmma_commit();
-    ++p.unpromoted;
   }
 
   __device__ __forceinline__ void multiply_summary_keys(float (&scores)[64], int stage) {
@@ -470,7 +436,7 @@ class Consumer {
   }
 
   // Takes out the rows a atom read beyond its run.
-  __device__ __forceinline__ void mask(int32_t (&scores)[64], int j, int stage) {
+  __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
     if (!extent_.whole) {
       const uint64_t valid = shared_.valid[stage];
       if (valid != kAllValid)
@@ -483,34 +449,42 @@ class Consumer {
 
   // Keeps the first rows(i) rows of each atom i.
   template <typename Rows>
-  __device__ __forceinline__ void keep(int32_t (&scores)[64], Rows rows) {
+  __device__ __forceinline__ void keep(float (&scores)[64], Rows rows) {
 #pragma unroll
     for (int i = 0; i < kStageAtoms; ++i) {
       const int count = rows(i);
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (column() + e >= count) scores[4 * i + e] = scores[4 * i + 2 + e] = kMaskedScore;
+        if (column() + e >= count) scores[4 * i + e] = scores[4 * i + 2 + e] = -INFINITY;
     }
   }
 
   // Where lanes read how many rows of a stage count, each gives the stage back itself; else one
   // answers for its warp.
-  template <bool kMasked>
   __device__ __forceinline__ void release_keys(int stage) {
-    if (kMasked && !extent_.whole)
-      hopper::mbarrier_arrive(&shared_.key_empty[stage]);
-    else if (leader_)
-      hopper::mbarrier_arrive(&shared_.key_empty[stage], 32);
+    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&shared_.key_empty[stage], key_arrivals_);
+  }
+
+  __device__ __forceinline__ void release_values(int stage) {
+    if (lane_ == 0) hopper::mbarrier_arrive(&shared_.value_empty[stage]);
   }
 
   // Word 4 k + 2 h + r of P holds, of row r, the columns that a lane has among the sixteen from
-  // 32 k + 16 h on; the transposers laid out the values' keys to match. Pairs may be made while a
+  // 32 k + 16 h on; the transposers laid out the values' keys to match. Halves may be made while a
   // product still reads the words, words may not.
-  __device__ __forceinline__ void to_operand(const uint32_t (&pairs)[32],
+  __device__ __forceinline__ void to_operand(const uint16_t (&halves)[32],
                                              uint32_t (&probabilities)[16]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-      probabilities[i] = __byte_perm(pairs[i / 2 * 4 + i % 2], pairs[i / 2 * 4 + i % 2 + 2], 0x6420);
+      probabilities[i] = hopper::join(halves[i / 2 * 4 + i % 2], halves[i / 2 * 4 + i % 2 + 2]);
+  }
+
+  __device__ __forceinline__ void to_operand(const float (&scores)[64],
+                                             uint32_t (&probabilities)[16]) {
+    uint16_t halves[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) halves[i] = hopper::round_to_e4m3(scores[2 * i], scores[2 * i + 1]);
+    to_operand(halves, probabilities);
   }
 
   // Normalises, adds the mean value, turns fragments into rows through shared memory, and scatters
@@ -520,12 +494,12 @@ class Consumer {
     hopper::named_barrier_sync(kRescaleVotes + group_, 128);  // nobody reads the queries any more
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = sum_[r];
+      const float sum = quad_sum(softmax_.sum[r]);
       const float inverse = sum > 0.f ? 1.f / sum : 0.f;
       const int local = row() + 8 * r;
       if (params_.log_sum_exp && lane_ % 4 == 0 && first_row_ + local < params_.query_length)
         params_.log_sum_exp[row_of_all(token(first_row_ + local))] =
-            sum > 0.f ? base_[r] * kLn2 + logf(sum) + shared_.query_shift[group_ * 64 + local]
+            sum > 0.f ? softmax_.log_sum_exp(r, sum) + shared_.query_shift[group_ * 64 + local]
                       : -INFINITY;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -553,10 +527,10 @@ class Consumer {
   SharedStorage& shared_;
   int sequence_, thread_, group_, lane_, first_row_;
   Extent extent_;
-  bool leader_;
-  Codes codes_;
-  float base_[2];  // what probabilities are relative to once the runs are read, in units of log 2
-  float sum_[2];
+  int key_arrivals_;  // on behalf of how many lanes this one gives keys back
+  float scale_[2];    // from scores of bytes to units of log 2
+  Softmax softmax_;
+  float pending_sum_[2];  // sums of the last stage's probabilities, which may be renewed
   float output_[64];
 };
 

@@ -7,7 +7,7 @@ namespace svg::attention::fp8 {
 
 constexpr int kHeadDim = 128;    // bytes of a row of keys or values: one swizzle atom wide
 constexpr int kRowStages = 4;    // of keys, and of values as rows
-constexpr int kValueStages = 4;  // of values transposed
+constexpr int kValueStages = 3;  // of values transposed
 constexpr int kSummaryStages = 2;
 constexpr int kTransposers = 2;  // warps that transpose values
 
@@ -52,11 +52,11 @@ struct SharedStorage {
     RunStages runs;
     SummaryStages summaries;
   };
-  alignas(1024) unsigned char ones[kAtomBytes];  // eight columns of ones in e4m3
-  float query_scale[kTileRows];  // from sums of products of bytes to codes
+  float query_scale[kTileRows];  // from sums of products of bytes to units of log 2
   float query_shift[kTileRows];  // the logit of the mean key, which is left out of all of a row's
   // Rows that count in each atom of a stage, four bits each; read where a tile is not whole.
   uint64_t valid[kRowStages];
+  alignas(16) int rescale_votes[2][kConsumers / 32];  // by stage modulo two, and warp
   uint64_t key_full[kRowStages], key_empty[kRowStages];
   uint64_t row_full[kRowStages], row_empty[kRowStages];
   uint64_t value_full[kValueStages], value_empty[kValueStages];

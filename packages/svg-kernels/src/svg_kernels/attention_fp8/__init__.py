@@ -1,4 +1,4 @@
-"""Block-sparse attention over keys in int8 and values in e4m3."""
+"""Block-sparse attention over keys and values in e4m3."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from svg_kernels.attention.operands import (
     check_operands,
     check_out,
 )
-from svg_kernels.key_value_fp8.rows import HEAD_DIM, KEY_DTYPE, VALUE_DTYPE, Fp8KeyValue
+from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
 
 __all__ = ["block_sparse_attention_fp8"]
 
@@ -87,13 +87,12 @@ def block_sparse_attention_fp8(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend as `block_sparse_attention` does, with both products in eight bits.
+    """Attend as `block_sparse_attention` does, with both products in e4m3.
 
-    The compiled kernel rounds queries to int8, as the keys are, after they have been scaled and
-    rotated like them, with a scale for each row; and probabilities to e4m3, whose mantissa is
-    taken to be a linear logarithm. The relative error of an output row is about 4 % for random
-    data, where bf16 has 0.3 %. The summary stays in the dtype of `query`. Logits must lie within
-    2,800 of zero.
+    The compiled kernel rounds queries and probabilities as well; a query is rounded after it has
+    been rotated as the keys were, with a scale for each row, probabilities after they have been
+    scaled to e4m3's range. The relative error of an output row is about 5 % for random data, where
+    bf16 has 0.3 %. The summary stays in the dtype of `query`.
 
     Args:
         query: `[B, H, Sq, 128]`, fp16 or bf16; fp32 too for `"reference"`.
@@ -147,9 +146,9 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
         head_dim: D.
     """
     if head_dim != HEAD_DIM:
-        return f"head_dim must be {HEAD_DIM} for keys in eight bits, got {head_dim}"
+        return f"head_dim must be {HEAD_DIM} for keys in e4m3, got {head_dim}"
     if name == "triton":
-        return "attention in eight bits is written for compute capability 9.0 alone"
+        return "attention in e4m3 is written for compute capability 9.0 alone"
     if name == "cuda":
         return limits.unsupported(name, device, dtype, head_dim)
     return _dispatch.unsupported(name, device)
@@ -166,11 +165,8 @@ def _check_key_value(key_value: Fp8KeyValue, query: Tensor) -> None:
             f"key_value must hold keys and values [B, Hk, Sk, {HEAD_DIM}], "
             f"got {list(key.shape)} and {list(key_value.value.shape)}"
         )
-    if key.dtype != KEY_DTYPE or key_value.value.dtype != VALUE_DTYPE:
-        raise TypeError(
-            f"keys must be {KEY_DTYPE} and values {VALUE_DTYPE}, "
-            f"got {key.dtype} and {key_value.value.dtype}"
-        )
+    if key.dtype != DTYPE or key_value.value.dtype != DTYPE:
+        raise TypeError(f"keys and values must be {DTYPE}, got {key.dtype}")
     shape = (*key.shape[:2], HEAD_DIM)
     for x in key_value.tensors[2:]:
         if x.dtype != torch.float32 or tuple(x.shape) != shape:

@@ -1,4 +1,4 @@
-"""Keys in int8 and values in e4m3, in the order that attention reads them in."""
+"""Keys and values in e4m3, in the order that attention reads them in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from svg_kernels import _debug, _dispatch
 from svg_kernels._checks import FLOATS
 from svg_kernels._dispatch import define_op, select_backend
-from svg_kernels.key_value_fp8.rows import HEAD_DIM, KEY_DTYPE, VALUE_DTYPE, Fp8KeyValue
+from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
 
 __all__ = ["Fp8KeyValue", "quantize_key_value"]
 
@@ -16,7 +16,7 @@ __all__ = ["Fp8KeyValue", "quantize_key_value"]
 def quantize_key_value(
     key: Tensor, value: Tensor, order: Tensor | None = None, *, backend: str = "auto"
 ) -> Fp8KeyValue:
-    """Round keys to int8 and values to e4m3, permuted as `permute_rows` would.
+    """Round the keys and values of each head to e4m3, permuted as `permute_rows` would.
 
     The mean of a head's rows is taken out of both first, and both are scaled by channel. Keys are
     then rotated, which spreads what channels still differ by over all of them. Attention puts all
@@ -105,8 +105,8 @@ def _fake(key: Tensor, value: Tensor, order: Tensor | None, backend: str) -> tup
 
     channels = (batch, heads, width)
     return (
-        key.new_empty(shape, dtype=KEY_DTYPE),
-        key.new_empty(shape, dtype=VALUE_DTYPE),
+        key.new_empty(shape, dtype=DTYPE),
+        key.new_empty(shape, dtype=DTYPE),
         *(fp32(*channels) for _ in range(4)),
     )
 

@@ -1,4 +1,4 @@
-"""Keys in int8 and values in e4m3: what is taken out of them first, and what puts it back."""
+"""Keys and values in e4m3: what is taken out of them first, and what puts it back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 HEAD_DIM = 128
-KEY_DTYPE, VALUE_DTYPE = torch.int8, torch.float8_e4m3fn
-LARGEST_KEY = 127.0
-LARGEST_VALUE = 448.0
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
 """The largest number of e4m3."""
 SMALLEST = 1e-30
 """The least scale."""
@@ -24,16 +23,17 @@ SIGNS = 0x13198A2E03707344243F6A8885A308D3
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8KeyValue:
-    """Keys in int8 and values in e4m3, and what turns them back.
+    """Keys and values in e4m3, and what turns them back.
 
     `key = unrotate(bytes) * key_scale + key_mean`, `value = bytes * value_scale + value_mean`.
 
     Attributes:
-        key: int8 `[B, Hk, S, 128]`, rotated.
+        key: e4m3 `[B, Hk, S, 128]`, rotated.
         value: e4m3 `[B, Hk, S, 128]`.
-        key_scale: fp32 `[B, Hk, 128]`: in the ratio of the square roots of the channels'
-            deviations, which shares what channels differ by between keys and queries (these are
-            multiplied by it), and such that the largest element of a head's rotated keys is 127.
+        key_scale: fp32 `[B, Hk, 128]`: `sqrt(s * mean(s))` of the deviations `s` of the channels.
+            It shares what channels differ by between keys and queries, which are multiplied by it,
+            and leaves rotated keys a mean square of one: an element may exceed that 448 times, and
+            down to 1/64 of it keeps all its digits.
         key_mean: fp32 `[B, Hk, 128]`.
         value_scale: fp32 `[B, Hk, 128]`.
         value_mean: fp32 `[B, Hk, 128]`.
@@ -65,8 +65,8 @@ class Fp8KeyValue:
         return key + self.key_mean[..., None, :], value + self.value_mean[..., None, :]
 
 
-def level_channels(deviation: Tensor) -> Tensor:
-    """Return what levels keys whose channels have the standard deviations `[..., 128]`."""
+def key_scales(deviation: Tensor) -> Tensor:
+    """Return the scales of keys whose channels have the standard deviations `[..., 128]`."""
     mean = deviation.mean(dim=-1, keepdim=True)
     return torch.maximum((deviation * mean).sqrt(), mean * FLATTEST).clamp_min(SMALLEST)
 
