@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import subprocess
@@ -10,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import svg_models
 from svg_attention import SVG1, SVG2, Dense, UnsupportedError
 from svg_models.errors import SettingError
 from svg_models.generation.request import CompareRequest, GenerateRequest
 from svg_models.generation.settings import options_of
+from svg_models.loading import LoadedPipeline
+from svg_models.loading.inputs import Inputs
 from svg_models.method_names import MethodSpec, read_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,3 +166,16 @@ def test_linears_are_checked_before_a_model_is_loaded(monkeypatch: pytest.Monkey
         svg_models.generate("a circle", linears="int8")
     with pytest.raises(UnsupportedError, match="needs a CUDA device"):
         svg_models.compare("a circle", linears="fp8", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["negative_prompt", "max_sequence_length"])
+def test_prepare_refuses_what_the_pipeline_would_not_read(name: str) -> None:
+    class Pipeline:
+        def __call__(self, prompt: str) -> None: ...
+
+    unread = dict.fromkeys(field.name for field in dataclasses.fields(LoadedPipeline))
+    known = dict(pipe=Pipeline(), name="a model", inputs=Inputs.of(Pipeline), device="cpu")
+    loaded = LoadedPipeline(**unread | known | dict(dtype=torch.float32))
+    value = {"negative_prompt": "bad", "max_sequence_length": 64}[name]
+    with pytest.raises(SettingError, match=f"a model takes no {name}, so it would change nothing"):
+        svg_models.generate("a circle", model=loaded, **{name: value})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
 from svg_models.generation.request import GenerateRequest, Request, takes
@@ -100,6 +101,11 @@ def prepare(request: Request) -> tuple[LoadedPipeline, Settings, Media]:
             progress=request.report,
             **starts,
         )
+    for name in ("negative_prompt", "max_sequence_length"):
+        if name in given and not loaded.accepts(name):
+            raise SettingError(
+                f"{loaded.name} takes no {name}, so it would change nothing; leave it out"
+            )
     return loaded, request.complete(loaded.defaults, **media.shape(loaded, given)), media
 
 
