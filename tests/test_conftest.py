@@ -91,3 +91,10 @@ def test_poisoned_fills_what_torch_leaves_uninitialised():
     assert (torch.empty(3, dtype=torch.int32) == -(2**31)).all()
     assert torch.empty(0).shape == (0,)
     assert torch.nn.Parameter(torch.empty(3)).requires_grad
+
+
+def test_poisoned_leaves_the_device_of_a_context_alone():
+    with torch.device("meta"):
+        assert torch.empty(2, 3).device.type == "meta"
+        assert torch.nn.Linear(4, 5).weight.device.type == "meta"
+    assert torch.empty(2, 3).isnan().all()
