@@ -45,8 +45,8 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return call
 
 
-# torch notes at its first use which functions `with torch.device(...)` speaks for: it has to see the
-# functions themselves, which those here go on to call.
+# torch notes at its first use which functions `with torch.device(...)` speaks for: it has to see
+# the functions themselves, which those here go on to call.
 with torch.device("meta"):
     torch.empty(0)
 for holder, name in (
