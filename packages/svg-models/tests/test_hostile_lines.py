@@ -14,7 +14,7 @@ from svg_models.cli import app
 
 WITHOUT_TORCH = """
 import sys
-from hostile import HOSTILE
+from hostile import HOSTILE, NEEDS_TORCH
 from typer.testing import CliRunner
 from svg_models.cli import app
 

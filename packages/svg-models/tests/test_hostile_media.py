@@ -171,16 +171,19 @@ def encode_blank(path: Path, *, frames: int, side: int) -> None:
         container.mux(stream.encode())
 
 
+# What getrusage calls the largest size is that of the process which started this one, too.
 MEASURE = """
-import resource, sys
+import sys
 from svg_models.video import VideoFile
 video = VideoFile.open(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 kept = video.pictures([0, video.frames // 2], lambda picture: picture[::64, ::64].copy())
-print(video.frames, video.height, len(kept), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+lines = open("/proc/self/status").read().splitlines()
+peak = next(line for line in lines if line.startswith("VmHWM:")).split()[1]
+print(video.frames, video.height, len(kept), peak)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
 def test_a_small_file_that_is_large_when_decoded_is_read_a_frame_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "bomb.mp4"
     encode_blank(path, frames=300, side=1920)  # 3.3 GB in RGB
