@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -237,3 +238,12 @@ def test_fp8_linears_in_a_compiled_block() -> None:
         for on in (False, True, False):
             taken.on = on
             assert (relative(compiled(x), exact) > 0.008) == on
+
+
+def test_sparsify_in_fp8_can_be_pickled() -> None:
+    pipe = tiny.pipeline(model())
+    x = torch.randn(1, 4, 32).bfloat16()
+    with sparsify(pipe, METHOD, HALF, linears="fp8"):
+        copied = pickle.loads(pickle.dumps(pipe.transformer.blocks[1].ffn))
+    with torch.no_grad():
+        assert torch.equal(copied(x), pipe.transformer.blocks[1].ffn(x))

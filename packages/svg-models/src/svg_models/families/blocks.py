@@ -9,7 +9,6 @@ the kernels do not serve a tensor, the class itself computes the block.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNormZ
 from torch import Tensor, nn
 
 from svg_models.families import fused
+from svg_models.families.instance_forward import InstanceForward
 
 __all__ = [
     "COGVIDEOX_BLOCKS",
@@ -63,7 +63,7 @@ class BlockRule:
     forward: Callable[..., Any]
 
 
-class FusedForward:
+class FusedForward(InstanceForward):
     """The `forward` of one block instance while a run is on; afterwards what its class does.
 
     It is an attribute of the block, as hooks of diffusers and accelerate are. It holds the block
@@ -75,13 +75,12 @@ class FusedForward:
     """
 
     def __init__(self, block: nn.Module, rule: BlockRule | None) -> None:
-        self._block = weakref.ref(block)
-        self._plain = type(block).forward  # asked here: not all classes let a compiler look it up
+        super().__init__(block, rule)
         self.rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the block; takes and returns what its class's `forward` does."""
-        block, rule = self._block(), self.rule
+        block, rule = self._module(), self.rule
         # A compiler fuses these steps itself, into one graph with the rest of the block.
         if (
             rule is None
@@ -91,12 +90,6 @@ class FusedForward:
         ):
             return self._plain(block, *args, **kwargs)
         return rule.forward(block, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        return FusedForward(memo[id(self._block())], None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FusedForward, (self._block(), None)
 
     @classmethod
     def install(cls, block: nn.Module, rule: BlockRule) -> FusedForward | None:
@@ -110,12 +103,9 @@ class FusedForward:
         block.forward = forward  # type: ignore[method-assign]
         return forward
 
-    def remove(self) -> None:
-        """Compute the block as its class does from now on, also where a hook still calls this."""
+    def switch_off(self) -> None:
+        """Compute the block as its class does from now on."""
         self.rule = None
-        block = self._block()
-        if block is not None and block.__dict__.get("forward") is self:
-            del block.forward
 
 
 def wan_block(

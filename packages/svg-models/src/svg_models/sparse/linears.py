@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from svg_attention import UnsupportedError
 from svg_models.families import fused
+from svg_models.families.instance_forward import InstanceForward
 
 __all__ = ["Fp8Linear", "Fp8Linears", "refuse_device"]
 
@@ -87,7 +88,7 @@ def quantise_rows(x: Tensor, activation: Activation = "none") -> tuple[Tensor, T
     return (rows / scale).to(torch.float8_e4m3fn), scale
 
 
-class Fp8Linear:
+class Fp8Linear(InstanceForward):
     """The `forward` of one linear layer while a run is on.
 
     Args:
@@ -96,8 +97,7 @@ class Fp8Linear:
     """
 
     def __init__(self, module: nn.Linear, switch: Fp8Linears | None) -> None:
-        self._module = weakref.ref(module)
-        self._plain = type(module).forward
+        super().__init__(module, switch)
         self.switch = switch
         self._weight: Tensor | None = None
         self._scale: Tensor | None = None
@@ -140,18 +140,12 @@ class Fp8Linear:
     def __reduce__(self) -> tuple[Any, ...]:
         return Fp8Linear, (self._module(), None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Linear:
-        return Fp8Linear(memo[id(self._module())], None)
-
-    def remove(self) -> None:
-        """Compute the layer as its class does from now on, and let the converted weight go."""
+    def switch_off(self) -> None:
+        """Compute the layer as its class does, and let the converted weight go."""
         self.switch = self._weight = self._scale = None
-        module = self._module()
-        if module is not None and module.__dict__.get("forward") is self:
-            del module.forward
 
 
-class Fp8FeedForward:
+class Fp8FeedForward(InstanceForward):
     """The `forward` of one feed-forward while a run is on: its activation writes fp8 at once.
 
     Args:
@@ -160,8 +154,7 @@ class Fp8FeedForward:
     """
 
     def __init__(self, module: FeedForward, switch: Fp8Linears | None) -> None:
-        self._module = weakref.ref(module)
-        self._plain = FeedForward.forward
+        super().__init__(module, switch)
         self.switch = switch
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -185,15 +178,9 @@ class Fp8FeedForward:
         kind: Activation = "gelu_tanh" if activation.approximate == "tanh" else "gelu"
         return product.product(*quantise_rows(hidden, kind), hidden.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8FeedForward:
-        return Fp8FeedForward(memo[id(self._module())], None)
-
-    def remove(self) -> None:
+    def switch_off(self) -> None:
         """Compute the feed-forward as its class does from now on."""
         self.switch = None
-        module = self._module()
-        if module is not None and module.__dict__.get("forward") is self:
-            del module.forward
 
 
 class Fp8Linears:
