@@ -4,10 +4,13 @@
     python tools/chaos.py --times 100 generate   # one of them, a hundred times
     python tools/chaos.py --json chaos.json      # the figures, for a program
 
-Each command runs first undisturbed, which tells how long it takes; then again and again in the same
-folder, and each time a signal (Ctrl-C, SIGTERM or SIGKILL) comes at a moment of that time, every
-second one in its last fifth, where files are written. After the last an undisturbed run must
-succeed and leave nothing but its results. The exit code is 1 if anything was lost.
+Each command runs first undisturbed, which tells how much it computes and when its files change,
+then again and again in the same folder until so many runs were killed by a signal (Ctrl-C, SIGTERM
+or SIGKILL). Of three moments in turn one lies anywhere in the run, one in its last fifth, and one
+behind a change of its files. The former are counted in seconds of the processor, which other work
+on the machine does not stretch. Of two processes that work together every second time only one gets
+the signal. After the last an undisturbed run must succeed and leave nothing but its results. The
+exit code is 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -26,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,14 +48,21 @@ from svg_kernels._cache import build_once
 build_once(Path(sys.argv[1]), ["90"])
 """
 CLUSTER = """
-import sys, torch, flash_kmeans
+import datetime, sys, torch, flash_kmeans
 torch.set_num_threads(1)
-rank, where, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.distributed.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
-x = torch.randn(40_000, 32, generator=torch.Generator().manual_seed(rank))
-found = flash_kmeans.kmeans_distributed(x, 64, max_iter=20, init="random")
+rank, where = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo",
+    init_method=f"file://{where}",
+    rank=rank,
+    world_size=2,
+    timeout=datetime.timedelta(seconds=20),  # how long one waits for another that was killed
+)
+draw = torch.Generator().manual_seed(rank)
+x = torch.randn(40_000, 32, generator=draw)
+found = flash_kmeans.kmeans_distributed(x, 64, max_iter=20, init="random", generator=draw)
 torch.distributed.destroy_process_group()
-print(f"{found.inertia.item():.6g}")
+print(f"inertia {found.inertia.item():.6g}")
 """
 
 
@@ -98,12 +110,47 @@ class Victim:
             returns the faults it sees as (field of `Tally`, sentence).
         leftovers: returns what is there beside the results.
         ready: called before each run.
+        writes: the folder in which its files appear, if it writes any.
     """
 
     words: Callable[[], Sequence[Sequence[str]]]
     check: Callable[[int, str], Iterator[tuple[str, str]]]
     leftovers: Callable[[], list[str]]
     ready: Callable[[], None] = lambda: None
+    writes: Path | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a signal is sent.
+
+    Attributes:
+        computed: after so many seconds of the processor.
+        change: or after so many changes in the folder that the command writes, 0 for neither,
+        later: and so many seconds.
+    """
+
+    computed: float = 0.0
+    change: int = 0
+    later: float = 0.0
+
+    def __str__(self) -> str:
+        if self.change:
+            return f"{self.later * 1e3:.0f} ms after change {self.change} of its files"
+        return f"after {self.computed:.2f} s"
+
+
+@dataclass
+class Effort:
+    """What an undisturbed run took.
+
+    Attributes:
+        computed: seconds of the processor.
+        pauses: seconds from each change of its files to the next one, or to its end.
+    """
+
+    computed: float = 0.0
+    pauses: list[float] = field(default_factory=list)
 
 
 def generate(place: Path) -> Victim:
@@ -133,6 +180,7 @@ def generate(place: Path) -> Victim:
         check=check,
         leftovers=lambda: others(clip.parent, {"clip.mp4"}) + others(place / "tmp", set()),
         ready=ready,
+        writes=clip.parent,
     )
 
 
@@ -171,6 +219,7 @@ def compare(place: Path) -> Victim:
         check=check,
         leftovers=lambda: others(folder, results) + others(place / "tmp", set()),
         ready=ready,
+        writes=folder,
     )
 
 
@@ -207,24 +256,25 @@ def build(place: Path) -> Victim:
         check=check,
         leftovers=leftovers,
         ready=ready,
+        writes=cache / "svg-kernels",
     )
 
 
 def cluster(place: Path) -> Victim:
     """Return a k-means of two processes."""
-    state = {"run": 0}
+    state, values = {"run": 0}, set[float]()
 
     def words() -> list[list[str]]:
         state["run"] += 1
         where = place / f"rendezvous-{state['run']}"
-        out = str(place / "out")
-        return [[sys.executable, "-c", CLUSTER, str(rank), str(where), out] for rank in (0, 1)]
+        return [[sys.executable, "-c", CLUSTER, str(rank), str(where)] for rank in (0, 1)]
 
     def check(code: int, said: str) -> Iterator[tuple[str, str]]:
         if code == 0:
-            values = [line for line in said.split() if line.replace(".", "").isdigit()]
-            if len(set(values)) > 1:
-                yield "lost", f"the processes disagree: {values}"
+            found = [float(word) for word in re.findall(r"^inertia (\S+)$", said, re.MULTILINE)]
+            values.update(found)
+            if len(found) != 2 or len(values) > 1:
+                yield "lost", f"two processes found {found}, all runs {sorted(values)}"
 
     return Victim(words=words, check=check, leftovers=lambda: others(place / "tmp", set()))
 
@@ -238,40 +288,46 @@ VICTIMS: dict[str, Callable[[Path], Victim]] = {
 
 
 def torment(name: str, times: int, seed: int) -> Tally:
-    """Kill one command `times` times and count what came of it."""
+    """Run one command until `times` runs of it were killed, and count what came of it."""
     draw, tally = random.Random(f"{seed} {name}"), Tally()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         place = Path(folder)
         (place / "tmp").mkdir()
         victim = VICTIMS[name](place)
-        victim.ready()
-        began = time.monotonic()
-        code, said = run(victim.words(), place)
-        took = time.monotonic() - began
-        if code != 0:
-            raise SystemExit(f"{name} fails undisturbed:\n{said}")
-        for turn in range(times):
-            low = 0.0 if turn % 2 else 0.8
-            moment = draw.uniform(low, 1.05) * took
+        for _ in range(2):  # the first one also fills caches
+            effort = Effort()
+            victim.ready()
+            code, said = run(victim, place, effort=effort)
+            faults = list(victim.check(code, said))
+            if code != 0 or faults:
+                raise SystemExit(f"{name} fails undisturbed: {faults}\n{said}")
+        pauses = " ".join(f"{pause * 1e3:.0f}" for pause in effort.pauses)
+        print(f"{name}: {effort.computed:.1f} s; files after {pauses} ms", file=sys.stderr)
+        for turn in range(3 * times):
+            if tally.killed == times:
+                break
+            moment = draw_moment(draw, turn, effort)
             number = draw.choice(SIGNALS)
             victim.ready()
-            code, said = run(victim.words(), place, number, moment)
-            finished = code == 0
-            tally.finished += finished
-            tally.killed += not finished
+            code, said = run(victim, place, number, moment, lonely=turn % 2 == 1)
+            tally.finished += code == 0
+            tally.killed += code != 0
             faults = list(victim.check(code, said))
-            expected = number != signal.SIGINT or moment > 0.25  # before that Python itself starts
-            # A program that calls the library is Python's to end; the command `svg` is ours.
-            if "Traceback" in said and name in ("generate", "compare") and expected:
+            early = number == signal.SIGINT and not moment.change and moment.computed < 0.25
+            # At first Python itself starts. A program that calls the library is Python's to end;
+            # the command `svg` is ours.
+            if "Traceback" in said and name in ("generate", "compare") and not early:
                 faults.append(("tracebacks", said.strip().splitlines()[-1]))
             if "did not end" in said:
                 faults.append(("hung", said.strip().splitlines()[-1]))
             for what, sentence in faults:
                 setattr(tally, what, getattr(tally, what) + 1)
-                text = f"{name}, {number.name} after {moment:.2f} of {took:.2f} s: {sentence}"
-                tally.notes.append(text)
+                tally.notes.append(f"{name}, {number.name} {moment}: {sentence}")
+                print(tally.notes[-1], file=sys.stderr, flush=True)
+            if turn % 10 == 9:
+                print(f"{name}: {tally.killed} killed", file=sys.stderr, flush=True)
         victim.ready()
-        code, said = run(victim.words(), place)
+        code, said = run(victim, place)
         if code != 0:
             tally.lost += 1
             tally.notes.append(f"{name} fails undisturbed afterwards: {said[-300:]}")
@@ -281,13 +337,32 @@ def torment(name: str, times: int, seed: int) -> Tally:
     return tally
 
 
+def draw_moment(draw: random.Random, turn: int, effort: Effort) -> Moment:
+    """Return a moment: anywhere, in the last fifth, or behind a change of a file, in turn."""
+    if turn % 3 == 2 and effort.pauses:
+        change = draw.randrange(len(effort.pauses))
+        return Moment(change=change + 1, later=draw.uniform(0.0, effort.pauses[change]))
+    return Moment(computed=draw.uniform(0.8 if turn % 3 else 0.0, 1.0) * effort.computed)
+
+
 def run(
-    lines: Sequence[Sequence[str]],
+    victim: Victim,
     place: Path,
     number: signal.Signals | None = None,
-    moment: float = 0.0,
+    moment: Moment | None = None,
+    *,
+    lonely: bool = False,
+    effort: Effort | None = None,
 ) -> tuple[int, str]:
-    """Run commands together, send them a signal, and wait until nothing of them is left.
+    """Run a command, send it a signal, and wait until nothing of it is left.
+
+    Args:
+        victim: the command.
+        place: its folder.
+        number: the signal, if any.
+        moment: when it is sent.
+        lonely: send it to the last one only, of processes that work together.
+        effort: filled with what the run took.
 
     Returns:
         The first exit code that is not 0, and everything that was said.
@@ -299,7 +374,9 @@ def run(
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(place / "cache" / "inductor"),  # made when torch is imported
     }
+    lines = victim.words()
     outputs = [tempfile.TemporaryFile() for _ in lines]  # noqa: SIM115 - closed when read
+    before = state_of(victim.writes)
     processes = [
         subprocess.Popen(
             line,
@@ -313,15 +390,15 @@ def run(
     ]
     notes = ""
     with ended(processes):
-        if number is not None:
-            deadline = time.monotonic() + moment
-            while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-                time.sleep(0.002)
-            for process in processes:
+        if moment is not None and number is not None:
+            wait_until(moment, processes, victim.writes, before)
+            for process in processes[-1:] if lonely else processes:
                 if process.poll() is None:
                     # A terminal sends Ctrl-C to every process of the group, `kill` to one.
                     send = os.killpg if number == signal.SIGINT else os.kill
                     send(process.pid, number)
+        elif effort is not None:
+            measure(effort, processes, victim.writes, before)
         for process in processes:
             try:
                 process.wait(PATIENCE if number is not None else 900)
@@ -336,6 +413,69 @@ def run(
         said += output.read().decode(errors="replace")
         output.close()
     return next((code for code in codes if code), 0), said + notes
+
+
+def wait_until(
+    moment: Moment,
+    processes: Sequence[subprocess.Popen[bytes]],
+    folder: Path | None,
+    before: object,
+) -> None:
+    """Wait until a moment of a run has come, or the run has ended."""
+    changes = 0
+    while any(process.poll() is None for process in processes):
+        if moment.change:
+            now = state_of(folder)
+            changes, before = changes + (now != before), now
+            if changes == moment.change:
+                time.sleep(moment.later)
+                return
+        elif sum(computed(process.pid) for process in processes) >= moment.computed:
+            return
+        time.sleep(0.002)
+
+
+def measure(
+    effort: Effort,
+    processes: Sequence[subprocess.Popen[bytes]],
+    folder: Path | None,
+    before: object,
+) -> None:
+    """Watch an undisturbed run to its end."""
+    changes = []
+    while any(process.poll() is None for process in processes):
+        effort.computed = max(effort.computed, sum(computed(p.pid) for p in processes))
+        now = state_of(folder)
+        if now != before:
+            before = now
+            changes.append(time.monotonic())
+        time.sleep(0.002)
+    ends = [*changes[1:], time.monotonic()]
+    effort.pauses = [end - change for change, end in zip(changes, ends, strict=False)]
+
+
+def computed(process: int) -> float:
+    """Return the seconds of the processor that a process and its children have used."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rsplit(") ", 1)[1]
+        children = "".join(
+            path.read_text(encoding="ascii")
+            for path in Path(f"/proc/{process}/task").glob("*/children")
+        )
+    except OSError:  # it has ended meanwhile
+        return 0.0
+    own = sum(int(ticks) for ticks in fields.split()[11:15])  # of children that ended, too
+    return own / os.sysconf("SC_CLK_TCK") + sum(computed(int(child)) for child in children.split())
+
+
+def state_of(folder: Path | None) -> list[tuple[str, int, int]]:
+    """Return the names, sizes and times of the files in a folder."""
+    found = []
+    for path in folder.rglob("*") if folder is not None and folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found.append((str(path), status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -437,7 +577,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"{', '.join(VICTIMS)}; all if none is given")
-    parser.add_argument("--times", type=int, default=25, help="how often each is killed")
+    parser.add_argument("--times", type=int, default=25, help="how many runs of each are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
@@ -448,6 +588,9 @@ def main() -> int:
     if shutil.which("nvcc") is None and not options.names:
         names.remove("build")
         print("no nvcc, so the build is left out", file=sys.stderr)
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    print(f"{date.today()}, commit {commit}, {os.cpu_count()} cores", flush=True)
     tallies: dict[str, Tally] = {}
     for name in names:
         tallies[name] = torment(name, options.times, options.seed)
