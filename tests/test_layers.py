@@ -56,7 +56,8 @@ FLOORS = {
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
         ("spelling", "numeric", "files", "stats", "families"),
-        ("method_names", "video", "loading"),
+        ("recipe", "video", "loading"),
+        ("method_names",),
         ("recipes", "report", "catalog"),
         ("sparse",),
         ("generation", "doctor"),

@@ -160,6 +160,21 @@ def test_records_tell_what_ran(
     assert {record.seconds for record in quiet.records()} == {None}
 
 
+def test_attend_takes_the_schedule_of_a_transformer_that_has_one(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    own = {"transformer_2": Schedule(dense_steps=0.0, dense_layers=0.0, density=((0.0, 0.5),))}
+    session = Session(METHOD, SPARSE, schedules=own, layout=LAYOUT, num_steps=4, num_layers=1)
+    for name in ("transformer", "transformer_2"):
+        with session.step(0, transformer=name):
+            session.attend(*clustered(LAYOUT), layer=0)
+    first, second = session.records()
+    assert (first.method, second.method) == ("Dense", "SVG2")
+    assert 0.4 < second.density <= 0.52
+    with pytest.raises(TypeError, match=r"schedule must be a Schedule or None, got 0\.3"):
+        Session(METHOD, schedules={"transformer_2": 0.3})  # type: ignore[dict-item]
+
+
 def test_attend_takes_the_density_of_a_step_from_the_schedule(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:

@@ -132,7 +132,7 @@ def test_sparsify_turns_fp8_on_with_the_sparse_steps(
     before = tiny.generate(pipe)
     assert not products
     with sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from=start) as run:
-        layers = run._engine.layers["transformer"].linears
+        layers = run._engine.fast_layers["transformer"].linears
         assert layers is not None
         count = layers.layers
         tiny.generate(pipe)

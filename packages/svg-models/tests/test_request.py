@@ -40,9 +40,9 @@ def test_generate_states_its_settings_in_its_signature() -> None:
     assert wanted <= set(parameters)
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     compared = set(inspect.signature(svg_models.compare).parameters)
-    own = {"method", "top_p", "compensate", "profile"}
+    own = {"method", "top_p", "compensate", "recipe", "profile"}
     assert set(parameters) - compared == own
-    assert compared - set(parameters) == {"methods"}
+    assert compared - set(parameters) == {"methods", "recipes"}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_an_unknown_setting_is_a_type_error_too() -> None:
 def test_generate_understands_the_names_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[GenerateRequest] = []
 
-    def prepare(request: GenerateRequest) -> None:
+    def prepare(request: GenerateRequest, spec: MethodSpec) -> None:
         asked.append(request)
         raise StopIteration
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -50,6 +50,8 @@ class Session:
     Args:
         method: which keys each query reads in calls that are not dense.
         schedule: which calls stay dense; `Schedule()` when None.
+        schedules: for transformers that have a schedule of their own, by name. Steps are counted
+            over the whole generation there, too.
         layout: where the tokens of every call are, unless a call says otherwise.
         num_steps: denoising steps of a generation; None when unknown.
         num_layers: self-attention layers of the transformer.
@@ -68,6 +70,7 @@ class Session:
         method: Method,
         schedule: Schedule | None = None,
         *,
+        schedules: Mapping[str, Schedule] | None = None,
         layout: TokenLayout | None = None,
         num_steps: int | None = None,
         num_layers: int | None = None,
@@ -78,10 +81,12 @@ class Session:
     ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method such as SVG2(), got {method!r}")
-        if not isinstance(schedule, Schedule | None):
-            raise TypeError(f"schedule must be a Schedule or None, got {schedule!r}")
+        for one in (schedule, *(schedules or {}).values()):
+            if not isinstance(one, Schedule | None):
+                raise TypeError(f"schedule must be a Schedule or None, got {one!r}")
         self.method = method
         self.schedule = Schedule() if schedule is None else schedule
+        self.schedules = dict(schedules or {})
         self.layout = layout
         self.num_steps = _count("num_steps", num_steps)
         self.num_layers = _count("num_layers", num_layers)
@@ -240,14 +245,15 @@ class Session:
 
     def _method_for(self, call: Call) -> Method:
         """Return what runs this call: dense, or the method at the density of this step."""
-        if self.schedule.is_dense(
+        schedule = self.schedules.get(call.transformer, self.schedule)
+        if schedule.is_dense(
             step=call.step,
             num_steps=call.num_steps,
             layer=call.layer,
             num_layers=call.num_layers,
         ):
             return Dense()
-        density = self.schedule.density_at(step=call.step, num_steps=call.num_steps)
+        density = schedule.density_at(step=call.step, num_steps=call.num_steps)
         method: Any = self.method
         if density is not None and hasattr(method, "density"):
             return replace(method, density=density)

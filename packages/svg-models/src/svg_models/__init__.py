@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from svg_models.errors import SvgModelsError
     from svg_models.generation.sample import generate
     from svg_models.loading import load_pipeline
+    from svg_models.recipe import Recipe
     from svg_models.recipes import recipe_for
     from svg_models.sparse.run import SparseRun, restore, sparsify
 
@@ -22,6 +23,7 @@ __all__ = [
     "SVG2",
     "Dense",
     "RandomBlocks",
+    "Recipe",
     "Schedule",
     "SparseRun",
     "SvgModelsError",
@@ -40,6 +42,7 @@ _HOMES = {
     "SVG2": "svg_attention",
     "Dense": "svg_attention",
     "RandomBlocks": "svg_attention",
+    "Recipe": "svg_models.recipe",
     "Schedule": "svg_attention",
     "SparseRun": "svg_models.sparse.run",
     "SvgModelsError": "svg_models.errors",

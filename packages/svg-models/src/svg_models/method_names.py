@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import SettingError
 from svg_models.numeric import as_number
+from svg_models.recipe import Layers, Recipe
 from svg_models.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ class MethodSpec:
         top_p: attention mass that SVG2 keeps per query tile, in (0, 1]; not with a density.
         method: a ready method of `svg_attention`, which then runs as it is; the other fields
             describe it.
+        recipe: a ready recipe, which likewise runs as it is.
+        path: the file that the recipe was read from.
         number: tells apart methods that have the same name and budget.
 
     Raises:
@@ -47,10 +53,12 @@ class MethodSpec:
     density: float | None = None
     top_p: float | None = None
     method: Method | None = None
+    recipe: Recipe | None = None
+    path: str = ""
     number: int = 1
 
     def __post_init__(self) -> None:
-        if self.method is not None:
+        if self.ready:
             return
         if self.name not in METHODS:
             raise SettingError(
@@ -120,13 +128,41 @@ class MethodSpec:
         density = None if isinstance(method, Dense) else getattr(method, "density", None)
         return cls(name=name, density=density, method=method)
 
+    @classmethod
+    def of_recipe(cls, recipe: Recipe | str | os.PathLike[str]) -> MethodSpec:
+        """Return the name of a recipe, or of the file that holds one, which will run as it is.
+
+        Raises:
+            SettingError: if it is no recipe.
+        """
+        if isinstance(recipe, Recipe):
+            return cls(name="recipe", recipe=recipe)
+        stem = re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower()).strip("-")[:40].strip("-")
+        name = "recipe" if stem in ("", "recipe") else f"recipe-{stem}"
+        return cls(name=name, recipe=Recipe.read(recipe), path=os.fspath(recipe))
+
+    @property
+    def ready(self) -> bool:
+        """Return whether this runs as it is, whatever the model."""
+        return self.method is not None or self.recipe is not None
+
+    @property
+    def layers(self) -> Layers:
+        """Return what a ready recipe does beside attention; else what is done by default."""
+        return Layers() if self.recipe is None else self.recipe.layers
+
+    @property
+    def words(self) -> list[str]:
+        """Return the options of a command that name this."""
+        return ["--recipe", self.path] if self.path else ["--method", str(self)]
+
     def compensated(self) -> MethodSpec:
         """Return this method with compensation.
 
         Raises:
             SettingError: if it is not of the svg2 family, or is a ready method.
         """
-        if self.method is not None or not self.name.startswith(("svg2", "auto")):
+        if self.ready or not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"only the svg2 methods can compensate, got '{self.name}'")
         plain = self.name in ("svg2", "auto")
         return dataclasses.replace(self, name="svg2-comp" if plain else self.name)
@@ -134,6 +170,8 @@ class MethodSpec:
     @property
     def label(self) -> str:
         """Return the name for people."""
+        if self.recipe is not None:
+            return f"Recipe {Path(self.path).stem[:40]}" if self.path else "Recipe"
         return METHODS.get(self.name, type(self.method).__name__)
 
     @property
@@ -163,6 +201,8 @@ class MethodSpec:
 
         if self.method is not None:
             return self.method
+        if self.recipe is not None:
+            return self.recipe.method
         if self.name == "dense":
             return Dense()
         if self.name == "svg1":
@@ -191,6 +231,7 @@ def read_method(
     *,
     density: float | None = None,
     top_p: float | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
 ) -> MethodSpec:
     """Read a method however a person gives it.
 
@@ -199,12 +240,21 @@ def read_method(
             None for the model's recipe.
         density: for a name that says none.
         top_p: for a name of an svg2 method.
+        recipe: a recipe or its file, in place of all of these.
 
     Raises:
         SettingError: if the name is unknown or a budget is out of range, given twice, or given
             beside a method that has its own.
         TypeError: if it is neither; a class is told from its instance.
     """
+    if recipe is not None:
+        given = {"method": method, "density": density, "top_p": top_p}
+        for label, value in given.items():
+            if value is not None:
+                raise SettingError(
+                    f"a recipe holds its method and how much it computes; leave {label} out"
+                )
+        return MethodSpec.of_recipe(recipe)
     if method is None or isinstance(method, str):
         return MethodSpec.parse("auto" if method is None else method, density=density, top_p=top_p)
     if isinstance(method, type):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -18,10 +17,10 @@ from svg_attention import SVG1, Dense, Method, Schedule, cluster_counts
 from svg_models.families import family_of, transformers_of
 from svg_models.families.published import SHARED, Published
 from svg_models.method_names import MethodSpec
+from svg_models.recipe import Recipe
 from svg_models.spelling import checks_names
-from svg_models.summary import Summarised, described
 
-__all__ = ["Recipe", "choose_recipe", "nearest", "recipe_for"]
+__all__ = ["choose_recipe", "nearest", "recipe_for"]
 
 FEW_STEPS = 8
 SMALLEST_SEQUENCE = 1024
@@ -30,43 +29,6 @@ SMALL = 0.75
 SMALL_DENSITY = 0.3
 SMALL_ITERATIONS = 10
 LARGEST_SVG1_DENSITY = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe(Summarised):
-    """What to run, where it comes from, and what was changed.
-
-    Attributes:
-        method: the sparse method, or `Dense()` where sparsity cannot pay.
-        schedule: which steps and layers stay dense.
-        source: where the settings were published.
-        note: why they differ from the published ones; empty if they don't.
-    """
-
-    method: Method
-    schedule: Schedule
-    source: str
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values that JSON can hold."""
-        return {
-            "method": type(self.method).__name__,
-            "settings": self.method.to_dict(),
-            "schedule": self.schedule.to_dict(),
-            "source": self.source,
-            "note": self.note,
-        }
-
-    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
-        rows = [
-            ("settings", described(self.method.to_dict()) or "none"),
-            ("schedule", described(self.schedule.to_dict())),
-            ("source", self.source),
-        ]
-        if self.note:
-            rows.append(("note", self.note))
-        return f"Recipe: {type(self.method).__name__}", rows
 
 
 def choose_recipe(
@@ -89,8 +51,13 @@ def choose_recipe(
         latent_frames: as `recipe_for`; decides only whether `auto` stays dense.
 
     Returns:
-        A recipe whose source is "user" where a ready method or dense attention was asked for.
+        A recipe whose source is "user" where a ready method or dense attention was asked for; a
+        ready recipe as it is.
     """
+    if spec.recipe is not None:
+        if schedule is None:
+            return spec.recipe
+        return dataclasses.replace(spec.recipe, schedule=schedule, schedules={})
     if spec.method is not None and schedule is not None:
         return Recipe(method=spec.method, schedule=schedule, source="user")
     auto = spec.name == "auto"

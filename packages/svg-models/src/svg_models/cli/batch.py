@@ -64,7 +64,7 @@ def batch(
                 named = progress.named(f"{title}  {wanted.prompt or 'example'}"[:60])
                 return generate(**vars(wanted.replace(progress=named)))
 
-            for result in run_batch(clips, folder, lambda: prepare(first)[0], make):
+            for result in run_batch(clips, folder, lambda: prepare(first, first.spec)[0], make):
                 results.append(result)
                 there = sum(r.path is not None for r in results)
                 interrupts.says = (

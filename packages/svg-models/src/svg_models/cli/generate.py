@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svg_models.cli.config import used, write_config
-from svg_models.cli.options import AsJson, Quiet, SaveConfig, has_options_of
+from svg_models.cli.options import AsJson, Quiet, SaveConfig, SaveRecipe, has_options_of
 from svg_models.cli.output import err, escaped, say_json, say_path
 from svg_models.cli.progress import progress_bars
 from svg_models.generation.request import GenerateRequest
@@ -38,6 +38,7 @@ def generate(
         ),
     ] = "video.mp4",
     save_config: SaveConfig = None,
+    save_recipe: SaveRecipe = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,8 +47,9 @@ def generate(
 
     check_suffix(output)
     path = check_output(output)
-    if save_config is not None:
-        check_output(save_config)
+    for file in (save_config, save_recipe):
+        if file is not None:
+            check_output(file)
     with progress_bars(silent=quiet) as progress:
         from svg_models.generation.sample import generate as run
 
@@ -58,6 +60,10 @@ def generate(
             progress.end()
     if save_config is not None:
         write_config(used(request, clip.settings), save_config)
+    if save_recipe is not None:
+        from svg_models.recipe import Recipe
+
+        Recipe.from_dict(clip.stats.recipe).save(save_recipe)
     if as_json:
         say_json(clip.to_dict() | {"path": str(path)})
         return

@@ -16,7 +16,7 @@ from svg_models.cli.output import spoken_errors
 from svg_models.generation.request import Request
 from svg_models.generation.settings import WHAT, WHERE, Option
 
-__all__ = ["AsJson", "Quiet", "SaveConfig", "has_options_of", "read_size"]
+__all__ = ["AsJson", "Quiet", "SaveConfig", "SaveRecipe", "has_options_of", "read_size"]
 
 SIZE = typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT)
 
@@ -36,6 +36,15 @@ SaveConfig = Annotated[
         "--save-config",
         metavar="FILE",
         help="Write a file for --config that repeats this run.",
+        rich_help_panel=WHERE,
+    ),
+]
+SaveRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--save-recipe",
+        metavar="FILE",
+        help="Write the method, settings and schedule that ran as a recipe for --recipe.",
         rich_help_panel=WHERE,
     ),
 ]

@@ -288,7 +288,7 @@ def _command(comparison: Compared) -> str:
     if dense.model != "embedded":
         words += ["--model", dense.model]
     for candidate in comparison.candidates:
-        words += ["--method", str(candidate.clip.method)]
+        words += candidate.clip.method.words
     words += ["--seed", str(settings.seed), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--frames", str(settings.frames)]
     words += ["--size", f"{settings.width}x{settings.height}"]

@@ -35,7 +35,7 @@ def compare(request: CompareRequest) -> Comparison:
         SettingError, ModelUnavailableError, MachineError, UnsupportedError: as `generate`.
     """
     specs = request.specs
-    loaded, settings, media = prepare(request)
+    loaded, settings, media = prepare(request, *specs)
     computed, progress = request.computed, request.report
     how: dict[str, Any] = {"media": media, "computed": computed, "profile": True}
     plan = (MethodSpec(name="dense"), *specs)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
 from svg_models.method_names import METHODS, MethodSpec, read_method
+from svg_models.recipe import Layers, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ class Request(Settings):
     backend: str = option(
         "auto", "Kernel of sparse attention, see svg doctor.", "--backend", panel=HOW
     )
-    linears: str = option(
-        "bf16",
+    linears: str | None = option(
+        None,
         "fp8 computes the matrix products of sparse steps in fp8: faster, and it changes the clip "
-        "a little.",
+        "a little. [dim]Default: bf16, or what a recipe says.[/]",
         "--linears",
         panel=HOW,
     )
@@ -85,6 +86,8 @@ class Request(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.linears is not None:
+            Layers(linears=self.linears)  # type: ignore[arg-type]  # refuses any other
         if isinstance(self.loras, str):
             raise SettingError(f"loras must be a list, such as ['{self.loras}']")
         if self.model is None or isinstance(self.model, str | os.PathLike):
@@ -101,7 +104,8 @@ class Request(Settings):
     @property
     def computed(self) -> dict[str, Any]:
         """Return by what a clip is computed: what `sparsify` takes beside method and schedule."""
-        return {"backend": self.backend, "linears": self.linears}
+        asked = {"backend": self.backend, "linears": self.linears}
+        return {name: value for name, value in asked.items() if value is not None}
 
     def report(self, stage: str, done: float, total: float) -> None:
         """Call `progress`, if there is one."""
@@ -140,20 +144,30 @@ class GenerateRequest(Request):
         kind=bool,
         panel=HOW,
     )
+    recipe: str | os.PathLike[str] | Recipe | None = option(
+        None,
+        "A recipe file, as svg tune writes it, in place of a method.",
+        "--recipe",
+        metavar="FILE",
+        panel=HOW,
+    )
     profile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.spec
+        _check_recipe(self.recipe)
+        if isinstance(self.recipe, Recipe | None):
+            _ = self.spec
 
     @property
     def spec(self) -> MethodSpec:
         """Return the attention method.
 
         Raises:
-            SettingError: if it is unknown, out of range, or given twice.
+            SettingError: if it is unknown, out of range, or given twice; or if the recipe is none.
         """
-        spec = read_method(self.method, density=self.density, top_p=self.top_p)
+        method = None if self.method == "auto" else self.method
+        spec = read_method(method, density=self.density, top_p=self.top_p, recipe=self.recipe)
         return spec.compensated() if self.compensate else spec
 
 
@@ -178,24 +192,41 @@ class CompareRequest(Request):
         kind=float,
         panel=HOW,
     )
+    recipes: Sequence[str | os.PathLike[str] | Recipe] = option(
+        (),
+        "A recipe file to set beside dense; repeat for more.",
+        "--recipe",
+        metavar="FILE",
+        repeats=True,
+        panel=HOW,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.methods, str):
-            raise SettingError(f"methods must be a list, such as ['{self.methods}']")
-        _ = self.specs
+        for name in ("methods", "recipes"):
+            if isinstance(getattr(self, name), str):
+                raise SettingError(f"{name} must be a list, such as ['{getattr(self, name)}']")
+        for recipe in self.recipes:
+            _check_recipe(recipe)
+        _ = _numbered(self._named_specs)
 
     @property
     def specs(self) -> tuple[MethodSpec, ...]:
-        """Return the methods to compare, one budget for all that name none.
+        """Return what is compared: the methods, then the recipes.
 
         Raises:
             SettingError: if one is unknown, is dense or auto, or stands there twice; or if a
                 density is given that none of them takes.
         """
+        recipes = [read_method(None, recipe=recipe) for recipe in self.recipes]
+        return _numbered([*self._named_specs, *recipes])
+
+    @property
+    def _named_specs(self) -> list[MethodSpec]:
+        """Return the methods to compare, one budget for all that name none."""
         budget = DEFAULT_DENSITY if self.density is None else self.density
         specs = []
-        for method in self.methods or DEFAULT_METHODS:
+        for method in self.methods or (() if self.recipes else DEFAULT_METHODS):
             bare = isinstance(method, str) and "@" not in method and method != "dense"
             specs.append(read_method(method, density=budget if bare else None))
         if any(spec.name == "dense" for spec in specs):
@@ -210,7 +241,19 @@ class CompareRequest(Request):
             raise SettingError(
                 f"density {self.density:g} is for methods that name none, and all of them do"
             )
-        return _numbered(specs)
+        return specs
+
+
+def _check_recipe(recipe: Any) -> None:
+    """Refuse what is no recipe as far as it can be told without torch.
+
+    Raises:
+        SettingError: says why.
+    """
+    if isinstance(recipe, str | os.PathLike):
+        read_document(recipe)
+    elif not isinstance(recipe, Recipe | None):
+        raise SettingError(f"recipe must be a file or a Recipe, got a {type(recipe).__name__}")
 
 
 def _numbered(specs: Sequence[MethodSpec]) -> tuple[MethodSpec, ...]:

@@ -26,7 +26,7 @@ from svg_models.loading import (
 )
 from svg_models.method_names import MethodSpec
 from svg_models.sparse.checks import check_backend
-from svg_models.sparse.layers import check_linears
+from svg_models.sparse.layers import check_layers
 from svg_models.sparse.run import sparsify
 from svg_models.video import to_frames
 
@@ -54,11 +54,12 @@ def generate(request: GenerateRequest) -> Clip:
         MachineError: if the machine is too small for it.
         UnsupportedError: if `backend` cannot run here; it lists every backend's reason.
     """
-    loaded, settings, media = prepare(request)
+    spec = request.spec
+    loaded, settings, media = prepare(request, spec)
     return sample(
         loaded,
         settings,
-        request.spec,
+        spec,
         media=media,
         computed=request.computed,
         profile=request.profile,
@@ -66,10 +67,14 @@ def generate(request: GenerateRequest) -> Clip:
     )
 
 
-def prepare(request: Request) -> tuple[LoadedPipeline, Settings, Media]:
+def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Settings, Media]:
     """Check everything that can be checked, load the model, and settle every setting.
 
     Raises what `generate` raises.
+
+    Args:
+        request: what was asked for.
+        *specs: the methods that will run.
 
     Returns:
         The model, complete settings, and what the clip starts from.
@@ -81,7 +86,8 @@ def prepare(request: Request) -> tuple[LoadedPipeline, Settings, Media]:
     device = loaded.device if loaded else pick_device(request.device)
     dtype = loaded.dtype if loaded else pick_dtype(request.dtype, device)
     check_backend(request.backend, device, dtype)
-    check_linears(request.linears, device)
+    for spec in specs:
+        check_layers(spec.layers.changed(linears=request.linears), device)
     media = read_media(request.image, request.video)
     starts = {"image": request.image is not None, "video": request.video is not None}
     given = request.given()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import warnings
@@ -21,7 +22,8 @@ from svg_attention import (
 )
 from svg_models import attention_op
 from svg_models.method_names import MethodSpec
-from svg_models.recipes import Recipe, choose_recipe
+from svg_models.recipe import Layers, Recipe
+from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import pipelines_running
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.hooks import Installation, Slot
@@ -75,12 +77,12 @@ class Engine:
         backend: see `svg_attention.sparse_attention`.
         seed: seed of every video.
         profile: time each call.
-        exact_dense: compute dense calls by the kernel of the original processor.
+        layers: what the run does beside sparse attention.
 
     Attributes:
         number: identifies the run in this process.
         slots: the attentions that the run has taken over; handles count in it.
-        layers: what the run does to the other layers of each transformer.
+        fast_layers: what makes the other layers of each transformer faster.
         installations: the run's hold on each transformer; empty once it is restored.
         messages: warnings given so far.
     """
@@ -94,9 +96,9 @@ class Engine:
         backend: str,
         seed: int,
         profile: bool,
-        exact_dense: bool,
+        layers: Layers,
     ) -> None:
-        self._exact_dense = exact_dense
+        self._layers = layers
         self._pipe = weakref.ref(pipe)
         self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
@@ -105,7 +107,7 @@ class Engine:
         self._lock = threading.Lock()
         self._here = threading.local()
         self.slots: list[Slot] = []
-        self.layers: dict[str, FastLayers] = {}
+        self.fast_layers: dict[str, FastLayers] = {}
         self.installations: list[Installation] = []
         self.messages: list[str] = []
         self.number = attention_op.register(self)
@@ -195,15 +197,17 @@ class Engine:
                 "inside transformer.cache_context(name, step_index=i, num_inference_steps=n)"
             )
         generation.contexts[transformer] = context
-        if transformer in self.layers:
-            sparse = _is_sparse(generation.recipe, context.moment)
-            self.layers[transformer].begin_forward(sparse=sparse)
+        if transformer in self.fast_layers:
+            sparse = _is_sparse(generation.recipe, transformer, context.moment)
+            self.fast_layers[transformer].begin_forward(sparse=sparse)
 
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
         generation.grid = context.grid
         generation.contexts.clear()
-        generation.session = Session(recipe.method, recipe.schedule, **self._options)
+        generation.session = Session(
+            recipe.method, recipe.schedule, schedules=recipe.schedules, **self._options
+        )
         self._latest = generation
         self._tell_replaced(generation)
 
@@ -218,7 +222,7 @@ class Engine:
         )
         if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
-        return recipe
+        return dataclasses.replace(recipe, layers=self._layers)
 
     def _tell_replaced(self, generation: Generation) -> None:
         """Warn of transformers of the pipeline that were exchanged for others, which are dense."""
@@ -237,7 +241,7 @@ class Engine:
         installations, self.installations = self.installations, []
         for generation in self._generations.values():
             generation.end()
-        for layers in self.layers.values():
+        for layers in self.fast_layers.values():
             layers.remove()
         for installed in installations:
             left_alone = installed.remove()
@@ -305,15 +309,16 @@ class Engine:
         """Return whether dense calls are computed by the kernel of the original processor."""
         chosen = getattr(place.processor.original, "_attention_backend", None)
         faster = dense_backend(query, key, value) != "sdpa"
-        return self._exact_dense or chosen is not None or not faster
+        return self._layers.exact_dense or chosen is not None or not faster
 
 
-def _is_sparse(recipe: Recipe | None, moment: Moment) -> bool:
+def _is_sparse(recipe: Recipe | None, transformer: str, moment: Moment) -> bool:
     """Return whether attention is sparse in a step, at least in the last layers."""
     if recipe is None or isinstance(recipe.method, Dense):
         return False
     step, num_steps = moment.step, moment.num_steps
-    return not recipe.schedule.is_dense(step=step, num_steps=num_steps, layer=1, num_layers=1)
+    schedule = recipe.schedule_of(transformer)
+    return not schedule.is_dense(step=step, num_steps=num_steps, layer=1, num_layers=1)
 
 
 def _layout(place: Slot, grid: tuple[int, int, int], tokens: int) -> TokenLayout:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
-
 import torch
 from torch import nn
 
 from svg_models.families import Family
 from svg_models.families.blocks import FusedForward
-from svg_models.sparse.checks import check_choice
+from svg_models.recipe import Layers
 from svg_models.sparse.linears import Fp8Linears, refuse_device
 
-__all__ = ["FastLayers", "From", "Linears", "check_linears"]
-
-Linears = Literal["bf16", "fp8"]
-From = Literal["sparse", "start"]
+__all__ = ["FastLayers", "check_layers"]
 
 
-def check_linears(linears: Any, device: str) -> None:
-    """Refuse a precision of products that is unknown or that a device does not have.
+def check_layers(layers: Layers, device: str) -> None:
+    """Refuse a precision of products that a device does not have.
 
     Raises:
-        SettingError: if there is no such precision.
         UnsupportedError: if the device or the installation has none.
     """
-    check_choice("linears", linears, get_args(Linears))
-    if linears == "fp8":
+    if layers.linears == "fp8":
         refuse_device(torch.device(device))
 
 
@@ -36,26 +29,17 @@ class FastLayers:
     Args:
         transformer: the transformer.
         family: its family.
-        fuse: compute what stands between the matrix products by kernels that join it.
-        linears: "fp8" also computes the products in fp8.
-        fp8_from: "sparse" leaves the products of dense steps as they are, "start" none.
+        layers: what to do with them.
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        family: Family,
-        *,
-        fuse: bool,
-        linears: Linears,
-        fp8_from: From,
-    ) -> None:
-        self._from = fp8_from
+    def __init__(self, transformer: nn.Module, family: Family, layers: Layers) -> None:
+        self._from = layers.fp8_from
         blocks = family.find_blocks(transformer)
-        installed = [FusedForward.install(block, rule) for block, rule in blocks] if fuse else []
+        joined = blocks if layers.fuse else []
+        installed = [FusedForward.install(block, rule) for block, rule in joined]
         self._forwards = [forward for forward in installed if forward is not None]
         self.linears: Fp8Linears | None = None
-        if linears == "fp8":
+        if layers.linears == "fp8":
             try:
                 self.linears = Fp8Linears(block for block, _ in blocks)
             except BaseException:

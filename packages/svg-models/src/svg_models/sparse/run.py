@@ -6,17 +6,17 @@ import os
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 from svg_attention import Method, Schedule
 from svg_models import attention_op
 from svg_models.families import family_of, transformers_of
 from svg_models.method_names import MethodSpec, read_method
-from svg_models.recipes import Recipe
-from svg_models.sparse.checks import check_backend, check_choice, check_schedule, device_and_dtype
+from svg_models.recipe import From, Layers, Linears, Recipe
+from svg_models.sparse.checks import check_backend, check_schedule, device_and_dtype
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
-from svg_models.sparse.layers import FastLayers, From, Linears, check_linears
+from svg_models.sparse.layers import FastLayers, check_layers
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
 from svg_models.summary import Summarised
@@ -34,11 +34,12 @@ def sparsify(
     *,
     density: float | None = None,
     top_p: float | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     backend: str = "auto",
-    exact_dense: bool = False,
-    fuse: bool = True,
-    linears: Linears = "bf16",
-    fp8_from: From = "sparse",
+    exact_dense: bool | None = None,
+    fuse: bool | None = None,
+    linears: Linears | None = None,
+    fp8_from: From | None = None,
     seed: int = 0,
     profile: bool = False,
 ) -> SparseRun:
@@ -64,18 +65,23 @@ def sparsify(
         schedule: steps and layers that stay dense. None takes the recipe's.
         density: share of query-key pairs that a method given by name computes on sparse calls.
         top_p: attention mass that an svg2 method given by name keeps, in place of a density.
+        recipe: a recipe file, as `svg tune` and `run.recipe.save` write them, or a `Recipe`; in
+            place of a method and a density. It runs as it is, whatever the model; of its schedule
+            and of the four options below, what is given here comes first.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
         exact_dense: compute calls that stay dense by the kernel of the model's own processor, for
             results equal to the last bit. Otherwise svg-kernels computes them where it is faster
             (compute capability 9.0), as exactly, unless `set_attention_backend` chose a kernel.
+            False, unless the recipe says otherwise.
         fuse: on a GPU, compute norms, modulation and residuals of a block by kernels that join
             them; each rounds once where the model rounds after every step. A block that something
-            else has put itself over, or that is compiled, is left as it is.
+            else has put itself over, or that is compiled, is left as it is. True, unless the
+            recipe says otherwise.
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
             fp8, from copies of the weights that lie beside them. It changes the picture; see the
-            documentation for how much.
+            documentation for how much. "bf16", unless the recipe says otherwise.
         fp8_from: "sparse" leaves the products of dense steps, which decide the picture, as they
-            are; "start" computes all in fp8.
+            are; "start" computes all in fp8. "sparse", unless the recipe says otherwise.
         seed: seed of every random choice; each video starts from it again.
         profile: time each attention call. Costs a little, and a synchronisation when read.
 
@@ -89,13 +95,14 @@ def sparsify(
         UnsupportedError: if `backend` or fp8 cannot run here, or the pipeline runs ring attention
             over several devices (Ulysses is supported).
     """
-    spec = read_method(method, density=density, top_p=top_p)
+    spec = read_method(method, density=density, top_p=top_p, recipe=recipe)
     check_schedule(schedule)
-    check_choice("fp8_from", fp8_from, get_args(From))
-    layers = {"fuse": fuse, "linears": linears, "fp8_from": fp8_from}
-    options = {"backend": backend, "seed": seed, "profile": profile, "exact_dense": exact_dense}
+    layers = spec.layers.changed(
+        exact_dense=exact_dense, fuse=fuse, linears=linears, fp8_from=fp8_from
+    )
+    options = {"backend": backend, "seed": seed, "profile": profile, "layers": layers}
     with _INSTALLING:
-        return SparseRun(pipe, spec, schedule, options=options, layers=layers)
+        return SparseRun(pipe, spec, schedule, options=options)
 
 
 def restore(pipe: Any) -> None:
@@ -127,13 +134,13 @@ class SparseRun(Summarised):
         schedule: Schedule | None,
         *,
         options: dict[str, Any],
-        layers: dict[str, Any],
     ) -> None:
+        layers: Layers = options["layers"]
         found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
         for _, transformer, _ in found:
             device, dtype = device_and_dtype(pipe, transformer)
             check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
-            check_linears(layers["linears"], device)
+            check_layers(layers, device)
         self._title = type(pipe).__name__
         self._engine = Engine(pipe, spec, schedule, **options)
         try:
@@ -142,7 +149,7 @@ class SparseRun(Summarised):
                 installed = Installation(self._engine, name, transformer, family, first)
                 self._engine.installations.append(installed)
                 self._engine.slots.extend(installed.slots)
-                self._engine.layers[name] = FastLayers(transformer, family, **layers)
+                self._engine.fast_layers[name] = FastLayers(transformer, family, layers)
         except BaseException:
             self.restore()
             raise
