@@ -1,12 +1,18 @@
-"""Measure how close sparse clips of the embedded model are to dense ones, per method and density.
+"""Measure how close sparse clips of the embedded model come to dense ones, and what a call costs.
 
     export PYTHONPATH=packages/svg-models  # for the scenes of the training script
-    python benchmarks/quality.py run --device cuda --output benchmarks/results/h100/quality.json
+    python benchmarks/quality.py run --seconds 240 --output benchmarks/results/h100/quality.json
     python benchmarks/quality.py table benchmarks/results/h100/quality.json
 
-Every method gets the same prompts, the same noise, the same schedule and the same budget of
-query-key pairs on its sparse calls. The dense clips come twice, by two dense kernels: what one
-differs from the other is the noise floor, and nothing can be asked to be closer than that.
+`run` measures as much as it has seconds for, the most telling first, and stores after each case.
+Run again, it goes on where the file ends: two runs of 240 s measure everything for 16 prompts on an
+H100. A case that fails is stored with its reason, and the next begins.
+
+Every method gets the same prompts and the same noise. The prompts are none of those that a setting
+was chosen on. The dense clips come twice, by two dense kernels: what one differs from the other is
+the noise floor, and nothing can be asked to be closer than that. Blocks are not fused, so that
+attention alone differs. Beside the closeness stands what the attention of a step would take at Wan
+720p, where a call is timed as a whole; it is the mean of all calls, dense ones included.
 """
 
 from __future__ import annotations
@@ -17,73 +23,97 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import _quality_tables
 import torch
-from _harness import ROOT, replace_between
+from _harness import store
+from _quality_cases import SCHEDULE, SCHEDULES, SIDES, Case, build, cases
+from _quality_times import Times
 from torch import Tensor
 from training.clips import caption
 from training.evaluate import held_out_scenes
 
-from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule
+from svg_attention import TokenLayout
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.defaults import FRAMES
 from svg_models.loading import Geometry
-from svg_models.recipes import cluster_counts
 from svg_models.video import similarity
 
-SIDES = {"default": 128, "large": 256}
-DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-# Three denoising steps in ten stay dense, as in the published settings of SVG2.
-SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
+__all__ = ["SCHEDULE", "SIDES", "add_options", "closeness", "decibels", "environment", "load"]
+__all__ += ["other_kernel", "sample", "summary"]
+
+STARTED = time.monotonic()
+# Settings were chosen on held-out prompts before these.
+FIRST_PROMPT = 32
+# Seconds that 16 clips take on an H100, a step, and that comparing them takes; for a start.
+STEP_SECONDS = {"tiny": 0.1, "default": 0.15, "large": 0.8}
 
 
-def methods(tokens: int, density: float) -> dict[str, Method]:
-    """Return every method that is compared, at one density."""
-    q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
-    counts: dict[str, Any] = {
-        "q_clusters": q_clusters,
-        "k_clusters": k_clusters,
-        "density": density,
-    }
-    return {
-        "SVG2": SVG2(**counts),
-        "SVG2 + compensation": SVG2(**counts, compensate=True),
-        "SVG2 + compensation, routed by error": SVG2(**counts, compensate=True, route="error"),
-        "SVG1": SVG1(density=density),
-        "random blocks": RandomBlocks(density=density),
-    }
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    side: int,
+    args: argparse.Namespace,
+    *,
+    steps: int | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Generate one clip per prompt from noise of its own: uint8 `[N, T, 3, H, W]` on the device.
 
+    Where the device has no memory for all at once, it takes half as many, and so on.
 
-def sample(pipe: Any, prompts: Sequence[str], side: int, args: argparse.Namespace) -> Tensor:
-    """Generate one clip per prompt from noise of its own: uint8 `[N, T, 3, H, W]` on the device."""
-    generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(len(prompts))]
-    clips: Tensor = pipe(
-        list(prompts),
-        height=side,
-        width=side,
-        num_frames=FRAMES,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        generator=generators,
-        output_type="pt",
-    ).frames
-    return (clips.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    Args:
+        pipe: the pipeline.
+        prompts: what to show.
+        side: pixels.
+        args: guidance, and steps and frames if they are not given.
+        steps: denoising steps.
+        first: number of the first prompt, which its noise follows from.
+    """
+    generators = [torch.Generator("cpu").manual_seed(1000 + first + i) for i in range(len(prompts))]
+    try:
+        clips: Tensor = pipe(
+            list(prompts),
+            height=side,
+            width=side,
+            num_frames=getattr(args, "frames", FRAMES),
+            num_inference_steps=steps or args.steps,
+            guidance_scale=args.guidance,
+            generator=generators,
+            output_type="pt",
+        ).frames
+    except torch.cuda.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    else:
+        return (clips.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    torch.cuda.empty_cache()
+    half = len(prompts) // 2
+    parts = ((prompts[:half], first), (prompts[half:], first + half))
+    return torch.cat([sample(pipe, p, side, args, steps=steps, first=n) for p, n in parts])
 
 
 def closeness(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
-    """Return per clip the mean PSNR in dB and SSIM of its frames against the dense clip."""
+    """Return per clip how close its frames are to the dense clip's.
+
+    "psnr" in dB and "ssim", means over frames; "flicker", the mean absolute difference of the
+    changes from frame to frame, in levels of 255.
+    """
     pairs = [
         similarity(clip, reference, device=clips.device)
         for clip, reference in zip(clips, dense, strict=True)
     ]
+    changes = [x.float().diff(dim=1) for x in (clips, dense)]
     return {
         "psnr": [pair.mean_psnr for pair in pairs],
         "ssim": [pair.mean_ssim for pair in pairs],
+        "flicker": (changes[0] - changes[1]).abs().flatten(1).mean(dim=1).tolist(),
     }
 
 
@@ -113,36 +143,6 @@ def plain(values: Sequence[float]) -> list[float | None]:
 def decibels(psnr: dict[str, float | None]) -> str:
     """Return the mean of a summary of PSNR for people."""
     return "identical" if psnr["mean"] is None else f"{psnr['mean']:.2f} dB"
-
-
-def measure(
-    pipe: Any, prompts: Sequence[str], side: int, dense: Tensor, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Run every method at every density and compare it with the dense clips."""
-    tokens = Geometry.of(pipe).tokens(height=side, width=side, frames=FRAMES)
-    for density in args.densities:
-        for name, method in methods(tokens, density).items():
-            started = time.perf_counter()
-            with sparsify(pipe, method, SCHEDULE, backend=args.backend) as run:
-                clips = sample(pipe, prompts, side, args)
-                realised = run.stats().mean_density
-            close = closeness(clips, dense)
-            row = {
-                "method": name,
-                "config": method.to_dict(),
-                "density": density,
-                "realised_density": round(float(realised), 4),
-                "psnr": summary(close["psnr"]),
-                "ssim": summary(close["ssim"]),
-                "per_clip": {name: plain(values) for name, values in close.items()},
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-            print(
-                f"{side:4d} {density:.0%} {name:38s} density {realised:.3f} "
-                f"PSNR {decibels(row['psnr'])} SSIM {row['ssim']['mean']:.4f} {row['seconds']} s",
-                flush=True,
-            )
-            yield row
 
 
 @contextmanager
@@ -179,15 +179,16 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Load the model; return its pipeline and the held-out prompts."""
+def load(args: argparse.Namespace, first: int = 0) -> tuple[Any, list[str]]:
+    """Load the model; return its pipeline and the held-out prompts from number `first` on."""
     from diffusers import WanPipeline
 
     dtype = getattr(torch, args.dtype)
     pipe = WanPipeline.from_pretrained(args.model or embedded_path(), torch_dtype=dtype)
     pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, [caption(scene) for scene in held_out_scenes(args.prompts)]
+    scenes = held_out_scenes(first + args.prompts)
+    return pipe, [caption(scene) for scene in scenes[first:]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -198,120 +199,160 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--backend", default="auto", help="see `svg doctor`")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--commit", default="", help="stored where there is no git")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure and store."""
-    pipe, prompts = load(args)
-    results: dict[str, Any] = {
-        "environment": environment(args),
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "prompts": prompts,
-        "schedule": SCHEDULE.to_dict(),
-        "sizes": {},
-    }
-    for size in args.sizes:
-        side = SIDES[size]
-        dense = sample(pipe, prompts, side, args)
-        with other_kernel(pipe):
-            again = sample(pipe, prompts, side, args)
-        floor = closeness(again, dense)
-        print(f"{side:4d} noise floor PSNR {decibels(summary(floor['psnr']))}", flush=True)
-        rows: list[dict[str, Any]] = []
-        results["sizes"][size] = {
-            "side": side,
-            "frames": FRAMES,
-            "noise_floor": {name: summary(values) for name, values in floor.items()},
-            "rows": rows,
+class Measurement:
+    """Measure cases one by one and store each in a file at once.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.times = Times(args.device)
+        self._dense: tuple[tuple[str, int], Tensor] | None = None
+        self._seconds: dict[tuple[str, int], float] = {}
+        header = {
+            "environment": environment(args),
+            "guidance": args.guidance,
+            "frames": args.frames,
+            "prompts": [],
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        for row in measure(pipe, prompts, side, dense, args):
-            rows.append(row)
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+        self.pipe, header["prompts"] = load(args, FIRST_PROMPT)
+        self.results: dict[str, Any] = {
+            **header, "noise_floor": {}, "cases": {}, "times": {}, "failures": {},
+        }  # fmt: skip
+        if args.output.exists():
+            found = json.loads(args.output.read_text("utf-8"))
+            differs = [name for name in header if found.get(name) != header[name]]
+            if differs:
+                raise SystemExit(
+                    f"{args.output} was measured with other {', '.join(differs)}; name another "
+                    "--output, or remove it"
+                )
+            self.results = {**found, "failures": {}}
 
-
-def table(args: argparse.Namespace) -> None:
-    """Write stored results into the documentation, as a table and a plot."""
-    results = json.loads(args.results.read_text())
-    env = results["environment"]
-    lines = [
-        f"{len(results['prompts'])} held-out prompts, {results['steps']} steps, guidance "
-        f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
-        f"{env['commit']}. Mean ± standard deviation over prompts, at equal density of the "
-        "sparse calls; where a method missed it by a point or more, its own stands in brackets.",
-        "",
-    ]
-    for size, part in results["sizes"].items():
-        floor = part["noise_floor"]
-        lines += [
-            f"### {size.capitalize()} clip, {part['frames']} x {part['side']} x {part['side']}",
-            "",
-            "PSNR in dB against dense. Noise floor (another dense kernel): "
-            f"PSNR {_spread(floor['psnr'], 1)}, SSIM {_spread(floor['ssim'], 3)}.",
-            "",
-        ]
-        for metric, digits in (("psnr", 1), ("ssim", 3)):
-            lines += [*_grid(part["rows"], metric, digits), ""]
-    _plot(results, ROOT / "docs" / "assets" / "quality.png")
-    replace_between(ROOT / "docs" / "embedded-model.md", "quality", "\n".join(lines))
-
-
-def _spread(numbers: dict[str, float | None], digits: int) -> str:
-    if numbers["mean"] is None:
-        return "identical"
-    return f"{numbers['mean']:.{digits}f} ± {numbers['std']:.{digits}f}"
-
-
-def _grid(rows: list[dict[str, Any]], metric: str, digits: int) -> list[str]:
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    densities = list(dict.fromkeys(row["density"] for row in rows))
-    cells = {(row["method"], row["density"]): row for row in rows}
-    head = f"| {metric.upper()} | " + " | ".join(f"{d:.0%}" for d in densities) + " |"
-    out = [head, "|---|" + "---|" * len(densities)]
-    for name in names:
-        row = [
-            _spread(cells[name, d][metric], digits) + _missed(d, cells[name, d]["realised_density"])
-            for d in densities
-        ]
-        out.append(f"| {name} | " + " | ".join(row) + " |")
-    return out
-
-
-def _missed(wanted: float, realised: float) -> str:
-    return f" ({realised:.0%})" if abs(wanted - realised) >= 0.01 else ""
-
-
-def _plot(results: dict[str, Any], target: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sizes = results["sizes"]
-    figure, axes = plt.subplots(1, len(sizes), figsize=(5.2 * len(sizes), 4), sharey=True)
-    for axis, (size, part) in zip([axes] if len(sizes) == 1 else axes, sizes.items(), strict=True):
-        for name in dict.fromkeys(row["method"] for row in part["rows"]):
-            rows = [row for row in part["rows"] if row["method"] == name]
-            axis.plot(
-                [100 * row["realised_density"] for row in rows],
-                [row["psnr"]["mean"] for row in rows],  # None, where clips are identical, is a gap
-                marker="o",
-                label=name,
+    def run(self, sizes: Sequence[str]) -> None:
+        """Measure what is not stored yet, until the seconds are over."""
+        left = 0
+        for case in cases(tuple(sizes)):
+            key = case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}"
+            stored = self.results["cases" if isinstance(case, Case) else "times"]
+            if key in stored:
+                continue
+            passed = time.monotonic() - STARTED
+            if passed + self._expected(case) > self.args.seconds:
+                left += 1
+                continue
+            work: Callable[[Any], dict[str, Any]] = (
+                self._measure_case if isinstance(case, Case) else self._time
             )
-        floor = part["noise_floor"]["psnr"]["mean"]
-        if floor is not None:
-            axis.axhline(floor, color="grey", ls=":", label="noise floor")
-        axis.set(title=f"{size} clip", xlabel="density of sparse calls, %")
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("PSNR against dense, dB")
-    lines, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, fontsize=8, ncols=3, loc="lower center")
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(target, dpi=130)
+            try:
+                stored[key] = work(case)
+            except Exception as error:  # noqa: BLE001 -- one case must not cost the others
+                traceback.print_exception(error)
+                self.results["failures"][key] = f"{type(error).__name__}: {error}"[:300]
+                if self.args.device.startswith("cuda"):
+                    torch.cuda.empty_cache()
+            self._store()
+        failed = len(self.results["failures"])
+        print(f"{time.monotonic() - STARTED:.0f} s; {left} left for another run, {failed} failed")
+
+    def _store(self) -> None:
+        target = self.args.output
+        fresh = target.with_suffix(".part")
+        store(fresh, self.results)
+        fresh.replace(target)
+
+    def _expected(self, case: Case | tuple[str, float]) -> float:
+        """Return the seconds that a case will take, by those before it."""
+        if not isinstance(case, Case):
+            return 5.0
+        clip = (case.size, case.steps)
+        scale = self.args.prompts / 16
+        fallback = (STEP_SECONDS[case.size] * case.steps + 0.5) * scale
+        seconds = self._seconds.get(clip, fallback)
+        # The dense clips come first, twice.
+        return seconds * (1.0 if self._dense and self._dense[0] == clip else 3.0)
+
+    def _layout(self, size: str) -> TokenLayout:
+        side, frames = SIDES[size], self.args.frames
+        tokens = Geometry.of(self.pipe).tokens(height=side, width=side, frames=frames)
+        return TokenLayout(grid=(1, 1, tokens))
+
+    def _sample(self, size: str, steps: int) -> Tensor:
+        prompts = self.results["prompts"]
+        return sample(
+            self.pipe, prompts, SIDES[size], self.args, steps=steps, first=FIRST_PROMPT
+        )  # fmt: skip
+
+    def _dense_clips(self, size: str, steps: int) -> Tensor:
+        """Return the dense clips, and store the noise floor when they are made first."""
+        if self._dense is None or self._dense[0] != (size, steps):
+            clips = self._sample(size, steps)
+            self._dense = ((size, steps), clips)
+            name = f"{size} clip, {steps} steps"
+            if name not in self.results["noise_floor"]:
+                with other_kernel(self.pipe):
+                    again = self._sample(size, steps)
+                floor = {m: summary(v) for m, v in closeness(again, clips).items()}
+                self.results["noise_floor"][name] = floor
+                print(f"{name}: noise floor {decibels(floor['psnr'])}", flush=True)
+        return self._dense[1]
+
+    def _measure_case(self, case: Case) -> dict[str, Any]:
+        """Run a method and compare its clips with the dense ones."""
+        dense = self._dense_clips(case.size, case.steps)
+        layout = self._layout(case.size)
+        method = build(case.method, case.sparse_density(layout), layout.tokens)
+        started = time.perf_counter()
+        with sparsify(
+            self.pipe, method, SCHEDULES[case.schedule], backend=self.args.backend, fuse=False
+        ) as run:
+            clips = self._sample(case.size, case.steps)
+            stats = run.stats()
+        close = closeness(clips, dense)
+        row: dict[str, Any] = {
+            "size": case.size,
+            "steps": case.steps,
+            "schedule": case.schedule,
+            "group": case.group,
+            "method": case.method,
+            "density": case.density,
+            "dense_share": round(case.dense_share, 4),
+            "realised_density": round(stats.mean_density, 4),
+            "total_density": round(
+                stats.mean_density_with_dense_calls + stats.mean_probe_density, 4
+            ),
+            **{name: summary(values) for name, values in close.items()},
+            "per_clip": {name: plain(values) for name, values in close.items()},
+            "config": method.to_dict(),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        self._seconds[case.size, case.steps] = max(
+            row["seconds"], self._seconds.get((case.size, case.steps), 0.0)
+        )
+        print(
+            f"{time.monotonic() - STARTED:4.0f} s  {case.key}: {decibels(row['psnr'])}, SSIM "
+            f"{row['ssim']['mean']:.4f}, total {row['total_density']:.1%}, {row['seconds']} s",
+            flush=True,
+        )
+        return row
+
+    def _time(self, case: tuple[str, float]) -> dict[str, Any]:
+        """Time a call of a method, and before the first one a dense call."""
+        if "dense" not in self.results["times"]:
+            self.results["times"]["dense"] = self.times.dense()
+        found = self.times.call(*case)
+        print(
+            f"{time.monotonic() - STARTED:4.0f} s  a call at Wan 720p, {case[0]}, "
+            f"{found['realised_density']:.1%}: {found['median']:.1f} ms",
+            flush=True,
+        )
+        return found
 
 
 def main() -> None:
@@ -320,12 +361,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     runner = commands.add_parser("run", help="measure and store")
     add_options(runner)
-    runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=list(SIDES))
-    runner.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
-    runner.set_defaults(call=run)
-    tables = commands.add_parser("table", help="write the table and the plot")
+    runner.add_argument("--seconds", type=float, default=240.0, help="time to stop after")
+    runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=["default", "large"])
+    runner.add_argument("--frames", type=int, default=FRAMES)
+    runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
+    tables = commands.add_parser("table", help="write the tables and the plots")
     tables.add_argument("results", type=Path)
-    tables.set_defaults(call=table)
+    tables.set_defaults(call=lambda args: _quality_tables.write(args.results))
     args = parser.parse_args()
     args.call(args)
 

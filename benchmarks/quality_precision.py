@@ -109,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
     quality.add_options(parser)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=128)
     args = parser.parse_args()
     if args.action == "run":

@@ -51,6 +51,7 @@ def main() -> None:
     """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     quality.add_options(parser)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=128)
     args = parser.parse_args()
     pipe, prompts = quality.load(args)

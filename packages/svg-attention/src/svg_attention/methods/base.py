@@ -77,6 +77,10 @@ class Method(ABC):
         """Whether these settings have every query read every key."""
         return False
 
+    def probe_density(self, layout: TokenLayout) -> float:
+        """Return what this method reads of every key to choose, counted as in `SparsePlan`."""
+        return 0.0
+
     @abstractmethod
     def build(self, call: AttentionCall) -> SparsePlan:
         """Return the plan of a call that does not read every key, `ready` for its device."""

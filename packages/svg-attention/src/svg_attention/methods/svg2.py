@@ -264,12 +264,14 @@ class SVG2(Method):
             summary=summary,
             residual=residual,
             broken=reads.broken,
-            probe_density=self._probe_density(layout, rows),
+            probe_density=self.probe_density(layout),
         )
 
-    def _probe_density(self, layout: TokenLayout, rows: int) -> float:
-        """Return what the probes of so many video rows take, as `SparsePlan.probe_density`."""
+    def probe_density(self, layout: TokenLayout) -> float:
+        """Return what the probes of a call take, counted as in `SparsePlan.probe_density`."""
         if self.route != "error":
             return 0.0
-        part = 1.0 if self.correct_residual else 0.5
-        return part * -(-rows // self.probe_rows) * layout.video_tokens / layout.tokens**2
+        tokens = layout.video_tokens
+        if not self.correct_residual:
+            return 0.5 * -(-tokens // self.probe_rows) * tokens / layout.tokens**2
+        return -(-tokens // (self.probe_rows - 1)) * tokens / layout.tokens**2

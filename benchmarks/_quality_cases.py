@@ -1,0 +1,146 @@
+"""What `quality.py` measures: methods, schedules and densities, the most telling first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from svg_attention import SVG1, SVG2, Method, RandomBlocks, Schedule, TokenLayout, cluster_counts
+
+SIDES = {"tiny": 64, "default": 128, "large": 256}
+# Three denoising steps in ten stay dense, as in the published settings of SVG2.
+SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
+SCHEDULES = {
+    "dense for 30 %": SCHEDULE,
+    "dense for 15 %": Schedule(dense_steps=0.15, dense_layers=0.0),
+    "dense for 10 %": Schedule(dense_steps=0.1, dense_layers=0.0),
+    "no dense step": Schedule(dense_steps=0.0, dense_layers=0.0),
+}
+COMPENSATED: dict[str, Any] = {"compensate": True}
+ERROR: dict[str, Any] = {**COMPENSATED, "route": "error"}
+BIAS: dict[str, Any] = {**ERROR, "correct_bias": True}
+RESIDUAL: dict[str, Any] = {**BIAS, "correct_residual": True}
+RESPONSE: dict[str, Any] = {"metric": "response"}
+BASELINE = "error"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SVG2": {},
+    "compensation": COMPENSATED,
+    BASELINE: ERROR,
+    "error, bias": BIAS,
+    "error, bias, residual": RESIDUAL,
+    "error, bias, residual, 32-row probes": {**RESIDUAL, "probe_rows": 32},
+    "error, response": {**ERROR, **RESPONSE},
+    "error, bias, residual, response": {**RESIDUAL, **RESPONSE},
+}
+OTHERS = {"SVG1": SVG1, "random blocks": RandomBlocks}
+# Ten rounds of k-means at the start are as good as fifty, see `quality_settings.py`.
+FIRST_ITERATIONS = 10
+CORRECTED = [name for name in SETTINGS if name.startswith(BASELINE)]
+
+
+def build(name: str, density: float, tokens: int) -> Method:
+    """Return the method of that name at a density of its calls."""
+    if name in OTHERS:
+        return OTHERS[name](density=density)
+    q_clusters, k_clusters = cluster_counts(tokens)
+    return SVG2(
+        q_clusters=q_clusters,
+        k_clusters=k_clusters,
+        first_iterations=FIRST_ITERATIONS,
+        density=density,
+        **SETTINGS[name],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Name one measurement of closeness.
+
+    Attributes:
+        size: of the clip.
+        steps: denoising steps.
+        schedule: which steps are dense.
+        method: what runs the others.
+        density: pairs of each sparse call, or, where it is `total`, of all calls on average, dense
+            steps and the pass of the probes included.
+        total: what `density` means.
+    """
+
+    size: str
+    steps: int
+    schedule: str
+    method: str
+    density: float
+    total: bool
+
+    @property
+    def group(self) -> str:
+        """Name what cases in one table have in common."""
+        meaning = "all calls, probes included" if self.total else "sparse calls"
+        return f"{self.size} clip, {self.steps} steps, {self.schedule}, density of {meaning}"
+
+    @property
+    def key(self) -> str:
+        """Name the case."""
+        return f"{self.group}: {self.density:g}, {self.method}"
+
+    @property
+    def dense_share(self) -> float:
+        """Return the share of steps that are dense."""
+        return math.floor(SCHEDULES[self.schedule].dense_steps * self.steps) / self.steps
+
+    def sparse_density(self, layout: TokenLayout) -> float:
+        """Return the pairs of each sparse call.
+
+        Raises:
+            ValueError: if dense steps and probes take more than there is.
+        """
+        if not self.total:
+            return self.density
+        left = (self.density - self.dense_share) / (1.0 - self.dense_share)
+        left -= build(self.method, 0.5, layout.tokens).probe_density(layout)
+        if left <= 0.0:
+            raise ValueError("dense steps and probes take more than the density of all calls")
+        return left
+
+
+def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tuple[str, float]]:
+    """Yield what is measured, the most telling first.
+
+    A pair of a method and a density asks for the time of a call of it.
+    """
+
+    def some(
+        size: str, steps: int, schedule: str, density: float, methods: list[str]
+    ) -> Iterator[Case]:
+        total = schedule != "dense for 30 %"
+        for method in methods:
+            yield Case(
+                size=size, steps=steps, schedule=schedule, method=method, density=density,
+                total=total,
+            )  # fmt: skip
+
+    first, *others = sizes
+    everything = [*SETTINGS, *OTHERS]
+    few = ["compensation", *CORRECTED]
+    yield from some(first, 20, "dense for 30 %", 0.10, everything)
+    yield from some(first, 8, "no dense step", 0.25, few)
+    yield from some(first, 8, "no dense step", 0.35, few)
+    yield from some(first, 4, "no dense step", 0.35, few)
+    for schedule in ("no dense step", "dense for 10 %", "dense for 15 %"):
+        methods = few if schedule == "no dense step" else [BASELINE, *CORRECTED[1:3]]
+        yield from some(first, 20, schedule, 0.25, methods)
+    yield from ((name, density) for density in (0.10, 0.25) for name in everything)
+    for size in others:
+        yield from some(size, 8, "no dense step", 0.25, few)
+        yield from some(size, 20, "dense for 30 %", 0.10, few)
+    yield from ((name, density) for density in (0.05, 0.40) for name in everything)
+    yield from some(first, 20, "dense for 30 %", 0.20, everything)
+    for size in others:
+        yield from some(size, 20, "dense for 30 %", 0.05, few)
+        yield from some(size, 8, "no dense step", 0.35, few)
+    yield from some(first, 20, "dense for 30 %", 0.05, everything)
+    for size in others:
+        yield from some(size, 20, "dense for 30 %", 0.20, few)
