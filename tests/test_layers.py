@@ -57,6 +57,7 @@ FLOORS = {
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
         ("spelling", "numeric", "files", "stats", "families"),
         ("recipe", "video", "loading"),
+        ("presets",),
         ("method_names",),
         ("recipes", "report", "catalog"),
         ("sparse",),

@@ -1,4 +1,4 @@
-"""Attention methods by name: `auto`, `svg2`, `svg2-error@0.25`, `svg1`, `dense`."""
+"""What attention computes, by name: a method, a preset or a recipe file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import SettingError
 from svg_models.numeric import as_number
+from svg_models.presets import PRESETS, check_preset
 from svg_models.recipe import Layers, Recipe
 from svg_models.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from svg_attention import Method
 
-__all__ = ["METHODS", "MethodSpec", "read_method"]
+__all__ = ["METHODS", "WITHOUT_BUDGET", "MethodSpec", "read_method"]
 
 METHODS: dict[str, str] = {
     "auto": "The model's recipe",
@@ -26,7 +27,12 @@ METHODS: dict[str, str] = {
     "svg2": "SVG2",
     "svg2-comp": "SVG2 + compensation",
     "svg2-error": "SVG2 + compensation + error routing",
+    "svg2-published": "SVG2 as published",
     "random": "Random blocks",
+}
+WITHOUT_BUDGET = {
+    "dense": "dense computes everything and has no density",
+    "svg2-published": "svg2-published has the density that its published settings give",
 }
 
 
@@ -35,7 +41,7 @@ class MethodSpec:
     """One attention method as a person names it.
 
     Args:
-        name: a key of `METHODS`, or with `method` any name.
+        name: a key of `METHODS`, a preset, or with `method` or `recipe` any name.
         density: share of query-key pairs to compute on sparse calls, in (0, 1]; `None` leaves
             it to the method (`top_p` for SVG2, its own default for the others).
         top_p: attention mass that SVG2 keeps per query tile, in (0, 1]; not with a density.
@@ -60,7 +66,7 @@ class MethodSpec:
     def __post_init__(self) -> None:
         if self.ready:
             return
-        if self.name not in METHODS:
+        if self.name not in METHODS and not self.is_preset:
             raise SettingError(
                 f"method must be one of {', '.join(METHODS)} (with @DENSITY if you like, as in "
                 f"svg2@0.25), got '{self.name}'{did_you_mean(self.name, METHODS)}"
@@ -72,15 +78,20 @@ class MethodSpec:
             if not 0.0 < number <= 1.0:
                 raise SettingError(f"{label} must be above 0 and at most 1, got {number:g}")
             object.__setattr__(self, label.replace("-", "_"), number)
+        if self.density is not None or self.top_p is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.name in WITHOUT_BUDGET:
+            budget = self.top_p if self.density is None else self.density
+            raise SettingError(
+                f"{WITHOUT_BUDGET[self.name]}, got {budget:g}; leave it out, or choose another "
+                "method"
+            )
         if self.top_p is not None and not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"top-p belongs to the svg2 methods, got method '{self.name}'")
         if self.top_p is not None and self.density is not None:
             raise SettingError("density and top-p both set how much is computed; give one of them")
-        if self.name == "dense" and self.density is not None:
-            raise SettingError(
-                f"dense computes everything and has no density, got {self.density:g}; leave the "
-                "density out, or choose another method"
-            )
 
     @classmethod
     def parse(
@@ -98,6 +109,8 @@ class MethodSpec:
                 in both ways.
         """
         name, at, number = text.strip().lower().partition("@")
+        if name in PRESETS:
+            raise SettingError(f"'{name}' is a preset, no method; give it as the preset")
         if at:
             if density is not None:
                 raise SettingError(
@@ -142,6 +155,11 @@ class MethodSpec:
         return cls(name=name, recipe=Recipe.read(recipe), path=os.fspath(recipe))
 
     @property
+    def is_preset(self) -> bool:
+        """Return whether this is a preset."""
+        return not self.ready and self.name in PRESETS
+
+    @property
     def ready(self) -> bool:
         """Return whether this runs as it is, whatever the model."""
         return self.method is not None or self.recipe is not None
@@ -154,7 +172,9 @@ class MethodSpec:
     @property
     def words(self) -> list[str]:
         """Return the options of a command that name this."""
-        return ["--recipe", self.path] if self.path else ["--method", str(self)]
+        if self.path:
+            return ["--recipe", self.path]
+        return ["--preset", self.name] if self.is_preset else ["--method", str(self)]
 
     def compensated(self) -> MethodSpec:
         """Return this method with compensation.
@@ -162,7 +182,8 @@ class MethodSpec:
         Raises:
             SettingError: if it is not of the svg2 family, or is a ready method.
         """
-        if self.ready or not self.name.startswith(("svg2", "auto")):
+        fixed = self.ready or self.name in WITHOUT_BUDGET
+        if fixed or not self.name.startswith(("svg2", "auto")):
             raise SettingError(f"only the svg2 methods can compensate, got '{self.name}'")
         plain = self.name in ("svg2", "auto")
         return dataclasses.replace(self, name="svg2-comp" if plain else self.name)
@@ -172,6 +193,8 @@ class MethodSpec:
         """Return the name for people."""
         if self.recipe is not None:
             return f"Recipe {Path(self.path).stem[:40]}" if self.path else "Recipe"
+        if self.is_preset:
+            return f"Preset {self.name}"
         return METHODS.get(self.name, type(self.method).__name__)
 
     @property
@@ -232,6 +255,7 @@ def read_method(
     density: float | None = None,
     top_p: float | None = None,
     recipe: Recipe | str | os.PathLike[str] | None = None,
+    preset: str | None = None,
 ) -> MethodSpec:
     """Read a method however a person gives it.
 
@@ -241,19 +265,25 @@ def read_method(
         density: for a name that says none.
         top_p: for a name of an svg2 method.
         recipe: a recipe or its file, in place of all of these.
+        preset: name of a preset, likewise.
 
     Raises:
         SettingError: if the name is unknown or a budget is out of range, given twice, or given
             beside a method that has its own.
         TypeError: if it is neither; a class is told from its instance.
     """
-    if recipe is not None:
-        given = {"method": method, "density": density, "top_p": top_p}
+    if recipe is not None or preset is not None:
+        what = "recipe" if preset is None else "preset"
+        given: dict[str, Any] = {"method": method, "density": density, "top_p": top_p}
+        if preset is not None:
+            given["recipe"] = recipe
         for label, value in given.items():
             if value is not None:
                 raise SettingError(
-                    f"a recipe holds its method and how much it computes; leave {label} out"
+                    f"a {what} holds its method and how much it computes; leave {label} out"
                 )
+        if recipe is None:
+            return MethodSpec(name=check_preset(str(preset)))
         return MethodSpec.of_recipe(recipe)
     if method is None or isinstance(method, str):
         return MethodSpec.parse("auto" if method is None else method, density=density, top_p=top_p)

@@ -12,11 +12,11 @@ from typing import Literal
 
 from torch import nn
 
-import svg_attention
-from svg_attention import SVG1, Dense, Method, Schedule, cluster_counts
-from svg_models.families import family_of, transformers_of
+from svg_attention import SVG1, SVG2, Dense, Method, Schedule, cluster_counts
+from svg_models.families import Family, family_of, transformers_of
 from svg_models.families.published import SHARED, Published
 from svg_models.method_names import MethodSpec
+from svg_models.presets import PresetRow, find_row
 from svg_models.recipe import Recipe
 from svg_models.spelling import checks_names
 
@@ -58,6 +58,13 @@ def choose_recipe(
         if schedule is None:
             return spec.recipe
         return dataclasses.replace(spec.recipe, schedule=schedule, schedules={})
+    if spec.is_preset:
+        recipe = _of_preset(spec.name, pipe, tokens, num_steps, latent_frames)
+        return dataclasses.replace(
+            recipe,
+            schedule=schedule or recipe.schedule,
+            schedules=recipe.schedules if schedule is None else {},
+        )
     if spec.method is not None and schedule is not None:
         return Recipe(method=spec.method, schedule=schedule, source="user")
     auto = spec.name == "auto"
@@ -68,13 +75,17 @@ def choose_recipe(
         latent_frames=latent_frames if auto else None,
         method="svg1" if spec.name == "svg1" else "svg2",
     )
+    if spec.name == "svg2-published":
+        recipe = _as_published(pipe, tokens)
     recipe = dataclasses.replace(recipe, schedule=schedule or recipe.schedule)
+    if spec.name == "svg2-published":
+        return recipe
     if spec.method is not None or spec.name == "dense":
         method = spec.build(recipe.method)
         return dataclasses.replace(recipe, method=method, source="user", note="")
     if isinstance(recipe.method, Dense) and (not auto or spec.density or spec.top_p):
         counts = cluster_counts(tokens, SHARED.q_clusters, SHARED.k_clusters)
-        base = svg_attention.SVG2(q_clusters=counts[0], k_clusters=counts[1])
+        base = SVG2(q_clusters=counts[0], k_clusters=counts[1])
         return dataclasses.replace(recipe, method=spec.build(base), note="")
     return dataclasses.replace(recipe, method=spec.build(recipe.method))
 
@@ -100,6 +111,8 @@ def recipe_for(
     Returns:
         The method with the nearest published settings, adjusted where model or clip is smaller;
         `Dense()` with a note for single frames, clips too short and runs too few-stepped to gain.
+        Few steps are sparse where the preset `balanced` has settings for them that were measured on
+        models as small.
 
     Raises:
         ValueError: if the family or the method is unknown, or `tokens` is not positive.
@@ -108,10 +121,14 @@ def recipe_for(
         raise ValueError(f"tokens must be positive, got {tokens}")
     if method not in ("svg1", "svg2"):
         raise ValueError(f"recipes are for method 'svg1' or 'svg2', got {method!r}")
-    transformer = next(iter(transformers_of(pipe).values()))
-    family = family_of(transformer)
-    task, width = family.task(transformer), _width(transformer)
+    family, task, width = _kind(pipe)
     row = nearest(family.recipes, task, tokens)
+    if num_steps is not None and num_steps <= FEW_STEPS and method == "svg2":
+        few = find_row("balanced", steps=num_steps, tokens=tokens, width=width)
+        if few is not None and 0 < width <= few.automatic:
+            num_steps = None  # is no reason to stay dense
+            if not _why_dense(tokens, width, None, latent_frames):
+                return _with_counts(few, row, tokens)
     dense = _why_dense(tokens, width, num_steps, latent_frames)
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
@@ -125,6 +142,53 @@ def recipe_for(
     return Recipe(
         method=adjusted, schedule=row.schedule, source=row.source, note="" if exact else note
     )
+
+
+def _of_preset(
+    name: str, pipe: object, tokens: int, num_steps: int | None, latent_frames: int | None
+) -> Recipe:
+    """Return what a preset comes to for a clip; dense, with a note, where it has nothing for it."""
+    family, task, width = _kind(pipe)
+    published = nearest(family.recipes, task, tokens)
+    row = find_row(name, steps=num_steps, tokens=tokens, width=width)
+    note = _why_dense(tokens, width, None, latent_frames)
+    if row is None and not note:
+        note = (
+            f"preset {name} has no settings yet for {num_steps} denoising steps of such a clip; "
+            "pass a method to run it anyway"
+        )
+    if note or row is None:
+        return Recipe(
+            method=Dense(), schedule=published.schedule, source=f"preset {name}", note=note
+        )
+    return _with_counts(row, published, tokens)
+
+
+def _with_counts(row: PresetRow, published: Published, tokens: int) -> Recipe:
+    """Return the recipe of a row, its missing numbers of clusters those for the clip."""
+    method = row.recipe.method
+    if isinstance(method, SVG2):
+        counts = cluster_counts(tokens, published.q_clusters, published.k_clusters)
+        method = dataclasses.replace(
+            method,
+            q_clusters=method.q_clusters or counts[0],
+            k_clusters=method.k_clusters or counts[1],
+        )
+    return dataclasses.replace(row.recipe, method=method)
+
+
+def _as_published(pipe: object, tokens: int) -> Recipe:
+    """Return the nearest published settings of SVG2, fewer clusters in a short clip all changed."""
+    family, task, _ = _kind(pipe)
+    row = nearest(family.recipes, task, tokens)
+    return Recipe(method=_published(row, tokens), schedule=row.schedule, source=row.source)
+
+
+def _kind(pipe: object) -> tuple[Family, str, int]:
+    """Return family, task and width of a pipeline."""
+    transformer = next(iter(transformers_of(pipe).values()))
+    family = family_of(transformer)
+    return family, family.task(transformer), _width(transformer)
 
 
 def nearest(rows: tuple[Published, ...], task: str, tokens: int) -> Published:
@@ -142,12 +206,16 @@ def nearest(rows: tuple[Published, ...], task: str, tokens: int) -> Published:
     return min(same_task, key=lambda row: abs(math.log(row.tokens / tokens)))
 
 
-def _svg2(row: Published, tokens: int, width: int) -> tuple[Method, str]:
+def _published(row: Published, tokens: int) -> SVG2:
     q_clusters, k_clusters = cluster_counts(tokens, row.q_clusters, row.k_clusters)
-    method = svg_attention.SVG2(
+    return SVG2(
         q_clusters=q_clusters, k_clusters=k_clusters, top_p=row.top_p, min_keep=row.min_keep
     )
-    words = f"{q_clusters} query and {k_clusters} key clusters"
+
+
+def _svg2(row: Published, tokens: int, width: int) -> tuple[Method, str]:
+    method = _published(row, tokens)
+    words = f"{method.q_clusters} query and {method.k_clusters} key clusters"
     if tokens >= SMALL * row.tokens and (not width or width >= SMALL * row.width):
         return method, words
     # Fewer tokens make fewer and coarser clusters and a smaller model has fewer heads, so what is

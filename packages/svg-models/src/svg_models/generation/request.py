@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
-from svg_models.method_names import METHODS, MethodSpec, read_method
+from svg_models.method_names import METHODS, WITHOUT_BUDGET, MethodSpec, read_method
 from svg_models.recipe import Layers, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
@@ -144,6 +144,12 @@ class GenerateRequest(Request):
         kind=bool,
         panel=HOW,
     )
+    preset: str | None = option(
+        None,
+        "quality, balanced or fast, in place of a method: settings whose price was measured.",
+        "--preset",
+        panel=HOW,
+    )
     recipe: str | os.PathLike[str] | Recipe | None = option(
         None,
         "A recipe file, as svg tune writes it, in place of a method.",
@@ -156,7 +162,7 @@ class GenerateRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_recipe(self.recipe)
-        if isinstance(self.recipe, Recipe | None):
+        if self.preset is not None or isinstance(self.recipe, Recipe | None):
             _ = self.spec
 
     @property
@@ -167,7 +173,13 @@ class GenerateRequest(Request):
             SettingError: if it is unknown, out of range, or given twice; or if the recipe is none.
         """
         method = None if self.method == "auto" else self.method
-        spec = read_method(method, density=self.density, top_p=self.top_p, recipe=self.recipe)
+        spec = read_method(
+            method,
+            density=self.density,
+            top_p=self.top_p,
+            recipe=self.recipe,
+            preset=self.preset,
+        )
         return spec.compensated() if self.compensate else spec
 
 
@@ -192,6 +204,13 @@ class CompareRequest(Request):
         kind=float,
         panel=HOW,
     )
+    presets: Sequence[str] = option(
+        (),
+        "A preset to set beside dense; repeat for more. quality, balanced or fast.",
+        "--preset",
+        repeats=True,
+        panel=HOW,
+    )
     recipes: Sequence[str | os.PathLike[str] | Recipe] = option(
         (),
         "A recipe file to set beside dense; repeat for more.",
@@ -203,7 +222,7 @@ class CompareRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("methods", "recipes"):
+        for name in ("methods", "presets", "recipes"):
             if isinstance(getattr(self, name), str):
                 raise SettingError(f"{name} must be a list, such as ['{getattr(self, name)}']")
         for recipe in self.recipes:
@@ -212,7 +231,7 @@ class CompareRequest(Request):
 
     @property
     def specs(self) -> tuple[MethodSpec, ...]:
-        """Return what is compared: the methods, then the recipes.
+        """Return what is compared: the methods, the presets, then the recipes.
 
         Raises:
             SettingError: if one is unknown, is dense or auto, or stands there twice; or if a
@@ -223,11 +242,12 @@ class CompareRequest(Request):
 
     @property
     def _named_specs(self) -> list[MethodSpec]:
-        """Return the methods to compare, one budget for all that name none."""
+        """Return the methods, with one budget for all that name none, and the presets."""
         budget = DEFAULT_DENSITY if self.density is None else self.density
         specs = []
-        for method in self.methods or (() if self.recipes else DEFAULT_METHODS):
-            bare = isinstance(method, str) and "@" not in method and method != "dense"
+        others = self.presets or self.recipes
+        for method in self.methods or (() if others else DEFAULT_METHODS):
+            bare = isinstance(method, str) and "@" not in method and method not in WITHOUT_BUDGET
             specs.append(read_method(method, density=budget if bare else None))
         if any(spec.name == "dense" for spec in specs):
             raise SettingError("dense is always part of a comparison; name the others")
@@ -241,7 +261,7 @@ class CompareRequest(Request):
             raise SettingError(
                 f"density {self.density:g} is for methods that name none, and all of them do"
             )
-        return specs
+        return [*specs, *(read_method(None, preset=preset) for preset in self.presets)]
 
 
 def _check_recipe(recipe: Any) -> None:

@@ -35,6 +35,7 @@ def sparsify(
     density: float | None = None,
     top_p: float | None = None,
     recipe: Recipe | str | os.PathLike[str] | None = None,
+    preset: str | None = None,
     backend: str = "auto",
     exact_dense: bool | None = None,
     fuse: bool | None = None,
@@ -68,6 +69,8 @@ def sparsify(
         recipe: a recipe file, as `svg tune` and `run.recipe.save` write them, or a `Recipe`; in
             place of a method and a density. It runs as it is, whatever the model; of its schedule
             and of the four options below, what is given here comes first.
+        preset: "quality", "balanced" or "fast": settings whose price was measured, in place of a
+            method and a density; `run.recipe` tells which, and on what.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
         exact_dense: compute calls that stay dense by the kernel of the model's own processor, for
             results equal to the last bit. Otherwise svg-kernels computes them where it is faster
@@ -95,7 +98,7 @@ def sparsify(
         UnsupportedError: if `backend` or fp8 cannot run here, or the pipeline runs ring attention
             over several devices (Ulysses is supported).
     """
-    spec = read_method(method, density=density, top_p=top_p, recipe=recipe)
+    spec = read_method(method, density=density, top_p=top_p, recipe=recipe, preset=preset)
     check_schedule(schedule)
     layers = spec.layers.changed(
         exact_dense=exact_dense, fuse=fuse, linears=linears, fp8_from=fp8_from
