@@ -15,11 +15,11 @@ def main() -> None:
         seed=0,
     )
     for candidate in comparison.candidates:
-        close = candidate.similarity
-        print(
-            f"{candidate.clip.method.label}: {close.mean_psnr:.1f} dB, SSIM {close.mean_ssim:.3f}, "
-            f"{candidate.speedup:.2f} times as fast"
-        )
+        close, speed = candidate.similarity, candidate.speed
+        line = f"{candidate.clip.method.title}: {close.mean_psnr:.1f} dB"
+        print(line if speed is None else f"{line}, {speed.speedup:.2f}x faster")
+    if comparison.no_speed:
+        print("no speed:", comparison.no_speed)
     print("page:", comparison.save("comparison"))
 
 

@@ -198,6 +198,16 @@ class MethodSpec:
         return METHODS.get(self.name, type(self.method).__name__)
 
     @property
+    def title(self) -> str:
+        """Return the name for people with the budget, which tells two of one method apart."""
+        budget = ""
+        if self.density is not None:
+            budget = f" @ {100 * self.density:.3g}%"
+        elif self.top_p is not None:
+            budget = f" @ top-p {self.top_p:g}"
+        return self.label + budget + (f" ({self.number})" if self.number > 1 else "")
+
+    @property
     def slug(self) -> str:
         """Return the name for files: letters, digits and dashes."""
         parts = [self.name]

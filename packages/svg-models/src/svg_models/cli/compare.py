@@ -12,6 +12,7 @@ from svg_models.cli.config import used, write_config
 from svg_models.cli.options import AsJson, Quiet, SaveConfig, has_options_of
 from svg_models.cli.output import escaped, out, say_json, say_path, show_note
 from svg_models.cli.progress import progress_bars
+from svg_models.errors import shortened
 from svg_models.generation.request import CompareRequest
 from svg_models.generation.settings import WHERE
 from svg_models.interrupts import unwinding
@@ -64,6 +65,10 @@ def compare(
     else:
         if not quiet:
             out().print(_comparison_table(comparison))
+            if comparison.no_speed:
+                show_note(f"no speed is shown, because {comparison.no_speed}")
+            elif comparison.gains_from:
+                show_note(comparison.gains_from)
         say_path(page.resolve(), "" if quiet else "page: ")
     if opens:
         show_page(page)
@@ -80,19 +85,27 @@ def show_page(page: Path) -> None:
 def _comparison_table(comparison: Comparison) -> Table:
     from svg_models.report.render import decibels
 
-    table = Table(title=escaped(comparison.dense.settings.prompt), title_justify="left")
+    timed = [c for c in comparison.candidates if c.speed is not None]
+    table = Table(
+        title=escaped(shortened(comparison.dense.settings.prompt, 100)), title_justify="left"
+    )
     table.add_column("method")
-    for name in ("density", "PSNR", "SSIM", "seconds", "speed-up"):
+    for name in ("density", "PSNR", "SSIM", *(("step", "speed-up") if timed else ())):
         table.add_column(name, justify="right")
-    table.add_row("Dense attention", "100%", "-", "-", f"{comparison.dense.seconds:.1f}", "1.00x")
+    dense = min((c.speed.dense_step for c in timed if c.speed), default=0.0)
+    times = (f"{dense:.2f} s", "1.00x") if timed else ()
+    table.add_row("Dense attention", "100%", "-", "-", *times)
     for candidate in comparison.candidates:
-        clip, close = candidate.clip, candidate.similarity
+        clip, close, speed = candidate.clip, candidate.similarity, candidate.speed
+        if timed:
+            times = (
+                ("-", "-") if speed is None else (f"{speed.step:.2f} s", f"{speed.speedup:.2f}x")
+            )
         table.add_row(
-            clip.method.label,
+            clip.method.title,
             f"{clip.stats.mean_density:.0%}",
             decibels(close.mean_psnr),
             f"{close.mean_ssim:.3f}",
-            f"{clip.seconds:.1f}",
-            f"{candidate.speedup:.2f}x",
+            *times,
         )
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from svg_models.comparison.timing import Speed
 from svg_models.generation.clip import Clip
 from svg_models.video import Similarity
 
@@ -17,9 +18,9 @@ class Candidate:
     Attributes:
         clip: the clip.
         similarity: PSNR and SSIM per frame against the dense clip.
-        speedup: dense seconds over this clip's seconds, denoising loop only.
+        speed: of its steps beside the same steps dense; None where none can be claimed.
     """
 
     clip: Clip
     similarity: Similarity
-    speedup: float
+    speed: Speed | None = None

@@ -7,10 +7,12 @@ import io
 import json
 import math
 import shlex
+import statistics
 from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
 
+from svg_models.comparison.timing import NOISE
 from svg_models.report.plots import density_map, lines_per_frame, time_stack
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.report.run import top_density
@@ -18,6 +20,7 @@ from svg_models.video import encode, enlarge
 
 if TYPE_CHECKING:
     from svg_models.comparison.candidate import Candidate
+    from svg_models.comparison.timing import Speed
     from svg_models.generation.clip import Clip
     from svg_models.stats import Grids
 
@@ -40,6 +43,16 @@ class Compared(Protocol):
     @property
     def machine(self) -> dict[str, Any]:
         """Return what they ran on."""
+        ...
+
+    @property
+    def no_speed(self) -> str:
+        """Return why no speed can be claimed, or nothing."""
+        ...
+
+    @property
+    def gains_from(self) -> str:
+        """Return at which size this machine would gain, where this clip is too short to."""
         ...
 
     @property
@@ -90,9 +103,9 @@ def comparison_page(comparison: Compared) -> str:
         ),
         density_top=percent(top),
         maps=_maps(comparison, rows, tables, top),
-        times=_times(comparison, rows, tables),
+        times=[] if comparison.no_speed else _times(comparison, rows, tables),
         settings=_settings(comparison),
-        configs=[(c.method.label, json.dumps(c.stats.recipe)) for c in comparison.clips],
+        configs=[(c.method.title, json.dumps(c.stats.recipe)) for c in comparison.clips],
         command=_command(comparison),
     )
 
@@ -104,11 +117,10 @@ def _rows(comparison: Compared) -> list[dict[str, Any]]:
         rows.append(_row(candidate.clip, 1 + index % 5, candidate))
     rows[0]["cells"] = [
         *({"text": text} for text in ("100 %", "–", "–", "–")),
-        {"text": seconds(dense.stats.seconds)},
-        {"text": seconds(dense.seconds)},
-        {"text": "1.00×"},
+        *({"text": text} for text in _dense_times(comparison)),
     ]
     candidates = comparison.candidates
+    speeds = [c.speed.speedup for c in candidates if c.speed is not None]
     for row, candidate in zip(rows[1:], candidates, strict=True):
         close, clip = candidate.similarity, candidate.clip
         row["cells"] = [
@@ -116,11 +128,29 @@ def _rows(comparison: Compared) -> list[dict[str, Any]]:
             _cell(close.mean_psnr, [c.similarity.mean_psnr for c in candidates], decibels),
             _cell(close.worst_psnr, [c.similarity.worst_psnr for c in candidates], decibels),
             _cell(close.mean_ssim, [c.similarity.mean_ssim for c in candidates], "{:.3f}".format),
-            {"text": seconds(clip.stats.seconds)},
-            {"text": seconds(clip.seconds)},
-            _cell(candidate.speedup, [c.speedup for c in candidates], "{:.2f}×".format),
+            *_speed_cells(candidate.speed, speeds),
         ]
     return rows
+
+
+def _dense_times(comparison: Compared) -> tuple[str, str, str]:
+    """Return what stands in the dense row: the dense half of the pairs, over all methods."""
+    speeds = [c.speed for c in comparison.candidates if c.speed is not None]
+    if not speeds:
+        return "–", "–", "–"
+    attention = statistics.median(speed.dense_attention for speed in speeds)
+    step = statistics.median(speed.dense_step for speed in speeds)
+    return seconds(attention), seconds(step), "1.00×"
+
+
+def _speed_cells(speed: Speed | None, speeds: list[float]) -> list[dict[str, Any]]:
+    if speed is None:
+        return [{"text": "–"}] * 3
+    return [
+        {"text": seconds(speed.attention)},
+        {"text": seconds(speed.step)},
+        _cell(speed.speedup, speeds, "{:.2f}×".format),
+    ]
 
 
 def _row(clip: Clip, series: int, candidate: Candidate | None) -> dict[str, Any]:
@@ -128,7 +158,7 @@ def _row(clip: Clip, series: int, candidate: Candidate | None) -> dict[str, Any]
     factor = max(1, math.ceil(_SHOWN_WIDTH / clip.frames.shape[2]))
     shown = enlarge(clip.frames, factor)
     return {
-        "label": clip.method.label,
+        "label": clip.method.title,
         "series": series,
         "density": percent(clip.stats.mean_density),
         "psnr": decibels(close.mean_psnr) if close else "",
@@ -183,42 +213,42 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
             "%",
             f"on sparse calls; {everything} with the dense first steps",
         ),
-        (
-            "Denoising speed-up",
-            f"{best.speedup:.2f}",
-            "×",
-            f"{seconds(clip.seconds * best.speedup)} dense, {seconds(clip.seconds)} sparse",
-        ),
+        _speed_tile(best.speed),
     ]
 
 
+def _speed_tile(speed: Speed | None) -> tuple[str, str, str, str]:
+    name = "Denoising speed-up"
+    if speed is None:
+        return name, "–", "", "none can be claimed, see below"
+    note = f"a step {seconds(speed.dense_step)} dense, {seconds(speed.step)} sparse"
+    return name, f"{speed.speedup:.2f}", "×", note
+
+
 def _verdict(comparison: Compared, best: Candidate) -> str:
-    tokens, clip = comparison.dense.stats.tokens, best.clip
-    busy = comparison.machine.get("busy")
-    if busy:
-        return f"The machine was busy with other work ({busy}), so the times here say little."
-    if best.speedup >= 1.03:
-        text = f"It finished denoising {best.speedup:.2f}× as fast as dense on this machine."
-    elif best.speedup > 0.97:
+    if comparison.no_speed:
+        return f"No speed is shown, because {comparison.no_speed}."
+    speed = best.speed
+    if speed is None:
+        return "No step of it was sparse, so there is no speed to show."
+    if abs(speed.speedup - 1) <= NOISE:
         text = "It took as long as dense on this machine."
+    elif speed.speedup > 1:
+        text = f"It finished denoising {speed.speedup:.2f}× as fast as dense on this machine."
     else:
-        text = f"It took {1 / best.speedup:.2f}× as long as dense on this machine."
-    fastest = max(comparison.candidates, key=lambda c: c.speedup)
-    if fastest is not best and fastest.speedup > 1.03 * best.speedup:
-        text += f" The fastest was {fastest.clip.method.label} with {fastest.speedup:.2f}×."
-    dense_time, own_time = comparison.dense.stats.seconds, clip.stats.seconds
-    if dense_time and own_time and comparison.dense.seconds > 0:
-        share = dense_time / comparison.dense.seconds
-        text += (
-            f" Self-attention is {percent(share)} of the dense clip's denoising time, "
-            f"{seconds(dense_time)} against {seconds(own_time)} here."
-        )
-    if tokens < 20_000:
-        text += (
-            f" A clip of {tokens:,} tokens leaves little to save: attention grows with the square "
-            "of the token count, everything else in proportion to it."
-        )
-    return text
+        text = f"It took {1 / speed.speedup:.2f}× as long as dense on this machine."
+    timed = [(c.speed.speedup, c.clip) for c in comparison.candidates if c.speed is not None]
+    speedup, clip = max(timed, key=lambda pair: pair[0])
+    if speedup > (1 + NOISE) * speed.speedup:
+        text += f" The fastest was {clip.method.title} with {speedup:.2f}×."
+    share = percent(speed.dense_attention / speed.dense_step)
+    text += (
+        f" Self-attention is {share} of a dense step, "
+        f"{seconds(speed.dense_attention)} against {seconds(speed.attention)} here"
+    )
+    if speed.bound is not None:
+        text += f", so that no method could make more than {speed.bound:.2f}× of this schedule"
+    return f"{text}. {comparison.gains_from}".strip()
 
 
 def _table_note(comparison: Compared) -> str:

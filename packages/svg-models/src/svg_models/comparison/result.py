@@ -30,11 +30,15 @@ class Comparison:
         dense: the reference clip.
         candidates: the sparse clips in the order that was asked for.
         machine: what it ran on.
+        no_speed: why no speed can be claimed; empty where speeds are.
+        gains_from: at which size this machine would gain, where this clip is too short to.
     """
 
     dense: Clip
     candidates: tuple[Candidate, ...]
     machine: dict[str, Any]
+    no_speed: str = ""
+    gains_from: str = ""
 
     @property
     def clips(self) -> list[Clip]:
@@ -43,19 +47,25 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values for JSON."""
-        dense = _clip_dict(self.dense) | {"speedup": 1.0, "similarity": None}
+        dense = _clip_dict(self.dense) | {"speed": None, "similarity": None}
         sparse = [
             _clip_dict(c.clip)
-            | {"speedup": round(c.speedup, 4), "similarity": c.similarity.to_dict()}
+            | {
+                "speed": None if c.speed is None else c.speed.to_dict(),
+                "similarity": c.similarity.to_dict(),
+                "paired_steps": [asdict(step) for step in c.clip.paired_steps],
+            }
             for c in self.candidates
         ]
         return {
-            "format": "svg-compare/1",
+            "format": "svg-compare/2",
             "model": self.dense.model,
             "loras": list(self.dense.loras),
             "tokens": self.dense.stats.tokens,
             "settings": asdict(self.dense.settings),
             "machine": self.machine,
+            "no_speed": self.no_speed or None,
+            "gains_from": self.gains_from or None,
             "reference": "dense",
             "metrics": {
                 "psnr": "torchmetrics, 8-bit frames scaled to 0..1, data_range 1, per frame; "
@@ -117,7 +127,7 @@ def clip_label(clip: Clip) -> str:
 def _clip_dict(clip: Clip) -> dict[str, Any]:
     return {
         "name": clip.method.slug,
-        "label": clip.method.label,
+        "label": clip.method.title,
         "file": f"{clip.method.slug}.mp4",
         "config": clip.stats.recipe,
         "seconds": round(clip.seconds, 4),

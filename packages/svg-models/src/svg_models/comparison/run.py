@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svg_models.comparison.machine import machine_facts
-from svg_models.comparison.result import Candidate, Comparison
+import torch
+
+from svg_models.comparison.candidate import Candidate
+from svg_models.comparison.gain import WORTH, gains_from
+from svg_models.comparison.machine import CoreTimes, machine_facts, others_at_work
+from svg_models.comparison.result import Comparison
+from svg_models.comparison.timing import judge
 from svg_models.generation.conditioning import Media
 from svg_models.generation.request import CompareRequest, takes
 from svg_models.generation.sample import prepare, sample
@@ -24,7 +29,9 @@ def compare(request: CompareRequest) -> Comparison:
 
     Takes the fields of `CompareRequest` as keywords, the prompt also by position; all but `methods`
     and `density` are as `generate` takes them. A short run before the first clip loads kernels and
-    fills caches, so that no clip pays for them in the times that are compared.
+    fills caches, so that no clip pays for them. Speeds come from some sparse steps of each clip,
+    each timed beside the same step dense; where these disagree, or the machine was busy with other
+    work, there are none and `no_speed` says why.
 
         compare("a red circle", methods=["svg2@0.2", SVG1(density=0.3)]).save("out")
 
@@ -37,23 +44,44 @@ def compare(request: CompareRequest) -> Comparison:
     specs = request.specs
     loaded, settings, media = prepare(request, *specs)
     computed, progress = request.computed, request.report
-    how: dict[str, Any] = {"media": media, "computed": computed, "profile": True}
     plan = (MethodSpec(name="dense"), *specs)
     _warm_up(loaded, settings, media, plan, computed, progress)
+    how: dict[str, Any] = {"media": media, "computed": computed, "profile": True}
     clips = []
+    before = CoreTimes.now()
     for index, spec in enumerate(plan, start=1):
-        step = _named(progress, f"{index} of {len(plan)}  {spec.label}")
-        clips.append(sample(loaded, settings, spec, progress=step, **how))
-    dense = clips[0]
+        step = _named(progress, f"{index} of {len(plan)}  {spec.title}")
+        beside = spec.name != "dense"
+        clips.append(sample(loaded, settings, spec, progress=step, beside_dense=beside, **how))
+    on_gpu = loaded.device.startswith("cuda")
+    threads = 1 if on_gpu else torch.get_num_threads()
+    others = others_at_work(before, CoreTimes.now(), threads=threads)
+    dense, *sparse = clips
+    timing = judge(sparse, others=others)
     candidates = []
-    for clip in clips[1:]:
+    for clip, speed in zip(sparse, timing.speeds, strict=True):
         progress("measuring", 0, 0)
-        ratio = dense.seconds / clip.seconds if clip.seconds > 0 else 1.0
         close = similarity(clip.frames, dense.frames)
-        candidates.append(Candidate(clip=clip, similarity=close, speedup=ratio))
+        candidates.append(Candidate(clip=clip, similarity=close, speed=speed))
     return Comparison(
-        dense=dense, candidates=tuple(candidates), machine=machine_facts(loaded, computed)
+        dense=dense,
+        candidates=tuple(candidates),
+        machine=machine_facts(loaded, computed),
+        no_speed=timing.reason,
+        gains_from=_gains_from(loaded, candidates, progress),
     )
+
+
+def _gains_from(loaded: LoadedPipeline, candidates: Sequence[Candidate], progress: Progress) -> str:
+    """Return at which size this machine would gain, if this clip is too short to."""
+    timed = [(c.speed.speedup, c) for c in candidates if c.speed is not None]
+    if not timed:
+        return ""
+    speedup, best = max(timed, key=lambda pair: pair[0])
+    if speedup >= WORTH:
+        return ""
+    progress("looking for the size that gains", 0, 0)
+    return gains_from(loaded, best)
 
 
 def _named(progress: Progress, name: str) -> Progress:

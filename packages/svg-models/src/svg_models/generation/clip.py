@@ -13,6 +13,7 @@ from svg_models.errors import OutputError, SvgModelsError
 from svg_models.files import check_suffix
 from svg_models.generation.settings import Settings
 from svg_models.method_names import MethodSpec
+from svg_models.sparse.pairs import PairedStep
 from svg_models.stats import RunStats
 from svg_models.video import keep_elsewhere, write_video
 
@@ -33,6 +34,7 @@ class Clip:
         step_seconds: time of each step; exact only if profiled, else a device may lag behind.
         decode_seconds: time of the VAE afterwards.
         stats: densities and times of every attention call, and the recipe.
+        paired_steps: sparse steps timed beside the same steps dense, where that was asked for.
     """
 
     frames: np.ndarray
@@ -44,6 +46,7 @@ class Clip:
     step_seconds: tuple[float, ...]
     decode_seconds: float
     stats: RunStats
+    paired_steps: tuple[PairedStep, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values for JSON."""

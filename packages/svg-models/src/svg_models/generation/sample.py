@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -123,18 +124,27 @@ def sample(
     media: Media = NOTHING,
     computed: Mapping[str, Any] = MappingProxyType({}),
     profile: bool = False,
+    beside_dense: bool = False,
     progress: Progress = quiet,
 ) -> Clip:
-    """Run a loaded pipeline once; see `generate` and `Request.computed`."""
+    """Run a loaded pipeline once; see `generate` and `Request.computed`.
+
+    With `beside_dense` some sparse steps are timed beside the same steps dense; that needs
+    `profile`, and no step's time includes it.
+    """
     loaded.geometry.check(height=settings.height, width=settings.width, frames=settings.frames)
     timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
         sparsify(loaded.pipe, spec, seed=settings.seed, profile=profile, **computed) as run,
         timer,
+        run.beside_dense(now=timer.now, leave_out=timer.leave_out)
+        if beside_dense
+        else nullcontext() as pairs,
     ):
         output = loaded.pipe(**_call(loaded, settings), **media.arguments(loaded, settings))
         finished = timer.now()
         stats = run.stats()
+        paired = () if pairs is None else pairs.steps()
     if spec.name == "auto" and run.recipe is not None:
         spec = replace(MethodSpec.of(run.recipe.method), method=None)
     return Clip(
@@ -147,6 +157,7 @@ def sample(
         step_seconds=timer.step_seconds,
         decode_seconds=finished - timer.last,
         stats=stats,
+        paired_steps=paired,
     )
 
 

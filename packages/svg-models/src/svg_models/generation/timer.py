@@ -25,6 +25,7 @@ class StepTimer:
         self._loaded, self._steps, self._progress = loaded, steps, progress
         self._exact = exact
         self._times: list[float] = []
+        self._left_out = 0.0
         self._undo = ExitStack()
         # A scheduler of second order is called twice a step, but once in the last.
         self._order = max(1, int(getattr(loaded.pipe.scheduler, "order", 1)))
@@ -74,13 +75,20 @@ class StepTimer:
     @property
     def last(self) -> float:
         """Return when the last step ended."""
-        return self._times[-1] if self._times else time.perf_counter()
+        return self._times[-1] if self._times else self._read()
 
     def now(self) -> float:
         """Return the time once the device has finished what it was given."""
         if self._loaded.device.startswith("cuda"):
             torch.cuda.synchronize(self._loaded.device)
-        return time.perf_counter()
+        return self._read()
+
+    def leave_out(self, seconds: float) -> None:
+        """Count some seconds, which have just passed, to no step."""
+        self._left_out += seconds
+
+    def _read(self) -> float:
+        return time.perf_counter() - self._left_out
 
     def _begin(self, *_: object) -> None:
         if not self._times:
@@ -101,7 +109,7 @@ class StepTimer:
         done = self._calls >= self._all_calls
         if self._calls % self._order and not done:
             return
-        self._times.append(self.now() if done or self._exact else time.perf_counter())
+        self._times.append(self.now() if done or self._exact else self._read())
         self._progress("sampling", len(self._times) - 1, self._steps)  # the first began the loop
         if done:
             self._progress("decoding", 0, 0)

@@ -7,6 +7,8 @@ import math
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -201,6 +203,36 @@ class Engine:
             sparse = _is_sparse(generation.recipe, transformer, context.moment)
             self.fast_layers[transformer].begin_forward(sparse=sparse)
 
+    def where(self, transformer: str) -> tuple[Moment, bool]:
+        """Return where the forward pass of a transformer stands, and whether its step is sparse."""
+        generation: Generation = self._here.generation
+        moment = generation.contexts[transformer].moment
+        return moment, _is_sparse(generation.recipe, transformer, moment)
+
+    def dense_session(self) -> Session:
+        """Return a session that computes every call dense, timed as the run's own."""
+        return Session(Dense(), **self._options)
+
+    @contextmanager
+    def computing_with(self, transformer: str, session: Session) -> Iterator[None]:
+        """Compute the attention of a forward pass with another session, on this thread.
+
+        Args:
+            transformer: in whose forward pass the run stands; its layers are those of dense steps.
+            session: computes, remembers and logs in place of the run's own.
+        """
+        layers = self.fast_layers.get(transformer)
+        _, sparse = self.where(transformer)
+        self._here.session = session
+        if layers is not None:
+            layers.begin_forward(sparse=False)
+        try:
+            yield
+        finally:
+            self._here.session = None
+            if layers is not None:
+                layers.begin_forward(sparse=sparse)
+
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
         generation.grid = context.grid
@@ -288,7 +320,8 @@ class Engine:
             ).transpose(1, 2)
 
         heads = tuple(x.transpose(1, 2) for x in (query, key, value))
-        out = generation.session.attend(
+        session: Session = getattr(self._here, "session", None) or generation.session
+        out = session.attend(
             *heads,
             layout=layout,
             call=Call(

@@ -156,6 +156,11 @@ class Installation:
             self.remove()
             raise
 
+    @property
+    def transformer(self) -> nn.Module | None:
+        """Return the transformer, or None if it is gone."""
+        return self._transformer()
+
     def still_in(self, pipe: Any) -> bool:
         """Return whether the transformer is still that of the pipeline."""
         part = getattr(pipe, self.name, None)

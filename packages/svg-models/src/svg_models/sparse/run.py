@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from svg_models.sparse.checks import check_backend, check_schedule, device_and_d
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
 from svg_models.sparse.layers import FastLayers, check_layers
+from svg_models.sparse.pairs import DensePairs
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
 from svg_models.summary import Summarised
@@ -190,6 +192,19 @@ class SparseRun(Summarised):
         somebody else put in place meanwhile are left there.
         """
         self._engine.restore()
+
+    def beside_dense(
+        self, *, now: Callable[[], float], leave_out: Callable[[float], None]
+    ) -> DensePairs:
+        """Return what times some sparse steps of the next video beside the same steps dense.
+
+        Args:
+            now: returns the time once the device has finished.
+            leave_out: is told the seconds of each dense pass.
+        """
+        held = ((one.name, one.transformer) for one in self._engine.installations)
+        transformers = {name: module for name, module in held if module is not None}
+        return DensePairs(self._engine, transformers, now=now, leave_out=leave_out)
 
     def stats(self) -> RunStats:
         """Return what the last video did; waits for the device once."""
