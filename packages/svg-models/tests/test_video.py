@@ -13,6 +13,7 @@ from PIL import Image
 from svg_models.errors import SettingError
 from svg_models.files import atomic_path
 from svg_models.video import (
+    Spread,
     read_video,
     side_by_side,
     similarity,
@@ -168,6 +169,32 @@ def test_similarity_of_identical_clips_has_no_finite_psnr() -> None:
     assert math.isinf(result.mean_psnr)
     assert result.ssim == (1.0,) * 3, "and not something near it"
     assert result.to_dict()["psnr_mean_db"] is None
+    assert (result.flip, result.flicker) == ((0.0,) * 3, (0.0,) * 2)
+
+
+def test_similarity_flicker_is_the_difference_of_the_changes() -> None:
+    still = np.full((4, 16, 16, 3), 100, np.uint8)
+    blinks = still.copy()
+    blinks[1::2] += 6
+    result = similarity(blinks, still)
+    assert result.flicker == (6.0, 6.0, 6.0)
+    assert result.mean_flicker == 6.0
+    # A constant difference does not flicker, and neither does a change that both clips share.
+    assert similarity(still + 6, still).flicker == (0.0, 0.0, 0.0)
+    moving = gradient(4, 16, 16)
+    assert similarity(np.minimum(moving, 200), np.minimum(moving, 200)).mean_flicker == 0.0
+    assert similarity(still[:1], blinks[:1]).mean_flicker == 0.0
+    half = still.copy()
+    half[2, :8] = 0  # a change of 100 in half of a frame, and back
+    assert similarity(half, still).flicker == (0.0, 50.0, 50.0)
+
+
+def test_spread_is_over_the_finite_values() -> None:
+    spread = Spread.of([30.0, 32.0, math.inf, 37.0])
+    assert (spread.mean, spread.least, spread.most, spread.count) == (33.0, 30.0, 37.0, 3)
+    assert spread.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    assert Spread.of([31.5]).deviation == 0.0
+    assert Spread.of([math.inf]).mean is None
 
 
 def gaussian_ssim(x: np.ndarray, y: np.ndarray) -> float:

@@ -243,7 +243,7 @@ class MethodSpec:
             return band if self.density is None else SVG1(density=self.density)
         if self.name == "random":
             return RandomBlocks() if self.density is None else RandomBlocks(density=self.density)
-        if self.name == "auto" and not isinstance(base, SVG2):
+        if self.name == "svg2-published" or (self.name == "auto" and not isinstance(base, SVG2)):
             return base
         method = base if isinstance(base, SVG2) else SVG2()
         changes: dict[str, Any] = {}

@@ -78,8 +78,6 @@ def choose_recipe(
     if spec.name == "svg2-published":
         recipe = _as_published(pipe, tokens)
     recipe = dataclasses.replace(recipe, schedule=schedule or recipe.schedule)
-    if spec.name == "svg2-published":
-        return recipe
     if spec.method is not None or spec.name == "dense":
         method = spec.build(recipe.method)
         return dataclasses.replace(recipe, method=method, source="user", note="")

@@ -15,7 +15,7 @@ from svg_models.comparison.page import comparison_page
 from svg_models.errors import OutputError, SvgModelsError
 from svg_models.files import atomic_folder, spare_folders, user_path
 from svg_models.generation.clip import Clip
-from svg_models.video import side_by_side, write_video
+from svg_models.video import METRICS, side_by_side, write_video
 
 __all__ = ["Comparison", "clip_label"]
 
@@ -67,11 +67,7 @@ class Comparison:
             "no_speed": self.no_speed or None,
             "gains_from": self.gains_from or None,
             "reference": "dense",
-            "metrics": {
-                "psnr": "torchmetrics, 8-bit frames scaled to 0..1, data_range 1, per frame; "
-                "the mean leaves identical frames out",
-                "ssim": "torchmetrics, Gaussian window 11 x 11, sigma 1.5, data_range 1, per frame",
-            },
+            "metrics": METRICS,
             "runs": [dense, *sparse],
         }
 

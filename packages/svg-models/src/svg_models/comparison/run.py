@@ -61,7 +61,7 @@ def compare(request: CompareRequest) -> Comparison:
     candidates = []
     for clip, speed in zip(sparse, timing.speeds, strict=True):
         progress("measuring", 0, 0)
-        close = similarity(clip.frames, dense.frames)
+        close = similarity(clip.frames, dense.frames, device=loaded.device)
         candidates.append(Candidate(clip=clip, similarity=close, speed=speed))
     return Comparison(
         dense=dense,
