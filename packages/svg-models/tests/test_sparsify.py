@@ -10,11 +10,13 @@ import threading
 import weakref
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -455,13 +457,51 @@ def test_sparsify_keeps_two_pipelines_on_two_threads_apart() -> None:
         assert all(torch.equal(clip, expected[size]) for clip in clips)
 
 
-def test_sparsify_takes_a_scheduler_of_second_order_at_its_steps() -> None:
+SCHEDULERS = {
+    "FlowMatchHeunDiscreteScheduler": 2,
+    "HeunDiscreteScheduler": 2,
+    "KDPM2DiscreteScheduler": 2,
+    "KDPM2AncestralDiscreteScheduler": 2,
+    "FlowMatchEulerDiscreteScheduler": 1,
+    "UniPCMultistepScheduler": 1,
+    "DPMSolverMultistepScheduler": 1,
+    "DPMSolverSinglestepScheduler": 1,
+    "SASolverScheduler": 1,
+    "DEISMultistepScheduler": 1,
+    "LMSDiscreteScheduler": 1,
+    "EulerAncestralDiscreteScheduler": 1,
+}
+"""Scheduler and how often it evaluates the transformer in a step, but for the last."""
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+@pytest.mark.parametrize(("scheduler", "evaluations"), SCHEDULERS.items())
+def test_sparsify_keeps_the_dense_share_of_steps_with_every_scheduler(
+    scheduler: str, evaluations: int, steps: int
+) -> None:
     pipe = tiny.pipeline()
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    pipe.scheduler = getattr(diffusers, scheduler)()
     with sparsify(pipe, SPARSE, HALF) as run:
-        tiny.generate(pipe, num_inference_steps=4)
-    assert steps_of(run) == {0: {"Dense"}, 1: {"Dense"}, 2: {"SVG2"}, 3: {"SVG2"}}
-    assert len(run.stats().records) == 7 * 2 * 3  # evaluations, branches, layers
+        tiny.generate(pipe, num_inference_steps=steps)
+    assert steps_of(run) == {s: {"Dense"} if s < 2 else {"SVG2"} for s in range(steps)}
+    calls = evaluations * (steps - 1) + 1
+    assert len(run.stats().records) == calls * 2 * 3  # evaluations, branches, layers
+    assert run.messages == ()
+
+
+@pytest.mark.parametrize("scheduler", ["KDPM2DiscreteScheduler", "UniPCMultistepScheduler"])
+def test_sparsify_keeps_the_dense_share_of_the_steps_that_video_to_video_takes(
+    scheduler: str,
+) -> None:
+    parts = tiny.pipeline().components
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    pipe = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in names})
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    pipe.set_progress_bar_config(disable=True)
+    video = [Image.new("RGB", (48, 48)) for _ in range(9)]
+    with sparsify(pipe, SPARSE, HALF) as run:
+        tiny.generate(pipe, video=video, num_frames=None, strength=0.6, num_inference_steps=10)
+    assert steps_of(run) == {s: {"Dense"} if s < 3 else {"SVG2"} for s in range(6)}
 
 
 def test_sparsify_starts_afresh_after_an_interruption_in_the_first_step() -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
+import processes
 import torch
 import zoo
 from torch import Tensor
@@ -148,24 +144,8 @@ def check_model_offload(family: str) -> Cell:
 
 def ulysses_cells() -> dict[str, Cell]:
     """Run Ulysses context parallelism in two processes, for all families at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parents[1] / "ulysses.py")],
-            env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors
-    cells = json.loads(outputs[0][0].splitlines()[-1])
+    output = processes.run_two("ulysses.py")
+    cells = json.loads(output.splitlines()[-1])
     return {family: Cell(**cell) for family, cell in cells.items()}
 
 

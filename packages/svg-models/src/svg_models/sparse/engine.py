@@ -175,7 +175,8 @@ class Engine:
             generation = self._generations.get(key)
             if generation is None or (running and generation.tracker.pipe is not pipe):
                 self._forget_ended(running)
-                tracker = StepTracker(pipe or self._pipe(), running=pipe is not None)
+                known = self._pipe() if pipe is None else pipe
+                tracker = StepTracker(known, running=pipe is not None)
                 generation = self._generations[key] = Generation(tracker)
             return generation
 
@@ -244,9 +245,12 @@ class Engine:
         self._tell_replaced(generation)
 
     def _choose(self, generation: Generation, context: ForwardContext) -> Recipe:
+        # Not by truth: some wrappers of modules have a length and raise when they are asked for it.
+        models = (installed.transformer for installed in self.installations)
+        known = (generation.tracker.pipe, self._pipe(), *models)
         recipe = choose_recipe(
             self._spec,
-            generation.tracker.pipe or self._pipe(),
+            next(one for one in known if one is not None),
             math.prod(context.grid),
             schedule=self._schedule,
             num_steps=context.moment.num_steps,

@@ -164,12 +164,11 @@ class Installation:
     def still_in(self, pipe: Any) -> bool:
         """Return whether the transformer is still that of the pipeline."""
         part = getattr(pipe, self.name, None)
-        return isinstance(part, nn.Module) and unwrap(part) is self._transformer()
+        return isinstance(part, nn.Module) and unwrap(part) is self.transformer
 
     def _finished(self) -> None:
-        transformer = self._transformer()
-        if transformer is not None:
-            self._run.finish(transformer)
+        if self.transformer is not None:
+            self._run.finish(self.transformer)
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

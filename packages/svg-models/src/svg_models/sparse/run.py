@@ -9,9 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from svg_attention import Method, Schedule
 from svg_models import attention_op
 from svg_models.families import family_of, transformers_of
+from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
 from svg_models.recipe import From, Layers, Linears, Recipe
 from svg_models.sparse.checks import check_backend, check_schedule, device_and_dtype
@@ -147,7 +150,9 @@ class SparseRun(Summarised):
             check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
             check_layers(layers, device)
         self._title = type(pipe).__name__
-        self._engine = Engine(pipe, spec, schedule, **options)
+        # A wrapper may be gone before its model.
+        inner = unwrap(pipe) if isinstance(pipe, nn.Module) else pipe
+        self._engine = Engine(inner, spec, schedule, **options)
         try:
             for name, transformer, family in found:
                 first = len(self._engine.slots)
