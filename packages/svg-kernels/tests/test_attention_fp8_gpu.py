@@ -58,7 +58,9 @@ def assert_matches(arguments, keywords):
     assert torch.isfinite(out).all()
     assert torch.equal(torch.isneginf(lse), torch.isneginf(want_lse))
     read = torch.isfinite(want_lse)
-    assert ((lse.double() - want_lse)[read].abs() < 5e-2).all()
+    # What falls on the other side of a tie moves a score by a share of the query's size.
+    apart = 5e-2 * arguments[0].double().std(correction=0).clamp(min=1.0)
+    assert ((lse.double() - want_lse)[read].abs() < apart).all()
     assert relative_error(out, want) < 2e-2
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import emulate
 import pytest
 import torch
-from attention_oracles import brute_force, random_call
+from attention_oracles import assert_spoiled_alike, brute_force, random_call, spoil
 from fp8_oracles import attend_in_e4m3, relative_error
 
 from svg_kernels import _dispatch, _library, attention, attention_fp8, quantize_key_value
@@ -76,6 +76,22 @@ def test_block_sparse_attention_emulated_matches_fp64(plan, dtype, generator):
     want, want_lse = brute_force(*arguments, **keywords)
     assert relative_error(out, want) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
     assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("seed", range(3))
+def test_block_sparse_attention_emulated_keeps_nan_to_the_rows_that_read_it(plan, seed, generator):
+    # Tiles whose outputs are not finite are computed again, the pipeline going on where it was.
+    generator.manual_seed(seed)
+    sizes = PLANS[plan] | {"batch": 2}
+    arguments, keywords = random_call(generator, dtype=torch.bfloat16, dim=128, **sizes)
+    spoil(arguments, keywords, generator)
+    out, lse = attention.block_sparse_attention(
+        *arguments, return_lse=True, backend="cuda", **keywords
+    )
+    want, want_lse = brute_force(*arguments, **keywords)
+    assert_spoiled_alike(out, want, 2e-2)
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
 
 
 @pytest.mark.parametrize(("plan", "dtype"), CASES)

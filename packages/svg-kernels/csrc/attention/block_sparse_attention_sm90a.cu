@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp == 0) {
     if (lane == 0) {
+      shared.clear = 0;
       for (int s = 0; s < kStages; ++s) {
         hopper::mbarrier_init(&shared.key_full[s], 1);
         hopper::mbarrier_init(&shared.value_full[s], 1);
@@ -53,7 +54,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {
     hopper::setmaxnreg_dec<40>();
     const int key_sequence = sequence / (params.heads / params.key_heads);
-    if (warp == 0) produce(params, shared, key_sequence, tile, lane);
+    if (warp == 0) {
+      PipelineState state;
+      bool again = false;
+      do {
+        produce(params, shared, state, key_sequence, tile, lane);
+        if (again) break;
+        hopper::named_barrier_sync(kClear, kConsumers + 32);
+        again = shared.clear;
+      } while (again);
+    }
   } else {
     hopper::setmaxnreg_inc<232>();
     Consumer<T, kHeadDim>(params, shared, sequence, tile % params.tiles)

@@ -42,10 +42,15 @@ class Consumer {
     extent_ = measure(params.run_lengths + tile_.index() * params.runs, params.runs, tile_.lane);
     run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
     key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
     const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
-    if (stages > 0) attend(stages);
+    while (true) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
+      if (stages > 0) attend(stages);
+      if (clears_ || !must_clear()) break;
+      clears_ = true;
+      if (stages > 0) start_over(stages);
+    }
     store_output(tile_, softmax_, output_);
   }
 
@@ -55,11 +60,11 @@ class Consumer {
     const int filled = hopper::warp_uniform(extent_.whole ? extent_.atoms / kStageAtoms : 0);
     float scores[64];
     uint32_t probabilities[32];
-    PipelineState key, value;
+    PipelineState key = PipelineState{}.after(clears_ ? stages : 0), value = key;
     SharedStorage<kHeadDim>& shared = tile_.shared;
 
-    // The first warpgroup starts.
-    if (tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
+    // The first warpgroup starts; at the end it would be its turn again.
+    if (!clears_ && tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
     hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
     warp_scheduler_barrier_sync();
     multiply_keys(scores, key.stage);
@@ -80,11 +85,36 @@ class Consumer {
     hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
     if (must_rescale(j - 1)) rescale<true>(j - 1, scores, probabilities, key.stage);
     add_pending_sum();
-    clear_values(j - 1, value);
+    if (clears_) clear_values(j - 1, value);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(output_);
+  }
+
+  // Whether the tile must be computed again. Value rows that count for nothing are multiplied by
+  // probabilities of 0, which do not silence NaN and infinity; to clear them before each product
+  // costs a twelfth of the time, so they are cleared only where an output turned out not finite.
+  // Both warpgroups share the stages, so they and the producer agree.
+  __device__ __forceinline__ bool must_clear() {
+    float zero = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) zero = fmaf(output_[i], 0.f, zero);
+    if (__any_sync(~0u, zero != 0.f) && tile_.lane == 0) tile_.shared.clear = 1;
+    hopper::named_barrier_sync(kClear, kConsumers + 32);
+    return tile_.shared.clear;
+  }
+
+  // Gives the last stage back and forgets the sums.
+  __device__ __forceinline__ void start_over(int stages) {
+    const int last = PipelineState{}.after(stages - 1).stage;
+    release_keys(last);
+    release_values(last);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      softmax_.maximum[r] = -INFINITY;
+      softmax_.sum[r] = 0.f;
+    }
   }
 
   // The scores and probabilities of stage j, and the product of those of the stage before with its
@@ -104,7 +134,7 @@ class Consumer {
       multiply_keys(scores, opaque(key.stage));
     }
     add_pending_sum();
-    if (kMasked) clear_values(j - 1, value);
+    if (kMasked && clears_) clear_values(j - 1, value);
     release_keys(before);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
@@ -296,6 +326,7 @@ class Consumer {
   Extent extent_;
   int key_arrivals_;  // on behalf of how many lanes this one gives keys back
   Softmax softmax_;
+  bool clears_ = false;  // whether value rows that count for nothing are cleared
   float pending_sum_[2];  // of the last stage's probabilities, which may yet be rescaled
   float output_[kHeadDim / 2];
 };

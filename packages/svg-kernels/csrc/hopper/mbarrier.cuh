@@ -55,6 +55,10 @@ struct PipelineState {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ PipelineState after(int stages) const {
+    const int place = stage + stages;
+    return {place % kStages, phase ^ (place / kStages & 1)};
+  }
 };
 
 }  // namespace svg::hopper

@@ -57,6 +57,10 @@ struct PipelineState {
       phase ^= 1;
     }
   }
+  PipelineState after(int stages) const {
+    const int place = stage + stages;
+    return {place % kStages, phase ^ (place / kStages & 1)};
+  }
 };
 
 }  // namespace svg::hopper
