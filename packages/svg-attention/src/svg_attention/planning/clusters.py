@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_kmeans import update
+from svg_attention.planning import cuda
 from svg_attention.planning.clustering import Clusters
 from svg_attention.planning.dispatch import planner_for, select_planner
 from svg_attention.planning.order import LONG_RATIO
@@ -165,8 +166,9 @@ def _select(
     budget = selection.budget
     if selection.by_error:
         tensors = (means, key, value, clusters.order, clusters.centroids, value_means)
+        prober = cuda if cuda.unsupported(means, key, value, rows) is None else planner
         wanted = selection.return_probes
-        error, bias, *found = planner.probe_sums(*tensors, clusters.sizes, *probed, wanted)
+        error, bias, *found = prober.probe_sums(*tensors, clusters.sizes, *probed, wanted)
         bias, exact = bias if selection.correct_bias else None, tuple(found) if wanted else None
         if budget is not None:
             room = budget[:, None, None].expand(error.shape[:3])

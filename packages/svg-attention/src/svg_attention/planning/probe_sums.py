@@ -68,9 +68,8 @@ def probe_sums(
         probe_rows: rows of a probe.
         scale: factor of the logits, above 0.
         return_output: also return each probe's output and log-sum-exp.
-        backend: `"auto"` (Triton on a GPU), `"triton"`, `"reference"`, or `"cuda"`: the kernel of
-            `svg_kernels` for compute capability 9.0 and bf16, several times as fast, which is
-            taken by name alone until its tests agree on such a GPU.
+        backend: `"auto"`, `"cuda"` (the kernel of `svg_kernels`, compute capability 9.0, bf16),
+            `"triton"` or `"reference"`.
 
     Returns:
         A `ProbeSums`, 0 for an empty cluster.
@@ -100,6 +99,8 @@ def probe_sums(
         if x.device != means.device:
             raise ValueError(f"{name} must be on {means.device} like means, got {x.device}")
     tensors = (means, key, value, order, centroids, value_means, sizes)
+    if backend == "auto" and cuda.unsupported(means, key, value, probe_rows) is None:
+        backend = "cuda"
     error, bias, output, lse = _probe_sums(
         *tensors, length, probe_rows, float(scale), return_output, backend
     )
