@@ -28,7 +28,8 @@ struct Arguments {
   float scale;
 };
 
-// Reads what `attention/cuda.py` packs: 31 integers in the order of the fields above.
+// Reads what `attention/cuda.py` packs: so many integers, in the order of the fields above.
+constexpr int kArguments = 31;
 inline Arguments read_arguments(const int64_t* packed, double scale) {
   Arguments a{};
   const auto pointer = [&](int i) { return reinterpret_cast<void*>(packed[i]); };

@@ -128,8 +128,8 @@ Arguments read(const int64_t* packed, double scale) {
   Arguments a{};
   static_cast<attention::Arguments&>(a) = read_arguments(packed, scale);
   const auto floats = [&](int i) { return reinterpret_cast<const float*>(packed[i]); };
-  a.key_scale = floats(31), a.key_mean = floats(32);
-  a.value_scale = floats(33), a.value_mean = floats(34);
+  a.key_scale = floats(kArguments), a.key_mean = floats(kArguments + 1);
+  a.value_scale = floats(kArguments + 2), a.value_mean = floats(kArguments + 3);
   return a;
 }
 

@@ -25,18 +25,16 @@
 namespace svg::attention {
 namespace {
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1)
-    block_sparse_attention_kernel(const __grid_constant__ Params params) {
+template <typename T, int kHeadDim, bool kClears>
+__device__ __forceinline__ void attend_tile(const Params& params, int tile) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw);
-  const int tile = params.tile_order ? params.tile_order[blockIdx.x] : blockIdx.x;
   const int sequence = tile / params.tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (warp == 0) {
     if (lane == 0) {
-      shared.clear = 0;
+      shared.listed = 0;
       for (int s = 0; s < kStages; ++s) {
         hopper::mbarrier_init(&shared.key_full[s], 1);
         hopper::mbarrier_init(&shared.value_full[s], 1);
@@ -54,21 +52,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {
     hopper::setmaxnreg_dec<40>();
     const int key_sequence = sequence / (params.heads / params.key_heads);
-    if (warp == 0) {
-      PipelineState state;
-      bool again = false;
-      do {
-        produce(params, shared, state, key_sequence, tile, lane);
-        if (again) break;
-        hopper::named_barrier_sync(kClear, kConsumers + 32);
-        again = shared.clear;
-      } while (again);
-    }
+    if (warp == 0) produce(params, shared, key_sequence, tile, lane);
   } else {
     hopper::setmaxnreg_inc<232>();
-    Consumer<T, kHeadDim>(params, shared, sequence, tile % params.tiles)
+    Consumer<T, kHeadDim, kClears>(params, shared, sequence, tile % params.tiles)
         .run((params.summaries + kStageRows - 1) / kStageRows);
   }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    block_sparse_attention_kernel(const __grid_constant__ Params params) {
+  attend_tile<T, kHeadDim, false>(params,
+                                  params.tile_order ? params.tile_order[blockIdx.x] : blockIdx.x);
+}
+
+// Computes the tiles again that the kernel before has listed; none, where all values are finite.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    block_sparse_attention_spoiled_kernel(const __grid_constant__ Params params) {
+  if (blockIdx.x < *params.spoiled)
+    attend_tile<T, kHeadDim, true>(params, params.spoiled[1 + blockIdx.x]);
 }
 
 // Fills in the tensor maps.
@@ -100,15 +104,19 @@ template <typename T, int kHeadDim>
 cudaError_t launch(const Params& params, cudaStream_t stream) {
   constexpr int bytes = sizeof(SharedStorage<kHeadDim>);
   static_assert(bytes <= 227 * 1024, "a block's shared memory");
-  const auto kernel = block_sparse_attention_kernel<T, kHeadDim>;
   const int64_t blocks = params.batch * params.heads * params.tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(params);
-  return cudaGetLastError();
+  for (const auto kernel : {block_sparse_attention_kernel<T, kHeadDim>,
+                            block_sparse_attention_spoiled_kernel<T, kHeadDim>}) {
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(params);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 template <typename T>
@@ -118,10 +126,15 @@ cudaError_t launch(const Params& params, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t attend(const Arguments& arguments, cudaStream_t stream) {
+struct Call : Arguments {
+  int* spoiled;  // a zero, and room for the number of every tile
+};
+
+cudaError_t attend(const Call& arguments, cudaStream_t stream) {
   if (arguments.head_dim != 64 && arguments.head_dim != 128) return cudaErrorInvalidValue;
   Params params{};
   static_cast<Arguments&>(params) = arguments;
+  params.spoiled = arguments.spoiled;
   params.tiles = static_cast<int>((arguments.query_length + kTileRows - 1) / kTileRows);
   const cudaError_t error = encode_maps(params);
   if (error != cudaSuccess) return error;
@@ -137,8 +150,9 @@ namespace {
 
 // Takes addresses as integers: the operands are described once in Python, where some are copied.
 void block_sparse_attention(int64_t packed, double scale, int device, int64_t stream) {
-  launch_on(attend, read_arguments(reinterpret_cast<const int64_t*>(packed), scale), device,
-            stream);
+  const auto* numbers = reinterpret_cast<const int64_t*>(packed);
+  Call call{read_arguments(numbers, scale), reinterpret_cast<int*>(numbers[kArguments])};
+  launch_on(attend, call, device, stream);
 }
 
 }  // namespace

@@ -25,7 +25,10 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-template <typename T, int kHeadDim>
+// With `kClears` value rows that count for nothing are cleared before they are multiplied by their
+// probabilities of 0, which do not silence NaN and infinity. That costs a twelfth of the time, so
+// only tiles whose output would not be finite without are computed so, in a launch of their own.
+template <typename T, int kHeadDim, bool kClears>
 class Consumer {
  public:
   static constexpr int kAtomBytes = SharedStorage<kHeadDim>::kAtomBytes;
@@ -42,29 +45,26 @@ class Consumer {
     extent_ = measure(params.run_lengths + tile_.index() * params.runs, params.runs, tile_.lane);
     run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
     key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
-    const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
-    while (true) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
-      if (stages > 0) attend(stages);
-      if (clears_ || !must_clear()) break;
-      clears_ = true;
-      if (stages > 0) start_over(stages);
-    }
+    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
+    const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
+    if (stages > 0) attend(stages);
+    if (!kClears && (!extent_.whole || summary_stages > 0)) list_if_spoiled();
     store_output(tile_, softmax_, output_);
   }
 
  private:
   __device__ __forceinline__ void attend(int stages) {
     // Stages that need no mask, a loop of their own.
-    const int filled = hopper::warp_uniform(extent_.whole ? extent_.atoms / kStageAtoms : 0);
+    const int filled =
+        hopper::warp_uniform(extent_.whole && !kClears ? extent_.atoms / kStageAtoms : 0);
     float scores[64];
     uint32_t probabilities[32];
-    PipelineState key = PipelineState{}.after(clears_ ? stages : 0), value = key;
+    PipelineState key, value;
     SharedStorage<kHeadDim>& shared = tile_.shared;
 
-    // The first warpgroup starts; at the end it would be its turn again.
-    if (!clears_ && tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
+    // The first warpgroup starts.
+    if (tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
     hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
     warp_scheduler_barrier_sync();
     multiply_keys(scores, key.stage);
@@ -85,36 +85,22 @@ class Consumer {
     hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
     if (must_rescale(j - 1)) rescale<true>(j - 1, scores, probabilities, key.stage);
     add_pending_sum();
-    if (clears_) clear_values(j - 1, value);
+    if (kClears) clear_values(j - 1, value);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(output_);
   }
 
-  // Whether the tile must be computed again. Value rows that count for nothing are multiplied by
-  // probabilities of 0, which do not silence NaN and infinity; to clear them before each product
-  // costs a twelfth of the time, so they are cleared only where an output turned out not finite.
-  // Both warpgroups share the stages, so they and the producer agree.
-  __device__ __forceinline__ bool must_clear() {
+  // Leaves a tile whose output is not finite to the next launch, which clears values.
+  __device__ __forceinline__ void list_if_spoiled() {
     float zero = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) zero = fmaf(output_[i], 0.f, zero);
-    if (__any_sync(~0u, zero != 0.f) && tile_.lane == 0) tile_.shared.clear = 1;
-    hopper::named_barrier_sync(kClear, kConsumers + 32);
-    return tile_.shared.clear;
-  }
-
-  // Gives the last stage back and forgets the sums.
-  __device__ __forceinline__ void start_over(int stages) {
-    const int last = PipelineState{}.after(stages - 1).stage;
-    release_keys(last);
-    release_values(last);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      softmax_.maximum[r] = -INFINITY;
-      softmax_.sum[r] = 0.f;
-    }
+    if (!__any_sync(~0u, zero != 0.f) || tile_.lane != 0) return;
+    if (atomicExch(&tile_.shared.listed, 1) != 0) return;  // by another warp
+    int* spoiled = tile_.params.spoiled;
+    spoiled[1 + atomicAdd(spoiled, 1)] = static_cast<int>(tile_.index());
   }
 
   // The scores and probabilities of stage j, and the product of those of the stage before with its
@@ -134,7 +120,7 @@ class Consumer {
       multiply_keys(scores, opaque(key.stage));
     }
     add_pending_sum();
-    if (kMasked && clears_) clear_values(j - 1, value);
+    if (kClears) clear_values(j - 1, value);
     release_keys(before);
     hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     multiply_values(probabilities, value.stage);
@@ -272,8 +258,7 @@ class Consumer {
     }
   }
 
-  // Zeros the value rows of stage j that count for nothing, a thread a row: a probability of 0 does
-  // not silence NaN and infinity. Both warpgroups write the same zeros, each before its own
+  // Zeros the value rows of stage j that count for nothing, a thread a row. Both warpgroups write the same zeros, each before its own
   // product; the keys of the stage are not given back yet, so `valid` still belongs to it.
   __device__ __forceinline__ void clear_values(int j, const PipelineState& value) {
     SharedStorage<kHeadDim>& shared = tile_.shared;
@@ -326,7 +311,6 @@ class Consumer {
   Extent extent_;
   int key_arrivals_;  // on behalf of how many lanes this one gives keys back
   Softmax softmax_;
-  bool clears_ = false;  // whether value rows that count for nothing are cleared
   float pending_sum_[2];  // of the last stage's probabilities, which may yet be rescaled
   float output_[kHeadDim / 2];
 };

@@ -39,11 +39,11 @@ __device__ __forceinline__ void load_stage(SharedStorage<kHeadDim>& shared,
 
 // Called by one warp: loads the runs of a tile, then the summaries.
 template <int kHeadDim>
-__device__ __forceinline__ void produce(const Params& params, SharedStorage<kHeadDim>& shared,
-                                        PipelineState& state, int sequence, int64_t tile,
-                                        int lane) {
+__device__ void produce(const Params& params, SharedStorage<kHeadDim>& shared, int sequence,
+                        int64_t tile, int lane) {
   RunReader reader(params.run_starts + tile * params.runs, params.run_lengths + tile * params.runs,
                    params.runs, lane);
+  PipelineState state;
   int row, count;
   while (reader.next(params.key_length, &row, &count)) {
     const int box = box_log2(row, params.key_length, lane);

@@ -20,13 +20,13 @@ using PipelineState = hopper::PipelineState<kStages>;
 
 // Named barriers; each is followed by one for the second warpgroup.
 enum NamedBarrier { kQueryReady = 1, kWarpScheduler = 3, kOutputReady = 5, kRescaleVotes = 7 };
-constexpr int kClear = 9;  // a named barrier of the consumers and the producer warp
 
 struct Params : Arguments {
   CUtensorMap key_maps[kBoxes];  // boxes of 1, 2, 4, 8 and 16 swizzle atoms
   CUtensorMap value_maps[kBoxes];
   CUtensorMap summary_key_map;  // boxes of one atom
   CUtensorMap summary_value_map;
+  int* spoiled;  // how many tiles are computed again, and which
   int tiles;
 };
 
@@ -42,7 +42,7 @@ struct SharedStorage {
   // Rows that count in each atom of a stage, four bits each; read where a tile is not whole.
   uint64_t valid[kStages];
   alignas(16) int rescale_votes[2][kConsumers / 32];  // by stage modulo two, and warp
-  int clear;  // whether the tile is computed again, see Consumer::must_clear
+  int listed;  // whether the tile is among those that are computed again
   uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
 };
 

@@ -10,6 +10,11 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
                "r"(arrivals));
 }
 
+// Ends a barrier's life, so that its place can be initialised again.
+__device__ __forceinline__ void mbarrier_invalidate(uint64_t* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Makes initialised barriers visible to the TMA unit.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -54,10 +59,6 @@ struct PipelineState {
       stage = 0;
       phase ^= 1;
     }
-  }
-  __device__ __forceinline__ PipelineState after(int stages) const {
-    const int place = stage + stages;
-    return {place % kStages, phase ^ (place / kStages & 1)};
   }
 };
 

@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -221,6 +222,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   });
 }
 
+inline int atomicAdd(int* place, int x) { return std::exchange(*place, *place + x); }
+inline int atomicExch(int* place, int x) { return std::exchange(*place, x); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline void __syncwarp() { __ballot_sync(~0u, 0); }
 

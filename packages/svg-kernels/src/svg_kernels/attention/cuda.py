@@ -18,7 +18,11 @@ _VECTOR = 16  # bytes
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Launch the kernel on the current stream; see `svg_kernels.block_sparse_attention`."""
-    launch(_library.functions(operands.query.device).block_sparse_attention, operands, out, lse)
+    tiles = operands.run_starts.shape[:3].numel()
+    # How many tiles, and which, hold what is not finite: they are computed once more.
+    spoiled = torch.zeros(1 + tiles, dtype=torch.int32, device=operands.query.device)
+    function = _library.functions(operands.query.device).block_sparse_attention
+    launch(function, operands, out, lse, (spoiled,))
 
 
 def launch(
@@ -26,7 +30,7 @@ def launch(
     operands: Operands,
     out: Tensor,
     lse: Tensor | None,
-    scales: tuple[Tensor, ...] = (),
+    others: tuple[Tensor, ...],
 ) -> None:
     """Describe a call to one of the compiled kernels and launch it on the current stream.
 
@@ -35,7 +39,7 @@ def launch(
         operands: what the kernel reads.
         out: where the output goes; any strides.
         lse: where the log-sum-exps go, or None.
-        scales: further fp32 tensors, contiguous, whose addresses follow the description.
+        others: further tensors, contiguous, whose addresses follow the description.
     """
     # Copies must outlive the launch, so they keep a name until it returns.
     query, key = _vectors(operands.query), _sequences(operands.key)
@@ -53,7 +57,7 @@ def launch(
     described.extend((query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2]))
     described.extend((operands.run_starts.shape[-1], summaries))
     described.extend((query.shape[3], _CODES[query.dtype]))
-    described.extend(x.data_ptr() for x in scales)
+    described.extend(x.data_ptr() for x in others)
     device = query.device.index
     function(
         described.buffer_info()[0],

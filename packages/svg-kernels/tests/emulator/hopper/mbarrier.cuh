@@ -28,6 +28,8 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
 
 inline void mbarrier_init_fence() {}
 
+inline void mbarrier_invalidate(uint64_t* barrier) { *barrier = 0; }
+
 inline void mbarrier_arrive(uint64_t* barrier, int arrivals = 1) {
   word(barrier).missing -= static_cast<int16_t>(arrivals);
   complete(word(barrier));
@@ -56,10 +58,6 @@ struct PipelineState {
       stage = 0;
       phase ^= 1;
     }
-  }
-  PipelineState after(int stages) const {
-    const int place = stage + stages;
-    return {place % kStages, phase ^ (place / kStages & 1)};
   }
 };
 
