@@ -110,7 +110,7 @@ def test_compare_refuses_bad_methods(options: list[str], sentence: str, tmp_path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--size", "50x64"], "must be multiples of 16 (VAE factor 4), got 64 x 50; the nearest"),
+        (["--size", "50x64"], "must be multiples of 16, got 64 x 50; the nearest"),
         (["--size", "50x64"], "nearest valid size is 64 x 48"),
         (["--size", "1x1"], "nearest valid size is 16 x 16"),
         (["--frames", "10"], "frames must be a multiple of 4 plus 1, got 10; the nearest"),

@@ -74,7 +74,9 @@ def test_diagnose_the_json_is_the_same_data() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"])
     assert result.exit_code == 0
     listed = json.loads(result.stdout)
-    assert listed == doctor.to_dict(doctor.diagnose("cpu"))
+    assert listed == doctor.to_dict(doctor.diagnose("cpu"), "cpu")
+    assert len(listed["checks"]) > 20
+    assert listed["conclusion"]["sentence"]
 
 
 def test_diagnose_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +84,56 @@ def test_diagnose_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -
     output = CliRunner().invoke(app, ["doctor", "--device", "cpu"]).stdout
     for check in doctor.diagnose("cpu"):
         assert check.name in output
+    if not torch.cuda.is_available() and not doctor._has_driver():
+        assert "✗" not in output, "nothing is wrong with a machine that has no GPU"
+        assert "This machine computes on its CPU" in output
+
+
+def conclusion(
+    monkeypatch: pytest.MonkeyPatch, device: str, *, without: str = "", capability: int = 9
+) -> doctor.Conclusion:
+    """Return what follows where everything works but one thing."""
+    checks = [replace(check, works=check.name != without) for check in doctor.diagnose("cpu")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    return doctor.conclude(checks, device)
+
+
+@pytest.mark.parametrize(
+    ("without", "command"),
+    [
+        ("svg-kernels", 'pip install "svg-models[kernels]"'),
+        ("cuda", "pip install --force-reinstall --no-deps svg-kernels"),
+        ("triton", "pip install triton"),
+        ("", ""),
+    ],
+)
+def test_conclude_names_the_one_command_for_a_gpu(
+    without: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = conclusion(monkeypatch, "cuda", without=without)
+    assert found.command == command
+    assert found.sentence.endswith(".")
+
+
+def test_conclude_an_older_gpu_needs_no_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = conclusion(monkeypatch, "cuda", without="cuda", capability=8)
+    assert found.command == ""
+    assert "computed by triton" in found.sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_conclude_a_cpu_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_driver", lambda: True)
+    found = doctor.conclude(doctor.diagnose("cpu"), "cpu")
+    assert "torch cannot use it" in found.sentence
+    assert found.command.endswith("torch")
+    monkeypatch.setattr(doctor, "_has_driver", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda who: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert doctor.conclude([], "cpu").command == "unset OMP_NUM_THREADS"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert doctor.conclude([], "cpu").command == ""
 
 
 def test_diagnose_asks_nvcc_for_its_version(

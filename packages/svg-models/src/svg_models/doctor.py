@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _PACKAGES = (
     "flash-attn-4",
     "flashinfer-python",
 )
+OPTIONAL = ("flash-attn", "flash-attn-4", "flashinfer-python", "flashinfer", "flash_attn", "nvcc")
+"""What is another way to do what this project does itself, or needed to build it only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,28 @@ class Check:
         name: what was checked.
         works: whether it can run here; None where there is nothing to run, only to know.
         detail: a version, a size, or the reason why not.
+        matters: whether this machine would gain if it could run; what needs a GPU that is not
+            there, or is optional beside something as fast, is no fault of a machine.
     """
 
     part: str
     name: str
     works: bool | None
     detail: str
+    matters: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What follows from a diagnosis.
+
+    Attributes:
+        sentence: what this machine is good for.
+        command: what would make it faster; empty if nothing on it would.
+    """
+
+    sentence: str
+    command: str = ""
 
 
 def diagnose(device: str | None = None) -> list[Check]:
@@ -58,7 +77,7 @@ def diagnose(device: str | None = None) -> list[Check]:
         device: the GPU if there is one, else the CPU, by default.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return [
+    checks = [
         *_machine(),
         *_software(),
         *_sparse_attention(place),
@@ -66,11 +85,82 @@ def diagnose(device: str | None = None) -> list[Check]:
         *_fused_kernels(place),
         *_models(place),
     ]
+    return [replace(check, matters=_matters(check, place)) for check in checks]
 
 
-def to_dict(checks: list[Check]) -> list[dict[str, Any]]:
+def _matters(check: Check, device: str) -> bool:
+    """Return whether a machine like this one would gain if what cannot run could."""
+    if check.name in OPTIONAL:
+        return False
+    if device == "cpu":
+        if check.name == "GPU":
+            return _has_driver()
+        return check.name in ("svg-models", "svg-attention", "svg-flash-kmeans", "embedded")
+    return True
+
+
+def conclude(checks: list[Check], device: str) -> Conclusion:
+    """Return what a machine is good for, and the one command that would make it faster.
+
+    Args:
+        checks: what `diagnose` returned.
+        device: that they are about.
+    """
+    works = {(check.part, check.name): bool(check.works) for check in checks}
+    if device == "cpu":
+        return _conclude_cpu()
+    if not works["software", "svg-kernels"]:
+        return Conclusion(
+            sentence="Attention is sparse here, without the compiled kernels.",
+            command='pip install "svg-models[kernels]"',
+        )
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if hopper and not works["sparse attention", "cuda"]:
+        return Conclusion(
+            sentence="svg-kernels is here, and its compiled library is not.",
+            command="pip install --force-reinstall --no-deps svg-kernels",
+        )
+    if not works["software", "triton"]:
+        return Conclusion(
+            sentence="Planning runs in plain torch, which takes most of the time that it saves.",
+            command="pip install triton",
+        )
+    best = next(c.name for c in checks if c.part == "sparse attention" and c.works)
+    return Conclusion(
+        sentence=f"Sparse attention is computed by {best}, the fastest there is for this GPU."
+    )
+
+
+def _conclude_cpu() -> Conclusion:
+    if torch.cuda.is_available():
+        return Conclusion(
+            sentence="This is about the CPU; leave --device out to ask about the GPU."
+        )
+    if _has_driver():
+        return Conclusion(
+            sentence="There is an NVIDIA GPU, and this torch cannot use it.",
+            command="pip install --upgrade --force-reinstall torch",
+        )
+    sentence = (
+        "This machine computes on its CPU: the embedded model, svg compare and all tests run; "
+        "models of billions of parameters want an NVIDIA GPU."
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS") and threads < (cores or 1):
+        return Conclusion(
+            sentence=f"{sentence} torch was told to use {threads} of {cores} cores.",
+            command="unset OMP_NUM_THREADS",
+        )
+    return Conclusion(sentence=sentence)
+
+
+def to_dict(checks: list[Check], device: str) -> dict[str, Any]:
     """Return plain values for JSON."""
-    return [asdict(check) for check in checks]
+    return {
+        "checks": [asdict(check) for check in checks],
+        "conclusion": asdict(conclude(checks, device)),
+    }
 
 
 def _machine() -> list[Check]:
@@ -101,11 +191,15 @@ def _machine() -> list[Check]:
     return checks
 
 
+def _has_driver() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
 def _why_no_gpu() -> str:
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA; install a CUDA build of torch to use a GPU"
-    if not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
+    if not _has_driver():
         return "no NVIDIA driver on this machine"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch to use the GPU"
     return "a driver is there but torch sees no GPU; is it older than this torch needs?"
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import SettingError
-from svg_models.numeric import as_number
+from svg_models.numeric import as_number, written
 from svg_models.presets import PRESETS, check_preset
 from svg_models.recipe import Layers, Recipe
 from svg_models.spelling import did_you_mean
 
 if TYPE_CHECKING:
-    from svg_attention import Method
+    from svg_attention import Method, Schedule
 
-__all__ = ["METHODS", "WITHOUT_BUDGET", "MethodSpec", "read_method"]
+__all__ = ["METHODS", "SCHEDULE_SETTINGS", "WITHOUT_BUDGET", "MethodSpec", "read_method"]
 
 METHODS: dict[str, str] = {
     "auto": "The model's recipe",
@@ -30,6 +30,7 @@ METHODS: dict[str, str] = {
     "svg2-published": "SVG2 as published",
     "random": "Random blocks",
 }
+SCHEDULE_SETTINGS = ("dense_steps", "dense_layers")
 WITHOUT_BUDGET = {
     "dense": "dense computes everything and has no density",
     "svg2-published": "svg2-published has the density that its published settings give",
@@ -50,6 +51,10 @@ class MethodSpec:
         recipe: a ready recipe, which likewise runs as it is.
         path: the file that the recipe was read from.
         number: tells apart methods that have the same name and budget.
+        q_clusters: query clusters of an svg2 method, in place of the recipe's.
+        k_clusters: key clusters of an svg2 method, in place of the recipe's.
+        dense_steps: share of the steps that stay dense, in place of the recipe's.
+        dense_layers: share of the layers that stay dense, in place of the recipe's.
 
     Raises:
         SettingError: if the name is unknown, a number is out of range, or both are given.
@@ -62,6 +67,10 @@ class MethodSpec:
     recipe: Recipe | None = None
     path: str = ""
     number: int = 1
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    dense_steps: float | None = None
+    dense_layers: float | None = None
 
     def __post_init__(self) -> None:
         if self.ready:
@@ -176,6 +185,40 @@ class MethodSpec:
             return ["--recipe", self.path]
         return ["--preset", self.name] if self.is_preset else ["--method", str(self)]
 
+    @property
+    def has_clusters(self) -> bool:
+        """Return whether this is an svg2 method whose clusters are not settled yet."""
+        fixed = self.ready or self.is_preset or self.name in WITHOUT_BUDGET
+        return not fixed and self.name.startswith(("svg2", "auto"))
+
+    @property
+    def changes_clusters(self) -> bool:
+        """Return whether clusters were given."""
+        return self.q_clusters is not None or self.k_clusters is not None
+
+    def adjusted(self, **given: Any) -> MethodSpec:
+        """Return this with other clusters, dense steps or dense layers.
+
+        Raises:
+            SettingError: if it has no clusters, or holds its own settings.
+        """
+        for name, value in given.items():
+            if self.recipe is not None:
+                raise SettingError(f"a recipe holds its settings; leave {name} out")
+            if name in SCHEDULE_SETTINGS and self.name == "dense":
+                raise SettingError(f"dense attention is dense throughout; leave {name} out")
+            if name not in SCHEDULE_SETTINGS and not self.has_clusters:
+                raise SettingError(
+                    f"{name} is for the svg2 methods, got {written(value)} beside '{self.name}'"
+                )
+        return dataclasses.replace(self, **given)
+
+    def schedule(self, base: Schedule) -> Schedule:
+        """Return a recipe's schedule with what was given for it."""
+        given = {name: getattr(self, name) for name in SCHEDULE_SETTINGS}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(base, **changes)
+
     def compensated(self) -> MethodSpec:
         """Return this method with compensation.
 
@@ -256,6 +299,9 @@ class MethodSpec:
             changes["density"] = self.density
         if self.top_p is not None:
             changes |= {"top_p": self.top_p, "density": None}
+        for name in ("q_clusters", "k_clusters"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
         return dataclasses.replace(method, **changes)
 
 

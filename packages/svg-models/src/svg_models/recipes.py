@@ -42,6 +42,8 @@ def choose_recipe(
 ) -> Recipe:
     """Choose what a clip runs with: what was asked for, and the model's recipe for the rest.
 
+    Dense steps and layers that were given beside a name take the place of the recipe's.
+
     Args:
         spec: the method that was asked for; `auto` is the recipe's.
         pipe: as `recipe_for`; not looked at where method and schedule are both given.
@@ -54,6 +56,23 @@ def choose_recipe(
         A recipe whose source is "user" where a ready method or dense attention was asked for; a
         ready recipe as it is.
     """
+    recipe = _choose(spec, pipe, tokens, schedule, num_steps, latent_frames)
+    return dataclasses.replace(
+        recipe,
+        schedule=spec.schedule(recipe.schedule),
+        schedules={name: spec.schedule(one) for name, one in recipe.schedules.items()},
+    )
+
+
+def _choose(
+    spec: MethodSpec,
+    pipe: object,
+    tokens: int,
+    schedule: Schedule | None,
+    num_steps: int | None,
+    latent_frames: int | None,
+) -> Recipe:
+    """Return what `choose_recipe` does, but for dense steps and layers given beside a name."""
     if spec.recipe is not None:
         if schedule is None:
             return spec.recipe
@@ -81,7 +100,9 @@ def choose_recipe(
     if spec.method is not None or spec.name == "dense":
         method = spec.build(recipe.method)
         return dataclasses.replace(recipe, method=method, source="user", note="")
-    if isinstance(recipe.method, Dense) and (not auto or spec.density or spec.top_p):
+    if isinstance(recipe.method, Dense) and (
+        not auto or spec.density or spec.top_p or spec.changes_clusters
+    ):
         counts = cluster_counts(tokens, SHARED.q_clusters, SHARED.k_clusters)
         base = SVG2(q_clusters=counts[0], k_clusters=counts[1])
         return dataclasses.replace(recipe, method=spec.build(base), note="")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from svg_models.cli.output import escaped, out, spoken_errors
+from svg_models.cli.output import escaped, out, say_json, spoken_errors
+
+if TYPE_CHECKING:
+    from svg_models.doctor import Check
 
 
 def doctor(
@@ -23,24 +24,34 @@ def doctor(
         from svg_models.loading.device import check_device
 
         check_device(device)
-        from svg_models.doctor import diagnose, to_dict
+        from svg_models.doctor import conclude, diagnose, to_dict
         from svg_models.loading import pick_device
 
-        checks = diagnose(pick_device(device))
+        place = pick_device(device)
+        checks = diagnose(place)
         if as_json:
-            json.dump(to_dict(checks), sys.stdout, indent=1)
-            sys.stdout.write("\n")
+            say_json(to_dict(checks, place))
             return
         table = Table(title="What this machine can run", title_justify="left")
         for name in ("", "what", "", "detail"):
             table.add_column(name, overflow="fold")
-        marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
         part = ""
         for check in checks:
             if check.part != part:
                 table.add_section()
             shown, part = ("" if check.part == part else check.part), check.part
-            table.add_row(
-                f"[bold]{shown}[/]", check.name, marks[check.works], escaped(check.detail)
-            )
+            table.add_row(f"[bold]{shown}[/]", check.name, _mark(check), escaped(check.detail))
         out().print(table)
+        conclusion = conclude(checks, place)
+        out().print(f"[bold]{escaped(conclusion.sentence)}[/]", highlight=False)
+        if conclusion.command:
+            out().print("This would make it faster:", highlight=False)
+            out().print(f"  {escaped(conclusion.command)}", highlight=False, soft_wrap=True)
+
+
+def _mark(check: Check) -> str:
+    if check.works is None:
+        return ""
+    if check.works:
+        return "[green]✓[/]"
+    return "[red]✗[/]" if check.matters else "[dim]–[/]"

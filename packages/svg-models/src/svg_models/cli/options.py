@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from svg_models.generation.settings import WHAT, WHERE, Option
 
 __all__ = ["AsJson", "Quiet", "SaveConfig", "SaveRecipe", "has_options_of", "read_size"]
 
+SMALLEST = 16  # diffusers' pipelines ask for multiples of it whatever the VAE
 SIZE = typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT)
 
 Quiet = Annotated[
@@ -103,12 +105,21 @@ def _parameter(name: str, about: Option, default: Any) -> inspect.Parameter:
             *about.names,
             help=about.help,
             metavar=about.metavar or {int: "N", float: "X"}.get(about.kind),
+            autocompletion=_completing(about),
             rich_help_panel=about.panel,
         )
     if about.repeats:
         default = None
     optional: Any = kind | None if default is None else kind
     return _keyword(name, default, Annotated[optional, says])
+
+
+def _completing(about: Option) -> Callable[[str], list[str]] | None:
+    """Return what completes the words of an option in a shell."""
+    words = about.choices or about.suggestions
+    if not words:
+        return None
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def _config(known: dict[str, Option]) -> Any:
@@ -154,6 +165,56 @@ def read_size(text: str | None) -> dict[str, Any]:
     return {"width": int(match[1]), "height": int(match[2])}
 
 
+def check_multiple(height: int | None, width: int | None) -> None:
+    """Refuse a size that no pipeline takes; what else a model asks for is known when it is loaded.
+
+    Raises:
+        SettingError: names the nearest size.
+    """
+    from svg_models.errors import SettingError
+
+    if height is None or width is None or not (height % SMALLEST or width % SMALLEST):
+        return
+    near = [max(1, round(side / SMALLEST)) * SMALLEST for side in (height, width)]
+    raise SettingError(
+        f"height and width must be multiples of {SMALLEST}, got {height} x {width}; the nearest "
+        f"valid size is {near[0]} x {near[1]}"
+    )
+
+
+def check_frames(frames: int, latent: int) -> None:
+    """Refuse a number of frames that does not fill the latent frames of a model.
+
+    Args:
+        frames: of the clip.
+        latent: video frames of a latent one, the first excepted; 1 if nobody says.
+
+    Raises:
+        SettingError: names the nearest number.
+    """
+    from svg_models.errors import SettingError
+
+    if (frames - 1) % latent:
+        nearest = max(0, round((frames - 1) / latent)) * latent + 1
+        raise SettingError(
+            f"frames must be a multiple of {latent} plus 1, got {frames}; the nearest valid number "
+            f"is {nearest}"
+        )
+
+
+def latent_frame(folder: Path) -> int:
+    """Return how many video frames a model's VAE makes one of; 1 if its folder does not say."""
+    import json
+
+    names = ("scale_factor_temporal", "temporal_compression_ratio")
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        found = [config[name] for name in names if isinstance(config.get(name), int)]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return 1  # whoever loads the model says what is wrong with it
+    return max(1, *found) if found else 1
+
+
 def check_where(request: Request) -> None:
     """Refuse names of models, files and devices that cannot be right, before torch is imported.
 
@@ -161,6 +222,7 @@ def check_where(request: Request) -> None:
         SettingError: if an option or a file cannot be used.
         ModelUnavailableError: if the model's folder or name cannot be right.
     """
+    from svg_models.embedded import embedded_path
     from svg_models.files import regular_file
     from svg_models.loading.device import check_device, check_dtype
     from svg_models.loading.folder import check_components, read_index
@@ -175,9 +237,17 @@ def check_where(request: Request) -> None:
         Lora.parse(lora)
     if request.image is not None:
         regular_file(request.image, "as an image")
+    if request.last_image is not None:
+        regular_file(request.last_image, "as an image")
     if request.video is not None:
         regular_file(request.video, "as a video")
-    if isinstance(request.model, str) and request.model != "embedded":
+    check_multiple(request.height, request.width)
+    folder: Path | None = None
+    if request.model in (None, "embedded"):
+        folder = embedded_path()
+    elif isinstance(request.model, str):
         folder = local_folder(request.model)
         if folder is not None:
             check_components(folder, read_index(folder))
+    if folder is not None and request.frames is not None:
+        check_frames(request.frames, latent_frame(folder))

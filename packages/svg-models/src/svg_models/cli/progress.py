@@ -12,12 +12,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from svg_models.cli.output import err, escaped, show_note
 
@@ -41,8 +43,7 @@ def progress_bars(*, silent: bool = False) -> Iterator[Any]:
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
+        PaceColumn(),
         console=console,
         transient=True,
         disable=silent or not console.is_terminal,
@@ -51,6 +52,24 @@ def progress_bars(*, silent: bool = False) -> Iterator[Any]:
         if silent:
             warnings.showwarning = lambda *_, **__: None
         yield Stages(bars)
+
+
+class PaceColumn(ProgressColumn):
+    """Show how fast a stage goes and the time that is left, from its first step on."""
+
+    def render(self, task: Task) -> Text:
+        """Return the words beside a bar."""
+        elapsed = task.finished_time if task.finished else task.elapsed
+        if not task.total or not task.completed or not elapsed:
+            return Text("")
+        words = []
+        if task.description.endswith("sampling"):
+            pace = task.completed / elapsed
+            words.append(f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step")
+        if not task.finished:
+            left = round(elapsed / task.completed * (task.total - task.completed))
+            words.append(f"{left // 60}:{left % 60:02d} left")
+        return Text(", ".join(words), style="progress.remaining")
 
 
 class Stages:

@@ -31,10 +31,12 @@ class Media:
     Attributes:
         image: a PIL image in RGB, or None.
         video: not decoded yet, or None.
+        last_image: a PIL image in RGB to end with, or None.
     """
 
     image: Any = None
     video: VideoFile | None = None
+    last_image: Any = None
 
     def shape(self, loaded: LoadedPipeline, given: dict[str, Any]) -> dict[str, Any]:
         """Choose size, frames and strength where nobody has.
@@ -91,6 +93,8 @@ class Media:
             name = loaded.inputs.image
             image = covering(self.image, size)
             arguments[name] = image if name == "image" else [image]
+        if self.last_image is not None:
+            arguments["last_image"] = covering(self.last_image, size)
         if self.video is not None:
             index = resampled(self.video.frames, self.video.fps, settings.fps)
             if loaded.inputs.video == "continue":
@@ -107,13 +111,16 @@ NOTHING = Media()
 
 
 def read_media(
-    image: str | os.PathLike[str] | None = None, video: str | os.PathLike[str] | None = None
+    image: str | os.PathLike[str] | None = None,
+    video: str | os.PathLike[str] | None = None,
+    last_image: str | os.PathLike[str] | None = None,
 ) -> Media:
     """Read the image or the video that a clip starts from.
 
     Args:
         image: a picture that Pillow reads.
         video: a video that ffmpeg reads.
+        last_image: a picture that it ends with.
 
     Raises:
         SettingError: if one cannot be read.
@@ -121,6 +128,7 @@ def read_media(
     return Media(
         image=None if image is None else read_image(image),
         video=None if video is None else VideoFile.open(video),
+        last_image=None if last_image is None else read_image(last_image),
     )
 
 

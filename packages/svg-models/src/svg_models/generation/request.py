@@ -11,12 +11,21 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
-from svg_models.method_names import METHODS, WITHOUT_BUDGET, MethodSpec, read_method
-from svg_models.recipe import Layers, Recipe, read_document
+from svg_models.loading.device import DTYPES
+from svg_models.loading.placement import OFFLOAD
+from svg_models.method_names import (
+    METHODS,
+    SCHEDULE_SETTINGS,
+    WITHOUT_BUDGET,
+    MethodSpec,
+    read_method,
+)
+from svg_models.presets import PRESETS
+from svg_models.recipe import Layers, Linears, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
 if TYPE_CHECKING:
@@ -27,6 +36,8 @@ __all__ = ["DEFAULT_DENSITY", "DEFAULT_METHODS", "CompareRequest", "GenerateRequ
 
 DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
 DEFAULT_DENSITY = 0.25
+# Named here so that a misspelt one is refused before torch is imported; a test compares.
+BACKEND_NAMES = ("auto", "cuda", "triton", "reference", "cuda_fp8", "flashinfer", "flash_attn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +63,54 @@ class Request(Settings):
         repeats=True,
     )
     backend: str = option(
-        "auto", "Kernel of sparse attention, see svg doctor.", "--backend", panel=HOW
+        "auto",
+        "Kernel of sparse attention, see svg doctor.",
+        "--backend",
+        panel=HOW,
+        choices=BACKEND_NAMES,
     )
     linears: str | None = option(
         None,
         "fp8 computes the matrix products of sparse steps in fp8: faster, and it changes the clip "
         "a little. [dim]Default: bf16, or what a recipe says.[/]",
         "--linears",
+        panel=HOW,
+        suggestions=get_args(Linears),
+    )
+    q_clusters: int | None = option(
+        None,
+        "Query clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
+        "--q-clusters",
+        kind=int,
+        least=1,
+        most=1 << 16,
+        panel=HOW,
+    )
+    k_clusters: int | None = option(
+        None,
+        "Key clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
+        "--k-clusters",
+        kind=int,
+        least=1,
+        most=1 << 16,
+        panel=HOW,
+    )
+    dense_steps: float | None = option(
+        None,
+        "Share of the steps, from the first, that stay dense. [dim]Default: the recipe's.[/]",
+        "--dense-steps",
+        kind=float,
+        least=0,
+        most=1,
+        panel=HOW,
+    )
+    dense_layers: float | None = option(
+        None,
+        "Share of the layers, from the first, that stay dense. [dim]Default: the recipe's.[/]",
+        "--dense-layers",
+        kind=float,
+        least=0,
+        most=1,
         panel=HOW,
     )
     compiled: bool = option(
@@ -68,12 +120,19 @@ class Request(Settings):
         kind=bool,
         panel=HOW,
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.", "--device", panel=WHERE)
+    device: str = option(
+        "auto",
+        "auto, cpu, cuda or cuda:N.",
+        "--device",
+        panel=WHERE,
+        suggestions=("auto", "cpu", "cuda"),
+    )
     dtype: str = option(
         "auto",
         "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16.",
         "--dtype",
         panel=WHERE,
+        suggestions=DTYPES,
     )
     offload: str = option(
         "none",
@@ -81,6 +140,7 @@ class Request(Settings):
         "sequential (layers).",
         "--offload",
         panel=WHERE,
+        suggestions=tuple(OFFLOAD),
     )
     progress: Progress | None = None
 
@@ -107,6 +167,13 @@ class Request(Settings):
         asked = {"backend": self.backend, "linears": self.linears}
         return {name: value for name, value in asked.items() if value is not None}
 
+    @property
+    def adjustments(self) -> dict[str, Any]:
+        """Return the settings of a method and schedule that were given beside their name."""
+        names = ("q_clusters", "k_clusters", *SCHEDULE_SETTINGS)
+        asked = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def report(self, stage: str, done: float, total: float) -> None:
         """Call `progress`, if there is one."""
         if self.progress is not None:
@@ -122,6 +189,7 @@ class GenerateRequest(Request):
         "auto (the model's recipe), " + ", ".join(n for n in METHODS if n != "auto") + ".",
         "--method",
         panel=HOW,
+        suggestions=tuple(METHODS),
     )
     density: float | None = option(
         None,
@@ -149,6 +217,7 @@ class GenerateRequest(Request):
         "quality, balanced or fast, in place of a method: settings whose price was measured.",
         "--preset",
         panel=HOW,
+        suggestions=tuple(PRESETS),
     )
     recipe: str | os.PathLike[str] | Recipe | None = option(
         None,
@@ -180,7 +249,8 @@ class GenerateRequest(Request):
             recipe=self.recipe,
             preset=self.preset,
         )
-        return spec.compensated() if self.compensate else spec
+        spec = spec.compensated() if self.compensate else spec
+        return spec.adjusted(**self.adjustments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +266,7 @@ class CompareRequest(Request):
         "--method",
         repeats=True,
         panel=HOW,
+        suggestions=tuple(n for n in METHODS if n not in ("auto", "dense")),
     )
     density: float | None = option(
         None,
@@ -210,6 +281,7 @@ class CompareRequest(Request):
         "--preset",
         repeats=True,
         panel=HOW,
+        suggestions=tuple(PRESETS),
     )
     recipes: Sequence[str | os.PathLike[str] | Recipe] = option(
         (),
@@ -227,7 +299,7 @@ class CompareRequest(Request):
                 raise SettingError(f"{name} must be a list, such as ['{getattr(self, name)}']")
         for recipe in self.recipes:
             _check_recipe(recipe)
-        _ = _numbered(self._named_specs)
+        _ = _numbered(self._adjusted(self._named_specs) if not self.recipes else self._named_specs)
 
     @property
     def specs(self) -> tuple[MethodSpec, ...]:
@@ -238,7 +310,20 @@ class CompareRequest(Request):
                 density is given that none of them takes.
         """
         recipes = [read_method(None, recipe=recipe) for recipe in self.recipes]
-        return _numbered([*self._named_specs, *recipes])
+        return _numbered(self._adjusted([*self._named_specs, *recipes]))
+
+    def _adjusted(self, specs: list[MethodSpec]) -> list[MethodSpec]:
+        """Return the methods with what was given for all; clusters are for those that have any."""
+        given = self.adjustments
+        schedule = {name: v for name, v in given.items() if name in SCHEDULE_SETTINGS}
+        clusters = {name: v for name, v in given.items() if name not in SCHEDULE_SETTINGS}
+        clustered = [spec.has_clusters for spec in specs]
+        if clusters and not any(clustered):
+            raise SettingError(f"{next(iter(clusters))} is for svg2 methods, and none is compared")
+        return [
+            spec.adjusted(**schedule, **(clusters if has else {}))
+            for spec, has in zip(specs, clustered, strict=True)
+        ]
 
     @property
     def _named_specs(self) -> list[MethodSpec]:

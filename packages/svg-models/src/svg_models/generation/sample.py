@@ -15,6 +15,7 @@ from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
 from svg_models.generation.request import GenerateRequest, Request, takes
 from svg_models.generation.settings import Settings
+from svg_models.generation.shift import check_flow_shift, shifted
 from svg_models.generation.timer import StepTimer
 from svg_models.loading import (
     LoadedPipeline,
@@ -89,7 +90,7 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
     check_backend(request.backend, device, dtype)
     for spec in specs:
         check_layers(spec.layers.changed(linears=request.linears), device)
-    media = read_media(request.image, request.video)
+    media = read_media(request.image, request.video, request.last_image)
     starts = {"image": request.image is not None, "video": request.video is not None}
     given = request.given()
     if loaded:
@@ -108,7 +109,9 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
             progress=request.report,
             **starts,
         )
-    for name in ("negative_prompt", "max_sequence_length"):
+    if "flow_shift" in given:
+        check_flow_shift(loaded)
+    for name in ("negative_prompt", "max_sequence_length", "last_image"):
         if name in given and not loaded.accepts(name):
             raise SettingError(
                 f"{loaded.name} takes no {name}, so it would change nothing; leave it out"
@@ -133,6 +136,20 @@ def sample(
     `profile`, and no step's time includes it.
     """
     loaded.geometry.check(height=settings.height, width=settings.width, frames=settings.frames)
+    with shifted(loaded, settings.flow_shift):
+        return _sample(loaded, settings, spec, media, computed, profile, beside_dense, progress)
+
+
+def _sample(
+    loaded: LoadedPipeline,
+    settings: Settings,
+    spec: MethodSpec,
+    media: Media,
+    computed: Mapping[str, Any],
+    profile: bool,
+    beside_dense: bool,
+    progress: Progress,
+) -> Clip:
     timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
         sparsify(loaded.pipe, spec, seed=settings.seed, profile=profile, **computed) as run,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from svg_models.errors import MachineError, SettingError
 from svg_models.loading.memory import GIB, machine_memory
 from svg_models.numeric import as_number, as_whole, written
+from svg_models.spelling import did_you_mean
 from svg_models.video import FPS, LARGEST_SIDE
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Option", "Settings", "option", "options_of"]
 
+MEDIA = ("image", "last_image", "video")
 WHAT, HOW, WHERE = "What to generate", "Attention", "Machine and output"
 
 
@@ -36,6 +38,8 @@ class Option:
         least: smallest value.
         above: what the value must exceed.
         most: largest value.
+        choices: the words that it may be; empty for any.
+        suggestions: words that a shell completes, beside others that it may be.
     """
 
     help: str
@@ -47,6 +51,8 @@ class Option:
     least: float | None = None
     above: float | None = None
     most: float | None = None
+    choices: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
 
     def checked(self, name: str, value: Any) -> Any:
         """Return a value as `kind`; numbers of NumPy become Python's.
@@ -54,6 +60,11 @@ class Option:
         Raises:
             SettingError: if it is of another type or out of range.
         """
+        if self.choices and isinstance(value, str) and value not in self.choices:
+            raise SettingError(
+                f"{name} must be one of {', '.join(self.choices)}, got {written(value)}"
+                f"{did_you_mean(value, self.choices)}"
+            )
         if self.kind not in (int, float) or value is None:
             return value
         number = (as_whole if self.kind is int else as_number)(name, value)
@@ -92,6 +103,12 @@ class Settings:
     image: str | os.PathLike[str] | None = option(
         None, "A picture to start from, for image-to-video models.", "--image", metavar="PATH"
     )
+    last_image: str | os.PathLike[str] | None = option(
+        None,
+        "A picture to end with, for models that take a first and a last one.",
+        "--last-image",
+        metavar="PATH",
+    )
     video: str | os.PathLike[str] | None = option(
         None,
         "A video to start from: redrawn, followed or continued, as the model does.",
@@ -124,6 +141,14 @@ class Settings:
         least=0,
         most=1000,
     )
+    flow_shift: float | None = option(
+        None,
+        "How far the scheduler moves its steps towards noise. [dim]Default: the model's.[/]",
+        "--flow-shift",
+        kind=float,
+        above=0,
+        most=100,
+    )
     height: int = option(None, "Pixels.", kind=int, least=1, most=LARGEST_SIDE)
     width: int = option(None, "Pixels.", kind=int, least=1, most=LARGEST_SIDE)
     frames: int = option(
@@ -148,11 +173,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, about in options_of(type(self)).items():
             object.__setattr__(self, name, about.checked(name, getattr(self, name)))
-        for name in ("prompt", "negative_prompt", "image", "video"):
+        for name in ("prompt", "negative_prompt", *MEDIA):
             value = getattr(self, name)
-            kinds = (str, os.PathLike) if name in ("image", "video") else (str,)
+            kinds = (str, os.PathLike) if name in MEDIA else (str,)
             if value is not None and not isinstance(value, kinds):
                 raise SettingError(f"{name} must be a text, got a {type(value).__name__}")
+        if self.last_image is not None and self.image is None:
+            raise SettingError("a last_image ends what an image begins; give the image, too")
         check_clip_memory(self.frames or 1, self.height or 1, self.width or 1)
         if self.seed is None:
             object.__setattr__(self, "seed", 0)
@@ -181,7 +208,7 @@ class Settings:
         names = {f.name for f in fields(Settings)}
         usual = {k: v for k, v in dataclasses.asdict(defaults).items() if k in names}
         values = usual | chosen | self.given()
-        for name in ("image", "video"):
+        for name in MEDIA:
             values[name] = None if values.get(name) is None else str(values[name])
         return Settings(**values)
 

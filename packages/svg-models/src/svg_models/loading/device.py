@@ -10,10 +10,10 @@ from svg_models.errors import MachineError, SettingError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_device", "check_dtype", "pick_device", "pick_dtype"]
+__all__ = ["DTYPES", "check_device", "check_dtype", "pick_device", "pick_dtype"]
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -33,8 +33,8 @@ def check_dtype(dtype: str) -> None:
     Raises:
         SettingError: says which there are.
     """
-    if not isinstance(dtype, str) or _SHORT.get(dtype, dtype) not in _DTYPES:
-        raise SettingError(f"dtype must be one of {', '.join(_DTYPES)}, got '{dtype}'")
+    if not isinstance(dtype, str) or _SHORT.get(dtype, dtype) not in DTYPES:
+        raise SettingError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
 
 
 def pick_device(device: str) -> str:
