@@ -55,7 +55,7 @@ FLOORS = {
     ),
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
-        ("spelling", "numeric", "files", "stats", "families"),
+        ("spelling", "numeric", "plain_json", "files", "stats", "families"),
         ("recipe", "video", "loading"),
         ("presets",),
         ("method_names",),

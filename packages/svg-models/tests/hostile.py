@@ -121,8 +121,10 @@ GENERATE: dict[str, tuple[list[str], str]] = {
     "a value too few": (["--seed"], "--seed"),
     "a word too many": (["two", "prompts"], "unexpected extra argument"),
     "not UTF-8": (["--method", "\udcff\udcfe"], "method must be one of"),
+    "negative prompt not UTF-8": (["--negative-prompt", "\ud800"], "must be text in UTF-8"),
 }
 OTHERS: dict[str, tuple[list[str], str]] = {
+    "generate not UTF-8": (["generate", "a red \udcff", *SOON], "prompt must be text in UTF-8"),
     "compare dense": (["compare", "--method", "dense"], "dense is always part"),
     "compare auto": (["compare", "--method", "auto"], "auto is for svg generate"),
     "compare twice": (["compare", "--method", "svg2", "--method", "svg2"], "once"),

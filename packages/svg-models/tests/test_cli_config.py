@@ -53,6 +53,13 @@ def test_a_file_gives_what_the_line_leaves_out(folder: str, tmp_path: Path) -> N
     assert (again["prompt"], again["seed"], again["steps"]) == ("a green square", 0, 1)
 
 
+def test_a_name_that_is_no_utf8_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / "used.toml"
+    with pytest.raises(SettingError, match=r"TOML is UTF-8, .* holds '\\udcff'"):
+        write_config({"image": "a\udcff.png"}, str(file))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from svg_models.errors import SettingError, first_line, printable, shortened
 from svg_models.files import atomic_path, regular_file
 from svg_models.numeric import as_number, as_whole, written
+from svg_models.plain_json import parse_json
 from svg_models.spelling import check_names, did_you_mean
 from svg_models.summary import Summarised, described
 
@@ -284,11 +285,7 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     if file.stat().st_size > _MOST_BYTES:
         raise SettingError(f"cannot read {path} as a recipe (more than a megabyte)")
     try:
-        document = json.loads(
-            file.read_text(encoding="utf-8-sig"),
-            object_pairs_hook=_each_once,
-            parse_constant=_no_constant,
-        )
+        document = parse_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingError(f"cannot read {path} as a recipe ({first_line(error)})") from error
     return _checked_document(document, file.name)
@@ -312,19 +309,6 @@ def _checked_document(document: Any, where: str) -> dict[str, Any]:
     if not isinstance(document.get("method"), str):
         raise SettingError(f"{where}: a recipe names its method, as in SVG2")
     return dict(document)
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{written(twice)} stands there twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _mapping(where: str, name: str, value: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from svg_models.cli.config import checked_options, option_names
 from svg_models.cli.options import AsJson, Quiet, has_options_of, read_size
 from svg_models.cli.output import err, escaped, out, say_json, say_path, show_note
 from svg_models.cli.progress import progress_bars
+from svg_models.errors import shortened
 from svg_models.generation.request import GenerateRequest
 from svg_models.generation.settings import WHERE
 from svg_models.interrupts import unwinding
@@ -115,7 +116,7 @@ def _table(results: Sequence[BatchResult]) -> Table:
         density = facts.get("attention", {}).get("mean_density")
         table.add_row(
             escaped(result.clip.name),
-            escaped(result.clip.request.prompt or "(the model's example)"),
+            escaped(shortened(result.clip.request.prompt or "(the model's example)", 200)),
             str(result.clip.request.seed),
             "failed" if result.error else f"{facts.get('seconds', 0):.1f}",
             "-" if density is None else f"{density:.0%}",

@@ -113,8 +113,16 @@ def write_config(values: Mapping[str, Any], path: str) -> None:
         SettingError, OutputError: if the file cannot be written.
     """
     lines = [f"{name} = {_literal(value)}" for name, value in values.items()]
+    try:
+        content = ("\n".join(lines) + "\n").encode()
+    except UnicodeEncodeError as error:
+        wrong = ascii(error.object[error.start : error.end])
+        raise SettingError(
+            f"cannot write {path}: TOML is UTF-8, and the name of a file that was used holds "
+            f"{wrong}; rename that file"
+        ) from error
     with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def _literal(value: Any) -> str:

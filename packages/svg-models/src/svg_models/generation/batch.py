@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from svg_models.errors import SettingError, SvgModelsError
 from svg_models.files import atomic_folder, atomic_path, regular_file
 from svg_models.generation.request import GenerateRequest
+from svg_models.generation.settings import MEDIA
+from svg_models.plain_json import parse_json
 
 if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
@@ -91,7 +93,8 @@ def read_lines(path: str) -> list[tuple[int, dict[str, Any]]]:
         raise SettingError(f"cannot read {path} as prompts ({error})") from error
     as_json = file.suffix.lower() == ".jsonl"
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`: a prompt may hold one of the ten other characters that it takes for an end.
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if not line.strip() or (not as_json and line.lstrip().startswith("#")):
             continue
         found.append((number, _object(path, number, line) if as_json else {"prompt": line.strip()}))
@@ -104,7 +107,7 @@ def read_lines(path: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _object(path: str, number: int, line: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{path}, line {number}: no JSON ({error})") from error
     if not isinstance(value, dict):
@@ -125,7 +128,7 @@ def plan_batch(
 
     Raises:
         SettingError: names the first line that is wrong, and why; also if lines name another
-            model, or some start from an image or video and others do not.
+            model or a file that is none, or some start from an image or video and others do not.
     """
     fixed = {"model", "loras", "compiled", "device", "dtype", "offload"}
     clips = []
@@ -136,10 +139,14 @@ def plan_batch(
                 name = sorted(fixed & set(values))[0]
                 raise SettingError(f"{name} holds for the whole batch; give it as an option")
             request = base.replace(**values)
+            for what in MEDIA:
+                if values.get(what) is not None:
+                    regular_file(values[what], "as a video" if what == "video" else "as an image")
         except SvgModelsError as error:
             raise SettingError(f"{path}, line {number}: {error}") from error
         words = re.sub(r"[^a-z0-9]+", "-", (request.prompt or "").lower()).strip("-")
-        name = f"{position:0{len(str(len(lines)))}d}-{words[:40].strip('-') or 'clip'}"
+        # As wide for nine lines as for ten, so that lines can be added and the old clips stay.
+        name = f"{position:04d}-{words[:40].strip('-') or 'clip'}"
         clips.append(BatchClip(name=name, request=request, line=number))
     for what in ("image", "video"):
         with_it = [getattr(clip.request, what) is not None for clip in clips]
@@ -224,9 +231,28 @@ def write_sheet(results: Sequence[BatchResult], folder: Path) -> Path | None:
 
 
 def _made_before(clip: BatchClip, folder: Path) -> dict[str, Any] | None:
+    """Return the facts of a clip that is there, whole, and made from the same request."""
+    from svg_models.video import VideoFile
+
     try:
-        document = json.loads((folder / f"{clip.name}.json").read_text(encoding="utf-8"))
-        same = document.pop("asked") == json.loads(json.dumps(clip.identity(), default=str))
-    except (OSError, ValueError, KeyError, AttributeError):
+        document = parse_json((folder / f"{clip.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return document if same and (folder / f"{clip.name}.mp4").is_file() else None
+    if not isinstance(document, dict) or not _are_facts(document):
+        return None
+    if document.pop("asked", None) != json.loads(json.dumps(clip.identity(), default=str)):
+        return None
+    try:
+        VideoFile.open(folder / f"{clip.name}.mp4")
+    except SvgModelsError:
+        return None
+    return document
+
+
+def _are_facts(document: Mapping[str, Any]) -> bool:
+    """Return whether a file says what the table needs; anybody may have written it."""
+    attention = document.get("attention")
+    if not isinstance(attention, dict):
+        return False
+    numbers = (document.get("seconds"), attention.get("mean_density", 0.0))
+    return all(isinstance(number, int | float) for number in numbers)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from svg_models.loading import Defaults
 
-__all__ = ["Option", "Settings", "option", "options_of"]
+__all__ = ["MEDIA", "Option", "Settings", "option", "options_of"]
 
 MEDIA = ("image", "last_image", "video")
 WHAT, HOW, WHERE = "What to generate", "Attention", "Machine and output"
@@ -178,6 +178,8 @@ class Settings:
             kinds = (str, os.PathLike) if name in MEDIA else (str,)
             if value is not None and not isinstance(value, kinds):
                 raise SettingError(f"{name} must be a text, got a {type(value).__name__}")
+            if isinstance(value, str) and name in ("prompt", "negative_prompt"):
+                _check_unicode(name, value)
         if self.last_image is not None and self.image is None:
             raise SettingError("a last_image ends what an image begins; give the image, too")
         check_clip_memory(self.frames or 1, self.height or 1, self.width or 1)
@@ -215,6 +217,17 @@ class Settings:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values."""
         return dataclasses.replace(self, **changes)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Refuse a text with half a character, as comes of a terminal that does not write UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(
+            f"{name} must be text in UTF-8, got {text[error.start : error.end][:8]!a} at "
+            f"character {error.start + 1}"
+        ) from error
 
 
 def check_clip_memory(frames: int, height: int, width: int) -> None:
