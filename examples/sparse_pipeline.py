@@ -12,7 +12,7 @@ from svg_models.video import write_video
 def main() -> None:
     """Generate a clip with the model that ships in the package; any Wan pipeline works the same."""
     pipe = WanPipeline.from_pretrained(svg_models.embedded_path())
-    with svg_models.sparsify(pipe, profile=True) as run:
+    with svg_models.sparsify(pipe) as run:
         frames = pipe(
             "a large red star moving right on a plain navy background",
             height=128,

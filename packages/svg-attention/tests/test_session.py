@@ -313,3 +313,31 @@ def test_attend_enters_planning_once(
     with session.step(3):
         session.attend(*clustered(LAYOUT), layer=0)
     assert len(entered) == len(chosen) == 1
+
+
+def test_records_tell_the_density_of_heads_that_differ(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    query, key, value = clustered(LAYOUT)
+    flat = torch.cat([query[:, :1], torch.zeros_like(query[:, 1:])], dim=1)
+    by_mass = SVG2(q_clusters=4, k_clusters=8, top_p=0.6, density=None)
+    session = Session(by_mass, SPARSE, layout=LAYOUT, num_steps=4, num_layers=1)
+    with session.step(1):
+        session.attend(flat, key, value, layer=0)
+        session.attend(flat[:, :1], key[:, :1], value[:, :1], layer=0)
+    both, one = session.records()
+    assert len(both.head_density) == query.shape[1]
+    assert both.head_density[0] < both.head_density[1], "a flat head needs more keys"
+    assert sum(both.head_density) / len(both.head_density) == pytest.approx(both.density)
+    assert one.head_density == ()
+
+
+def test_watch_sees_every_sparse_call_and_its_plan(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    seen = []
+    session = Session(METHOD, SPARSE, profile=True)
+    session.watch = lambda call, query, key, plan: seen.append((call.step, plan.is_full))
+    run_video(session, clustered(LAYOUT))
+    assert len(seen) == sum(record.method == "SVG2" for record in session.records())
+    assert {full for _, full in seen} == {False}

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,6 +48,7 @@ class CallRecord:
         tokens: tokens of the sequence.
         finite: False if some head read every key because a query or key was NaN or infinite.
         probe_density: what the method's probes took beside it; see `SparsePlan`.
+        head_density: density of each head, mean over the batch; empty where all heads are alike.
     """
 
     step: int | None
@@ -59,6 +61,7 @@ class CallRecord:
     tokens: int
     finite: bool = True
     probe_density: float = 0.0
+    head_density: tuple[float, ...] = ()
 
 
 class Stopwatch:
@@ -92,8 +95,10 @@ class Stopwatch:
         return self._events[0].elapsed_time(self._events[1]) / 1000.0
 
 
-# Numbers that travel together at most.
+# Calls whose numbers travel together at most.
 TOGETHER = 512
+# Densities of heads that differ by less are those of heads alike.
+HEADS_ALIKE = 1e-3
 
 
 @dataclass
@@ -107,11 +112,12 @@ class _Entry:
     probe_density: float = 0.0
     density: float = 1.0
     finite: bool = True
+    head_density: tuple[float, ...] = ()
 
 
 @dataclass
 class _Batch:
-    """Numbers on their way from the device: `[density, broken]` of each entry."""
+    """Numbers on their way from the device: `[density, broken, *heads]` of each entry."""
 
     entries: list[_Entry]
     numbers: Tensor
@@ -124,8 +130,12 @@ class _Batch:
         """Fill the entries, waiting for the numbers if need be; return those that were broken."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        for entry, (density, broken) in zip(self.entries, self.numbers.tolist(), strict=True):
+        for entry, row in zip(self.entries, self.numbers.tolist(), strict=True):
+            density, broken, *heads = row
             entry.density, entry.finite = density, not broken
+            heads = [head for head in heads if head == head]  # NaN fills up what has fewer heads
+            if heads and max(heads) - min(heads) > HEADS_ALIKE:
+                entry.head_density = tuple(heads)
         return [entry for entry in self.entries if not entry.finite]
 
 
@@ -155,15 +165,25 @@ class CallLog:
         stopwatch: Stopwatch | None,
         probe_density: float = 0.0,
     ) -> None:
-        """Take note of a call; `density` and `broken` are scalars on the device, or None."""
+        """Take note of a call.
+
+        Args:
+            call: which one.
+            method: that ran.
+            tokens: of the sequence.
+            density: fp32 `[H]` on the device, or None if it was dense.
+            broken: scalar on the device, or None.
+            stopwatch: stopped, or None.
+            probe_density: see `CallRecord`.
+        """
         entry = _Entry(call, method, tokens, stopwatch, probe_density)
         new_step = bool(self._fresh) and self._fresh[-1][0].call.step != call.step
         if new_step or len(self._fresh) >= TOGETHER:
             self._send()
         if density is not None:
             none = torch.zeros((), device=density.device)
-            pair = torch.stack([density, none if broken is None else broken.to(density.dtype)])
-            self._fresh.append((entry, pair))
+            flag = none if broken is None else broken.to(density.dtype)
+            self._fresh.append((entry, torch.cat([density.mean()[None], flag[None], density])))
             if density.device.type == "cpu":
                 self._send()
         self._entries.append(entry)
@@ -185,6 +205,7 @@ class CallLog:
                 tokens=entry.tokens,
                 finite=entry.finite,
                 probe_density=entry.probe_density,
+                head_density=entry.head_density,
             )
             for entry in self._entries
         ]
@@ -199,7 +220,7 @@ class CallLog:
 
     def _send(self) -> None:
         """Send the numbers of the calls so far on their way, and read those that have arrived."""
-        on_device = any(pair.device.type == "cuda" for _, pair in self._fresh)
+        on_device = any(row.device.type == "cuda" for _, row in self._fresh)
         if on_device and torch.cuda.is_current_stream_capturing():
             return
         by_device: dict[torch.device, list[tuple[_Entry, Tensor]]] = {}
@@ -207,7 +228,10 @@ class CallLog:
             by_device.setdefault(item[1].device, []).append(item)
         self._fresh.clear()
         for device, items in by_device.items():
-            numbers = torch.stack([pair for _, pair in items])
+            widest = max(len(row) for _, row in items)
+            numbers = torch.stack(
+                [F.pad(row, (0, widest - len(row)), value=torch.nan) for _, row in items]
+            )
             arrived = None
             if device.type == "cuda":
                 host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

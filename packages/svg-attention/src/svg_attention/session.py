@@ -17,6 +17,7 @@ from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
 from svg_attention.methods import Dense, Method
+from svg_attention.plan import SparsePlan
 from svg_attention.schedule import Schedule
 
 Layout = Literal["BHSD", "BSHD"]
@@ -60,6 +61,10 @@ class Session:
         profile: also record the seconds of every call.
         max_records: calls that the log keeps; older ones are dropped.
 
+    Attributes:
+        watch: called after each sparse call with it, its queries, its keys and its plan, to measure
+            what a plan reads; no call's time includes it.
+
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if a number is not positive.
@@ -93,6 +98,7 @@ class Session:
         self.backend = backend
         self.seed = seed
         self.profile = profile
+        self.watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None = None
         self._log = CallLog(config.integer("max_records", max_records, least=1))
         self._sites: dict[tuple[str, str, int, str], _Site] = {}
         self._current: tuple[int, str, str] | None = None
@@ -169,9 +175,9 @@ class Session:
         layout = self.layout if layout is None else layout
         if layout is None:
             raise ValueError("where are the tokens? pass layout=TokenLayout(...) to the session")
-        stopwatch = Stopwatch(query.device) if self.profile else None
+        stopwatch = Stopwatch(query.device) if self.profile and not _capturing(query) else None
         method = self._method_for(call)
-        density = broken = None
+        density = broken = plan = None
         probe_density = 0.0
         if isinstance(method, Dense) and dense is not None:
             out = dense(query, key, value)
@@ -195,13 +201,15 @@ class Session:
                 query, key, value, plan, scale=scale, backend=backend, out=target
             )
             if not plan.is_full:
-                density = plan.density().mean()
+                density = plan.density().mean(dim=0)
                 probe_density = plan.probe_density
                 broken = None if plan.broken is None else plan.broken.any()
         if out_layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         if stopwatch is not None:
             stopwatch.stop()
+        if self.watch is not None and plan is not None and not plan.is_full:
+            self.watch(call, query, key, plan)
         self._log.add(
             call, type(method).__name__, layout.tokens, density, broken, stopwatch, probe_density
         )
@@ -273,6 +281,11 @@ def site_seed(seed: int, transformer: str, branch: str, layer: int) -> int:
     """Derive the seed of one layer, branch and transformer: the same in every process."""
     name = f"{seed}/{transformer}/{branch}/{layer}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, in which no time passes."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _count(name: str, value: int | None) -> int | None:

@@ -100,7 +100,7 @@ class RunStats(Summarised):
     @property
     @statistic
     def seconds(self) -> float | None:
-        """Return the time spent in attention, or None if the run was not profiled."""
+        """Return the time spent in attention, or None if the run was not timed."""
         times = [record.seconds for record in self.records if record.seconds is not None]
         return sum(times) if times else None
 
@@ -149,7 +149,7 @@ class RunStats(Summarised):
                 f"{self.mean_density_with_dense_calls:.1%} of all; {probed}"
                 f"{steps} steps, {layers} layers{size}",
             ),
-            ("time", "not timed (profile=True)" if seconds is None else f"{seconds:.2f} s"),
+            ("time", "not timed" if seconds is None else f"{seconds:.2f} s"),
         ]
 
 

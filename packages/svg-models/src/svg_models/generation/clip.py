@@ -34,7 +34,11 @@ class Clip:
         step_seconds: time of each step; exact only if profiled, else a device may lag behind.
         decode_seconds: time of the VAE afterwards.
         stats: densities and times of every attention call, and the recipe.
+        total_seconds: time of the whole call of the pipeline: prompt, loop and VAE.
+        peak_memory: most bytes that were taken meanwhile, on the GPU or else of this process; None
+            where nobody counts.
         paired_steps: sparse steps timed beside the same steps dense, where that was asked for.
+        recall: share of the attention weight that sparse calls kept, sampled; None if not measured.
     """
 
     frames: np.ndarray
@@ -46,7 +50,10 @@ class Clip:
     step_seconds: tuple[float, ...]
     decode_seconds: float
     stats: RunStats
+    total_seconds: float = 0.0
+    peak_memory: int | None = None
     paired_steps: tuple[PairedStep, ...] = ()
+    recall: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values for JSON."""
@@ -58,6 +65,8 @@ class Clip:
             "config": self.stats.recipe,
             "seconds": round(self.seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
+            "total_seconds": round(self.total_seconds, 4),
+            "peak_memory": self.peak_memory,
             "step_seconds": [round(value, 5) for value in self.step_seconds],
             "attention": {k: v for k, v in self.stats.numbers().items() if not isinstance(v, dict)},
             "messages": list(self.stats.messages),

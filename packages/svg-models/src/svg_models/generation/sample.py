@@ -13,6 +13,7 @@ import torch
 from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
+from svg_models.generation.memory import PeakMemory
 from svg_models.generation.request import GenerateRequest, Request, takes
 from svg_models.generation.settings import Settings
 from svg_models.generation.shift import check_flow_shift, shifted
@@ -132,8 +133,9 @@ def sample(
 ) -> Clip:
     """Run a loaded pipeline once; see `generate` and `Request.computed`.
 
-    With `beside_dense` some sparse steps are timed beside the same steps dense; that needs
-    `profile`, and no step's time includes it.
+    With `profile` the device is waited for after each step, so that the time of each is exact. With
+    `beside_dense` some sparse steps are timed beside the same steps dense, and the recall of others
+    is measured; no step's time includes that.
     """
     loaded.geometry.check(height=settings.height, width=settings.width, frames=settings.frames)
     with shifted(loaded, settings.flow_shift):
@@ -152,16 +154,19 @@ def _sample(
 ) -> Clip:
     timer = StepTimer(loaded, settings.steps_to_run, progress, exact=profile)
     with (
-        sparsify(loaded.pipe, spec, seed=settings.seed, profile=profile, **computed) as run,
+        sparsify(loaded.pipe, spec, seed=settings.seed, **computed) as run,
         timer,
         run.beside_dense(now=timer.now, leave_out=timer.leave_out)
         if beside_dense
         else nullcontext() as pairs,
+        PeakMemory(loaded.device) as memory,
     ):
+        began = timer.now()
         output = loaded.pipe(**_call(loaded, settings), **media.arguments(loaded, settings))
         finished = timer.now()
         stats = run.stats()
         paired = () if pairs is None else pairs.steps()
+        recall = None if pairs is None else pairs.recall()
     if spec.name == "auto" and run.recipe is not None:
         spec = replace(MethodSpec.of(run.recipe.method), method=None)
     return Clip(
@@ -174,7 +179,10 @@ def _sample(
         step_seconds=timer.step_seconds,
         decode_seconds=finished - timer.last,
         stats=stats,
+        total_seconds=finished - began,
+        peak_memory=memory.bytes,
         paired_steps=paired,
+        recall=recall,
     )
 
 

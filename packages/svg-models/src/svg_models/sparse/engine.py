@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from svg_attention import (
     Dense,
     Schedule,
     Session,
+    SparsePlan,
     TokenLayout,
     dense_backend,
 )
@@ -209,6 +210,12 @@ class Engine:
         generation: Generation = self._here.generation
         moment = generation.contexts[transformer].moment
         return moment, _is_sparse(generation.recipe, transformer, moment)
+
+    def watch(self, watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None) -> None:
+        """Have each sparse call of the generation on this thread watched; see `Session.watch`."""
+        generation: Generation = self._here.generation
+        if generation.session is not None:
+            generation.session.watch = watch
 
     def dense_session(self) -> Session:
         """Return a session that computes every call dense, timed as the run's own."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from svg_attention import CallRecord, Session
+from svg_attention import Call, CallRecord, Session, SparsePlan
+from svg_attention.metrics import recall
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from svg_models.sparse.engine import Engine
 
@@ -28,6 +29,8 @@ __all__ = ["DensePairs", "PairedStep"]
 
 LATER_STEPS = 3
 """Sparse steps after the first that are timed."""
+RECALL_ROWS = 32
+"""Queries of each call on which the recall is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ class DensePairs:
         self._wanted: dict[str, set[int]] = {}
         self._open: dict[str, _Pass] = {}
         self._passes: list[_Pass] = []
+        self._recalls: list[torch.Tensor] = []
         self._undo = ExitStack()
 
     def __enter__(self) -> DensePairs:
@@ -126,10 +130,29 @@ class DensePairs:
             )
         return tuple(steps)
 
+    def recall(self) -> float | None:
+        """Return the share of the attention weight that sparse calls kept, mean over those sampled.
+
+        They are the calls of the steps behind those that were timed.
+        """
+        return float(torch.stack(self._recalls).mean()) if self._recalls else None
+
+    def _measure_recall(self, call: Call, query: Tensor, key: Tensor, plan: SparsePlan) -> None:
+        if plan.residual is not None:  # its probes stand among the queries
+            return
+        began = self._now()
+        valid = plan.tile_rows_valid()
+        full = (valid.reshape(-1, valid.shape[-1]).amin(dim=0) > 0).nonzero().flatten()
+        chosen = full[torch.linspace(0, len(full) - 1, min(len(full), RECALL_ROWS)).long()]
+        rows = chosen * plan.tile_rows
+        self._recalls.append(recall(query, key, plan, rows=rows).mean().cpu())
+        self._leave_out(self._now() - began)
+
     def _before(self, name: str) -> Callable[..., None]:
         @torch.compiler.disable
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             timed = self._choose(name)
+            self._engine.watch(self._measure_recall if self._is_behind(name) else None)
             if timed is None:
                 return
             if timed.dense_before:
@@ -169,6 +192,12 @@ class DensePairs:
         first = moment.step == min(self._wanted[name])
         turns = len(self._passes) % 2 == 1  # whoever is second finds warmer caches
         return _Pass(name, moment.step, moment.branch, first, turns)
+
+    def _is_behind(self, name: str) -> bool:
+        """Return whether the pass that begins is of a step right behind a timed one."""
+        wanted, (moment, sparse) = self._wanted.get(name, set()), self._engine.where(name)
+        step = moment.step
+        return sparse and step is not None and step - 1 in wanted and step not in wanted
 
     def _run_dense(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
