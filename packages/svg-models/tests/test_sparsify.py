@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -131,6 +132,16 @@ def test_sparsify_same_seed_gives_the_same_video_and_another_seed_another() -> N
     first = video(0)
     assert torch.equal(first, video(0))
     assert not torch.equal(first, video(1))
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_sparsify_a_seed_of_another_library_is_that_number(seed: Any) -> None:
+    def video(given: Any) -> torch.Tensor:
+        pipe = tiny.pipeline()
+        with sparsify(pipe, SPARSE, ALWAYS_SPARSE, seed=given):
+            return tiny.generate(pipe, num_inference_steps=1)
+
+    assert torch.equal(video(seed), video(3))
 
 
 def test_sparsify_two_videos_in_a_row_equal_two_fresh_runs() -> None:
@@ -554,6 +565,14 @@ def test_sparsify_says_when_the_transformer_of_the_pipeline_was_replaced() -> No
         (dict(method="svg2", density=0.2, top_p=0.9), ValueError, "give one of them"),
         (dict(method="dense", density=0.2), ValueError, "has no density, got 0.2"),
         (dict(method=SPARSE, density=0.2), ValueError, "a method that has its own settings"),
+        (dict(seed="x"), ValueError, "seed must be a whole number, got 'x'"),
+        (dict(seed=1.5), ValueError, "seed must be a whole number, got 1.5"),
+        (dict(seed=None), ValueError, "seed must be a whole number, got None"),
+        (dict(seed=True), ValueError, "seed must be a whole number, got True"),
+        (dict(seed=-1), ValueError, "from 0 to 2.64 - 1, got -1"),
+        (dict(seed=2**64), ValueError, "from 0 to 2.64 - 1, got"),
+        (dict(profile="yes"), ValueError, "profile must be True or False, got 'yes'"),
+        (dict(backend=["cuda"]), ValueError, r"backend must be one of .*, got \['cuda'\]"),
         (dict(method="svg2", density=20), ValueError, "above 0 and at most 1, got 20"),
     ],
 )

@@ -9,9 +9,17 @@ import torch
 
 from svg_attention import Schedule, UnsupportedError, backend_status
 from svg_models.errors import SettingError
+from svg_models.numeric import as_whole, written
 from svg_models.spelling import did_you_mean
 
-__all__ = ["check_backend", "check_choice", "check_schedule", "device_and_dtype"]
+__all__ = [
+    "check_backend",
+    "check_choice",
+    "check_flag",
+    "check_schedule",
+    "check_seed",
+    "device_and_dtype",
+]
 
 
 def check_backend(
@@ -33,7 +41,7 @@ def check_backend(
     if backend == "auto":
         return
     reasons = _reasons(device, dtype, head_dim)
-    if backend not in reasons:
+    if not isinstance(backend, str) or backend not in reasons:
         known = ["auto", *reasons]
         raise SettingError(
             f"backend must be one of {', '.join(known)}, got {backend!r}"
@@ -57,6 +65,29 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
             f"{name} must be one of {', '.join(known)}, got {value!r}"
             f"{did_you_mean(str(value), known)}"
         )
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as a number of Python's, since its digits are what is drawn from.
+
+    Raises:
+        SettingError: if it is no whole number from 0 to 2^64 - 1.
+    """
+    number = as_whole("seed", seed)
+    if not 0 <= number < 2**64:
+        raise SettingError(f"seed must be from 0 to 2^64 - 1, got {written(number)}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False as it is.
+
+    Raises:
+        SettingError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} must be True or False, got {written(value)}")
+    return value
 
 
 def _reasons(device: str, dtype: torch.dtype, head_dim: int | None) -> dict[str, str]:

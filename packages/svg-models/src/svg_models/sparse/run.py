@@ -17,7 +17,13 @@ from svg_models.families import family_of, transformers_of
 from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
 from svg_models.recipe import From, Layers, Linears, Recipe
-from svg_models.sparse.checks import check_backend, check_schedule, device_and_dtype
+from svg_models.sparse.checks import (
+    check_backend,
+    check_flag,
+    check_schedule,
+    check_seed,
+    device_and_dtype,
+)
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
 from svg_models.sparse.layers import FastLayers, check_layers
@@ -109,7 +115,12 @@ def sparsify(
     layers = spec.layers.changed(
         exact_dense=exact_dense, fuse=fuse, linears=linears, fp8_from=fp8_from
     )
-    options = {"backend": backend, "seed": seed, "profile": profile, "layers": layers}
+    options = {
+        "backend": backend,
+        "seed": check_seed(seed),
+        "profile": check_flag("profile", profile),
+        "layers": layers,
+    }
     with _INSTALLING:
         return SparseRun(pipe, spec, schedule, options=options)
 
