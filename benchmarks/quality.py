@@ -43,7 +43,6 @@ from svg_attention import TokenLayout
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.defaults import FRAMES
 from svg_models.loading import Geometry
-from svg_models.video import similarity
 
 __all__ = ["SCHEDULE", "SIDES", "add_options", "closeness", "decibels", "environment", "load"]
 __all__ += ["other_kernel", "sample", "summary"]
@@ -100,21 +99,24 @@ def sample(
 
 
 def closeness(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
-    """Return per clip how close its frames are to the dense clip's.
+    """Return per clip how close its frames are to the dense clip's: PSNR in dB, SSIM, flicker.
 
-    "psnr" in dB and "ssim", means over frames; "flicker", the mean absolute difference of the
-    changes from frame to frame, in levels of 255.
+    They are those of `svg_models.video.similarity`, means over frames, computed for a clip at once.
     """
-    pairs = [
-        similarity(clip, reference, device=clips.device)
-        for clip, reference in zip(clips, dense, strict=True)
-    ]
-    changes = [x.float().diff(dim=1) for x in (clips, dense)]
-    return {
-        "psnr": [pair.mean_psnr for pair in pairs],
-        "ssim": [pair.mean_ssim for pair in pairs],
-        "flicker": (changes[0] - changes[1]).abs().flatten(1).mean(dim=1).tolist(),
-    }
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    precision = torch.float64 if clips.is_cuda else torch.float32
+    found: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "flicker": []}
+    for clip, reference in zip(clips, dense, strict=True):
+        a, b = (x.to(precision) / 255 for x in (clip, reference))
+        psnr = -10 * (a.double() - b.double()).square().flatten(1).mean(dim=1).log10()
+        finite = psnr.isfinite()
+        mean = torch.where(finite, psnr, 0.0).sum() / finite.sum()
+        found["psnr"].append(torch.where(finite.any(), mean, torch.inf))
+        ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+        found["ssim"].append(torch.atleast_1d(ssim).mean())
+        found["flicker"].append(((a - b).diff(dim=0) * 255).abs().mean())
+    return {name: torch.stack(values).tolist() for name, values in found.items()}
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:

@@ -48,7 +48,7 @@ FLOORS = {
         ("errors", "config", "tiles", "rows", "memory", "log", "_ops", "_kmeans_files"),
         ("layout", "schedule", "planning"),
         ("plan",),
-        ("methods", "backends", "metrics"),
+        ("methods", "backends", "metrics", "corrections"),
         ("attention", "status"),
         ("session",),
         ("__init__",),

@@ -199,6 +199,6 @@ def test_plan_of_heads_numbers_the_tiles_of_the_part(random_plan, batch):
     order = long_tiles_first(plan.run_lengths, ratio=1.0).view(batch, 6, plan.tiles)
     plan = replace(plan, tile_order=order)
     for item in range(batch):
-        part = kernels.plan_of_heads(plan, slice(item, item + 1), slice(2, 6), slice(1, 3), 3)
+        part = plan.part(slice(item, item + 1), slice(2, 6), slice(1, 3), 3)
         alone = long_tiles_first(part.run_lengths, ratio=1.0)
         assert torch.equal(part.tile_order.flatten(), alone)

@@ -25,6 +25,16 @@ METHODS = [
     SVG1(density=0.4, sampled_rows=8),
     SVG2(q_clusters=5, k_clusters=9, first_iterations=3),
     SVG2(q_clusters=5, k_clusters=9, density=0.4, compensate=True, route="error"),
+    SVG2(
+        q_clusters=5,
+        k_clusters=9,
+        density=0.4,
+        compensate=True,
+        route="error",
+        correct_bias=True,
+        repair_rows=64,
+        metric="response",
+    ),
     RandomBlocks(density=0.4),
 ]
 

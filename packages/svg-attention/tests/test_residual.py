@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_bias import CLUSTERS, LAYOUT, draw
 
 from svg_attention import SVG2, LayerMemory, SparsePlan, TokenLayout, sparse_attention
-from svg_attention.attention import foretold
+from svg_attention.corrections import foretold
 from svg_attention.methods.probes import probe_places
 from svg_attention.rows import take_rows
 

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg_attention.backends import BACKENDS, select_backend
-from svg_attention.plan import ProbeResidual, SparsePlan
+from svg_attention.backends import BACKENDS, Backend, select_backend
+from svg_attention.corrections import add_residual, repair
+from svg_attention.plan import SparsePlan
 from svg_attention.rows import take_rows
-from svg_attention.tiles import match_heads
+from svg_attention.tiles import head_groups, match_heads
 
 DENSE_BACKENDS = ("cuda", "sdpa")
+# Bytes of queries with probes behind them that are copied at once.
+PROBED_BYTES = 2**28
 _dense_backends: dict[tuple[torch.device, torch.dtype, int, int], str] = {}
 
 
@@ -107,12 +110,11 @@ def sparse_attention(
     if plan.residual is None:
         lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=return_lse)
     else:
-        queries = torch.cat([query, plan.residual.queries], dim=2)
-        whole = queries.new_empty(out_shape(queries, value))
-        joined = replace(plan, residual=None, query_length=plan.positions)
-        lse = chosen.attend(queries, key, value, joined, whole, scale=scale, return_lse=return_lse)
-        out.copy_(correct(whole, plan.query_order, plan.residual))
-        lse = None if lse is None else lse[:, :, : plan.query_length]
+        lse = _attend_with_probes(
+            chosen, query, key, value, plan, out, scale=scale, return_lse=return_lse
+        )
+    if plan.exact_rows is not None:
+        repair(out, query, plan.exact_rows)
     if not return_lse:
         return out
     if lse is None:
@@ -120,43 +122,44 @@ def sparse_attention(
     return out, lse
 
 
-def correct(outputs: Tensor, order: Tensor | None, residual: ProbeResidual) -> Tensor:
-    """Return the outputs of the queries, with what their probes lack added.
+def _attend_with_probes(
+    chosen: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SparsePlan,
+    out: Tensor,
+    *,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | None:
+    """Fill `out` as `Backend.attend` does, for queries with the probes of a residual behind them.
 
-    Args:
-        outputs: `[B, H, S + P, D_v]`, of the queries and, behind them, of the probes.
-        order: int32 `[B, H, S + P]`, see `SparsePlan.query_order`; None for the given order.
-        residual: the probes.
+    Some heads at a time, since the queries are copied.
     """
-    queries = outputs.shape[2] - residual.outputs.shape[2]
-    lacking = foretold(residual.outputs - outputs[:, :, queries:].float())
-    lacking = lacking.repeat_interleave(residual.rows, dim=2)[:, :, : residual.positions]
-    if order is None:
-        places = torch.arange(residual.positions, device=outputs.device).expand(lacking.shape[:3])
-    else:
-        places = order[:, :, : residual.positions].long()
-    index = places[..., None].expand(lacking.shape)
-    return outputs.scatter_add(2, index, lacking.to(outputs.dtype))[:, :, :queries]
-
-
-def foretold(lacking: Tensor) -> Tensor:
-    """Scale what the probes of each head lack by how well probes foretell their neighbours.
-
-    The factor of a head is the one with which the probes of each pair of neighbours predict each
-    other best, by least squares, less twice its standard error, and held between 0 and 1: where
-    neighbours have nothing in common, a probe says nothing about its rows either.
-
-    Args:
-        lacking: `[B, H, P, D]`, probes in plan order; one that is not finite counts as 0.
-    """
-    lacking = torch.where(lacking.isfinite().all(dim=-1, keepdim=True), lacking, 0.0)
-    pairs = lacking[:, :, : lacking.shape[2] // 2 * 2].unflatten(2, (-1, 2))
-    both = 2 * (pairs[:, :, :, 0] * pairs[:, :, :, 1]).sum(dim=-1)
-    energy = pairs.square().sum(dim=(3, 4))
-    total = energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(pairs.dtype).tiny)
-    best = both.sum(dim=-1, keepdim=True) / total
-    deviation = (both - best * energy).square().sum(dim=-1, keepdim=True).sqrt() / total
-    return lacking * (best - 2 * deviation).clamp(0, 1)[..., None]
+    residual = plan.residual
+    if residual is None:
+        raise ValueError("the plan has no probes")
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+    counts = (query.shape[0], query.shape[1], key.shape[1])
+    head_bytes = plan.positions * query.shape[3] * query.itemsize * counts[1] // counts[2]
+    for batch, heads, key_heads in head_groups(*counts, head_bytes, PROBED_BYTES):
+        part = plan.part(batch, heads, key_heads, key.shape[1])
+        probes = replace(
+            residual,
+            queries=residual.queries[batch, heads],
+            outputs=residual.outputs[batch, heads],
+        )
+        queries = torch.cat([query[batch, heads], probes.queries], dim=2)
+        keys, values = key[batch, key_heads], value[batch, key_heads]
+        whole = queries.new_empty(out_shape(queries, values))
+        found = chosen.attend(
+            queries, keys, values, part, whole, scale=scale, return_lse=return_lse
+        )
+        add_residual(whole, part.query_order, probes, out[batch, heads])
+        if lse is not None and found is not None:
+            lse[batch, heads] = found[:, :, : plan.query_length]
+    return lse
 
 
 def dense_attention(

@@ -41,7 +41,7 @@ class ProbeResidual:
     Behind every `rows - 1` rows of the plan order stands their probe, which reads what their tile
     reads; behind the last rows, which may be fewer, stands the last probe. What its exact output
     exceeds its sparse output by is added to the outputs of its rows, as far as probes of each head
-    foretell each other (`attention.foretold`).
+    foretell each other (`corrections.foretold`).
 
     Attributes:
         queries: `[B, H, P, D]`, typed as the queries.
@@ -54,6 +54,28 @@ class ProbeResidual:
     outputs: Tensor
     rows: int
     positions: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExactRows:
+    """Correct video rows by a regression from a few whose exact outputs are known.
+
+    See `corrections.repair`.
+
+    Attributes:
+        tokens: int64 `[B, H, M]`, the query tokens that are known.
+        outputs: `[B, H, M, D_v]`, their attention over every valid key.
+        first: first video token.
+        count: video tokens; text stays as it is.
+        whole: int64 `[B, H, R]`, tokens that a plan reads everything for and that stay as they
+            are; they may come more than once. None for none.
+    """
+
+    tokens: Tensor
+    outputs: Tensor
+    first: int
+    count: int
+    whole: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,12 +109,13 @@ class SparsePlan:
         summary: centroids that stand in for what is not read, or None.
         residual: probes whose exact outputs correct their rows, or None. They are positions of the
             plan order like other queries, and count in its density and in `query_lengths`.
+        exact_rows: rows whose exact outputs correct the others, or None.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite; None
             where the method does not look.
         is_full: known without looking at the device that every query reads every valid key.
-        probe_density: what probes of the plan's method took of every key, as a fraction of the
-            pairs of the queries: half of a pair where a score was computed, all of it where a
-            value was read too. No part of `density`.
+        probe_density: what probes and exact rows of the plan's method took of every key, as a
+            fraction of the pairs of the queries: half of a pair where a score was computed, all of
+            it where a value was read too. No part of `density`.
     """
 
     query_length: int
@@ -108,6 +131,7 @@ class SparsePlan:
     tile_order: Tensor | None = None
     summary: KeySummary | None = None
     residual: ProbeResidual | None = None
+    exact_rows: ExactRows | None = None
     broken: Tensor | None = None
     is_full: bool = False
     probe_density: float = 0.0
@@ -384,6 +408,47 @@ class SparsePlan:
             plan = replace(plan, tile_order=order)
         return plan
 
+    def part(self, batch: slice, heads: slice, key_heads: slice, key_head_count: int) -> SparsePlan:
+        """Return the plan of some batch items and heads, without corrections of rows.
+
+        Args:
+            batch: batch items.
+            heads: query heads.
+            key_heads: the key heads that these query heads share.
+            key_head_count: all key heads.
+        """
+
+        def of_keys(x: Tensor) -> Tensor:
+            return match_heads(x, key_head_count)[batch, key_heads]
+
+        tile_order = self.tile_order
+        if tile_order is not None:
+            # Tiles are numbered from the first of the part.
+            first = (batch.start * self.heads + heads.start) * self.tiles
+            tile_order = tile_order[batch, heads] - first
+        summary = self.summary
+        if summary is not None:
+            summary = KeySummary(
+                keys=of_keys(summary.keys),
+                values=of_keys(summary.values),
+                log_weights=summary.log_weights[batch, heads],
+            )
+        return replace(
+            self,
+            query_order=None if self.query_order is None else self.query_order[batch, heads],
+            key_order=None if self.key_order is None else of_keys(self.key_order),
+            run_starts=self.run_starts[batch, heads],
+            run_lengths=self.run_lengths[batch, heads],
+            query_lengths=None if self.query_lengths is None else self.query_lengths[batch],
+            key_lengths=None if self.key_lengths is None else self.key_lengths[batch],
+            tile_order=tile_order,
+            summary=summary,
+            residual=None,
+            exact_rows=None,
+            query_length=self.positions,
+            broken=None,
+        )
+
     def tile_rows_valid(self) -> Tensor:
         """Count the valid query rows of each tile: int64 `[B or 1, T]`."""
         valid = self.query_lengths
@@ -440,6 +505,10 @@ class SparsePlan:
             facts.append(f"{self.summary.keys.shape[2]:,} centroids stand in for unread keys")
         if self.residual is not None:
             facts.append(f"{self.residual.queries.shape[2]:,} probes correct their rows")
+        if self.exact_rows is not None:
+            facts.append(
+                f"{self.exact_rows.tokens.shape[2]:,} exact rows a head correct the others"
+            )
         if self.probe_density:
             facts.append(f"probes took {self.probe_density:.1%} more")
         return facts

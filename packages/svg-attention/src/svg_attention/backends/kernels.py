@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.plan import SparsePlan
 from svg_attention.planning.order import long_tiles_first
-from svg_attention.tiles import COPY_ROWS, match_heads
+from svg_attention.tiles import COPY_ROWS, head_groups, match_heads
 
 # Bytes that permuted keys and values may take; a call that needs more is run by groups of heads.
 SCRATCH = 2**30
@@ -73,7 +72,7 @@ class KernelsBackend:
         """Fill `out` as `plan` says; see `Backend.attend`."""
         lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
         for batch, heads, key_heads in groups(query, key, value, plan):
-            part = plan_of_heads(plan, batch, heads, key_heads, key.shape[1])
+            part = plan.part(batch, heads, key_heads, key.shape[1])
             part_lse = self._attend(
                 query[batch, heads],
                 key[batch, key_heads],
@@ -183,55 +182,8 @@ def groups(
         `(batch items, query heads, key heads)`, whose tensors are contiguous in `query`.
     """
     batch, key_heads = key.shape[:2]
-    group = query.shape[1] // key_heads
-    head_bytes = (key.shape[2] * key.shape[3] + value.shape[2] * value.shape[3]) * key.itemsize
-    if plan.key_order is None or batch * key_heads * head_bytes <= SCRATCH:
-        yield slice(0, batch), slice(0, query.shape[1]), slice(0, key_heads)
-        return
-    step = -(-key_heads // -(-key_heads * head_bytes // SCRATCH))
-    for b in range(batch):
-        for first in range(0, key_heads, step):
-            last = min(first + step, key_heads)
-            yield slice(b, b + 1), slice(first * group, last * group), slice(first, last)
-
-
-def plan_of_heads(
-    plan: SparsePlan, batch: slice, heads: slice, key_heads: slice, key_head_count: int
-) -> SparsePlan:
-    """Return the plan of some batch items and heads.
-
-    Args:
-        plan: the whole plan.
-        batch: batch items.
-        heads: query heads.
-        key_heads: the key heads that these query heads share.
-        key_head_count: all key heads.
-    """
-
-    def of_keys(x: Tensor) -> Tensor:
-        return match_heads(x, key_head_count)[batch, key_heads]
-
-    tile_order = plan.tile_order
-    if tile_order is not None:
-        # Tiles are numbered from the first of the part.
-        first = (batch.start * plan.heads + heads.start) * plan.tiles
-        tile_order = tile_order[batch, heads] - first
-    summary = plan.summary
-    if summary is not None:
-        summary = KeySummary(
-            keys=of_keys(summary.keys),
-            values=of_keys(summary.values),
-            log_weights=summary.log_weights[batch, heads],
-        )
-    return replace(
-        plan,
-        query_order=None if plan.query_order is None else plan.query_order[batch, heads],
-        key_order=None if plan.key_order is None else of_keys(plan.key_order),
-        run_starts=plan.run_starts[batch, heads],
-        run_lengths=plan.run_lengths[batch, heads],
-        query_lengths=None if plan.query_lengths is None else plan.query_lengths[batch],
-        key_lengths=None if plan.key_lengths is None else plan.key_lengths[batch],
-        tile_order=tile_order,
-        summary=summary,
-        broken=None,
-    )
+    head_bytes = 0
+    if plan.key_order is not None:
+        widths = key.shape[2] * key.shape[3] + value.shape[2] * value.shape[3]
+        head_bytes = widths * key.itemsize
+    yield from head_groups(batch, query.shape[1], key_heads, head_bytes, SCRATCH)

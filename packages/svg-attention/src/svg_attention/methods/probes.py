@@ -1,12 +1,14 @@
-"""Where probes stand among the rows that they stand for, if their outputs are to correct these."""
+"""Rows whose exact outputs correct others: probes among the rows of a plan, and a few rows."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from svg_attention.methods.call import AttentionCall
-from svg_attention.tiles import match_heads
+from svg_attention.plan import ExactRows
+from svg_attention.tiles import TILE_ROWS, match_heads
 
 
 def probe_places(count: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,3 +69,44 @@ def attend_text(call: AttentionCall, probes: Tensor, outputs: Tensor, lse: Tenso
     logits = logits.masked_fill(place >= call.valid_text()[:, None, None, None], -torch.inf)
     whole = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1))[..., None]
     return outputs * (lse[..., None] - whole).exp() + (logits - whole).exp() @ values
+
+
+def exact_rows(call: AttentionCall, count: int, order: Tensor, places: Tensor) -> ExactRows:
+    """Compute the exact outputs of a few video rows of each head, spread evenly over their order.
+
+    Args:
+        call: the call.
+        count: rows of a head, at most the video tokens.
+        order: int32 `[B, H, N]`, video rows sorted by cluster, counted from the first video token.
+        places: int32 `[B, H, P]`, the video row at each position of the plan.
+    """
+    layout = call.layout
+    every = layout.video_tokens / count
+    chosen = ((torch.arange(count, device=call.device) + 0.5) * every).long()
+    tokens = order[:, :, chosen].long() + layout.video_start
+    index = tokens[..., None].expand(-1, -1, -1, call.query.shape[3])
+    mask = None
+    if call.text_lengths is not None and layout.text_tokens:
+        place = torch.arange(layout.tokens, device=call.device) - layout.text_start
+        text = (place >= 0) & (place < layout.text_tokens)
+        mask = (~text | (place < call.valid_text()[:, None]))[:, None, None]
+    outputs = F.scaled_dot_product_attention(
+        call.query.gather(2, index),
+        call.key,
+        call.value,
+        attn_mask=mask,
+        scale=call.scale,
+        enable_gqa=call.key.shape[1] != call.heads,
+    )
+    whole = None
+    shared = places.shape[2] % TILE_ROWS
+    if layout.text_tokens and shared:
+        # These rows are in a tile with text, which reads everything.
+        whole = places[:, :, -shared:].long() + layout.video_start
+    return ExactRows(
+        tokens=tokens,
+        outputs=outputs,
+        first=layout.video_start,
+        count=layout.video_tokens,
+        whole=whole,
+    )

@@ -10,7 +10,7 @@ from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import Method
 from svg_attention.methods.budget import key_budget
 from svg_attention.methods.call import AttentionCall
-from svg_attention.methods.probes import attend_text, probe_places, probed_order
+from svg_attention.methods.probes import attend_text, exact_rows, probe_places, probed_order
 from svg_attention.plan import KeySummary, ProbeResidual, SparsePlan
 from svg_attention.planning.clustering import Clusters, cluster_rows
 from svg_attention.planning.clusters import Selection, mean_values, plan_clusters
@@ -22,6 +22,7 @@ from svg_attention.tiles import TILE_ROWS, match_heads
 # and to spread the cost of its centroid.
 Q_CLUSTERS, K_CLUSTERS = 300, 1000
 ROWS_PER_Q_CLUSTER, ROWS_PER_K_CLUSTER = 64, 16
+MOST_REPAIR_ROWS = 256
 
 
 def cluster_counts(
@@ -71,6 +72,9 @@ class SVG2(Method):
         correct_residual: add to each row what its probe's exact attention output exceeds its
             sparse output by, as far as neighbouring probes foretell each other, head by head. A
             probe takes the place of every `probe_rows`-th row of a tile. Needs `route="error"`.
+        repair_rows: video rows of each head, at most 256, whose exact outputs correct all others: a
+            regression from sparse output and query predicts what a row lacks, as far as these rows
+            foretell each other, head by head. 0 for none; 64 cost 64 dense rows.
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
@@ -81,7 +85,7 @@ class SVG2(Method):
         step_iterations: k-means rounds of later calls, from the centroids of the one before.
 
     Source: Sparse VideoGen2, arXiv:2505.18875; compensation and routing SVG-EAR, arXiv:2603.08982;
-    response metric SparsePR, arXiv:2608.18484.
+    response metric and repair SparsePR, arXiv:2608.18484.
     """
 
     q_clusters: int | None = None
@@ -93,6 +97,7 @@ class SVG2(Method):
     route: Literal["mass", "error"] = "mass"
     correct_bias: bool = False
     correct_residual: bool = False
+    repair_rows: int = 0
     probe_rows: int = 16
     metric: Literal["euclidean", "response"] = "euclidean"
     first_iterations: int = 50
@@ -106,6 +111,12 @@ class SVG2(Method):
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) is not None:
                 checked[name] = config.integer(name, getattr(self, name), least=1)
+        checked["repair_rows"] = config.integer("repair_rows", self.repair_rows, least=0)
+        if checked["repair_rows"] > MOST_REPAIR_ROWS:
+            raise ValueError(
+                f"repair_rows must be at most {MOST_REPAIR_ROWS}, whose products are inverted for "
+                f"each head; got {self.repair_rows}"
+            )
         if TILE_ROWS % checked["probe_rows"]:
             raise ValueError(
                 f"probe_rows must divide the {TILE_ROWS} rows of a tile, got {self.probe_rows}; "
@@ -205,7 +216,7 @@ class SVG2(Method):
             key_clusters: clusters of its video keys.
         """
         layout, key_heads = call.layout, call.key.shape[1]
-        rows, probe = layout.video_tokens, None
+        rows, probe, sorted_rows = layout.video_tokens, None, query_clusters.order
         if self.correct_residual:
             row, probe = probe_places(rows, self.probe_rows, call.device)
             rows = len(row)
@@ -250,6 +261,10 @@ class SVG2(Method):
                 queries=queries, outputs=outputs, rows=self.probe_rows, positions=rows
             )
             query_order = probed_order(call, query_clusters.order, probe)
+        known = None
+        if self.repair_rows:
+            count = min(self.repair_rows, layout.video_tokens)
+            known = exact_rows(call, count, sorted_rows, query_clusters.order)
         return SparsePlan(
             query_length=layout.tokens,
             key_length=layout.tokens,
@@ -263,15 +278,17 @@ class SVG2(Method):
             key_lengths=call.valid_tokens(),
             summary=summary,
             residual=residual,
+            exact_rows=known,
             broken=reads.broken,
             probe_density=self.probe_density(layout),
         )
 
     def probe_density(self, layout: TokenLayout) -> float:
         """Return what the probes of a call take, counted as in `SparsePlan.probe_density`."""
+        tokens, rows = layout.video_tokens, min(self.repair_rows, layout.video_tokens)
+        repair = rows / layout.tokens
         if self.route != "error":
-            return 0.0
-        tokens = layout.video_tokens
+            return repair
         if not self.correct_residual:
-            return 0.5 * -(-tokens // self.probe_rows) * tokens / layout.tokens**2
-        return -(-tokens // (self.probe_rows - 1)) * tokens / layout.tokens**2
+            return repair + 0.5 * -(-tokens // self.probe_rows) * tokens / layout.tokens**2
+        return repair + -(-tokens // (self.probe_rows - 1)) * tokens / layout.tokens**2

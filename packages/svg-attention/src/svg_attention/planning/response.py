@@ -19,8 +19,9 @@ def response_root(x: Tensor, groups: int) -> Tensor:
 
     With `M = X'X / n` over the rows `X` that keys are multiplied with, `|(k - l) M^(1/2)|^2` is the
     mean square of the change of a score where `l` takes the place of `k`. The root is found by
-    coupled Newton-Schulz rounds, matrix products alone, without waiting for the device. What is not
-    finite counts as 0.
+    coupled Newton-Schulz rounds, matrix products alone, without waiting for the device, in fp64:
+    products of TF32, which a caller may have allowed, would not converge. What is not finite counts
+    as 0.
 
     Args:
         x: `[B, H, N, D]`, N at least 1.
@@ -37,9 +38,8 @@ def response_root(x: Tensor, groups: int) -> Tensor:
     sampled = sampled.unflatten(1, (groups, -1)).flatten(2, 3)
     largest = sampled.abs().amax(dim=(2, 3), keepdim=True)
     sampled = sampled / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    moment = sampled.transpose(-1, -2) @ sampled
-    width = x.shape[3]
-    identity = torch.eye(width, device=x.device)
+    moment = (sampled.transpose(-1, -2) @ sampled).double()
+    identity = torch.eye(x.shape[3], dtype=torch.float64, device=x.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     moment = moment / mean.clamp(min=torch.finfo(torch.float32).tiny) + RIDGE * identity
     norm = torch.linalg.matrix_norm(moment)[..., None, None]
@@ -47,7 +47,7 @@ def response_root(x: Tensor, groups: int) -> Tensor:
     for _ in range(ROUNDS):
         step = 1.5 * identity - 0.5 * inverse @ root
         root, inverse = root @ step, step @ inverse
-    return root * norm.sqrt()
+    return (root * norm.sqrt()).float()
 
 
 def respond(x: Tensor, root: Tensor, *, unit: bool = False) -> Tensor:
