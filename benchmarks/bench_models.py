@@ -331,10 +331,9 @@ def written(result: Mapping[str, Any]) -> str:
 
 
 def write_table(gpu: str) -> None:
-    for name in ("models", "layers"):
-        result = load(gpu, name)
-        text = f"{conditions(result['environment'])}\n\n{written(result)}"
-        replace_between(PAGE, name, text)
+    result = load(gpu, "models")
+    text = f"{conditions(result['environment'])}\n\n{written(result)}"
+    replace_between(PAGE, "models", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
