@@ -43,19 +43,18 @@ using bf16 = __nv_bfloat16;
 constexpr int kAtomRows = 8;  // rows of one swizzle atom
 constexpr int kStageRows = 128;
 constexpr int kStageAtoms = kStageRows / kAtomRows;
-constexpr int kColumns = 8;  // segments that a stage can meet
-// Rows of a segment, its mean key counted in: with fewer a stage could meet nine.
-constexpr int kLeastRows = 19;
+constexpr int kColumns = 8;  // segments that a stage can meet, none of fewer than 19 rows
 constexpr int kPasses = 8;
 // A sum of weights above this asks for another pass: squares of weights must fit fp32.
 constexpr float kLargestSum = 0x1p50f;
 
-// The matrices of a stage, eight columns each: which segment a key is of, its agreement, which
-// segment a mean key is of, and a key's energy.
+// The matrices of a stage, one column block of eight each: which segment a key is of, its agreement,
+// which segment a mean key is of, and a key's energy.
 enum Matrix { kMember, kAgreement, kCenter, kEnergy, kMatrices };
 constexpr int kMatrixBytes = kStageRows * kColumns * 2;
 
-enum NamedBarrier { kQueryReady = 1, kTurn = 4, kSumsReady = 6 };
+// The first two are followed by one for each further consumer warpgroup.
+enum NamedBarrier { kQueryReady = 1, kTurn = 4, kSumsReady = 7 };
 
 // How a thread block is made up, with the probes' outputs and without.
 template <int kHeadDim, bool kOutputs>
@@ -66,6 +65,8 @@ struct Shape {
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kKeyStages = kOutputs ? 3 : 4;
   static constexpr int kValueStages = 2;
+  // What makes sums by segment of weights is read with the values where there are any.
+  static constexpr int kMatrixStages = kOutputs ? kValueStages : kKeyStages;
   static constexpr int kAtomBytes = kAtomRows * kHeadDim * 2;
   static constexpr int kStageBytes = kStageAtoms * kAtomBytes;
 };
@@ -76,8 +77,8 @@ struct SharedStorage {
   alignas(1024) unsigned char query[S::kRows * kHeadDim * 2];
   alignas(1024) unsigned char key[S::kKeyStages][S::kStageBytes];
   alignas(1024) unsigned char value[kOutputs ? S::kValueStages : 1][kOutputs ? S::kStageBytes : 16];
-  alignas(128) unsigned char matrices[S::kKeyStages][kMatrices][kMatrixBytes];
-  alignas(16) Ending endings[S::kKeyStages][kColumns];
+  alignas(128) unsigned char matrices[S::kMatrixStages][kMatrices][kMatrixBytes];
+  alignas(16) Ending endings[S::kMatrixStages][kColumns];
   float weight[S::kRows];  // of a probe in its group, over its denominator
   float weight_square[S::kRows];
   uint64_t key_full[S::kKeyStages], key_empty[S::kKeyStages];
@@ -298,10 +299,7 @@ class Producer {
           }
           wait_empty(&shared_.key_empty[key_.stage], key_.phase);
           gather(shared_address(shared_.key) + key_.stage * S::kStageBytes, key_source(row));
-          if (thread_ < kColumns / 2)
-            copy_async(shared_address(shared_.endings[key_.stage]) + thread_ * 16, ending_at);
-          ending_at += sizeof(Ending) * kColumns;
-          fill_matrices(mark);
+          if constexpr (!kOutputs) fill_matrices(key_.stage, mark, ending_at);
           commit(&shared_.key_full[key_.stage]);
           key_.advance();
           if constexpr (kOutputs) {
@@ -309,9 +307,11 @@ class Producer {
             // Mean keys have no values: an odd address asks for zeros.
             gather<true>(shared_address(shared_.value) + value_.stage * S::kStageBytes,
                          values_ + max(row, 0) * a_.value_strides[2], row < 0);
+            fill_matrices(value_.stage, mark, ending_at);
             commit(&shared_.value_full[value_.stage]);
             value_.advance();
           }
+          ending_at += sizeof(Ending) * kColumns;
         }
         drain();
       } while (any_of_block(false));
@@ -334,27 +334,26 @@ class Producer {
                     : means_ + static_cast<int64_t>(-1 - row) * kHeadDim;
   }
 
-  // Writes this thread's row of the stage's matrices.
-  __device__ __forceinline__ void fill_matrices(const Mark& mark) {
+  // Writes this thread's row of a stage's matrices, and loads which segments end there.
+  __device__ __forceinline__ void fill_matrices(int stage, const Mark& mark, const char* endings) {
     constexpr uint32_t kOne = 0x3f80;
-    const bool counts = mark.of < kColumns;
-    fill_row(kMember, mark.of, counts ? kOne : 0);
-    fill_row(kAgreement, mark.of, counts ? mark.counts & 0xffff : 0);
-    fill_row(kCenter, mark.of, mark.of >= kMean && mark.of < kNobody ? kOne : 0);
-    fill_row(kEnergy, mark.of, counts ? mark.counts >> 16 : 0);
-  }
-
-  __device__ __forceinline__ void fill_row(Matrix matrix, int column, uint32_t number) {
-    const uint32_t word = number << (column & 1) * 16;
-    const int at = column % kColumns / 2;
-    *reinterpret_cast<uint4*>(shared_.matrices[key_.stage][matrix] + thread_ * 16) =
-        make_uint4(at == 0 ? word : 0, at == 1 ? word : 0, at == 2 ? word : 0, at == 3 ? word : 0);
+    const bool key = mark.of < kMean, mean = mark.of >= kMean && mark.of < kNobody;
+    const uint32_t numbers[kMatrices] = {key ? kOne : 0, key ? mark.counts & 0xffff : 0,
+                                         mean ? kOne : 0, key ? mark.counts >> 16 : 0};
+    const int at = mark.of % kColumns / 2, shift = mark.of % 2 * 16;
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) {
+      const uint32_t word = numbers[m] << shift;
+      *reinterpret_cast<uint4*>(shared_.matrices[stage][m] + thread_ * 16) = make_uint4(
+          at == 0 ? word : 0, at == 1 ? word : 0, at == 2 ? word : 0, at == 3 ? word : 0);
+    }
+    if (thread_ < kColumns / 2)
+      copy_async(shared_address(shared_.endings[stage]) + thread_ * 16, endings);
   }
 
   // Every lane gives the address of the row that it looked up.
   template <bool kZeros = false>
-  __device__ __forceinline__ void gather(uint32_t stage, const bf16* looked_up,
-                                         bool zeros = false) {
+  __device__ __forceinline__ void gather(uint32_t stage, const bf16* looked_up, bool zeros = false) {
     const uint64_t address = reinterpret_cast<uint64_t>(looked_up) | zeros;
     const int chunk = thread_ % kChunks;
 #pragma unroll
@@ -380,8 +379,8 @@ class Producer {
     pending_[1] = shared_address(full);
   }
 
-  // Before it blocks a thread hands over all that it has in flight: the consumers may need it to
-  // empty the stage that it waits for.
+  // Before it blocks a thread hands over all that it has in flight, for the consumers may need it to
+  // empty the stage it waits for.
   __device__ __forceinline__ void wait_empty(uint64_t* empty, uint32_t phase) {
     if (mbarrier_test(empty, phase ^ 1)) return;
     drain();
@@ -562,98 +561,117 @@ class Consumer {
     key_.advance();
   }
 
-  // While sums by segment are put away, the tensor cores run the product of the next stage. The
-  // first stage of a first pass is a sample.
+  // Warpgroups take turns to issue products of keys, so that they do not all wait for the tensor
+  // cores at once and then all exponentiate at once.
+  __device__ __forceinline__ void take_turn() {
+    hopper::named_barrier_sync(kTurn + group_, 256);
+  }
+  __device__ __forceinline__ void give_turn() {
+    hopper::named_barrier_arrive(kTurn + (group_ + 1) % S::kGroups, 256);
+  }
+
+  // While weights become sums by segment and these are put away, the tensor cores run the product of
+  // the next stage. The first stage of a first pass is a sample.
   __device__ void score(int stages, bool sampled) {
     float scores[64];
     uint32_t weights[16], squares[16];
+    if (group_ == S::kGroups - 1) give_turn();  // the first warpgroup starts
     hopper::mbarrier_wait(&shared_.key_full[key_.stage], key_.phase);
+    take_turn();
     multiply_keys(scores, key_.stage);
+    give_turn();
     for (int j = sampled ? 0 : -1; j < stages; ++j) {
       hopper::wgmma_wait<0>();
       hopper::fence_registers(scores);
       if (j < 0) {
         choose(scores);
       } else {
-        to_weights<16>(scores, weights);
-        to_squares<16>(weights, squares);
         clear();
-        multiply_segments<4>(weights, squares, 0);
+        to_weights<16>(scores, weights);
+        multiply_members<4>(weights, key_.stage, 0);
+        to_squares<16>(weights, squares);
+        multiply_squares<4>(squares, key_.stage, 0);
         uint32_t others[16];
         to_weights<16>(scores + 32, others);
         hopper::wgmma_wait<0>();
         to_squares<16>(others, squares);
-        multiply_segments<4>(others, squares, 4);
+        multiply_members<4>(others, key_.stage, 4);
+        multiply_squares<4>(squares, key_.stage, 4);
       }
       auto next = key_;
       next.advance();
       if (j + 1 < stages) {
         hopper::mbarrier_wait(&shared_.key_full[next.stage], next.phase);
+        take_turn();
         multiply_keys(scores, next.stage);
+        give_turn();
         hopper::wgmma_wait<1>();
       } else {
         hopper::wgmma_wait<0>();
       }
-      if (j >= 0) put_away();
+      if (j >= 0) put_away(key_.stage);
       release_keys();
     }
+    if (group_ == 0) take_turn();  // every turn that was given is taken
     hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
   }
 
-  // As in attention: while one warpgroup takes the exponentials of stage j, the tensor cores run
-  // its product with the values of stage j-1 and the products of the other.
+  // As in attention: while one warpgroup takes the exponentials of stage j, the tensor cores run its
+  // products with the values and matrices of stage j-1, and the products of the other.
   __device__ void attend(int stages) {
     float scores[64];
     uint32_t weights[32];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
-    if (group_ == 1) hopper::named_barrier_arrive(kTurn, S::kConsumers);  // the first one starts
+    if (group_ == S::kGroups - 1) give_turn();  // the first warpgroup starts
     hopper::mbarrier_wait(&shared_.key_full[key_.stage], key_.phase);
-    hopper::named_barrier_sync(kTurn + group_, S::kConsumers);
+    take_turn();
     multiply_keys(scores, key_.stage);
-    hopper::named_barrier_arrive(kTurn + 1 - group_, S::kConsumers);
+    give_turn();
     hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
+    release_keys();
     to_weights<32>(scores, weights);
-    add_up(weights);
+    add_squares(weights);
     for (int j = 1; j < stages; ++j) {
       hopper::mbarrier_wait(&shared_.key_full[key_.stage], key_.phase);
-      hopper::named_barrier_sync(kTurn + group_, S::kConsumers);
+      take_turn();
       multiply_keys(scores, key_.stage);
-      hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
       multiply_values(weights);
-      hopper::named_barrier_arrive(kTurn + 1 - group_, S::kConsumers);
-      hopper::wgmma_wait<1>();
+      multiply_members<8>(weights, value_.stage, 0);
+      give_turn();
+      hopper::wgmma_wait<2>();
       hopper::fence_registers(scores);
+      release_keys();
 #pragma unroll
       for (int i = 0; i < 64; ++i) scores[i] = weight_of(scores[i], i / 2 % 2);
       hopper::wgmma_wait<0>();
       hopper::fence_registers(output_);
+      put_away(value_.stage);
+      clear();
       release_values();
 #pragma unroll
       for (int i = 0; i < 32; ++i)
         weights[i] = attention::pack<bf16>(scores[2 * i], scores[2 * i + 1]);
-      add_up(weights);
+      add_squares(weights);
     }
-    // Every turn that was given is taken.
-    if (group_ == 0) hopper::named_barrier_sync(kTurn, S::kConsumers);
-    hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
+    if (group_ == 0) take_turn();  // every turn that was given is taken
     multiply_values(weights);
+    multiply_members<8>(weights, value_.stage, 0);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(output_);
+    put_away(value_.stage);
     release_values();
   }
 
-  // The sums by segment of a stage whose weights are all there.
-  __device__ __forceinline__ void add_up(const uint32_t (&weights)[32]) {
+  // The sums of squares of a stage, ahead of the others: there are no registers to keep squares.
+  __device__ __forceinline__ void add_squares(const uint32_t (&weights)[32]) {
     uint32_t squares[32];
     to_squares<32>(weights, squares);
-    clear();
-    multiply_segments<8>(weights, squares, 0);
+    hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
+    multiply_squares<8>(squares, value_.stage, 0);
     hopper::wgmma_wait<0>();
-    put_away();
-    release_keys();
   }
 
   // Exponentiates scores. The accumulator layout of S is the register layout of an operand, two
@@ -676,23 +694,35 @@ class Consumer {
     for (int i = 0; i < kCount; ++i) squares[i] = square(weights[i]);
   }
 
-  // Issues the products of weights and squares with the stage's matrices, from 16 rows on.
+  // Issues the products of weights with the matrices of a stage, from 16 `first` rows on.
   template <int kSteps>
-  __device__ __forceinline__ void multiply_segments(const uint32_t* weights,
-                                                    const uint32_t* squares, int first) {
+  __device__ __forceinline__ void multiply_members(const uint32_t* weights, int stage, int first) {
     hopper::fence_registers(sums_);
+    hopper::wgmma_fence();
+    const uint64_t matrix = matrix_of(kMember, stage, first);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+      multiply_columns<3>(sums_, weights + 4 * k,
+                          hopper::advance_descriptor(matrix, 16 * kColumns * 2, k));
+    hopper::wgmma_commit();
+  }
+
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_squares(const uint32_t* squares, int stage, int first) {
     hopper::fence_registers(energies_);
     hopper::wgmma_fence();
-    const uint64_t matrices = hopper::advance_descriptor(
-        columns_descriptor(shared_.matrices), kMatrices * kMatrixBytes, key_.stage);
+    const uint64_t matrix = matrix_of(kEnergy, stage, first);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const uint64_t at = hopper::advance_descriptor(matrices, (first + k) * 16 * kColumns * 2);
-      multiply_columns<3>(sums_, weights + 4 * k, at);
+    for (int k = 0; k < kSteps; ++k)
       multiply_columns<1>(energies_, squares + 4 * k,
-                          hopper::advance_descriptor(at, kEnergy * kMatrixBytes));
-    }
+                          hopper::advance_descriptor(matrix, 16 * kColumns * 2, k));
     hopper::wgmma_commit();
+  }
+
+  __device__ __forceinline__ uint64_t matrix_of(Matrix matrix, int stage, int first) const {
+    const uint64_t matrices = hopper::advance_descriptor(columns_descriptor(shared_.matrices),
+                                                         kMatrices * kMatrixBytes, stage);
+    return hopper::advance_descriptor(matrices, matrix * kMatrixBytes + first * 16 * kColumns * 2);
   }
 
   // Issues O += P V.
@@ -710,15 +740,16 @@ class Consumer {
   }
 
   __device__ __forceinline__ void release_values() {
+    __syncwarp();
     if (lane_ == 0) hopper::mbarrier_arrive(&shared_.value_empty[value_.stage]);
     value_.advance();
   }
 
   // Leaves the sums of the segments that end in this stage in scratch.
-  __device__ __forceinline__ void put_away() {
+  __device__ __forceinline__ void put_away(int stage) {
     hopper::fence_registers(sums_);
     hopper::fence_registers(energies_);
-    const int4 both = reinterpret_cast<const int4*>(shared_.endings[key_.stage])[lane_ % 4];
+    const int4 both = reinterpret_cast<const int4*>(shared_.endings[stage])[lane_ % 4];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int segment = e ? both.z : both.x;
@@ -787,33 +818,58 @@ class Consumer {
     }
     if constexpr (kOutputs) store_output(inverse);
     hopper::named_barrier_sync(kSumsReady, S::kConsumers);
-    const int64_t slots = a_.segments;
-    const uint2* found = a_.scratch + blockIdx.x * S::kRows * slots;
+    const uint2* found =
+        a_.scratch + static_cast<int64_t>(blockIdx.x) * S::kRows * a_.segments;
     const int first = item_.block * tiles;
     const int present = min(tiles, a_.tiles - first);
+    if (per_tile == 8)
+      average<8>(found, first, present);
+    else if (per_tile == 4)
+      average<4>(found, first, present);
+    else
+      average<0>(found, first, present);
+    hopper::named_barrier_sync(kSumsReady, S::kConsumers);
+  }
+
+  // Averages the probes of each tile. The number of probes is a constant where it is known, so that
+  // all are loaded at once.
+  template <int kPerTile>
+  __device__ void average(const uint2* found, int first, int present) const {
+    const int per_tile = kPerTile ? kPerTile : a_.per_tile;
     const int* sizes = a_.sizes + item_.key_sequence * a_.segments;
+#pragma unroll 2
     for (int i = threadIdx.x - 128; i < present * a_.segments; i += S::kConsumers) {
       const int tile = i / a_.segments, segment = i % a_.segments;
       const int size = sizes[segment];
+      const uint2* parts = found + static_cast<int64_t>(i) * per_tile;
       float error = 0.f, mass = 0.f, gap = 0.f;
-      if (size > 0) {
-        const uint2* parts = found + (tile * slots + segment) * per_tile;
-        const float log_size = log2_approx(static_cast<float>(size));
-        for (int k = 0; k < per_tile; ++k) {
-          const uint2 part = parts[k];
-          const float sum = __uint_as_float(part.y << 16);
-          const float ratio = __half2float(__ushort_as_half(part.y >> 16));
-          const float share = sum * shared_.weight[tile * per_tile + k];
-          error += __uint_as_float(part.x) * shared_.weight_square[tile * per_tile + k];
-          mass += share;
-          gap += share * fminf(fmaxf((ratio - log_size) / kLog2E, 0.f), a_.largest_gap);
+      const float log_size = log2_approx(static_cast<float>(size));
+      const auto count = [&](const uint2& part, int k) {
+        const float sum = __uint_as_float(part.y << 16);
+        const float ratio = __half2float(__ushort_as_half(part.y >> 16));
+        const float share = sum * shared_.weight[tile * per_tile + k];
+        error += __uint_as_float(part.x) * shared_.weight_square[tile * per_tile + k];
+        mass += share;
+        gap += share * fminf(fmaxf((ratio - log_size) / kLog2E, 0.f), a_.largest_gap);
+      };
+      if constexpr (kPerTile > 0) {
+        uint4 pairs[kPerTile / 2];
+#pragma unroll
+        for (int k = 0; k < kPerTile / 2; ++k) pairs[k] = reinterpret_cast<const uint4*>(parts)[k];
+#pragma unroll
+        for (int k = 0; k < kPerTile / 2; ++k) {
+          count(make_uint2(pairs[k].x, pairs[k].y), 2 * k);
+          count(make_uint2(pairs[k].z, pairs[k].w), 2 * k + 1);
         }
+      } else {
+        for (int k = 0; k < per_tile; ++k) count(parts[k], k);
       }
+      // What an empty segment has in scratch is of no meaning.
+      const bool filled = size > 0;
       const int64_t at = (item_.sequence * a_.tiles + first + tile) * a_.segments + segment;
-      a_.errors[at] = fminf(error, 0x1.fffffep127f);
-      a_.gaps[at] = mass > 0.f && mass < INFINITY ? gap / mass : 0.f;
+      a_.errors[at] = filled ? fminf(error, 0x1.fffffep127f) : 0.f;
+      a_.gaps[at] = filled && mass > 0.f && mass < INFINITY ? gap / mass : 0.f;
     }
-    hopper::named_barrier_sync(kSumsReady, S::kConsumers);
   }
 
   __device__ void store_output(const float (&inverse)[2]) {
@@ -865,7 +921,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kOutputs>::kThreads, 1)
   }
   __syncthreads();
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {
-    hopper::setmaxnreg_dec<kOutputs ? 56 : 48>();
+    hopper::setmaxnreg_dec<56>();
     Producer<kHeadDim, kOutputs>(a, shared).run(items);
   } else {
     hopper::setmaxnreg_inc<kOutputs ? 224 : 152>();
