@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import math
 import re
+import shlex
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from svg_attention import CallRecord
 from svg_models.comparison.candidate import Candidate
@@ -25,6 +29,7 @@ from svg_models.method_names import MethodSpec
 from svg_models.report import run_page, write_run_report
 from svg_models.report.plots import layer_bands
 from svg_models.report.render import NBSP, percent, seconds
+from svg_models.sparse.run import sparsify
 from svg_models.stats import Grids, RunStats
 from svg_models.video import read_video, similarity
 
@@ -115,6 +120,9 @@ def clip(method: str, shift: int, took: float) -> Clip:
         seconds=took,
         step_seconds=(took / 5,) * 5,
         decode_seconds=0.1,
+        total_seconds=took + 0.3,
+        peak_memory=3 << 29,
+        recall=None if method == "dense" else 0.8,
         stats=stats(0.25, dense=method == "dense"),
     )
 
@@ -131,16 +139,24 @@ def speed(speedup: float) -> Speed:
     )
 
 
-@pytest.fixture(scope="module")
-def comparison() -> Comparison:
+THREE = (("svg2@0.25", 3, 2.0), ("svg1@0.25", 8, 5.0), ("random@0.25", 0, 4.0))
+
+
+def compared(methods: Sequence[tuple[str, int, float]] = THREE) -> Comparison:
+    """Return a comparison of clips that differ from dense by so many levels and took so long."""
     dense = clip("dense", 0, 4.0)
     candidates = []
-    for name, shift, took in (("svg2@0.25", 3, 2.0), ("svg1@0.25", 8, 5.0), ("random@0.25", 0, 4)):
+    for name, shift, took in methods:
         sparse = clip(name, shift, took)
         close = similarity(sparse.frames, dense.frames)
         candidates.append(Candidate(clip=sparse, similarity=close, speed=speed(4.0 / took)))
     machine = {"device": "a CPU", "threads": 2, "dtype": "float32"}
     return Comparison(dense=dense, candidates=tuple(candidates), machine=machine)
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return compared()
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +168,7 @@ def test_comparison_page_the_page_parses_and_its_ids_are_unique(text: str) -> No
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") >= 2 + 3 + 4  # per frame, density of three, time of four
+    assert page.tags.count("svg") >= 3 + 3 + 4  # per frame, density of three, time of four
 
 
 def test_comparison_page_the_page_asks_nobody_for_anything(text: str) -> None:
@@ -221,7 +237,7 @@ def test_comparison_page_headline_numbers_are_the_closest_clip_and_honest(text: 
     assert "It took as long as dense" in headline
     assert "The fastest was SVG2 @ 25% with 2.00×" in headline
     assert "Self-attention is 75 % of a dense step" in headline.replace(NBSP, " ")
-    assert "no method could make more than 3.00×" in headline
+    assert "none can be more than 3.00× as fast" in headline
 
 
 def test_comparison_page_shows_no_speed_where_none_can_be_claimed(comparison: Comparison) -> None:
@@ -239,6 +255,39 @@ def test_comparison_page_shows_no_speed_where_none_can_be_claimed(comparison: Co
 def test_comparison_page_says_at_which_size_it_would_gain(comparison: Comparison) -> None:
     told = "SVG2 would make a sparse step 1.1x faster from about 9,000 tokens on."
     assert told in comparison_page(dataclasses.replace(comparison, gains_from=told))
+
+
+def test_comparison_page_seven_methods_keep_seven_curves_and_two_densities_two_names() -> None:
+    methods = [(f"svg2@0.{n}", n, 2.0) for n in (11, 12, 13, 14, 15, 16)] + [("svg1@0.11", 3, 2.0)]
+    text = comparison_page(compared(methods))
+    curves = json.loads(html.unescape(re.findall(r'data-plot="([^"]*)"', text)[0]))
+    assert curves["labels"][:2] == ["SVG2 @ 11%", "SVG2 @ 12%"]
+    assert len(curves["values"]) == len(set(curves["labels"])) == 7
+    drawn = re.findall(r'<path d="[^"]*"[^>]*style="[^"]*stroke: var\(--series-1\)', text)
+    assert len(drawn) >= 2, "the sixth has the colour of the first"
+    assert 'class="chip dash-1"' in text
+
+
+def test_comparison_page_whole_seconds_are_shown_where_they_agree_with_the_steps() -> None:
+    fast = compared([("svg2@0.25", 3, 2.0)])
+    wrong = dataclasses.replace(fast.candidates[0], speed=speed(1.1))
+    for candidates, shown in ((fast.candidates, True), ((wrong,), False)):
+        found = comparison_page(dataclasses.replace(fast, candidates=candidates))
+        assert ("4.3\u00a0s" in visible(found)) is shown
+
+
+def test_comparison_page_long_prompts_are_clamped_and_their_names_short() -> None:
+    short = compared([("svg2@0.25", 3, 2.0)])
+    for prompt in ("word " * 180, "x" * 900):
+        dense = dataclasses.replace(
+            short.dense, settings=short.dense.settings.replace(prompt=prompt)
+        )
+        text = comparison_page(dataclasses.replace(short, dense=dense))
+        assert '<h1 class="long">' in text
+        assert len(re.findall(r"<title>(.*?)</title>", text)[0]) < 110
+        labels = re.findall(r'aria-label="([^"]*)"', text)
+        assert max(map(len, labels)) < 150
+        assert prompt in text, "whole in the settings and the command"
 
 
 def test_comparison_page_identical_frames_are_no_infinity(text: str) -> None:
@@ -262,6 +311,51 @@ def test_run_page_shows_a_run(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 2
     with pytest.raises(SettingError, match="folder"):
         write_run_report(stats(0.25), tmp_path)
+
+
+def test_run_page_says_every_setting_once_and_the_command(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.register_to_config(_name_or_path="some/model")
+    with sparsify(pipe, "svg2@0.4", seed=4) as run:
+        tiny.generate(pipe, prompt="a <red> circle", num_inference_steps=6, seed=7)
+    text = write_run_report(run.stats(), tmp_path / "run.html").read_text()
+    settings = text[text.index('id="settings"') : text.index('<script type="application/json"')]
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", settings))
+    assert facts["model"] == "some/model"
+    assert facts["prompt"] == "a &lt;red&gt; circle"
+    assert (facts["num frames"], facts["num inference steps"], facts["seed"]) == ("9", "6", "7")
+    assert facts["device"].startswith(("CPU", "NVIDIA"))
+    assert len(facts) == settings.count("<dt>"), "each once"
+    command = html.unescape(re.findall(r"<pre[^>]*>(.*?)</pre>", settings)[0])
+    words = shlex.split(command)
+    assert words[:3] == ["svg", "generate", "a <red> circle"]
+    assert words[words.index("--seed") + 1] == "7"
+    assert words[-2:] == ["--method", "svg2@0.4"]
+    assert "Seconds in attention by step" in text, "without profile=True"
+    numbers = json.loads(
+        re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text)[0]
+    )
+    assert numbers["facts"]["prompt"] == "a <red> circle"
+
+
+def test_run_page_a_dense_run_has_no_density_of_sparse_calls() -> None:
+    text = run_page(stats(1.0, dense=True))
+    assert "Density of sparse calls" not in text
+    assert "attention was dense throughout" in text
+    assert Page(text).tags.count("svg") == 1, "the time, and no map of nothing"
+
+
+def test_run_page_shows_heads_that_differ() -> None:
+    records = tuple(
+        dataclasses.replace(r, head_density=(0.1, 0.2 + 0.1 * r.layer) if r.step else ())
+        for r in stats(0.25).records
+    )
+    uneven = dataclasses.replace(stats(0.25), records=records)
+    assert uneven.head_density == pytest.approx(np.array([[0.1, 0.2], [0.1, 0.3], [0.1, 0.4]]))
+    text = run_page(uneven)
+    assert "Density by layer and head" in text
+    assert "10 % to 40 %" in text.replace(NBSP, " ")
+    assert stats(0.25).head_density is None
 
 
 def test_run_page_shows_a_run_without_calls() -> None:

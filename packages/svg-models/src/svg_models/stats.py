@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,12 +37,14 @@ class RunStats(Summarised):
             forward pass.
         messages: what the run had to say, for example that a clip was too short.
         grid: latent frames, rows and columns of tokens; None before the first forward pass.
+        facts: model, machine, and what the pipeline was asked for, as far as they are known.
     """
 
     records: tuple[CallRecord, ...]
     recipe: dict[str, Any]
     messages: tuple[str, ...] = ()
     grid: tuple[int, int, int] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sparse_records(self) -> tuple[CallRecord, ...]:
@@ -109,6 +111,25 @@ class RunStats(Summarised):
         """Return density and time by step and layer; None if no call has a known step."""
         return Grids.of(self.records)
 
+    @property
+    def head_density(self) -> np.ndarray | None:
+        """Return the density of each head, `[layers, heads]`; None where heads are alike.
+
+        Mean over the sparse calls of a layer in which they differ; NaN for a layer without any. Of
+        two transformers the first counts.
+        """
+        told = [r for r in self.sparse_records if r.head_density]
+        if not told:
+            return None
+        told = [r for r in told if r.transformer == told[0].transformer]
+        heads = max(len(r.head_density) for r in told)
+        total = np.zeros((1 + max(r.layer for r in told), heads))
+        count = np.zeros((len(total), 1))
+        for record in told:
+            total[record.layer, : len(record.head_density)] += record.head_density
+            count[record.layer] += 1
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
     def numbers(self) -> dict[str, Any]:
         """Return every statistic by name, as plain values that JSON can hold."""
         return {getter.__name__: getter(self) for getter in _STATISTICS}
@@ -117,6 +138,7 @@ class RunStats(Summarised):
         """Return everything as plain values that JSON can hold."""
         return {
             "recipe": self.recipe,
+            "facts": dict(self.facts),
             "messages": list(self.messages),
             **self.numbers(),
             "records": [asdict(record) for record in self.records],

@@ -7,13 +7,17 @@ import io
 import json
 import math
 import shlex
-import statistics
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from markupsafe import Markup
 
+from svg_models.comparison.table import COLUMNS, cells, dense_cells
 from svg_models.comparison.timing import NOISE
-from svg_models.report.plots import density_map, lines_per_frame, time_stack
+from svg_models.errors import shortened
+from svg_models.method_names import SCHEDULE_SETTINGS
+from svg_models.report.plots import Line, density_map, head_map, lines_per_frame, time_stack
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.report.run import top_density
 from svg_models.video import encode, enlarge
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
     from svg_models.comparison.timing import Speed
     from svg_models.generation.clip import Clip
     from svg_models.stats import Grids
+    from svg_models.video import Similarity
 
+COLOURS = 5  # of methods; beyond them the kind of line tells them apart
 _SHOWN_WIDTH = 384  # small clips are enlarged so that 4:2:0 video does not smear their edges
 
 
@@ -60,6 +66,10 @@ class Compared(Protocol):
         """Return the dense clip, then the others."""
         ...
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures as plain values for JSON."""
+        ...
+
 
 def comparison_page(comparison: Compared) -> str:
     """Return the whole comparison as one HTML page that loads nothing from elsewhere.
@@ -73,7 +83,6 @@ def comparison_page(comparison: Compared) -> str:
     tables = [clip.stats.grids for clip in comparison.clips]
     found = [table for table in tables if table is not None]
     top = top_density(found)
-    colours = {row["series"]: c for row, c in zip(rows[1:], comparison.candidates, strict=True)}
     return render(
         "comparison.html.j2",
         prompt=settings.prompt,
@@ -85,92 +94,49 @@ def comparison_page(comparison: Compared) -> str:
         frames=len(comparison.dense.frames),
         rows=rows,
         table_note=_table_note(comparison),
-        psnr_plot=Markup(
-            lines_per_frame(
-                {i: c.similarity.psnr for i, c in colours.items()},
-                unit="dB",
-                name="psnr",
-                title="PSNR of each frame against the dense clip, one line per method",
-            )
-        ),
-        ssim_plot=Markup(
-            lines_per_frame(
-                {i: c.similarity.ssim for i, c in colours.items()},
-                unit="SSIM",
-                name="ssim",
-                title="SSIM of each frame against the dense clip, one line per method",
-            )
-        ),
+        columns=COLUMNS,
+        curves=_curves(comparison, rows),
+        heads=_heads(comparison, rows),
+        prompt_short=shortened(settings.prompt, 80),
+        data=_data(comparison),
         density_top=percent(top),
         maps=_maps(comparison, rows, tables, top),
         times=[] if comparison.no_speed else _times(comparison, rows, tables),
         settings=_settings(comparison),
-        configs=[(c.method.title, json.dumps(c.stats.recipe)) for c in comparison.clips],
+        configs=[(c.method.title, _config(c)) for c in comparison.clips],
         command=_command(comparison),
     )
 
 
 def _rows(comparison: Compared) -> list[dict[str, Any]]:
-    dense = comparison.dense
-    rows = [_row(dense, 0, None)]
-    for index, candidate in enumerate(comparison.candidates):
-        rows.append(_row(candidate.clip, 1 + index % 5, candidate))
-    rows[0]["cells"] = [
-        *({"text": text} for text in ("100 %", "–", "–", "–")),
-        *({"text": text} for text in _dense_times(comparison)),
-    ]
-    candidates = comparison.candidates
-    speeds = [c.speed.speedup for c in candidates if c.speed is not None]
-    for row, candidate in zip(rows[1:], candidates, strict=True):
-        close, clip = candidate.similarity, candidate.clip
-        row["cells"] = [
-            {"text": percent(clip.stats.mean_density)},
-            _cell(close.mean_psnr, [c.similarity.mean_psnr for c in candidates], decibels),
-            _cell(close.worst_psnr, [c.similarity.worst_psnr for c in candidates], decibels),
-            _cell(close.mean_ssim, [c.similarity.mean_ssim for c in candidates], "{:.3f}".format),
-            *_speed_cells(candidate.speed, speeds),
-        ]
+    dense, candidates = comparison.dense, comparison.candidates
+    rows = [_row(dense, 0, None) | {"cells": dense_cells(dense, candidates)}]
+    for index, candidate in enumerate(candidates):
+        row = _row(candidate.clip, index + 1, candidate)
+        rows.append(row | {"cells": cells(candidate, dense, candidates)})
     return rows
 
 
-def _dense_times(comparison: Compared) -> tuple[str, str, str]:
-    """Return what stands in the dense row: the dense half of the pairs, over all methods."""
-    speeds = [c.speed for c in comparison.candidates if c.speed is not None]
-    if not speeds:
-        return "–", "–", "–"
-    attention = statistics.median(speed.dense_attention for speed in speeds)
-    step = statistics.median(speed.dense_step for speed in speeds)
-    return seconds(attention), seconds(step), "1.00×"
-
-
-def _speed_cells(speed: Speed | None, speeds: list[float]) -> list[dict[str, Any]]:
-    if speed is None:
-        return [{"text": "–"}] * 3
-    return [
-        {"text": seconds(speed.attention)},
-        {"text": seconds(speed.step)},
-        _cell(speed.speedup, speeds, "{:.2f}×".format),
-    ]
-
-
-def _row(clip: Clip, series: int, candidate: Candidate | None) -> dict[str, Any]:
+def _row(clip: Clip, place: int, candidate: Candidate | None) -> dict[str, Any]:
     close = candidate.similarity if candidate else None
     factor = max(1, math.ceil(_SHOWN_WIDTH / clip.frames.shape[2]))
     shown = enlarge(clip.frames, factor)
+    psnr = close.to_dict()["psnr_db"] if close else None
+    known = [(value, frame) for frame, value in enumerate(psnr or ()) if value is not None]
     return {
         "label": clip.method.title,
-        "series": series,
-        "density": percent(clip.stats.mean_density),
+        "file": f"{clip.method.slug}.mp4",
+        "series": 0 if not place else 1 + (place - 1) % COLOURS,
+        "dash": 0 if not place else (place - 1) // COLOURS,
+        "density": percent(clip.stats.mean_density) if clip.stats.sparse_calls else percent(1.0),
         "psnr": decibels(close.mean_psnr) if close else "",
-        "psnr_json": json.dumps(close.to_dict()["psnr_db"] if close else None),
+        "psnr_json": json.dumps(psnr),
+        "worst": min(known)[1] if known else None,
+        "worst_psnr": decibels(min(known)[0]) if known else "",
         "source": _data_address(shown, clip.settings.fps),
         "height": shown.shape[1],
         "width": shown.shape[2],
     }
-
-
-def _cell(value: float, column: list[float], write: Any) -> dict[str, Any]:
-    return {"text": write(value), "best": len(column) > 1 and value == max(column)}
 
 
 def _data_address(frames: Any, fps: float) -> str:
@@ -247,7 +213,7 @@ def _verdict(comparison: Compared, best: Candidate) -> str:
         f"{seconds(speed.dense_attention)} against {seconds(speed.attention)} here"
     )
     if speed.bound is not None:
-        text += f", so that no method could make more than {speed.bound:.2f}× of this schedule"
+        text += f", so that with these dense steps none can be more than {speed.bound:.2f}× as fast"
     return f"{text}. {comparison.gains_from}".strip()
 
 
@@ -259,6 +225,56 @@ def _table_note(comparison: Compared) -> str:
             "the density is what was measured."
         )
     return "Budgets differ; the density is what was measured."
+
+
+def _curves(comparison: Compared, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a plot for each measure of similarity, with a line for every method."""
+    measures: tuple[tuple[str, str, Callable[[Similarity], Sequence[float]]], ...] = (
+        ("PSNR", "dB", lambda close: close.psnr),
+        ("SSIM", "SSIM", lambda close: close.ssim),
+        ("FLIP", "FLIP", lambda close: close.flip),
+    )
+    plots = []
+    for name, unit, read in measures:
+        lines = [
+            Line(
+                label=row["label"],
+                series=row["series"],
+                dash=row["dash"],
+                values=read(candidate.similarity),
+            )
+            for row, candidate in zip(rows[1:], comparison.candidates, strict=True)
+        ]
+        title = f"{name} of each frame against the dense clip, one line per method"
+        picture = lines_per_frame(lines, unit=unit, name=name.lower(), title=title)
+        plots.append({"title": f"{name} per frame", "picture": Markup(picture)})
+    return plots
+
+
+def _heads(comparison: Compared, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a map of density by head for each clip whose heads differ."""
+    tables = [clip.stats.head_density for clip in comparison.clips]
+    known = [np.nanmax(table) for table in tables if table is not None]
+    top = min(1.0, max(known)) if known else 1.0
+    items = []
+    for index, (row, table) in enumerate(zip(rows, tables, strict=True)):
+        if table is not None:
+            title = f"Density by layer and head of {row['label']}"
+            picture = head_map(table, top=top, name=f"heads{index}", title=title)
+            value = f"{percent(float(np.nanmin(table)))} to {percent(float(np.nanmax(table)))}"
+            items.append(row | {"value": value, "picture": Markup(picture)})
+    return items
+
+
+def _data(comparison: Compared) -> Markup:
+    """Return the numbers as JSON that can stand in a page."""
+    return Markup(json.dumps(comparison.to_dict()).replace("<", "\\u003c"))
+
+
+def _config(clip: Clip) -> str:
+    """Return what a clip ran with, without what every recipe file has."""
+    recipe = {name: value for name, value in clip.stats.recipe.items() if value not in ("", [], {})}
+    return json.dumps(recipe)
 
 
 def _maps(
@@ -298,16 +314,22 @@ def _times(
 
 
 def _settings(comparison: Compared) -> list[tuple[str, str]]:
+    """Return what stands nowhere else on the page."""
     settings = comparison.dense.settings
     pairs = [
-        ("model", comparison.dense.model),
+        ("prompt", settings.prompt),
         ("negative prompt", settings.negative_prompt or "none"),
         ("guidance", f"{settings.guidance:g}"),
         ("frames a second", f"{settings.fps:g}"),
     ]
-    pairs += [("starts from", str(path)) for path in (settings.image, settings.video) if path]
+    if settings.flow_shift is not None:
+        pairs.append(("flow shift", f"{settings.flow_shift:g}"))
+    sources = (settings.image, settings.last_image, settings.video)
+    pairs += [("starts from", str(path)) for path in sources if path]
     pairs += [("LoRA", lora) for lora in comparison.dense.loras]
-    pairs += [(name, f"{value}") for name, value in comparison.machine.items() if value is not None]
+    shown = ("device", "threads", "dtype")  # above, beside the prompt
+    machine = comparison.machine.items()
+    pairs += [(n, f"{v}") for n, v in machine if v is not None and n not in shown]
     return pairs
 
 
@@ -325,9 +347,24 @@ def _command(comparison: Compared) -> str:
     optional = {
         "--negative-prompt": settings.negative_prompt,
         "--image": settings.image,
+        "--last-image": settings.last_image,
         "--video": settings.video,
-        "--strength": None if settings.strength is None else f"{settings.strength:g}",
+        "--strength": settings.strength,
+        "--flow-shift": settings.flow_shift,
+        **_adjustments(comparison),
     }
-    words += [word for name, value in optional.items() if value for word in (name, str(value))]
+    for name, value in optional.items():
+        if value is not None and value != "":
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
     words += [word for lora in dense.loras for word in ("--lora", lora)]
     return shlex.join(words)
+
+
+def _adjustments(comparison: Compared) -> dict[str, Any]:
+    """Return the options that hold for all methods which have such a setting."""
+    names = ("q_clusters", "k_clusters", *SCHEDULE_SETTINGS)
+    found = {}
+    for name in names:
+        values = (getattr(c.clip.method, name) for c in comparison.candidates)
+        found["--" + name.replace("_", "-")] = next((v for v in values if v is not None), None)
+    return found

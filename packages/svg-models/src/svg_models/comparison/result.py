@@ -53,6 +53,7 @@ class Comparison:
             | {
                 "speed": None if c.speed is None else c.speed.to_dict(),
                 "similarity": c.similarity.to_dict(),
+                "recall": c.clip.recall,
                 "paired_steps": [asdict(step) for step in c.clip.paired_steps],
             }
             for c in self.candidates
@@ -128,6 +129,8 @@ def _clip_dict(clip: Clip) -> dict[str, Any]:
         "config": clip.stats.recipe,
         "seconds": round(clip.seconds, 4),
         "decode_seconds": round(clip.decode_seconds, 4),
+        "total_seconds": round(clip.total_seconds, 4),
+        "peak_memory": clip.peak_memory,
         "attention": {k: v for k, v in clip.stats.numbers().items() if not isinstance(v, dict)},
         "step_seconds": [round(value, 5) for value in clip.step_seconds],
         "messages": list(clip.stats.messages),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ _VARIABLES = {
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
     **{colour: f"--ramp-{i}" for i, colour in enumerate(RAMP)},
 }
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.2, 2)))
 _MOST_BANDS = 6  # layers beyond this share a band in the stacked plot
 
 
@@ -67,8 +71,33 @@ def _figure(width: float, height: float, name: str) -> Iterator[tuple[Any, Any]]
         yield figure, figure.subplots()
 
 
-def _svg(figure: Any, name: str, title: str) -> str:
+def _svg(figure: Any, name: str, title: str, hover: Mapping[str, Any]) -> str:
+    """Return a figure as SVG, with what a pointer over it is told.
+
+    Args:
+        figure: drawn.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+        hover: values of the plot for the page's script, which finds them by the axes' box.
+    """
     buffer = io.StringIO()
+    figure.draw_without_rendering()  # lays it out, so that the box of the axes is known
+    width, height = 72 * figure.get_figwidth(), 72 * figure.get_figheight()
+    axes = figure.axes[0]
+    box = axes.get_position()
+    data = dict(hover) | {
+        "box": [
+            round(edge, 2)
+            for edge in (
+                box.x0 * width,
+                box.x1 * width,
+                (1 - box.y1) * height,
+                (1 - box.y0) * height,
+            )
+        ],
+        "x": [round(float(edge), 4) for edge in axes.get_xlim()],
+        "y": [round(float(edge), 4) for edge in axes.get_ylim()],
+    }
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -83,7 +112,8 @@ def _svg(figure: Any, name: str, title: str) -> str:
     text = re.sub(r"font: [\d.]+px [^;\"]*", _font, text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    attributes = f'role="img" aria-label="{escape(title)}" data-plot="{escape(json.dumps(data))}"'
+    return text.replace("<svg", f"<svg {attributes}", 1)
 
 
 def _font(match: re.Match[str]) -> str:
@@ -91,13 +121,28 @@ def _font(match: re.Match[str]) -> str:
     return f"font-size: {size.group() if size else '11px'}"
 
 
-def lines_per_frame(
-    series: Mapping[int, Sequence[float]], *, unit: str, name: str, title: str
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One clip's line.
+
+    Attributes:
+        label: of the clip.
+        series: index of its colour.
+        dash: index of its kind of line, for clips beyond the number of colours.
+        values: one per frame; infinite ones leave a gap.
+    """
+
+    label: str
+    series: int
+    dash: int
+    values: Sequence[float]
+
+
+def lines_per_frame(lines: Sequence[Line], *, unit: str, name: str, title: str) -> str:
     """Draw one line per clip over the video's frames.
 
     Args:
-        series: index of the clip's colour -> one value per frame; infinite values leave a gap.
+        lines: of the clips.
         unit: what the values are, for the axis.
         name: unique on the page.
         title: read to those who cannot see the plot.
@@ -106,13 +151,22 @@ def lines_per_frame(
         An `<svg>` element.
     """
     with _figure(5.4, 2.6, name) as (figure, axes):
-        for index, values in series.items():
-            finite = np.where(np.isfinite(values), values, np.nan)
-            axes.plot(np.arange(1, len(finite) + 1), finite, color=SERIES[index], linewidth=2.0)
+        for line in lines:
+            finite = np.where(np.isfinite(line.values), line.values, np.nan)
+            axes.plot(
+                np.arange(1, len(finite) + 1),
+                finite,
+                color=SERIES[line.series],
+                linewidth=2.0,
+                linestyle=DASHES[line.dash % len(DASHES)],
+            )
         axes.set_xlabel("frame")
         axes.set_title(unit, loc="left", fontsize=10, color=MUTED)
         axes.margins(x=0.01, y=0.08)
-        return _svg(figure, name, title)
+        values = [[_plain(value) for value in line.values] for line in lines]
+        labels = [line.label for line in lines]
+        hover = {"kind": "lines", "unit": unit, "labels": labels, "values": values}
+        return _svg(figure, name, title, hover)
 
 
 def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
@@ -127,32 +181,70 @@ def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
     Returns:
         An `<svg>` element.
     """
-    from matplotlib.colors import ListedColormap
-
-    steps, layers = grids.density.shape
-    level = np.clip(np.nan_to_num(grids.density) / top * len(RAMP), 0, len(RAMP) - 1).astype(int)
-    level = np.where(grids.dense, len(RAMP), level)
-    masked = np.ma.array(level, mask=np.isnan(grids.density))
+    layers = grids.density.shape[1]
+    level = np.where(grids.dense, len(RAMP), _level(grids.density, top))
     with _figure(5.4, 0.95 + min(2.6, 0.17 * layers), name) as (figure, axes):
-        axes.pcolormesh(
-            np.arange(steps + 1) + 0.5,
-            np.arange(layers + 1) + 0.5,
-            masked.T,
-            cmap=ListedColormap([*RAMP, KEPT]),
-            vmin=-0.5,
-            vmax=len(RAMP) + 0.5,
-            edgecolors=PAPER,
-            linewidth=1.2 if steps * layers < 800 else 0.2,
-        )
-        axes.grid(visible=False)
-        axes.spines["bottom"].set_visible(False)
-        axes.invert_yaxis()
-        _whole_ticks(axes.xaxis, steps)
-        _whole_ticks(axes.yaxis, layers)
-        axes.tick_params(length=0)
+        _heat(axes, np.ma.array(level, mask=np.isnan(grids.density)).T, [*RAMP, KEPT])
         axes.set_xlabel("denoising step")
         axes.set_ylabel("layer")
-        return _svg(figure, name, title)
+        values = [
+            [_plain(value) for value in row] for row in np.where(grids.dense, 1.0, grids.density)
+        ]
+        return _svg(figure, name, title, {"kind": "grid", "across": "step", "values": values})
+
+
+def head_map(heads: np.ndarray, *, top: float, name: str, title: str) -> str:
+    """Draw density over heads (x) and layers (y).
+
+    Args:
+        heads: `[layers, heads]`, mean over the sparse calls of a clip; NaN where none was sparse.
+        top: density at the end of the colour ramp.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with _figure(5.4, 0.95 + min(2.6, 0.17 * len(heads)), name) as (figure, axes):
+        _heat(axes, np.ma.array(_level(heads, top), mask=np.isnan(heads)), [*RAMP])
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        values = [[_plain(value) for value in row] for row in heads.T]
+        return _svg(figure, name, title, {"kind": "grid", "across": "head", "values": values})
+
+
+def _level(density: np.ndarray, top: float) -> np.ndarray:
+    """Return the place of each density on the colour ramp."""
+    place: np.ndarray = np.clip(np.nan_to_num(density) / top * len(RAMP), 0, len(RAMP) - 1)
+    return place.astype(int)
+
+
+def _heat(axes: Any, level: Any, colours: Sequence[str]) -> None:
+    """Draw a table of colours, its first row on top, with whole numbers from 1 along both sides."""
+    from matplotlib.colors import ListedColormap
+
+    rows, columns = level.shape
+    axes.pcolormesh(
+        np.arange(columns + 1) + 0.5,
+        np.arange(rows + 1) + 0.5,
+        level,
+        cmap=ListedColormap(list(colours)),
+        vmin=-0.5,
+        vmax=len(colours) - 0.5,
+        edgecolors=PAPER,
+        linewidth=1.2 if rows * columns < 800 else 0.2,
+    )
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.invert_yaxis()
+    _whole_ticks(axes.xaxis, columns)
+    _whole_ticks(axes.yaxis, rows)
+    axes.tick_params(length=0)
+
+
+def _plain(value: float) -> float | None:
+    """Return a number as JSON has it: rounded, and nothing where it is not finite."""
+    return round(float(value), 4) if np.isfinite(value) else None
 
 
 def _whole_ticks(axis: Any, count: int) -> None:
@@ -192,6 +284,7 @@ def time_stack(
     bands = layer_bands(grids.seconds.shape[1])
     x = np.arange(1, len(grids.seconds) + 1)
     base = np.zeros(len(x))
+    whole = None
     with _figure(5.4, 2.2, name) as (figure, axes):
         for index, band in enumerate(bands):
             height = grids.seconds[:, band].sum(axis=1)
@@ -209,6 +302,7 @@ def time_stack(
             base += height
         if step_seconds is not None and len(step_seconds) == len(x):
             rest = np.maximum(np.asarray(step_seconds) - base, 0.0)
+            whole = base + rest
             axes.bar(x, rest, bottom=base, width=0.78, color=REST, edgecolor=PAPER, linewidth=0.4)
         axes.set_ylim(0, top * 1.04)
         axes.set_xlim(0.4, len(x) + 0.6)
@@ -216,7 +310,12 @@ def time_stack(
         axes.tick_params(length=0)
         axes.set_xlabel("denoising step")
         axes.set_title("seconds", loc="left", fontsize=10, color=MUTED)
-        return _svg(figure, name, title)
+        hover = {
+            "kind": "bars",
+            "values": [_plain(value) for value in grids.seconds.sum(axis=1)],
+            "whole": None if whole is None else [_plain(value) for value in whole],
+        }
+        return _svg(figure, name, title, hover)
 
 
 def layer_bands(layers: int) -> list[slice]:

@@ -78,6 +78,11 @@ def percent(share: float) -> str:
     return f"{value:.{digits}f}{NBSP}%"
 
 
+def gibibytes(count: int | None) -> str:
+    """Write an amount of memory for people: `1.4 GiB`."""
+    return "–" if count is None else f"{count / (1 << 30):.1f}{NBSP}GiB"
+
+
 def seconds(value: float | None) -> str:
     """Write a time for people: `0.42 s`, `26.1 s`, `3 min 05 s`."""
     if value is None:

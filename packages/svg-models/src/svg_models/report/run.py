@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
 
+from svg_models.errors import shortened
 from svg_models.files import atomic_path
-from svg_models.report.plots import density_map, time_stack
+from svg_models.method_names import METHODS
+from svg_models.report.plots import density_map, head_map, time_stack
 from svg_models.report.render import NBSP, percent, render, seconds
 
 if TYPE_CHECKING:
@@ -43,37 +46,75 @@ def run_page(stats: RunStats) -> str:
         stats: of the run; without any call it says so instead of drawing plots.
     """
     table = stats.grids
-    recipe = stats.recipe
-    sparse = len(stats.sparse_records)
-    tiles = [
-        (
-            "Density of sparse calls",
-            *_split(percent(stats.mean_density)),
-            "query–key pairs computed",
-        ),
-        (
-            "Density of all calls",
-            *_split(percent(stats.mean_density_with_dense_calls)),
-            "what the time depends on",
-        ),
-        ("Sparse calls", f"{sparse:,}", "", f"of {len(stats.records):,} attention calls"),
-    ]
-    if stats.seconds is not None:
-        note = "choosing what to compute included"
-        tiles.append(("Time in attention", *_split(seconds(stats.seconds)), note))
+    facts = stats.facts
+    heads = stats.head_density
     top = top_density([table] if table else [])
     return render(
         "run.html.j2",
-        heading=f"{recipe.get('method', 'No attention call')} on {_tokens(stats)}",
+        heading=facts.get("prompt") or f"{_method(stats)} on {_tokens(stats)}",
+        short=shortened(str(facts.get("prompt") or _method(stats)), 80),
         meta=_meta(stats, table),
-        tiles=tiles,
+        tiles=_tiles(stats),
         messages=stats.messages,
         density_top=percent(top),
-        map=table and Markup(density_map(table, top=top, name="map", title="density")),
-        time=_time(table),
-        settings=_settings(recipe),
-        steps=[(f"step {s + 1}", percent(d)) for s, d in stats.density_by_step.items()],
+        plots=_plots(table, top, heads),
+        legend=table is not None and table.has_sparse_calls,
+        settings=_settings(stats),
+        command=facts.get("command", ""),
+        data=Markup(json.dumps(stats.to_dict(), default=str).replace("<", "\\u003c")),
     )
+
+
+def _method(stats: RunStats) -> str:
+    """Return the method for people; a run whose calls were all dense is called so."""
+    if not stats.records:
+        return "No attention call"
+    if not stats.sparse_calls:
+        return "Dense attention"
+    name = str(stats.recipe.get("method", "Sparse attention"))
+    return METHODS.get(name.lower(), name)
+
+
+def _tiles(stats: RunStats) -> list[tuple[str, str, str, str]]:
+    calls = f"of {stats.calls:,} attention calls"
+    tiles = [("Sparse calls", f"{stats.sparse_calls:,}", "", calls)]
+    if stats.sparse_calls:
+        tiles = [
+            (
+                "Density of sparse calls",
+                *_split(percent(stats.mean_density)),
+                "query–key pairs computed",
+            ),
+            (
+                "Density of all calls",
+                *_split(percent(stats.mean_density_with_dense_calls)),
+                "what the time depends on",
+            ),
+            *tiles,
+        ]
+    elif stats.calls:
+        tiles = [("Sparse calls", "0", "", f"{calls}: attention was dense throughout")]
+    if stats.seconds is not None:
+        note = "choosing what to compute included"
+        tiles.append(("Time in attention", *_split(seconds(stats.seconds)), note))
+    return tiles
+
+
+def _plots(
+    table: Grids | None, top: float, heads: np.ndarray | None
+) -> list[tuple[str, str, Markup]]:
+    plots = []
+    if table is not None and table.has_sparse_calls:
+        picture = density_map(table, top=top, name="map", title="Density by layer and step")
+        plots.append(("Density by layer and step", "", Markup(picture)))
+    if heads is not None:
+        most = min(1.0, float(np.nanmax(heads)))
+        picture = head_map(heads, top=most, name="heads", title="Density by layer and head")
+        value = f"{percent(float(np.nanmin(heads)))} to {percent(most)}"
+        plots.append(("Density by layer and head", value, Markup(picture)))
+    if (time := _time(table)) is not None:
+        plots.append(("Seconds in attention by step", "first layers strong, last faint", time))
+    return plots
 
 
 def top_density(tables: list[Grids]) -> float:
@@ -96,7 +137,8 @@ def _meta(stats: RunStats, table: Grids | None) -> list[str]:
         return ["no denoising step was recorded"]
     steps, layers = table.density.shape
     branches = sorted({r.branch for r in stats.records})
-    return [f"{steps} steps", f"{layers} layers", f"branches: {', '.join(branches)}"]
+    named = [f"{_method(stats)} on {_tokens(stats)}"] if stats.facts.get("prompt") else []
+    return [*named, f"{steps} steps", f"{layers} layers", f"branches: {', '.join(branches)}"]
 
 
 def _time(table: Grids | None) -> Markup | None:
@@ -106,9 +148,15 @@ def _time(table: Grids | None) -> Markup | None:
     return Markup(time_stack(table, None, top=top, series=1, name="time", title="time by step"))
 
 
-def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = [("method", recipe.get("method", "–"))]
+def _settings(stats: RunStats) -> list[tuple[str, str]]:
+    """Return everything that the run depended on, each once."""
+    recipe = stats.recipe
+    shown = {n: v for n, v in stats.facts.items() if n != "command" and v not in (None, "")}
+    pairs = [(name.replace("_", " "), f"{value}") for name, value in shown.items()]
+    pairs.append(("method", recipe.get("method", "–")))
     for part in ("settings", "schedule"):
-        pairs += [(k.replace("_", " "), f"{v}") for k, v in recipe.get(part, {}).items()]
+        given = ((k.replace("_", " "), v) for k, v in recipe.get(part, {}).items())
+        named = ((f"{part} {k}" if k in dict(pairs) else k, v) for k, v in given)
+        pairs += [(k, f"{v}") for k, v in named if v is not None]
     pairs += [(k, recipe[k]) for k in ("source", "note") if recipe.get(k)]
     return pairs

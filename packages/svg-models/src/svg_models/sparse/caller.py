@@ -6,12 +6,23 @@ import sys
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from svg_models.families import TRANSFORMERS
 from svg_models.families.base import unwrap
 
-__all__ = ["pipelines_running"]
+__all__ = ["call_of", "pipelines_running"]
+
+ASKED = (
+    "prompt",
+    "negative_prompt",
+    "num_frames",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+)
 
 
 def pipelines_running(transformer: nn.Module) -> list[Any]:
@@ -33,6 +44,34 @@ def pipelines_running(transformer: nn.Module) -> list[Any]:
                 found.append(candidate)
         frame = frame.f_back
     return found
+
+
+def call_of(pipe: Any) -> dict[str, Any]:
+    """Return what the call of a pipeline that runs on this thread was asked for.
+
+    Args:
+        pipe: the pipeline.
+
+    Returns:
+        Prompt, size, steps, guidance and seed under diffusers' names, as far as they are there;
+        nothing if no call of it runs.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and pipe is not None:
+            variables = frame.f_locals
+            if variables.get("self") is pipe:
+                asked = {name: variables.get(name) for name in ASKED}
+                asked["seed"] = _seed(variables.get("generator"))
+                return {name: v for name, v in asked.items() if isinstance(v, str | int | float)}
+        frame = frame.f_back
+    return {}
+
+
+def _seed(generator: Any) -> int | None:
+    """Return the seed that a generator began with."""
+    first = generator[0] if isinstance(generator, list) and generator else generator
+    return first.initial_seed() if isinstance(first, torch.Generator) else None
 
 
 def _candidates(frame: FrameType) -> list[Any]:

@@ -27,7 +27,7 @@ from svg_models import attention_op
 from svg_models.method_names import MethodSpec
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
-from svg_models.sparse.caller import pipelines_running
+from svg_models.sparse.caller import call_of, pipelines_running
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.hooks import Installation, Slot
 from svg_models.sparse.layers import FastLayers
@@ -45,6 +45,7 @@ class Generation:
             and after the last.
         recipe: what it runs with.
         grid: latent frames, rows and columns of tokens.
+        asked: what the pipeline's call was asked for.
         contexts: the forward pass that each transformer is in.
     """
 
@@ -53,6 +54,7 @@ class Generation:
         self.session: Session | None = None
         self.recipe: Recipe | None = None
         self.grid: tuple[int, int, int] | None = None
+        self.asked: dict[str, Any] = {}
         self.contexts: dict[str, ForwardContext] = {}
         self._log: tuple[CallRecord, ...] = ()
 
@@ -124,6 +126,16 @@ class Engine:
     def grid(self) -> tuple[int, int, int] | None:
         """Return latent frames, rows and columns of tokens of the last video."""
         return None if self._latest is None else self._latest.grid
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return what the call that made the last video was asked for."""
+        return {} if self._latest is None else dict(self._latest.asked)
+
+    @property
+    def method_words(self) -> list[str]:
+        """Return the options of `svg generate` that name the method; none for a ready one."""
+        return [] if self._spec.method is not None else self._spec.words
 
     def records(self) -> tuple[CallRecord, ...]:
         """Return the attention calls of the last video; waits for the device once."""
@@ -244,6 +256,7 @@ class Engine:
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
         generation.grid = context.grid
+        generation.asked = call_of(generation.tracker.pipe)
         generation.contexts.clear()
         generation.session = Session(
             recipe.method, recipe.schedule, schedules=recipe.schedules, **self._options

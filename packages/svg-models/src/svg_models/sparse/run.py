@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from svg_attention import Method, Schedule
-from svg_models import attention_op
+from svg_models import attention_op, embedded
 from svg_models.families import family_of, transformers_of
 from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
@@ -162,6 +164,7 @@ class SparseRun(Summarised):
             check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
             check_layers(layers, device)
         self._title = type(pipe).__name__
+        self._model = _model_name(pipe)
         # A wrapper may be gone before its model.
         inner = unwrap(pipe) if isinstance(pipe, nn.Module) else pipe
         self._engine = Engine(inner, spec, schedule, **options)
@@ -231,7 +234,30 @@ class SparseRun(Summarised):
             recipe=recipe,
             messages=self.messages,
             grid=self._engine.grid,
+            facts=self._facts(),
         )
+
+    def _facts(self) -> dict[str, Any]:
+        """Return model, machine and what was asked for, and the command that does it again."""
+        asked = self._engine.asked
+        where = [next(iter(m.parameters()), None) for m in self._transformers()]
+        device = next((p.device for p in where if p is not None), torch.device("cpu"))
+        gpu = device.type == "cuda"
+        facts = {
+            "model": self._model,
+            "pipeline": self._title,
+            **asked,
+            "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {_threads()}",
+            "torch": torch.__version__,
+        }
+        words = self._engine.method_words
+        if self._model and words and {"prompt", "num_frames", "height", "width"} <= set(asked):
+            facts["command"] = _command(self._model, asked, words)
+        return facts
+
+    def _transformers(self) -> list[Any]:
+        held = (installation.transformer for installation in self._engine.installations)
+        return [transformer for transformer in held if transformer is not None]
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write a self-contained HTML page about the last video.
@@ -270,6 +296,39 @@ class SparseRun(Summarised):
         if self.messages:
             rows.append(("messages", " | ".join(self.messages)))
         return f"SparseRun: {self._title} is {state}", rows
+
+
+def _model_name(pipe: Any) -> str:
+    """Return the folder or hub id that a pipeline was loaded from; empty if it does not say."""
+    config = getattr(pipe, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or not name:
+        return ""
+    return "embedded" if Path(name) == Path(embedded.__file__).parent / "model" else name
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _command(model: str, asked: Mapping[str, Any], method: list[str]) -> str:
+    """Return the command that generates the same clip."""
+    words = ["svg", "generate", asked["prompt"]]
+    if model != "embedded":
+        words += ["--model", model]
+    options = {
+        "--negative-prompt": asked.get("negative_prompt"),
+        "--frames": asked["num_frames"],
+        "--size": f"{asked['width']}x{asked['height']}",
+        "--steps": asked.get("num_inference_steps"),
+        "--guidance": asked.get("guidance_scale"),
+        "--seed": asked.get("seed"),
+    }
+    for name, value in options.items():
+        if value is not None and value != "":
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join([*words, *method])
 
 
 def _head_dim(transformer: Any) -> int | None:
