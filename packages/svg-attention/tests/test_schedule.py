@@ -34,8 +34,30 @@ def test_density_at_interpolates_between_breakpoints_and_holds_outside() -> None
     assert Schedule().density_at(step=3, num_steps=8) is None
 
 
+def test_density_at_follows_a_list_and_stretches_it_to_other_numbers_of_steps() -> None:
+    densities = [1.0, 0.6, 0.4, 0.2]
+    schedule = Schedule.sparse(densities)
+    for factor in (1, 2):
+        steps = 4 * factor
+        asked = [schedule.density_at(step=i, num_steps=steps) for i in range(steps)]
+        assert asked[::factor] == pytest.approx(densities)
+    # Halves of the way between neighbours; the last is held.
+    assert asked[1::2] == pytest.approx([0.8, 0.5, 0.3, 0.2])
+    assert schedule.density_at(step=1, num_steps=2) == pytest.approx(0.4)
+
+
+def test_is_dense_where_the_density_of_a_step_is_1() -> None:
+    schedule = Schedule.sparse([1.0, 1.0, 0.5, 0.2])
+    dense = [schedule.is_dense(step=i, num_steps=8, layer=0, num_layers=3) for i in range(8)]
+    assert dense == [True] * 3 + [False] * 5
+
+
 def test_to_dict_and_back_is_the_same_schedule() -> None:
-    for schedule in (Schedule(), Schedule(dense_steps=0.1, density=((0.0, 0.5), (1.0, 0.2)))):
+    for schedule in (
+        Schedule(),
+        Schedule(dense_steps=0.1, density=((0.0, 0.5), (1.0, 0.2))),
+        Schedule.sparse([0.5, 0.25, 0.1]),
+    ):
         assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
@@ -46,6 +68,8 @@ def test_to_dict_and_back_is_the_same_schedule() -> None:
         ({"dense_layers": -0.1}, "dense_layers must lie"),
         ({"density": ()}, "at least one breakpoint"),
         ({"density": ((0.5, 0.3), (0.5, 0.2))}, "must rise"),
+        ({"density": [0.5, (0.6, 0.2)]}, "a density breakpoint is"),
+        ({"density": [0.5, 1.5]}, "density of a breakpoint must lie"),
         ({"density": ((0.5, 0.0),)}, r"density of a breakpoint must lie in \(0, 1\]"),
     ],
 )

@@ -183,6 +183,13 @@ def test_attend_takes_the_density_of_a_step_from_the_schedule(
     run_video(session, clustered(LAYOUT))
     by_step = [r.density for r in session.records() if r.layer == 0 and r.branch == "cond"]
     assert by_step == pytest.approx([0.8, 0.633, 0.467, 0.3], abs=0.02)
+    session = Session(METHOD, Schedule.sparse([1.0, 0.5, 0.3, 0.3]), num_layers=1, num_steps=4)
+    session.layout = LAYOUT
+    for step in range(4):
+        with session.step(step):
+            session.attend(*clustered(LAYOUT), layer=0)
+    assert [r.method for r in session.records()] == ["Dense", *["SVG2"] * 3]
+    assert [r.density for r in session.records()] == pytest.approx([1, 0.5, 0.3, 0.3], abs=0.02)
 
 
 @pytest.mark.parametrize("position", ["first", "last"])

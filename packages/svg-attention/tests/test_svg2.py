@@ -308,3 +308,19 @@ def test_cluster_counts_shrink_with_the_sequence_and_keep_the_published_ones() -
 def test_svg2_refuses_bad_settings(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SVG2(**fields)
+
+
+def test_count_probes_keeps_what_is_read_within_the_density() -> None:
+    layout = TokenLayout(grid=(4, 16, 16))
+    tensors = torch.randn(3, 1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(0))
+    for changes in ({}, {"correct_residual": True}, {"repair_rows": 0}):
+        method = SVG2.corrected(0.35, **changes)
+        plan = method.plan(*tensors, layout=layout)
+        probes = method.probe_density(layout)
+        assert probes > 0.03
+        assert plan.probe_density == probes
+        assert 0.33 < float(plan.density().mean()) + probes <= 0.35
+        more = replace(method, count_probes=False).plan(*tensors, layout=layout)
+        assert float(more.density().mean()) > 0.33
+    with pytest.raises(ValueError, match=r"read 9\.4% of the pairs, which leaves nothing"):
+        SVG2.corrected(0.05).plan(*tensors, layout=layout)

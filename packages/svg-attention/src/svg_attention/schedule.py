@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,11 @@ class Schedule:
     Args:
         dense_steps: fraction of the denoising steps, from the first, in [0, 1].
         dense_layers: fraction of the layers, from the first, in [0, 1].
-        density: optional `(fraction of steps done, density)` breakpoints with rising fractions;
-            between two of them the density is interpolated, outside it is held. It overrides the
-            method's own density.
+        density: optional curve of densities, which overrides the method's own density: a list of
+            densities, one for each step of a run with as many steps, or `(fraction of steps done,
+            density)` breakpoints with rising fractions. Between two of them the density is
+            interpolated, outside it is held, so a curve suits any number of steps. Steps of
+            density 1 are dense. A list is kept as breakpoints.
 
     Raises:
         TypeError: if a value is of the wrong type.
@@ -48,6 +51,15 @@ class Schedule:
             raise ValueError(f"the fractions of density breakpoints must rise, got {points}")
         config.assign(self, density=points)
 
+    @classmethod
+    def sparse(cls, density: Iterable[Any] | None = None) -> Schedule:
+        """Build the schedule in which no step or layer stays dense, for runs of few steps.
+
+        Args:
+            density: see the class.
+        """
+        return cls(dense_steps=0.0, dense_layers=0.0, density=density)  # type: ignore[arg-type]
+
     def is_dense(
         self, *, step: int | None, num_steps: int | None, layer: int, num_layers: int
     ) -> bool:
@@ -55,6 +67,8 @@ class Schedule:
         if layer < math.floor(self.dense_layers * num_layers):
             return True
         if step is None:
+            return True
+        if self.density_at(step=step, num_steps=num_steps) == 1.0:
             return True
         if num_steps is None:
             return self.dense_steps > 0.0
@@ -98,9 +112,12 @@ def _points(density: Any) -> tuple[tuple[float, float], ...]:
     """Return breakpoints as pairs of floats; raise unless they are pairs of fractions."""
     if isinstance(density, (str, bytes)) or not isinstance(density, Iterable):
         raise TypeError(
-            f"density must be a list of (fraction of steps done, density), got {density!r}; "
-            "one density for every step is a setting of the method"
+            f"density must be a list of densities or of (fraction of steps done, density), got "
+            f"{density!r}; one density for every step is a setting of the method"
         )
+    density = list(density)
+    if density and all(isinstance(value, numbers.Real) for value in density):
+        density = [(i / len(density), value) for i, value in enumerate(density)]
     points = []
     for point in density:
         try:

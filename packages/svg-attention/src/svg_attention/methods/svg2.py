@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from svg_attention import config
 from svg_attention.layout import TokenLayout
@@ -16,6 +16,9 @@ from svg_attention.planning.clustering import Clusters, cluster_rows
 from svg_attention.planning.clusters import Selection, mean_values, plan_clusters
 from svg_attention.planning.response import respond, response_root
 from svg_attention.tiles import TILE_ROWS, match_heads
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Published cluster counts, made for 32,760 tokens and more, and the rows that a cluster of a
 # shorter sequence should hold on average: enough to be one run of keys that a kernel reads at once,
@@ -62,6 +65,7 @@ class SVG2(Method):
         density: fraction of the valid query-key pairs to compute, text included; replaces `top_p`
             and `min_keep`. What is chosen is at or just below it; on a GPU runs of keys are then
             rounded up to 8, which adds some per cent of it.
+        count_probes: let `density` hold what probes and exact rows read, too (`probe_density`).
         compensate: let unread clusters take part through their mean key and value.
         route: "mass" reads the clusters with most mass; "error" those that their centroid would
             replace worst, as many keys as "mass" would have read. Needs `compensate`.
@@ -93,6 +97,7 @@ class SVG2(Method):
     top_p: float = 0.9
     min_keep: float = 0.10
     density: float | None = None
+    count_probes: bool = False
     compensate: bool = False
     route: Literal["mass", "error"] = "mass"
     correct_bias: bool = False
@@ -129,6 +134,7 @@ class SVG2(Method):
             top_p=config.fraction("top_p", self.top_p),
             min_keep=config.fraction("min_keep", self.min_keep, zero=True),
             density=density,
+            count_probes=config.flag("count_probes", self.count_probes),
             compensate=config.flag("compensate", self.compensate),
             route=config.choice("route", self.route, ("mass", "error")),
             metric=config.choice("metric", self.metric, ("euclidean", "response")),
@@ -146,6 +152,32 @@ class SVG2(Method):
                 )
         if self.correct_residual and self.probe_rows < 2:
             raise ValueError("correct_residual needs probes of at least 2 rows, got 1")
+
+    @classmethod
+    def corrected(cls, density: float, **changes: Any) -> Self:
+        """Build SVG2 with every correction that pays, for sparse runs without a dense step.
+
+        Compensated, routed by error, with the bias of centroids, repaired from 64 exact rows, and
+        clustered in the response metric; probes and exact rows count in the density.
+
+        ```python
+        sparsify(pipe, SVG2.corrected(0.35), Schedule.sparse())     # 4 or 8 steps
+        ```
+
+        Args:
+            density: fraction of the valid query-key pairs to compute, probes included.
+            changes: other settings.
+        """
+        best: dict[str, Any] = {
+            "compensate": True,
+            "route": "error",
+            "correct_bias": True,
+            "repair_rows": 64,
+            "metric": "response",
+            "first_iterations": 10,
+            "count_probes": True,
+        }
+        return cls(**{**best, "density": density, **changes})
 
     @property
     def is_full(self) -> bool:
@@ -223,7 +255,14 @@ class SVG2(Method):
             query_clusters = replace(query_clusters, order=query_clusters.order[..., row])
         budget = None
         if self.density is not None:
-            budget = key_budget(layout, call.text_lengths, self.density, call.query, rows).float()
+            density = self.density - (self.probe_density(layout) if self.count_probes else 0.0)
+            if density <= 0.0:
+                raise ValueError(
+                    f"probes and exact rows read {self.probe_density(layout):.1%} of the pairs, "
+                    f"which leaves nothing of a density of {self.density}; ask for more, or for "
+                    "more probe_rows or fewer repair_rows"
+                )
+            budget = key_budget(layout, call.text_lengths, density, call.query, rows).float()
         reads = plan_clusters(
             call.video(call.query),
             call.video(call.key),
