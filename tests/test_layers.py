@@ -63,6 +63,7 @@ FLOORS = {
         ("sparse",),
         ("generation", "doctor"),
         ("comparison",),
+        ("tuning",),
         ("cli", "__init__"),
         ("__main__",),
     ),

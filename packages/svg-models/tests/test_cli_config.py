@@ -165,7 +165,9 @@ def test_a_flag_does_not_swallow_the_prompt(folder: str, tmp_path: Path) -> None
     assert "this runs on the CPU" in result.stderr or "compiled blocks cannot" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["", "generate", "compare", "batch", "models", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "generate", "compare", "batch", "tune", "models", "doctor"]
+)
 def test_help_names_no_types(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(app, [*command.split(), "--help"]).stdout

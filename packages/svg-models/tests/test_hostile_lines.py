@@ -24,7 +24,10 @@ for name, (words, _) in HOSTILE.items():
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 2, (name, result.output)
         assert "torch" not in sys.modules, name
-for words in (["--help"], ["generate", "--help"], ["compare", "--help"], ["--version"]):
+for command in ("", "generate", "compare", "tune"):
+    assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0
+    assert "torch" not in sys.modules, command
+for words in (["--version"],):
     assert CliRunner().invoke(app, words).exit_code == 0
     assert "torch" not in sys.modules, words
 """

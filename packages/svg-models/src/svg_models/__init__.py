@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from svg_models.recipe import Recipe
     from svg_models.recipes import recipe_for
     from svg_models.sparse.run import SparseRun, restore, sparsify
+    from svg_models.tuning.run import tune
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "recipe_for",
     "restore",
     "sparsify",
+    "tune",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "recipe_for": "svg_models.recipes",
     "restore": "svg_models.sparse.run",
     "sparsify": "svg_models.sparse.run",
+    "tune": "svg_models.tuning.run",
 }
 
 

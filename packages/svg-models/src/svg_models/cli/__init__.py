@@ -10,6 +10,7 @@ from svg_models.cli import batch as _batch
 from svg_models.cli import compare as _compare
 from svg_models.cli import generate as _generate
 from svg_models.cli import models as _models
+from svg_models.cli import tune as _tune
 from svg_models.cli.doctor import doctor
 from svg_models.cli.output import PlainCommand, SpokenGroup, out
 
@@ -58,5 +59,6 @@ def svg(
 app.command("generate", cls=PlainCommand, epilog=_generate.EXAMPLES)(_generate.generate)
 app.command("batch", cls=PlainCommand, epilog=_batch.EXAMPLES)(_batch.batch)
 app.command("compare", cls=PlainCommand, epilog=_compare.EXAMPLES)(_compare.compare)
+app.command("tune", cls=PlainCommand, epilog=_tune.EXAMPLES)(_tune.tune)
 app.command("models", cls=PlainCommand, epilog=_models.EXAMPLES)(_models.models)
 app.command("doctor", cls=PlainCommand)(doctor)

@@ -169,6 +169,61 @@ def lines_per_frame(lines: Sequence[Line], *, unit: str, name: str, title: str) 
         return _svg(figure, name, title, hover)
 
 
+def quality_against_cost(
+    tried: Mapping[bool, Sequence[tuple[float, float]]],
+    frontier: Sequence[tuple[float, float]],
+    *,
+    chosen: tuple[float, float] | None,
+    least: float | None,
+    most: float | None,
+    floor: float | None,
+    axis: str,
+    name: str,
+    title: str,
+) -> str:
+    """Draw what points came to: cost (x, share of dense) and PSNR (y), the best ones joined.
+
+    Args:
+        tried: points that met all prompts (True) or only some (False), each `(cost, dB)`.
+        frontier: the best ones by rising cost.
+        chosen: the one that was taken; None if none was.
+        least: PSNR that was to be reached, or None.
+        most: cost that was to be kept, or None.
+        floor: PSNR of the noise floor, or None.
+        axis: what cost is.
+        name: unique on the page.
+        title: read to those who cannot see the plot.
+
+    Returns:
+        An `<svg>` element.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    with _figure(6.4, 3.5, name) as (figure, axes):
+        for whole, points in tried.items():
+            if points:
+                x, y = zip(*points, strict=True)
+                face = SERIES[1] if whole else PAPER
+                axes.scatter(x, y, s=26, color=face, edgecolors=SERIES[0 if not whole else 1])
+        if frontier:
+            x, y = zip(*frontier, strict=True)
+            axes.plot(x, y, color=SERIES[1], linewidth=2.0, zorder=1)
+        if chosen is not None:
+            axes.scatter(*chosen, s=190, marker="*", color=SERIES[3], zorder=3)
+        if least is not None:
+            axes.axhline(least, color=SERIES[3], linewidth=1.2, linestyle=(0, (5, 4)))
+        if most is not None:
+            axes.axvline(most, color=SERIES[3], linewidth=1.2, linestyle=(0, (5, 4)))
+        lowest, highest = axes.get_ylim()
+        if floor is not None and floor < highest + (highest - lowest):
+            axes.axhline(floor, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol="\u00a0%"))
+        axes.set_xlabel(axis)
+        axes.set_title("dB against dense", loc="left", fontsize=10, color=MUTED)
+        axes.margins(x=0.05, y=0.08)
+        return _svg(figure, name, title)
+
+
 def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:
     """Draw density over steps (x) and layers (y); calls kept dense have a colour of their own.
 

@@ -1,0 +1,139 @@
+"""What is searched: the settings of a recipe, an axis for each thing that can be chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from svg_attention import SVG2, Schedule
+from svg_models.recipe import Layers, Recipe
+
+__all__ = ["AXES", "CORRECTIONS", "SCHEDULES", "START", "Point", "rounded"]
+
+LEAST, MOST = 0.02, 0.95
+"""Densities that are tried."""
+FIRST_ROUNDS = 10
+"""Of k-means in the first sparse step; ten were as good as fifty on the embedded model."""
+_WARM_UP = 0.3
+_START = 0.6
+
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "compensation": {"compensate": True},
+    "error": {"compensate": True, "route": "error"},
+    "error+bias": {"compensate": True, "route": "error", "correct_bias": True},
+    "error+residual": {"compensate": True, "route": "error", "correct_residual": True},
+    "error+bias+residual": {
+        "compensate": True,
+        "route": "error",
+        "correct_bias": True,
+        "correct_residual": True,
+    },
+}
+"""What stands in for the keys that are not read -> settings of SVG2."""
+
+_WORDS = {
+    "none": "no compensation",
+    "compensation": "compensation",
+    "error": "routed by error",
+    "error+bias": "routed by error + bias",
+    "error+residual": "routed by error + residual",
+    "error+bias+residual": "routed by error + bias + residual",
+}
+
+SCHEDULES: dict[str, str] = {
+    "flat": "one density in all steps",
+    "falling": "from twice the density in the first step to half of it in the last",
+    "start at 60 %": "60 % in the first three steps in ten, then the density",
+    "dense for 10 %": "the first step in ten dense, then the density",
+    "dense for 20 %": "the first two steps in ten dense, then the density",
+    "dense for 30 %": "the first three steps in ten dense, then the density",
+}
+"""How the density goes over the denoising steps -> in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One choice on every axis.
+
+    Attributes:
+        density: share of the query-key pairs in sparse calls.
+        corrections: a key of `CORRECTIONS`.
+        schedule: a key of `SCHEDULES`.
+        probe_rows: see `svg_attention.SVG2`; means nothing unless routed by error.
+        metric: see there.
+    """
+
+    density: float
+    corrections: str
+    schedule: str
+    probe_rows: int = 16
+    metric: str = "euclidean"
+
+    @property
+    def routed(self) -> bool:
+        """Return whether probes read every key."""
+        return "route" in CORRECTIONS[self.corrections]
+
+    def replace(self, **changes: Any) -> Point:
+        """Return a copy with other choices."""
+        return dataclasses.replace(self, **changes)
+
+    def recipe(self, layers: Layers) -> Recipe:
+        """Return what this runs with."""
+        return Recipe(
+            method=SVG2(
+                density=self.density,
+                probe_rows=self.probe_rows,
+                metric=self.metric,  # type: ignore[arg-type]  # checked there
+                first_iterations=FIRST_ROUNDS,
+                **CORRECTIONS[self.corrections],
+            ),
+            schedule=self._schedule(),
+            layers=layers,
+            source="svg tune",
+        )
+
+    def _schedule(self) -> Schedule:
+        density, name = self.density, self.schedule
+        points: tuple[tuple[float, float], ...] | None = None
+        dense = 0.0
+        if name == "falling":
+            points = ((0.0, min(1.0, 2 * density)), (1.0, density / 2))
+        elif name == "start at 60 %":
+            points = ((0.0, _START), (_WARM_UP - 0.01, _START), (_WARM_UP, density))
+        elif name != "flat":
+            dense = int(name.split()[2]) / 100
+        return Schedule(dense_steps=dense, dense_layers=0.0, density=points)
+
+    def __str__(self) -> str:
+        """Return the choices for people."""
+        words = [f"{100 * self.density:g} %", _WORDS[self.corrections], self.schedule]
+        if self.routed and self.probe_rows != 16:
+            words.append(f"probes of {self.probe_rows} rows")
+        if self.metric != "euclidean":
+            words.append(f"{self.metric} metric")
+        return ", ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+START = Point(density=0.2, corrections="error", schedule="dense for 20 %")
+
+AXES: Mapping[str, tuple[Any, ...]] = {
+    "corrections": tuple(CORRECTIONS),
+    "schedule": tuple(SCHEDULES),
+    "probe_rows": (16, 32),
+    "metric": ("euclidean", "response"),
+}
+"""What is tried one after the other, each at the best of those before; density is apart."""
+
+
+def rounded(density: float) -> float:
+    """Return a density that is worth telling from its neighbours."""
+    density = min(MOST, max(LEAST, density))
+    return round(density, 2) if density >= 0.1 else round(density * 200) / 200
