@@ -30,7 +30,9 @@ from svg_models.tuning.space import (
     SCHEDULES,
     START,
     Point,
+    axes_for,
     rounded,
+    start_for,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,6 +191,17 @@ def test_recipe_schedules_do_what_their_names_say() -> None:
     assert falling[-1] < 0.14
 
 
+def test_axes_leave_out_schedules_that_come_to_the_same() -> None:
+    assert axes_for(20)["schedule"] == tuple(SCHEDULES)
+    few = ("flat", "falling", "start at 60 %")
+    assert axes_for(3)["schedule"] == few
+    assert axes_for(4)["schedule"] == (*few, "dense for 30 %")
+    assert axes_for(8)["schedule"] == (*few, "dense for 20 %", "dense for 30 %")
+    assert start_for(20) == START
+    for steps in range(1, 60):
+        assert start_for(steps).schedule in axes_for(steps)["schedule"]
+
+
 # --- the journal ----------------------------------------------------------------------------------
 
 TRIAL = Trial(point=START, prompt=0, psnr=31.5, ssim=0.9, flip=0.1, flicker=0.5, work=0.3)
@@ -313,7 +326,7 @@ def test_tune_measures_nothing_twice_and_another_budget_starts_from_what_is_know
     assert journal.read_bytes() == before
     assert again.recipe == tuned.recipe
     assert again.trials == tuned.trials
-    other = tune(psnr=34, tell=said.append, **how)
+    other = tune(psnr=46, tell=said.append, **how)
     assert 0 < len(said) < len(tuned.trials)
     assert other.recipe.measured[0].work >= tuned.recipe.measured[0].work
 

@@ -26,7 +26,7 @@ from svg_models.tuning.journal import Journal, Trial, key_of
 from svg_models.tuning.request import TuneRequest
 from svg_models.tuning.result import Tuned
 from svg_models.tuning.search import Outcome, OutOfTime, Search, Target, most_trials
-from svg_models.tuning.space import Point
+from svg_models.tuning.space import Point, axes_for, start_for
 from svg_models.video import Spread, similarity
 
 __all__ = ["tune"]
@@ -86,7 +86,14 @@ class _Tuner:
         target = Target(
             psnr=request.psnr, cost=None if request.speedup is None else 1 / request.speedup
         )
-        search = Search(target, self._evaluate, prompts=len(self._prompts))
+        steps = self._settings.steps_to_run
+        search = Search(
+            target,
+            self._evaluate,
+            prompts=len(self._prompts),
+            start=start_for(steps),
+            axes=axes_for(steps),
+        )
         point = search.run()
         floor = self._noise_floor()
         closest = search.closest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,16 @@ from typing import Any
 from svg_attention import SVG2, Schedule
 from svg_models.recipe import Layers, Recipe
 
-__all__ = ["AXES", "CORRECTIONS", "SCHEDULES", "START", "Point", "rounded"]
+__all__ = [
+    "AXES",
+    "CORRECTIONS",
+    "SCHEDULES",
+    "START",
+    "Point",
+    "axes_for",
+    "rounded",
+    "start_for",
+]
 
 LEAST, MOST = 0.02, 0.95
 """Densities that are tried."""
@@ -34,6 +44,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 """What stands in for the keys that are not read -> settings of SVG2."""
 
+_DENSE = {"dense for 10 %": 0.1, "dense for 20 %": 0.2, "dense for 30 %": 0.3}
 _WORDS = {
     "none": "no compensation",
     "compensation": "compensation",
@@ -104,8 +115,8 @@ class Point:
             points = ((0.0, min(1.0, 2 * density)), (1.0, density / 2))
         elif name == "start at 60 %":
             points = ((0.0, _START), (_WARM_UP - 0.01, _START), (_WARM_UP, density))
-        elif name != "flat":
-            dense = int(name.split()[2]) / 100
+        else:
+            dense = _DENSE.get(name, 0.0)
         return Schedule(dense_steps=dense, dense_layers=0.0, density=points)
 
     def __str__(self) -> str:
@@ -131,6 +142,24 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "metric": ("euclidean", "response"),
 }
 """What is tried one after the other, each at the best of those before; density is apart."""
+
+
+def axes_for(steps: int) -> dict[str, tuple[Any, ...]]:
+    """Return the axes of a video of so many steps, without schedules that come to the same there.
+
+    With 4 steps, two in ten are none, and three in ten are one.
+    """
+    schedules: dict[int | str, str] = {}
+    for name in SCHEDULES:
+        dense = math.floor(_DENSE[name] * steps) if name in _DENSE else name
+        schedules.setdefault("flat" if dense == 0 else dense, name)
+    return {**AXES, "schedule": tuple(schedules.values())}
+
+
+def start_for(steps: int) -> Point:
+    """Return where the search of a video of so many steps begins."""
+    known = axes_for(steps)["schedule"]
+    return START if START.schedule in known else START.replace(schedule="flat")
 
 
 def rounded(density: float) -> float:
