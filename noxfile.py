@@ -20,6 +20,7 @@ PACKAGES = {
     nox.project.load_toml(path)["project"]["name"]: path.parent.relative_to(ROOT)
     for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
+PLUG_INS = ("--editable", "integrations/svg-engines")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 CONSTRAINTS = os.environ.get("CONSTRAINTS", "tools/constraints.txt")
 TRITON = "tools/constraints-triton.txt"
@@ -121,9 +122,9 @@ def composition(session: nox.Session) -> None:
 
 @nox.session(requires=["torch"])
 def repository(session: nox.Session) -> None:
-    """Run the tests that belong to no single package."""
-    install(session, *group("test"), *group("repository"), *checkout(*PACKAGES))
-    pytest(session, "tests", *session.posargs, parallel=True)
+    """Run the tests that belong to no single package, and those of the plug-ins for engines."""
+    install(session, *group("test"), *group("repository"), *checkout(*PACKAGES), *PLUG_INS)
+    pytest(session, "tests", "integrations", *session.posargs, parallel=True)
 
 
 @nox.session(default=False, requires=["torch"])

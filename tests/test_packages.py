@@ -16,13 +16,14 @@ PACKAGES = distributions()
 each_package = pytest.mark.parametrize("package", PACKAGES.values(), ids=list(PACKAGES))
 
 
-def test_distributions_are_four_and_named_for_the_index():
+def test_distributions_are_layered_packages_and_plug_ins_named_for_the_index():
     modules = {name: package.module for name, package in PACKAGES.items()}
     assert modules == {
         "svg-flash-kmeans": "flash_kmeans",
         "svg-attention": "svg_attention",
         "svg-kernels": "svg_kernels",
         "svg-models": "svg_models",
+        "svg-engines": "svg_engines",
     }
 
 
@@ -38,7 +39,8 @@ def test_a_package_has_the_files_of_a_package(package):
     assert (package.folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     readme = (package.folder / "README.md").read_text(encoding="utf-8")
     assert readme.startswith(f"# {package.name}\n")
-    assert list((package.folder / "tests").glob("test_*.py")), f"{package.name} has no tests"
+    tests = (package.folder if package.layered else package.folder.parent) / "tests"
+    assert list(tests.glob("test_*.py")), f"{package.name} has no tests"
 
 
 @each_package

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ class Distribution:
         return self.folder / "src" / self.module
 
     @property
+    def layered(self) -> bool:
+        """Return whether this is one of the layered packages, not what plugs them into engines."""
+        return self.folder.parent.name == "packages"
+
+    @property
     def version(self) -> str:
         """Return the literal that the package assigns to `__version__`."""
         return static_version(self.source / "__init__.py")
@@ -46,14 +52,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def distributions(root: Path = ROOT) -> dict[str, Distribution]:
-    """Return the distributions below `packages/`, by name.
+    """Return the distributions below `packages/` and `integrations/`, by name.
 
     A folder may be named otherwise than its distribution: `packages/flash-kmeans` is installed as
-    `svg-flash-kmeans`. The import package is the one that the wheel is told to hold.
+    `svg-flash-kmeans`. The import package is the one that the wheel is told to hold; a folder whose
+    pyproject.toml builds no wheel is no distribution.
     """
     found = {}
-    for path in sorted(root.glob("packages/*/pyproject.toml")):
+    paths = (sorted(root.glob(f"{kind}/*/pyproject.toml")) for kind in ("packages", "integrations"))
+    for path in itertools.chain(*paths):
         tables = read_toml(path)
+        if "hatch" not in tables["tool"]:
+            continue
         (source,) = tables["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
         name = tables["project"]["name"]
         found[name] = Distribution(name=name, folder=path.parent, module=Path(source).name)

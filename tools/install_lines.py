@@ -20,6 +20,7 @@ LINES = {
     "pip install svg-attention": "the same without the compiled kernels",
     "pip install svg-kernels": "the fused kernels alone",
     "pip install svg-flash-kmeans": "k-means alone",
+    'pip install "svg-engines[kernels]"': "the plug-ins of ComfyUI and other engines",
 }
 # What error messages advise besides.
 HINTS = ('pip install "svg-attention[triton]"',)

@@ -1,0 +1,149 @@
+"""What somebody asks of sparse attention in an engine, and which method that is for a clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from svg_attention import SVG2, Method, Schedule
+
+# The rows of `svg_models.presets` that large models run with, for environments that cannot hold
+# svg-models: vLLM-Omni and SGLang pin other versions of diffusers. A test compares them.
+LEAST_STEPS = 9
+_SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
+PRESETS: Mapping[str, tuple[Method, Schedule]] = {
+    "quality": (SVG2(density=0.3, compensate=True, route="error"), _SCHEDULE),
+    "balanced": (SVG2(density=0.3, compensate=True), _SCHEDULE),
+    "fast": (SVG2(density=0.2, compensate=True), _SCHEDULE),
+}
+# Below about this many tokens planning costs more than it saves.
+MIN_TOKENS = 12_288
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Say which calls of an engine become sparse, and how sparse.
+
+    Args:
+        preset: "quality", "balanced" or "fast": method, density and dense steps that were measured.
+        density: share of the query-key pairs to compute, in place of the preset's. With it a run of
+            fewer steps than the preset was measured on becomes sparse, too.
+        dense_steps: share of the sampling, from its start, that stays dense; the preset's when
+            None.
+        end: share of the sampling after which it is dense again.
+        start_step: first step that is sparse, in place of `dense_steps`, for engines that do not
+            say how many steps there are.
+        end_steps: last steps that stay dense.
+        dense_layers: layers that stay dense, counted from 0.
+        min_tokens: shorter sequences stay dense.
+        method: what runs in place of the preset's method.
+        backend: who computes, as in `svg_attention.sparse_attention`.
+        seed: start of all random draws.
+
+    Raises:
+        ValueError: if a value is out of its range or the preset unknown.
+    """
+
+    preset: str = "balanced"
+    density: float | None = None
+    dense_steps: float | None = None
+    end: float = 1.0
+    start_step: int | None = None
+    end_steps: int = 0
+    dense_layers: frozenset[int] = frozenset()
+    min_tokens: int = MIN_TOKENS
+    method: Method | None = None
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+        for name in ("dense_steps", "end"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be a share from 0 to 1, got {value}")
+        for name in ("start_step", "end_steps", "min_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Build settings from what an engine's configuration holds.
+
+        Raises:
+            ValueError: if a name is unknown; it lists those that are known.
+        """
+        known = [field.name for field in fields(cls) if field.name != "method"]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        given = dict(values)
+        if "dense_layers" in given:
+            given["dense_layers"] = layers(given["dense_layers"])
+        return cls(**given)
+
+    def choose(
+        self, *, num_steps: int | None, tokens: int, width: int | None = None
+    ) -> tuple[Method, Schedule] | None:
+        """Return method and schedule for a clip; None if the preset was not measured on such.
+
+        Args:
+            num_steps: denoising steps; None if unknown.
+            tokens: video tokens.
+            width: channels of the transformer; None if unknown.
+        """
+        row = _row(self.preset, num_steps=num_steps, tokens=tokens, width=width)
+        if row is None and (self.density is not None or self.method is not None):
+            row = PRESETS[self.preset]
+        if row is None:
+            return None
+        method, schedule = row
+        method = self.method or method
+        if self.density is not None:
+            if not hasattr(method, "density"):
+                raise ValueError(f"{method!r} takes no density")
+            method = replace(method, density=self.density)  # type: ignore[type-var]
+            schedule = replace(schedule, density=None)
+        return method, schedule
+
+
+def _row(
+    preset: str, *, num_steps: int | None, tokens: int, width: int | None
+) -> tuple[Method, Schedule] | None:
+    """Return a preset's method and schedule for a clip, from svg-models where it is installed."""
+    try:
+        from svg_models.presets import find_row
+    except ImportError:
+        return None if (num_steps or math.inf) < LEAST_STEPS else PRESETS[preset]
+    row = find_row(preset, steps=num_steps, tokens=tokens, width=width)
+    if row is None or row.recipe.schedule is None:
+        return None
+    return row.recipe.method, row.recipe.schedule
+
+
+def layers(
+    text: str | int | list[int] | tuple[int, ...] | set[int] | frozenset[int],
+) -> frozenset[int]:
+    """Return the layers that "0, 1, 47-49" names, or those of a collection.
+
+    Raises:
+        ValueError: if a part is neither a number nor two with a dash between them.
+    """
+    if isinstance(text, int):
+        return frozenset({text})
+    if not isinstance(text, str):
+        return frozenset(int(layer) for layer in text)
+    found: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"expected layers such as '0, 1, 47-49', got {part!r}")
+        low, high = sorted((int(first), int(last or first)))
+        found |= {*range(low, high + 1)}
+    return frozenset(found)
