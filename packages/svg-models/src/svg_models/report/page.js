@@ -88,12 +88,22 @@
       const cells = data.values[column - 1];
       return row >= 1 && row <= cells.length ? `${data.across} ${column}, layer ${row}\n${percent(cells[row - 1])}` : "";
     };
+    const nearest = (event) => {
+      const box = svg.getBoundingClientRect(), view = svg.viewBox.baseVal;
+      const toY = (value) => data.box[2] + ((data.y[1] - value) / (data.y[1] - data.y[0])) * (data.box[3] - data.box[2]);
+      const x = ((event.clientX - box.left) / box.width) * view.width;
+      const y = ((event.clientY - box.top) / box.height) * view.height;
+      const away = data.values.map(([a, b]) => Math.hypot(toX(a) - x, toY(b) - y));
+      const found = away.indexOf(Math.min(...away));
+      return away[found] < 12 ? data.labels[found] : "";
+    };
     const show = (event) => {
       const [column, row] = at(event);
-      const text = column >= 1 && column <= count ? says(column, row) : "";
+      const within = column >= 1 && column <= count;
+      const text = data.kind === "points" ? nearest(event) : within ? says(column, row) : "";
       tip.hidden = !text;
       if (!text) { mark.style.visibility = "hidden"; return; }
-      if (data.kind !== "grid") place(mark, toX(column));
+      if (data.kind === "lines" || data.kind === "bars") place(mark, toX(column));
       tip.textContent = text;
       const box = figure.getBoundingClientRect();
       const x = event.clientX - box.left, y = event.clientY - box.top;

@@ -169,8 +169,25 @@ def lines_per_frame(lines: Sequence[Line], *, unit: str, name: str, title: str) 
         return _svg(figure, name, title, hover)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A point of a search.
+
+    Attributes:
+        cost: share of dense.
+        psnr: dB against dense.
+        on_all: whether all prompts met it.
+        label: what the page says where a pointer is over it.
+    """
+
+    cost: float
+    psnr: float
+    on_all: bool
+    label: str
+
+
 def quality_against_cost(
-    tried: Mapping[bool, Sequence[tuple[float, float]]],
+    tried: Sequence[Tried],
     frontier: Sequence[tuple[float, float]],
     *,
     chosen: tuple[float, float] | None,
@@ -184,8 +201,8 @@ def quality_against_cost(
     """Draw what points came to: cost (x, share of dense) and PSNR (y), the best ones joined.
 
     Args:
-        tried: points that met all prompts (True) or only some (False), each `(cost, dB)`.
-        frontier: the best ones by rising cost.
+        tried: every point.
+        frontier: the best ones by rising cost, each `(cost, dB)`.
         chosen: the one that was taken; None if none was.
         least: PSNR that was to be reached, or None.
         most: cost that was to be kept, or None.
@@ -200,11 +217,9 @@ def quality_against_cost(
     from matplotlib.ticker import PercentFormatter
 
     with _figure(6.4, 3.5, name) as (figure, axes):
-        for whole, points in tried.items():
-            if points:
-                x, y = zip(*points, strict=True)
-                face = SERIES[1] if whole else PAPER
-                axes.scatter(x, y, s=26, color=face, edgecolors=SERIES[0 if not whole else 1])
+        for point in tried:
+            face, edge = (SERIES[1], SERIES[1]) if point.on_all else (PAPER, SERIES[0])
+            axes.scatter(point.cost, point.psnr, s=26, color=face, edgecolors=edge)
         if frontier:
             x, y = zip(*frontier, strict=True)
             axes.plot(x, y, color=SERIES[1], linewidth=2.0, zorder=1)
@@ -221,7 +236,12 @@ def quality_against_cost(
         axes.set_xlabel(axis)
         axes.set_title("dB against dense", loc="left", fontsize=10, color=MUTED)
         axes.margins(x=0.05, y=0.08)
-        return _svg(figure, name, title)
+        hover = {
+            "kind": "points",
+            "labels": [point.label for point in tried],
+            "values": [[_plain(point.cost), _plain(point.psnr)] for point in tried],
+        }
+        return _svg(figure, name, title, hover)
 
 
 def density_map(grids: Grids, *, top: float, name: str, title: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from svg_models.files import atomic_path
-from svg_models.report.plots import quality_against_cost
+from svg_models.report.plots import Tried, quality_against_cost
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
 from svg_models.tuning.journal import Trial
 from svg_models.tuning.result import Means, Tuned
@@ -46,13 +46,13 @@ def tune_page(tuned: Tuned) -> str:
     means, frontier = tuned.means(), tuned.frontier()
     places = {point: (cost, psnr) for point, (_, psnr, cost) in means.items()}
     most = max((count for count, _, _ in means.values()), default=0)
-    whole = {
-        all_of_them: [places[p] for p, (n, _, _) in means.items() if (n == most) is all_of_them]
-        for all_of_them in (False, True)
-    }
+    tried = [
+        Tried(cost=cost, psnr=psnr, on_all=count == most, label=_label(point, count, psnr, cost))
+        for point, (count, psnr, cost) in means.items()
+    ]
     by_time = tuned.time_by == "seconds"
     plot = quality_against_cost(
-        whole,
+        tried,
         [places[point] for point in frontier],
         chosen=None if tuned.point is None else places[tuned.point],
         least=tuned.target.psnr,
@@ -103,6 +103,11 @@ def _heading(tuned: Tuned) -> str:
 def _name(point: Point | None) -> str:
     """Return a point in words whose numbers stay with their unit."""
     return str(point).replace(" %", f"{NBSP}%")
+
+
+def _label(point: Point, count: int, psnr: float, cost: float) -> str:
+    prompts = f"{count} prompt{'s' if count > 1 else ''}"
+    return f"{_name(point)}\n{decibels(psnr)}, {percent(cost)} of dense ({prompts})"
 
 
 def _target(tuned: Tuned) -> str:

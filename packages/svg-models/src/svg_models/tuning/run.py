@@ -26,7 +26,7 @@ from svg_models.tuning.journal import Journal, Trial, key_of
 from svg_models.tuning.request import TuneRequest
 from svg_models.tuning.result import Tuned
 from svg_models.tuning.search import Outcome, OutOfTime, Search, Target, most_trials
-from svg_models.tuning.space import Point, axes_for, start_for
+from svg_models.tuning.space import Point, axes_for
 from svg_models.video import Spread, similarity
 
 __all__ = ["tune"]
@@ -91,7 +91,6 @@ class _Tuner:
             target,
             self._evaluate,
             prompts=len(self._prompts),
-            start=start_for(steps),
             axes=axes_for(steps),
         )
         point = search.run()

@@ -26,8 +26,8 @@ SWEEPS = 2
 FINALISTS = 4
 STEPS_TO_TARGET = 3
 LAST_STEPS = 4
-CLOSE_DB, CLOSE_COST = 0.4, 0.04
-"""How near to its budget a point is good enough."""
+CLOSE_DB, CLOSE_COST = 0.4, 0.07
+"""How near to its budget a point is good enough; cost as a share of the budget."""
 IDENTICAL = 99.0
 """Decibels that stand for a clip which does not differ."""
 
@@ -79,7 +79,8 @@ class Target:
 
     def close(self, outcome: Outcome) -> bool:
         """Return whether hardly anything of the budget is left."""
-        return 0 <= self.excess(outcome) <= (CLOSE_DB if self.psnr is not None else CLOSE_COST)
+        near = CLOSE_COST * (self.cost or 0.0) if self.psnr is None else CLOSE_DB
+        return 0 <= self.excess(outcome) <= near
 
 
 Evaluate = Callable[[Point, int], Outcome]

@@ -19,7 +19,6 @@ __all__ = [
     "Point",
     "axes_for",
     "rounded",
-    "start_for",
 ]
 
 LEAST, MOST = 0.02, 0.95
@@ -29,18 +28,16 @@ FIRST_ROUNDS = 10
 _WARM_UP = 0.3
 _START = 0.6
 
+_ERROR: dict[str, Any] = {"compensate": True, "route": "error"}
+_BIAS: dict[str, Any] = {**_ERROR, "correct_bias": True}
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "compensation": {"compensate": True},
-    "error": {"compensate": True, "route": "error"},
-    "error+bias": {"compensate": True, "route": "error", "correct_bias": True},
-    "error+residual": {"compensate": True, "route": "error", "correct_residual": True},
-    "error+bias+residual": {
-        "compensate": True,
-        "route": "error",
-        "correct_bias": True,
-        "correct_residual": True,
-    },
+    "compensation+repair": {"compensate": True, "repair_rows": 64},
+    "error": _ERROR,
+    "error+bias": _BIAS,
+    "error+bias+residual": {**_BIAS, "correct_residual": True},
+    "error+bias+repair": {**_BIAS, "repair_rows": 64},
 }
 """What stands in for the keys that are not read -> settings of SVG2."""
 
@@ -48,10 +45,11 @@ _DENSE = {"dense for 10 %": 0.1, "dense for 20 %": 0.2, "dense for 30 %": 0.3}
 _WORDS = {
     "none": "no compensation",
     "compensation": "compensation",
+    "compensation+repair": "compensation + repair",
     "error": "routed by error",
     "error+bias": "routed by error + bias",
-    "error+residual": "routed by error + residual",
     "error+bias+residual": "routed by error + bias + residual",
+    "error+bias+repair": "routed by error + bias + repair",
 }
 
 SCHEDULES: dict[str, str] = {
@@ -133,7 +131,8 @@ class Point:
         return dataclasses.asdict(self)
 
 
-START = Point(density=0.2, corrections="error", schedule="dense for 20 %")
+START = Point(density=0.2, corrections="error+bias+repair", schedule="flat", metric="response")
+"""Where a search begins: what was best on the embedded model."""
 
 AXES: Mapping[str, tuple[Any, ...]] = {
     "corrections": tuple(CORRECTIONS),
@@ -154,12 +153,6 @@ def axes_for(steps: int) -> dict[str, tuple[Any, ...]]:
         dense = math.floor(_DENSE[name] * steps) if name in _DENSE else name
         schedules.setdefault("flat" if dense == 0 else dense, name)
     return {**AXES, "schedule": tuple(schedules.values())}
-
-
-def start_for(steps: int) -> Point:
-    """Return where the search of a video of so many steps begins."""
-    known = axes_for(steps)["schedule"]
-    return START if START.schedule in known else START.replace(schedule="flat")
 
 
 def rounded(density: float) -> float:
