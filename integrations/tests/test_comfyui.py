@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import math
@@ -86,7 +87,8 @@ class HunyuanVideo:
 
 
 LATENTS = torch.zeros(1, 4, GRID[0], 2 * GRID[1], 2 * GRID[2])
-SPARSE = Settings(method=SVG2(q_clusters=3, k_clusters=12), density=0.3, min_tokens=0)
+METHOD = SVG2(q_clusters=3, k_clusters=12, first_iterations=3)
+SPARSE = Settings(method=METHOD, density=0.3, min_tokens=0)
 
 
 def patched(model, settings=SPARSE, before=None):
@@ -136,7 +138,7 @@ def test_attend_gives_what_a_session_of_our_own_gives():
     levels = [float(s) for s in torch.linspace(1, 0, 11)]
     sigma = [ModelPatcher(None).sampling.percent_to_sigma(1 - s) for s in levels]
     session = Session(
-        SVG2(q_clusters=3, k_clusters=12, density=0.3),
+        dataclasses.replace(METHOD, density=0.3),
         Schedule(dense_steps=0.0, dense_layers=0.0),
         layout=TokenLayout(grid=GRID),
     )

@@ -38,7 +38,6 @@ class Forward:
         num_steps: denoising steps.
         progress: share of the sampling that is done.
         branch: guidance branches of the batch.
-        width: channels of the transformer.
     """
 
     grid: tuple[int, int, int]
@@ -47,7 +46,6 @@ class Forward:
     num_steps: int
     progress: float
     branch: str
-    width: int
 
 
 class SparseModel:
@@ -138,7 +136,6 @@ class SparseModel:
             progress=forward.progress,
             layer=layer,
             branch=forward.branch,
-            width=forward.width,
             scale=scale,
         )
 
@@ -174,7 +171,6 @@ class SparseModel:
             num_steps=max(len(levels) - 1, 1),
             progress=self._progress(sigma),
             branch="/".join(str(uuid) for uuid in options["uuids"]),
-            width=int(getattr(model, "dim", 0) or getattr(model, "hidden_size", 0)),
         )
 
     def _progress(self, sigma: float) -> float:

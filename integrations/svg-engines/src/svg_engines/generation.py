@@ -49,7 +49,7 @@ class Generation:
     def __init__(self, settings: Settings, reasons: Reasons) -> None:
         self.settings = settings
         self.reasons = reasons
-        self._sessions: dict[tuple[int | None, int], tuple[Session, Schedule] | None] = {}
+        self._sessions: dict[int | None, tuple[Session, Schedule] | None] = {}
         self._calls: Counter[tuple[int | float | None, str, int]] = Counter()
 
     def branch(self, step: int | float | None, transformer: str, layer: int) -> str:
@@ -76,7 +76,6 @@ class Generation:
         branch: str = "cond",
         transformer: str = "transformer",
         progress: float | None = None,
-        width: int | None = None,
         text_lengths: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor | None:
@@ -93,7 +92,6 @@ class Generation:
             branch: guidance branch.
             transformer: which transformer, where there are two.
             progress: share of the sampling that is done, in place of `step / num_steps`.
-            width: channels of the transformer; None when unknown.
             text_lengths: integers `[B]` on the device, valid text tokens; None for all.
             scale: factor of the logits, `D ** -0.5` when None.
 
@@ -104,11 +102,11 @@ class Generation:
         reason = self._unsuited(query, key, value, layout, step)
         chosen = None
         if reason is None:
-            chosen = self._session(num_steps, layout.video_tokens, width)
+            chosen = self._session(num_steps)
             if chosen is None:
                 reason = (
-                    f"preset {self.settings.preset} was not measured with {num_steps} steps and "
-                    f"{layout.video_tokens} video tokens; ask for a density to run sparsely"
+                    f"preset {self.settings.preset} was not measured with {num_steps} steps; ask "
+                    "for a density to run sparsely"
                 )
         if reason is not None or chosen is None or step is None:
             self.reasons(f"{reason}; such calls stay dense")
@@ -167,15 +165,12 @@ class Generation:
             return f"dtypes {query.dtype}, {key.dtype} and {value.dtype} differ"
         return "the engine does not say which step this is" if step is None else None
 
-    def _session(
-        self, num_steps: int | None, tokens: int, width: int | None
-    ) -> tuple[Session, Schedule] | None:
-        """Return the session for clips of this size, and which of its steps are dense."""
-        key = (num_steps, tokens)
-        if key not in self._sessions:
-            chosen = self.settings.choose(num_steps=num_steps, tokens=tokens, width=width)
-            self._sessions[key] = None if chosen is None else self._start(*chosen)
-        return self._sessions[key]
+    def _session(self, num_steps: int | None) -> tuple[Session, Schedule] | None:
+        """Return the session for so many steps, and which of them are dense."""
+        if num_steps not in self._sessions:
+            chosen = self.settings.choose(num_steps=num_steps)
+            self._sessions[num_steps] = None if chosen is None else self._start(*chosen)
+        return self._sessions[num_steps]
 
     def _start(self, method: Method, schedule: Schedule) -> tuple[Session, Schedule]:
         never = Schedule(dense_steps=0.0, dense_layers=0.0, density=schedule.density)

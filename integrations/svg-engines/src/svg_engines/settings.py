@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from svg_attention import SVG2, Method, Schedule
 
-# The rows of `svg_models.presets` that large models run with, for environments that cannot hold
-# svg-models: vLLM-Omni and SGLang pin other versions of diffusers. A test compares them.
+# The rows of `svg_models.presets` that large models run with; a test compares them. That package is
+# not asked: it imports diffusers, of which vLLM-Omni and SGLang pin versions that it does not take.
 LEAST_STEPS = 9
 _SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
 PRESETS: Mapping[str, tuple[Method, Schedule]] = {
@@ -88,22 +87,16 @@ class Settings:
             given["dense_layers"] = layers(given["dense_layers"])
         return cls(**given)
 
-    def choose(
-        self, *, num_steps: int | None, tokens: int, width: int | None = None
-    ) -> tuple[Method, Schedule] | None:
+    def choose(self, *, num_steps: int | None) -> tuple[Method, Schedule] | None:
         """Return method and schedule for a clip; None if the preset was not measured on such.
 
         Args:
             num_steps: denoising steps; None if unknown.
-            tokens: video tokens.
-            width: channels of the transformer; None if unknown.
         """
-        row = _row(self.preset, num_steps=num_steps, tokens=tokens, width=width)
-        if row is None and (self.density is not None or self.method is not None):
-            row = PRESETS[self.preset]
-        if row is None:
+        asked = self.density is not None or self.method is not None
+        if not asked and num_steps is not None and num_steps < LEAST_STEPS:
             return None
-        method, schedule = row
+        method, schedule = PRESETS[self.preset]
         method = self.method or method
         if self.density is not None:
             if not hasattr(method, "density"):
@@ -111,20 +104,6 @@ class Settings:
             method = replace(method, density=self.density)  # type: ignore[type-var]
             schedule = replace(schedule, density=None)
         return method, schedule
-
-
-def _row(
-    preset: str, *, num_steps: int | None, tokens: int, width: int | None
-) -> tuple[Method, Schedule] | None:
-    """Return a preset's method and schedule for a clip, from svg-models where it is installed."""
-    try:
-        from svg_models.presets import find_row
-    except ImportError:
-        return None if (num_steps or math.inf) < LEAST_STEPS else PRESETS[preset]
-    row = find_row(preset, steps=num_steps, tokens=tokens, width=width)
-    if row is None or row.recipe.schedule is None:
-        return None
-    return row.recipe.method, row.recipe.schedule
 
 
 def layers(

@@ -1,0 +1,120 @@
+import json
+import logging
+
+import pytest
+import torch
+from distributions import ROOT
+
+from svg_attention import SVG2, Schedule, TokenLayout
+from svg_engines import Generation, Reasons, Settings
+from svg_engines.settings import PRESETS, layers
+
+LAYOUT = TokenLayout(grid=(3, 8, 8))
+TABLE = "packages/svg-models/src/svg_models/presets/presets.json"
+
+
+def few(**settings):
+    method = SVG2(q_clusters=3, k_clusters=12, first_iterations=2)
+    return Settings(method=method, density=0.3, min_tokens=0, **settings)
+
+
+SETTINGS = few()
+
+
+def attend(generation, tokens=192, dtype=torch.float32, **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    tensors = torch.randn(3, 1, 2, tokens, 16, generator=generator).to(dtype)
+    call = {"layout": LAYOUT, "step": 5, "num_steps": 10, "layer": 0} | kwargs
+    return generation.attend(*tensors, **call)
+
+
+def is_sparse(settings, **kwargs):
+    return attend(Generation(settings, Reasons("test")), **kwargs) is not None
+
+
+def suits(row, **clip):
+    return all(low <= clip[name] <= high for name, (low, high) in row.get("conditions", {}).items())
+
+
+def test_presets_are_those_of_svg_models():
+    table = json.loads((ROOT / TABLE).read_text(encoding="utf-8"))["presets"]
+    assert [*table] == [*PRESETS]
+    for name, (method, schedule) in PRESETS.items():
+        rows = [row for row in table[name] if suits(row, steps=50, tokens=75_600, width=5_120)]
+        found = SVG2(**rows[0]["settings"]), Schedule.from_dict(rows[0]["schedule"])
+        assert rows[0]["method"] == "SVG2"
+        assert found == (method, schedule), f"change svg_engines.settings.PRESETS[{name!r}], too"
+        assert not any(suits(row, steps=8, tokens=75_600, width=5_120) for row in table[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        (SETTINGS, {0, 1, 2}),
+        (few(dense_steps=0.0), set()),
+        (few(dense_steps=0.25), {0, 1}),
+        (few(start_step=1), {0}),
+        (few(start_step=1, end_steps=2), {0, 8, 9}),
+        (few(dense_steps=0.0, end=0.8), {9}),
+        (few(dense_layers=frozenset({0})), {*range(10)}),
+    ],
+)
+def test_attend_is_dense_in_the_steps_and_layers_asked_for(settings, dense):
+    assert {step for step in range(10) if not is_sparse(settings, step=step)} == dense
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"tokens": 100}, "100 tokens are not the 192 of a video of (3, 8, 8)"),
+        ({"step": None}, "which step this is"),
+        ({"num_steps": None}, "set start_step"),
+        ({"dtype": torch.float64}, "torch.float64"),
+    ],
+)
+def test_attend_says_once_why_it_declines(kwargs, sentence, caplog):
+    generation = Generation(SETTINGS, Reasons("test"))
+    with caplog.at_level(logging.WARNING):
+        assert attend(generation, **kwargs) is None
+        assert attend(generation, **kwargs) is None
+    (record,) = caplog.records
+    assert sentence in record.getMessage()
+
+
+def test_attend_needs_no_number_of_steps_where_the_first_sparse_one_is_named():
+    settings = few(start_step=4)
+    assert is_sparse(settings, num_steps=None, step=4)
+    assert not is_sparse(settings, num_steps=None, step=3)
+
+
+def test_branch_numbers_the_calls_of_a_step():
+    generation = Generation(SETTINGS, Reasons("test"))
+    calls = [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 0)]
+    names = [generation.branch(step, "t", layer) for step, layer in calls]
+    assert [name[-1] for name in names] == ["0", "0", "1", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"preset": "best"}, "quality, balanced, fast"),
+        ({"density": 1.5}, "density must be"),
+        ({"dense_steps": -0.1}, "dense_steps must be a share"),
+        ({"min_tokens": -1}, "min_tokens must not be negative"),
+    ],
+)
+def test_settings_refuses_what_is_out_of_range(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**wrong)
+
+
+def test_from_mapping_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match="unknown setting 'sparsity'; known are preset, density"):
+        Settings.from_mapping({"sparsity": 0.7})
+    assert Settings.from_mapping({"dense_layers": "0, 2-3"}).dense_layers == {0, 2, 3}
+
+
+@pytest.mark.parametrize("text", ["a", "1-", "-1", "1-2-3", "0.5"])
+def test_layers_refuses_what_names_none(text):
+    with pytest.raises(ValueError, match="expected layers"):
+        layers(text)
