@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +264,21 @@ def test_cost_is_claimed_from_times_or_else_from_counted_work() -> None:
 
 # --- on a model -----------------------------------------------------------------------------------
 
+FEW_AXES = {
+    "corrections": ("compensation", "error+bias+repair"),
+    "schedule": ("flat", "dense for 30 %"),
+    "metric": ("euclidean", "response"),
+}
 CLIP: dict[str, Any] = {"steps": 4, "guidance": 2.0, "height": 48, "width": 48, "frames": 9}
 PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_axes() -> Iterator[None]:
+    """Search less: on a model, what counts here is what happens to each trial."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning_run, "axes_for", lambda steps: FEW_AXES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +373,7 @@ def test_tune_times_in_turns_with_dense(loaded: LoadedPipeline, tmp_path: Path) 
         speedup=1.01,
         model=loaded,
         prompts=PROMPTS[:1],
-        budget_minutes=0.02,
+        budget_minutes=0.005,
         tell=said.append,
         **CLIP,
     )

@@ -1,0 +1,189 @@
+"""Write presets from stored results, and their table into the documentation.
+
+    python tools/preset_table.py docs
+    python tools/preset_table.py put fast benchmarks/results/h100/quality.json \
+        --case "no dense step" 0.25 "error, bias, repair" --steps 8 --for-steps 1 8 --automatic 512
+    python tools/preset_table.py put fast benchmarks/results/h100/tuned.json --for-steps 1 8
+
+`put` takes a case of `benchmarks/quality.py`, at each size that it was measured at, or a recipe
+that `svg tune` wrote, and makes it the row of a preset for so many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from _quality_cases import SCHEDULES, SIDES
+
+from svg_models.presets import PRESETS, TABLE, read_table
+from svg_models.recipe import FORMAT, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "guide" / "tune.md"
+MARKS = ("<!-- presets -->", "<!-- /presets -->")
+TOKENS = {128: 3328, 256: 13312}
+"""Side of an embedded clip of 49 frames -> its video tokens."""
+
+
+def row_of_cases(
+    document: dict[str, Any], schedule: str, density: float, method: str, steps: int, evidence: str
+) -> dict[str, Any]:
+    """Return the row of a preset that cases of `quality.py` give, one measurement for each size.
+
+    Raises:
+        SystemExit: if no such case was stored.
+    """
+    found = [
+        case
+        for case in document["cases"].values()
+        if (case["schedule"], case["density"], case["method"], case["steps"])
+        == (schedule, density, method, steps)
+    ]
+    if not found:
+        raise SystemExit(f"no case {schedule!r}, {density:g}, {method!r}, {steps} steps was stored")
+    environment = document["environment"]
+    measured = []
+    for case in found:
+        side = SIDES[case["size"]]
+        floor = document["noise_floor"].get(f"{case['size']} clip, {steps} steps")
+        one = {
+            "model": "embedded",
+            "frames": document["frames"],
+            "height": side,
+            "width": side,
+            "tokens": TOKENS[side],
+            "steps": steps,
+            "guidance": document["guidance"],
+            "prompts": len(document["prompts"]),
+            "psnr": case["psnr"]["mean"],
+            "psnr_spread": case["psnr"]["std"],
+            "ssim": case["ssim"]["mean"],
+            "flicker": case["flicker"]["mean"],
+            "noise_floor": None if floor is None else floor["psnr"]["mean"],
+            "work": case["total_density"],
+            "machine": f"{environment['device']}, {environment['dtype']}",
+            "versions": {name: environment[name] for name in ("torch", "diffusers")},
+            "evidence": evidence,
+        }
+        measured.append({name: value for name, value in one.items() if value is not None})
+    # A total of all calls came to other densities of the sparse ones at other sizes.
+    config = {k: v for k, v in found[0]["config"].items() if "clusters" not in k}
+    config["density"] = round(config["density"], 4)
+    return {
+        "method": config.pop("name"),
+        "settings": config,
+        "schedule": SCHEDULES[schedule].to_dict(),
+        "measured": measured,
+    }
+
+
+def row_of_recipe(document: dict[str, Any], evidence: str) -> dict[str, Any]:
+    """Return the row of a preset that a recipe of `svg tune` gives."""
+    recipe = Recipe.from_dict(document).to_dict()
+    measured = [one | {"evidence": evidence} for one in recipe["measured"]]
+    return {name: recipe[name] for name in ("method", "settings", "schedule")} | {
+        "measured": measured
+    }
+
+
+def put(table: dict[str, Any], preset: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a table in which a row takes the place of the one with the same conditions."""
+    rows = [old for old in table["presets"][preset] if old["conditions"] != row["conditions"]]
+    rows = sorted([*rows, row], key=lambda r: r["conditions"].get("steps", [0, 0]))
+    changed = {**table, "presets": {**table["presets"], preset: rows}}
+    read_table(changed)
+    return changed
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Return the table of all presets for the documentation."""
+    lines = [
+        "| preset | steps | settings | measured on | PSNR | attention computed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in read_table(table).items():
+        for row in rows:
+            least, most = row.conditions.get("steps", (1, 10_000))
+            steps = f"{least:g} or more" if most >= 10_000 else f"{least:g} to {most:g}"
+            settings = ", ".join(_words(row.recipe))
+            for one in row.recipe.measured:
+                where = (
+                    f"{one.model}, {one.frames} x {one.width} x {one.height}, {one.steps} steps, "
+                    f"{one.prompts} prompts, {one.machine}"
+                )
+                spread = "" if one.psnr_spread is None else f" ± {one.psnr_spread:.1f}"
+                lines.append(
+                    f"| `{name}` | {steps} | {settings} | {where} | {one.psnr:.1f}{spread} dB | "
+                    f"{one.work:.0%} |"
+                )
+    return "\n".join(lines)
+
+
+def _words(recipe: Recipe) -> list[str]:
+    settings = recipe.method.to_dict()
+    words = [f"density {settings['density']:g}"]
+    words += [
+        text
+        for text, there in (
+            ("compensated", settings["compensate"] and settings["route"] == "mass"),
+            ("routed by error", settings["route"] == "error"),
+            ("bias", settings["correct_bias"]),
+            ("residual", settings["correct_residual"]),
+            ("repair", settings["repair_rows"] > 0),
+            ("response metric", settings["metric"] == "response"),
+        )
+        if there
+    ]
+    dense = recipe.schedule.dense_steps
+    words.append(f"{dense:.0%} of the steps dense" if dense else "no step dense")
+    return words
+
+
+def write_docs(table: dict[str, Any]) -> None:
+    """Write the table into the page about tuning."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}\n{markdown(table)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("docs", help="write the table into the documentation")
+    adder = commands.add_parser("put", help="make stored results the row of a preset")
+    adder.add_argument("preset", choices=PRESETS)
+    adder.add_argument("results", type=Path)
+    adder.add_argument("--case", nargs=3, metavar=("SCHEDULE", "DENSITY", "METHOD"))
+    adder.add_argument("--steps", type=int, default=20, help="of the case")
+    adder.add_argument("--for-steps", type=int, nargs=2, default=(9, 10_000))
+    adder.add_argument(
+        "--automatic", type=int, default=0, help="widest model that takes it unasked"
+    )
+    args = parser.parse_args()
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    if args.command == "put":
+        document = json.loads(args.results.read_text(encoding="utf-8"))
+        evidence = args.results.resolve().relative_to(ROOT).as_posix()
+        if document.get("format") == FORMAT:
+            row = row_of_recipe(document, evidence)
+        else:
+            schedule, density, method = args.case
+            row = row_of_cases(document, schedule, float(density), method, args.steps, evidence)
+        head: dict[str, Any] = {"conditions": {"steps": list(args.for_steps)}}
+        if args.automatic:
+            head["automatic"] = args.automatic
+        table = put(table, args.preset, head | row)
+        TABLE.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_docs(table)
+
+
+if __name__ == "__main__":
+    main()
