@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _quality_cases import SCHEDULES, SIDES
+from _quality_cases import SCHEDULES, SIDES  # type: ignore[import-not-found]
 
 from svg_models.presets import PRESETS, TABLE, read_table
 from svg_models.recipe import FORMAT, Recipe
