@@ -24,7 +24,10 @@ BIAS: dict[str, Any] = {**ERROR, "correct_bias": True}
 RESIDUAL: dict[str, Any] = {**BIAS, "correct_residual": True}
 RESPONSE: dict[str, Any] = {"metric": "response"}
 REPAIR: dict[str, Any] = {"repair_rows": 64}
+# The guidance branches of a step read alike.
+ALIKE: dict[str, Any] = {"share_branches": True}
 BASELINE = "error"
+BEST = "error, bias, response, repair, alike"
 SETTINGS: dict[str, dict[str, Any]] = {
     "SVG2": {},
     "compensation": COMPENSATED,
@@ -33,20 +36,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "error, bias, residual": RESIDUAL,
     "error, bias, repair": {**BIAS, **REPAIR},
     "error, bias, response, repair": {**BIAS, **RESPONSE, **REPAIR},
-    "error, bias, response, residual, repair": {**RESIDUAL, **RESPONSE, **REPAIR},
+    BEST: {**BIAS, **RESPONSE, **REPAIR, **ALIKE},
+    f"{BEST}, spent by error": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "spend": "call"},
+    "compensation, alike": {**COMPENSATED, **ALIKE},
+    "error, alike": {**ERROR, **ALIKE},
+    f"{BEST}, 32-row probes": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "probe_rows": 32},
     "error, response": {**ERROR, **RESPONSE},
-    "error, bias, response, repair, 32-row probes": {
-        **BIAS,
-        **RESPONSE,
-        **REPAIR,
-        "probe_rows": 32,
-    },
-    "compensation, response, repair": {**COMPENSATED, **RESPONSE, **REPAIR},
 }
 OTHERS = {"SVG1": SVG1, "random blocks": RandomBlocks}
 # Ten rounds of k-means at the start are as good as fifty, see `quality_settings.py`.
 FIRST_ITERATIONS = 10
-BEST = "error, bias, response, repair"
 
 
 def build(name: str, density: float, tokens: int) -> Method:
@@ -61,6 +60,14 @@ def build(name: str, density: float, tokens: int) -> Method:
         density=density,
         **SETTINGS[name],
     )
+
+
+def probe_density(method: Method, layout: TokenLayout) -> float:
+    """Return what probes and exact rows of a guided step take, averaged over its two branches."""
+    first = method.probe_density(layout)
+    if not isinstance(method, SVG2) or not method.share_branches:
+        return first
+    return (first + min(method.repair_rows, layout.video_tokens) / layout.tokens) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,7 @@ class Case:
         if not self.total:
             return self.density
         left = (self.density - self.dense_share) / (1.0 - self.dense_share)
-        left -= build(self.method, 0.5, layout.tokens).probe_density(layout)
+        left -= probe_density(build(self.method, 0.5, layout.tokens), layout)
         if left <= 0.0:
             raise ValueError("dense steps and probes take more than the density of all calls")
         return left

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from _harness import interleave, summary
-from _quality_cases import build
+from _quality_cases import build, probe_density
 from _sparse_calls import capture
 from _sparse_workloads import WORKLOADS, dense, structured
 from torch import Tensor
 
-from svg_attention import LayerMemory, Method, TokenLayout, sparse_attention
+from svg_attention import SVG2, LayerMemory, Method, TokenLayout, sparse_attention
 
 WAN = WORKLOADS[0]
 SAMPLES = 5
@@ -43,8 +43,12 @@ class Times:
         return self._tensors
 
     def call(self, name: str, density: float) -> dict[str, Any]:
-        """Return what a call of a later step takes, in ms, and the density it came to."""
+        """Return what a call of a later step takes, in ms, and the density it came to.
+
+        Where branches read alike, it is the mean of both.
+        """
         method = build(name, density, self.layout.tokens)
+        alike = isinstance(method, SVG2) and method.share_branches
         memory, query, key, value = LayerMemory(), *self.tensors
         for _ in range(2):
             plan = method.plan(query, key, value, layout=self.layout, memory=memory)
@@ -52,10 +56,13 @@ class Times:
             "method": name,
             "density": density,
             "realised_density": round(float(plan.density().mean()), 4),
-            "probe_density": round(plan.probe_density, 4),
+            "probe_density": round(probe_density(method, self.layout), 4),
         }
         del plan
-        return {**result, **self._time(lambda: self._whole(method, memory))}
+        if not alike:
+            return {**result, **self._time(lambda: self._whole(method, memory))}
+        pair = self._time(lambda: self._guided(method, memory))
+        return {**result, **{name: round(value / 2, 3) for name, value in pair.items()}}
 
     def dense(self) -> dict[str, Any]:
         """Return what a dense call takes, in ms."""
@@ -71,6 +78,15 @@ class Times:
         query, key, value = self.tensors
         # A copy, so that every call starts from the same centroids.
         plan = method.plan(query, key, value, layout=self.layout, memory=replace(memory))
+        return sparse_attention(query, key, value, plan)
+
+    def _guided(self, method: Method, memory: LayerMemory) -> Tensor:
+        """Compute both guidance branches of a step, the second as the first one chose."""
+        query, key, value = self.tensors
+        first, layout = replace(memory), self.layout
+        plan = method.plan(query, key, value, layout=layout, memory=first)
+        sparse_attention(query, key, value, plan)
+        plan = method.plan(query, key, value, layout=layout, leader=first)
         return sparse_attention(query, key, value, plan)
 
     def _time(self, function: Callable[[], Tensor]) -> dict[str, float]:

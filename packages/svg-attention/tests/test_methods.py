@@ -34,6 +34,7 @@ METHODS = [
         correct_bias=True,
         repair_rows=64,
         metric="response",
+        spend="call",
     ),
     RandomBlocks(density=0.4),
 ]

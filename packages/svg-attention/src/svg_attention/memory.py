@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,9 @@ class LayerMemory:
     Attributes:
         query_centroids: `[B, H, q_clusters, D]`, the query clusters of the last planned call.
         key_centroids: `[B, H, k_clusters, D]`, the key clusters of the last planned call.
+        choice: what the last planned call read, if other branches of its step are to read the same.
     """
 
     query_centroids: Tensor | None = None
     key_centroids: Tensor | None = None
+    choice: Any = None

@@ -100,6 +100,8 @@ class Session:
         self.profile = profile
         self.watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None = None
         self._log = CallLog(config.integer("max_records", max_records, least=1))
+        # Whose plan the branches of a step may follow: the first one's.
+        self._leaders: dict[tuple[str, int, str], tuple[int | None, LayerMemory]] = {}
         self._sites: dict[tuple[str, str, int, str], _Site] = {}
         self._current: tuple[int, str, str] | None = None
         self._latest = -1
@@ -189,6 +191,7 @@ class Session:
                 value,
                 layout=layout,
                 memory=site.memory,
+                leader=self._leader(call, site.memory, query.device),
                 text_lengths=text_lengths,
                 generator=site.generator,
                 scale=scale,
@@ -218,6 +221,7 @@ class Session:
     def reset(self) -> None:
         """Begin a new video: forget what was remembered and the log, keep the configuration."""
         self._sites.clear()
+        self._leaders.clear()
         self._log.clear()
         self._latest = -1
 
@@ -266,6 +270,15 @@ class Session:
         if density is not None and hasattr(method, "density"):
             return replace(method, density=density)
         return self.method
+
+    def _leader(self, call: Call, memory: LayerMemory, device: torch.device) -> LayerMemory | None:
+        """Return the memory of the branch that planned this layer and step first, if another."""
+        key = (call.transformer, call.layer, str(device))
+        step, first = self._leaders.get(key, (None, memory))
+        if step is None or step != call.step or first is memory:
+            self._leaders[key] = (call.step, memory)
+            return None
+        return first
 
     def _site_for(self, call: Call, device: torch.device) -> _Site:
         """Return the memory and generator of this call's layer, new at its first use."""

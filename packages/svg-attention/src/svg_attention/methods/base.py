@@ -35,6 +35,7 @@ class Method(ABC):
         *,
         layout: TokenLayout,
         memory: LayerMemory | None = None,
+        leader: LayerMemory | None = None,
         text_lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
         scale: float | None = None,
@@ -48,6 +49,8 @@ class Method(ABC):
             layout: where the video and text tokens are.
             memory: what this method left at the previous step of this layer; it is updated. None
                 starts afresh, as a single call does.
+            leader: memory of another guidance branch of the same layer that planned this step
+                before, for methods that let branches read alike.
             text_lengths: integers `[B]` on the device, valid text tokens; None for all.
             generator: source of all random draws; torch's own when None.
             scale: factor of the logits, `D ** -0.5` when None.
@@ -62,6 +65,7 @@ class Method(ABC):
             value=value,
             layout=layout,
             memory=LayerMemory() if memory is None else memory,
+            leader=leader,
             text_lengths=text_lengths,
             generator=generator,
             scale=scale or 0.0,

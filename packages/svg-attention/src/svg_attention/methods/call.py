@@ -26,6 +26,8 @@ class AttentionCall:
         value: `[B, H_kv, S, D_v]`.
         layout: where the video and text tokens are.
         memory: what the method left at the previous step of this layer; a plan updates it.
+        leader: the memory of another guidance branch that planned this step before; None if there
+            is none, or if this call chooses for itself.
         text_lengths: integers `[B]` on the device, valid text tokens; None for all.
         generator: source of all random draws.
         scale: factor of the logits; `D ** -0.5` if it was not given.
@@ -36,6 +38,7 @@ class AttentionCall:
     value: Tensor
     layout: TokenLayout
     memory: LayerMemory = field(default_factory=LayerMemory)
+    leader: LayerMemory | None = None
     text_lengths: Tensor | None = None
     generator: torch.Generator | None = None
     scale: float = 0.0

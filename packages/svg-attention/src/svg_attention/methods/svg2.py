@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
 from svg_attention import config
 from svg_attention.layout import TokenLayout
 from svg_attention.methods.base import Method
 from svg_attention.methods.budget import key_budget
 from svg_attention.methods.call import AttentionCall
 from svg_attention.methods.probes import attend_text, exact_rows, probe_places, probed_order
-from svg_attention.plan import KeySummary, ProbeResidual, SparsePlan
+from svg_attention.plan import ExactRows, KeySummary, ProbeResidual, SparsePlan
 from svg_attention.planning.clustering import Clusters, cluster_rows
-from svg_attention.planning.clusters import Selection, mean_values, plan_clusters
+from svg_attention.planning.clusters import (
+    Choice,
+    Selection,
+    TileReads,
+    mean_values,
+    plan_clusters,
+    read_alike,
+)
 from svg_attention.planning.response import respond, response_root
 from svg_attention.tiles import TILE_ROWS, match_heads
 
@@ -65,6 +75,9 @@ class SVG2(Method):
         density: fraction of the valid query-key pairs to compute, text included; replaces `top_p`
             and `min_keep`. What is chosen is at or just below it; on a GPU runs of keys are then
             rounded up to 8, which adds some per cent of it.
+        spend: "tile" spends a density equally on every tile; "call" spends half of it on all tiles
+            and heads of a batch item, where it lowers the estimated error most. Then a head depends
+            on which others are on its device. Needs a density and `route="error"`.
         count_probes: let `density` hold what probes and exact rows read, too (`probe_density`).
         compensate: let unread clusters take part through their mean key and value.
         route: "mass" reads the clusters with most mass; "error" those that their centroid would
@@ -79,6 +92,10 @@ class SVG2(Method):
         repair_rows: video rows of each head, at most 256, whose exact outputs correct all others: a
             regression from sparse output and query predicts what a row lacks, as far as these rows
             foretell each other, head by head. 0 for none; 64 cost 64 dense rows.
+        share_branches: let the guidance branches of a step read alike: those after the first take
+            its clusters and its choice, and spare k-means and probes. What all of them leave out
+            cancels where guidance takes their difference. A layer then keeps its choice, 12 bytes a
+            token and head and one for each tile and cluster. Not with `correct_residual`.
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
@@ -97,12 +114,14 @@ class SVG2(Method):
     top_p: float = 0.9
     min_keep: float = 0.10
     density: float | None = None
+    spend: Literal["tile", "call"] = "tile"
     count_probes: bool = False
     compensate: bool = False
     route: Literal["mass", "error"] = "mass"
     correct_bias: bool = False
     correct_residual: bool = False
     repair_rows: int = 0
+    share_branches: bool = False
     probe_rows: int = 16
     metric: Literal["euclidean", "response"] = "euclidean"
     first_iterations: int = 50
@@ -134,22 +153,33 @@ class SVG2(Method):
             top_p=config.fraction("top_p", self.top_p),
             min_keep=config.fraction("min_keep", self.min_keep, zero=True),
             density=density,
+            spend=config.choice("spend", self.spend, ("tile", "call")),
             count_probes=config.flag("count_probes", self.count_probes),
             compensate=config.flag("compensate", self.compensate),
             route=config.choice("route", self.route, ("mass", "error")),
             metric=config.choice("metric", self.metric, ("euclidean", "response")),
             correct_bias=config.flag("correct_bias", self.correct_bias),
             correct_residual=config.flag("correct_residual", self.correct_residual),
+            share_branches=config.flag("share_branches", self.share_branches),
         )
         if self.route == "error" and not self.compensate:
             raise ValueError(
                 "route='error' ranks clusters by the error of compensation; set compensate=True"
+            )
+        if self.spend == "call" and (self.density is None or self.route != "error"):
+            raise ValueError(
+                "spend='call' shares a density by the errors of routing; set density and "
+                "route='error'"
             )
         for name in ("correct_bias", "correct_residual"):
             if getattr(self, name) and self.route != "error":
                 raise ValueError(
                     f"{name} takes what the probes of error routing find; set route='error'"
                 )
+        if self.share_branches and self.correct_residual:
+            raise ValueError(
+                "share_branches spares the probes that correct_residual needs; set one of them"
+            )
         if self.correct_residual and self.probe_rows < 2:
             raise ValueError("correct_residual needs probes of at least 2 rows, got 1")
 
@@ -157,8 +187,9 @@ class SVG2(Method):
     def corrected(cls, density: float, **changes: Any) -> Self:
         """Build SVG2 with every correction that pays, for sparse runs without a dense step.
 
-        Compensated, routed by error, with the bias of centroids, repaired from 64 exact rows, and
-        clustered in the response metric; probes and exact rows count in the density.
+        Compensated, routed by error, with the bias of centroids, repaired from 64 exact rows,
+        clustered in the response metric, and alike in the guidance branches of a step; probes and
+        exact rows count in the density.
 
         ```python
         sparsify(pipe, SVG2.corrected(0.35), Schedule.sparse())     # 4 or 8 steps
@@ -174,6 +205,7 @@ class SVG2(Method):
             "correct_bias": True,
             "repair_rows": 64,
             "metric": "response",
+            "share_branches": True,
             "first_iterations": 10,
             "count_probes": True,
         }
@@ -185,11 +217,14 @@ class SVG2(Method):
         return (self.top_p if self.density is None else self.density) >= 1.0
 
     def build(self, call: AttentionCall) -> SparsePlan:
-        """Cluster, choose and build the plan.
+        """Cluster, choose and build the plan, or read as the leader of the branches does.
 
         Raises:
             ValueError: if there are more clusters than video tokens.
         """
+        choice = None if call.leader is None or not self.share_branches else call.leader.choice
+        if choice is not None and choice.fits(call.video(call.query), call.video(call.key)):
+            return self.follow(call, choice)
         return self.plan_clusters(call, *self.cluster(call))
 
     def cluster(self, call: AttentionCall) -> tuple[Clusters, Clusters]:
@@ -247,7 +282,7 @@ class SVG2(Method):
             query_clusters: clusters of its video queries.
             key_clusters: clusters of its video keys.
         """
-        layout, key_heads = call.layout, call.key.shape[1]
+        layout = call.layout
         rows, probe, sorted_rows = layout.video_tokens, None, query_clusters.order
         if self.correct_residual:
             row, probe = probe_places(rows, self.probe_rows, call.device)
@@ -271,6 +306,7 @@ class SVG2(Method):
             key_clusters,
             Selection(
                 budget=budget,
+                shared=self.spend == "call",
                 top_p=self.top_p,
                 min_clusters=int(self.min_keep * key_clusters.sizes.shape[-1]),
                 by_error=self.route == "error",
@@ -284,14 +320,12 @@ class SVG2(Method):
             scale=call.scale,
             compensate=self.compensate,
         )
-        summary = residual = None
-        if reads.value_means is not None and reads.log_weights is not None:
-            summary = KeySummary(
-                keys=key_clusters.centroids,
-                values=reads.value_means,
-                log_weights=reads.log_weights,
+        if self.share_branches:
+            call.memory.choice = Choice(
+                query_order=sorted_rows, key_clusters=key_clusters, read=reads.read
             )
         query_order = call.token_order(query_clusters.order, call.heads)
+        residual = None
         if probe is not None and reads.probes is not None:
             count = rows - layout.video_tokens
             queries, outputs, lse = (x[:, :, :count] for x in reads.probes)
@@ -300,15 +334,59 @@ class SVG2(Method):
                 queries=queries, outputs=outputs, rows=self.probe_rows, positions=rows
             )
             query_order = probed_order(call, query_clusters.order, probe)
-        known = None
-        if self.repair_rows:
-            count = min(self.repair_rows, layout.video_tokens)
-            known = exact_rows(call, count, sorted_rows, query_clusters.order)
+        plan = self._plan(call, reads, query_order, key_clusters, rows, residual)
+        known = self._exact_rows(call, sorted_rows, query_clusters.order)
+        return replace(plan, exact_rows=known, probe_density=self.probe_density(layout))
+
+    def follow(self, call: AttentionCall, choice: Choice) -> SparsePlan:
+        """Build the plan of a call that reads what another guidance branch chose.
+
+        Its centroids are the means of its own keys and values over the other's clusters. Nothing is
+        clustered or probed.
+
+        Args:
+            call: the call.
+            choice: of the branch that chose.
+        """
+        layout = call.layout
+        query, key, value = (call.video(x) for x in (call.query, call.key, call.value))
+        clusters = replace(choice.key_clusters, centroids=mean_values(key, choice.key_clusters))
+        broken = ~(_finite(query) & match_heads(_finite(key), call.heads))
+        reads = read_alike(
+            choice, clusters, value, broken | match_heads(clusters.broken, call.heads),
+            tokens=layout.tokens, text=call.text_rows(), full_tiles=call.full_tiles(),
+            compensate=self.compensate,
+        )  # fmt: skip
+        order = choice.query_order
+        plan = self._plan(
+            call, reads, call.token_order(order, call.heads), clusters, layout.video_tokens
+        )
+        known = self._exact_rows(call, order, order)
+        rows = min(self.repair_rows, layout.video_tokens)
+        return replace(plan, exact_rows=known, probe_density=rows / layout.tokens)
+
+    def _plan(
+        self,
+        call: AttentionCall,
+        reads: TileReads,
+        query_order: Tensor | None,
+        key_clusters: Clusters,
+        rows: int,
+        residual: ProbeResidual | None = None,
+    ) -> SparsePlan:
+        """Return the plan of what tiles read, video rows and probes being `rows`."""
+        layout, summary = call.layout, None
+        if reads.value_means is not None and reads.log_weights is not None:
+            summary = KeySummary(
+                keys=key_clusters.centroids,
+                values=reads.value_means,
+                log_weights=reads.log_weights,
+            )
         return SparsePlan(
             query_length=layout.tokens,
             key_length=layout.tokens,
             query_order=query_order,
-            key_order=call.token_order(key_clusters.order, key_heads),
+            key_order=call.token_order(key_clusters.order, call.key.shape[1]),
             run_starts=reads.run_starts,
             run_lengths=reads.run_lengths,
             run_multiple=reads.run_multiple,
@@ -317,10 +395,13 @@ class SVG2(Method):
             key_lengths=call.valid_tokens(),
             summary=summary,
             residual=residual,
-            exact_rows=known,
             broken=reads.broken,
-            probe_density=self.probe_density(layout),
         )
+
+    def _exact_rows(self, call: AttentionCall, order: Tensor, places: Tensor) -> ExactRows | None:
+        """Return the exact rows that repair a call, None for none; see `exact_rows`."""
+        count = min(self.repair_rows, call.layout.video_tokens)
+        return exact_rows(call, count, order, places) if count else None
 
     def probe_density(self, layout: TokenLayout) -> float:
         """Return what the probes of a call take, counted as in `SparsePlan.probe_density`."""
@@ -331,3 +412,8 @@ class SVG2(Method):
         if not self.correct_residual:
             return repair + 0.5 * -(-tokens // self.probe_rows) * tokens / layout.tokens**2
         return repair + -(-tokens // (self.probe_rows - 1)) * tokens / layout.tokens**2
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Return which heads of `[B, H, N, D]` are finite, and small enough for their sum to be."""
+    return x.sum(dim=(2, 3), dtype=torch.float32).isfinite()

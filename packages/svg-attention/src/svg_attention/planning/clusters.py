@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from flash_kmeans import update
 from svg_attention.planning import cuda
 from svg_attention.planning.clustering import Clusters
-from svg_attention.planning.dispatch import planner_for, select_planner
+from svg_attention.planning.dispatch import LARGEST_BIAS, planner_for, select_planner
 from svg_attention.planning.order import LONG_RATIO
 from svg_attention.planning.runs import cluster_ends
+from svg_attention.planning.shares import share_budget
 from svg_attention.tiles import count_tiles, match_heads
 
 
@@ -23,6 +24,8 @@ class Selection:
 
     Attributes:
         budget: fp32 `[B or 1]`, keys that a tile may read; None to choose by `top_p`.
+        shared: let the budget be what tiles of a batch item read on average, spent where errors
+            are largest. Needs `by_error`.
         top_p: share of the estimated attention that a tile reads.
         min_clusters: clusters that a tile reads at least, where it chooses by `top_p`.
         by_error: read the clusters that their centroid would replace worst.
@@ -32,12 +35,39 @@ class Selection:
     """
 
     budget: Tensor | None = None
+    shared: bool = False
     top_p: float = 1.0
     min_clusters: int = 1
     by_error: bool = False
     correct_bias: bool = False
     probe_rows: int = 16
     return_probes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """Hold what the tiles of a call read, in a byte a cluster, for another call to read the same.
+
+    Attributes:
+        query_order: int32 `[B, H, N]`, video rows as the tiles hold them.
+        key_clusters: of the video keys.
+        read: uint8 `[B, H, T, C]`, 255 where a tile reads a cluster, else its bias in 254ths of the
+            largest.
+    """
+
+    query_order: Tensor
+    key_clusters: Clusters
+    read: Tensor
+
+    def fits(self, query: Tensor, key: Tensor) -> bool:
+        """Return whether video queries and keys `[B, H, N, D]` are like those it was made for."""
+        found = (*self.query_order.shape[:2], self.key_clusters.labels.shape[1:])
+        same = found == (*query.shape[:2], key.shape[1:3])
+        return same and self.read.device == query.device
+
+
+# Bytes of a `Choice`: a cluster that is read, and the largest bias.
+READ, MOST = 255, 254
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +83,7 @@ class TileReads:
         log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for, and
             what it lacks; None without compensation.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite.
+        read: uint8 `[B, H, T, C]`, see `Choice`, video tiles only.
         probes: `[B, H, P, D]`, the probes of the video tiles, and fp32 `[B, H, P, D_v]` and
             `[B, H, P]`, output and log-sum-exp of their attention to every video key; None unless
             asked for.
@@ -65,6 +96,7 @@ class TileReads:
     value_means: Tensor | None
     log_weights: Tensor | None
     broken: Tensor
+    read: Tensor
     probes: tuple[Tensor, Tensor, Tensor] | None = None
 
 
@@ -110,26 +142,96 @@ def plan_clusters(
     mask, bias, exact = _select(
         planner, means, key, value, key_clusters, value_means, selection, scale, length
     )
+    broken = query_clusters.broken | match_heads(key_clusters.broken, heads)
+    reads = _reads(
+        planner, mask, bias, sizes, broken, value_means, tokens=tokens, text=text,
+        full_tiles=full_tiles,
+    )  # fmt: skip
+    if exact is None:
+        return reads
+    return replace(reads, probes=(means.to(query.dtype), *exact))
+
+
+def read_alike(
+    choice: Choice,
+    key_clusters: Clusters,
+    value: Tensor,
+    broken: Tensor,
+    *,
+    tokens: int,
+    text: Tensor | int,
+    full_tiles: Tensor | None,
+    compensate: bool,
+) -> TileReads:
+    """Return what the tiles of another call read as a choice says.
+
+    Args:
+        choice: of the call that chose.
+        key_clusters: those of the choice, with the centroids of this call's keys.
+        value: `[B, H_kv, N, D_v]`, video rows of this call.
+        broken: bool `[B, H]`, heads that read everything.
+        tokens: as in `plan_clusters`.
+        text: as in `plan_clusters`.
+        full_tiles: as in `plan_clusters`.
+        compensate: as in `plan_clusters`.
+    """
+    planner = select_planner(planner_for(value), value.device)
+    value_means = mean_values(value, key_clusters) if compensate else None
+    mask = choice.read == READ
+    bias = torch.where(mask, 0.0, choice.read.float() * (LARGEST_BIAS / MOST))
+    sizes = match_heads(key_clusters.sizes, mask.shape[1])
+    return _reads(
+        planner, mask, bias, sizes, broken, value_means, tokens=tokens, text=text,
+        full_tiles=full_tiles,
+    )  # fmt: skip
+
+
+def _reads(
+    planner: Any,
+    mask: Tensor,
+    bias: Tensor | None,
+    sizes: Tensor,
+    broken: Tensor,
+    value_means: Tensor | None,
+    *,
+    tokens: int,
+    text: Tensor | int,
+    full_tiles: Tensor | None,
+) -> TileReads:
+    """Merge the clusters that video tiles read into runs, and weigh the others.
+
+    Args:
+        planner: who computes.
+        mask: bool `[B, H, T, C]`, clusters that each video tile reads.
+        bias: fp32 `[B, H, T, C]`, what logarithms of weights lack; None for nothing.
+        sizes: int32 `[B, H, C]`.
+        broken: bool `[B, H]`, heads that read everything.
+        value_means: of the clusters; None without compensation.
+        tokens: as in `plan_clusters`.
+        text: as in `plan_clusters`.
+        full_tiles: as in `plan_clusters`.
+    """
+    code = 0.0 if bias is None else bias.clamp(0, LARGEST_BIAS) * (MOST / LARGEST_BIAS)
+    read = torch.where(mask, float(READ), code).round().to(torch.uint8)
     # Tiles past the video read nothing but text, unless they hold text rows themselves.
     spare = count_tiles(tokens) - mask.shape[2]
     if spare:
         mask = torch.nn.functional.pad(mask, (0, 0, 0, spare))
         bias = None if bias is None else torch.nn.functional.pad(bias, (0, 0, 0, spare))
     # What a broken head would be judged by is not to be trusted, so it stays dense.
-    broken = query_clusters.broken | match_heads(key_clusters.broken, heads)
     mask = mask | broken[..., None, None]
     whole = None if full_tiles is None else full_tiles[:, 0].expand(mask.shape[0], -1)
-    multiple = 1 if compensate else planner.RUN_MULTIPLE
+    multiple = planner.RUN_MULTIPLE if value_means is None else 1
     starts, lengths = planner.merge_clusters(mask, cluster_ends(sizes, text), whole, multiple)
     order = None
     if planner.ORDERS_TILES:
         rows = lengths.sum(dim=-1, dtype=torch.int32).flatten(0, 1)
         order = planner.long_tiles_first(rows, LONG_RATIO).view(mask.shape[:3])
     weights = None
-    if compensate:
-        read = mask if full_tiles is None else mask | full_tiles[..., None]
+    if value_means is not None:
+        everything = mask if full_tiles is None else mask | full_tiles[..., None]
         weights = sizes.float().log()[:, :, None].expand(mask.shape)
-        weights = (weights if bias is None else weights + bias).masked_fill(read, -torch.inf)
+        weights = (weights if bias is None else weights + bias).masked_fill(everything, -torch.inf)
     return TileReads(
         run_starts=starts,
         run_lengths=lengths,
@@ -138,7 +240,7 @@ def plan_clusters(
         value_means=value_means,
         log_weights=weights,
         broken=broken,
-        probes=None if exact is None else (means.to(query.dtype), *exact),
+        read=read,
     )
 
 
@@ -171,7 +273,10 @@ def _select(
         error, bias, *found = prober.probe_sums(*tensors, clusters.sizes, *probed, wanted)
         bias, exact = bias if selection.correct_bias else None, tuple(found) if wanted else None
         if budget is not None:
-            room = budget[:, None, None].expand(error.shape[:3])
+            if selection.shared:
+                room = share_budget(error, sizes, budget, length)
+            else:
+                room = budget[:, None, None].expand(error.shape[:3])
             return planner.keep_budget(error, sizes, room), bias, exact
     mass = planner.probe_mass(
         means, clusters.centroids, clusters.sizes, *probed, budget is not None
