@@ -2,6 +2,7 @@
 
     python tools/composition_matrix.py                  # all cells, some minutes
     python tools/composition_matrix.py --row "MagCache"  # these anew, the others as stored
+    python tools/composition_matrix.py --family Mochi    # so, for a family that is new
 
 Needs svg-models with its test extra. A cell that neither passes nor is refused with a sentence ends
 the run.
@@ -28,8 +29,14 @@ MARKS = {"yes": "✓", "before": "✓", "no": "✗", "absent": "–"}
 Cells = dict[str, dict[str, dict[str, str]]]
 
 
-def run(stored: Cells, wanted: list[str]) -> dict[str, Any]:
-    """Run the wanted rows, or all if none is named, and return cells by feature and family."""
+def run(stored: Cells, rows: list[str], families: list[str]) -> dict[str, Any]:
+    """Run the wanted rows and families, or all of those that are not named, and return all cells.
+
+    Args:
+        stored: cells by feature and family.
+        rows: titles of features.
+        families: names of `composition.CASES`.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path.insert(0, str(TESTS))
     composition = importlib.import_module("composition")
@@ -37,13 +44,15 @@ def run(stored: Cells, wanted: list[str]) -> dict[str, Any]:
     cells: Cells = {}
     for title, check in {**composition.QUICK, **composition.SLOW}.items():
         cells[title] = stored.get(title, {})
-        if title in (wanted or [title]):
-            cells[title] = {family: asdict(check(family)) for family in composition.CASES}
+        if title in (rows or [title]):
+            for family in families or composition.CASES:
+                cells[title][family] = asdict(check(family))
             print(title, *(cell["verdict"] for cell in cells[title].values()), flush=True)
     title = composition.ULYSSES
     cells[title] = stored.get(title, {})
-    if title in (wanted or [title]):
-        cells[title] = {f: asdict(cell) for f, cell in composition.ulysses_cells().items()}
+    if title in (rows or [title]):
+        found = {f: asdict(cell) for f, cell in composition.ulysses_cells().items()}
+        cells[title] |= {family: found[family] for family in families or found}
     names = ("diffusers", "torch", "accelerate", "peft")
     return {"versions": {name: version(name).partition("+")[0] for name in names}, "cells": cells}
 
@@ -76,9 +85,12 @@ def main() -> None:
     """Run the cells, store them and write the table."""
     parser = argparse.ArgumentParser(description="Write the compatibility table.")
     parser.add_argument("--row", action="append", default=[], help="run this row, others as stored")
-    wanted = parser.parse_args().row
-    stored: Cells = json.loads(STORED.read_text(encoding="utf-8"))["cells"] if wanted else {}
-    result = run(stored, wanted)
+    parser.add_argument("--family", action="append", default=[], help="so with this family")
+    given = parser.parse_args()
+    stored: Cells = {}
+    if given.row or given.family:
+        stored = json.loads(STORED.read_text(encoding="utf-8"))["cells"]
+    result = run(stored, given.row, given.family)
     STORED.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(render(result), encoding="utf-8")
 

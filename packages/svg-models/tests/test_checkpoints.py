@@ -40,7 +40,8 @@ def test_find_attentions_each_self_attention_is_found_and_no_other(checkpoint: C
     attentions = {p: m for p, m in model.named_modules() if hasattr(m, "processor")}
     taken = [p for p, m in attentions.items() if isinstance(m.processor, SparseProcessor)]
     assert sorted(taken) == sorted(path for path, _ in found)
-    assert all(re.search(r"\.attn2$|^context_embedder", p) for p in attentions.keys() - taken)
+    others = r"\.attn2$|^context_embedder|audio|^face_adapter"
+    assert all(re.search(others, path) for path in attentions.keys() - taken)
     run.restore()
     assert not any(isinstance(m.processor, SparseProcessor) for m in attentions.values())
 

@@ -20,6 +20,10 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
 )
 from packaging.version import Version
+from zoo import chronoedit as zoo_chronoedit
+from zoo import ltx2 as zoo_ltx2
+from zoo import wan as zoo_wan
+from zoo import wan_animate as zoo_wan_animate
 
 from svg_attention import SVG2, Dense, Schedule
 from svg_models import families, sparsify
@@ -82,6 +86,7 @@ def like_wan(kind: Any, **changes: Any) -> Any:
 
 
 def test_family_of_the_page_adds_a_copy_of_wan(page: dict[str, Any]) -> None:
+    assert page["CHRONOEDIT"] == families.family_of(like_wan(ChronoEditTransformer3DModel))
     model = like_wan(ChronoEditTransformer3DModel)
     inputs = {k: v for k, v in tiny.forward_inputs().items() if k != "return_dict"}
     page["check_family"](model, inputs)
@@ -126,8 +131,70 @@ def test_sparsify_refuses_ltx_with_coordinates_instead_of_a_grid() -> None:
     inputs = ltx_inputs() | dict(num_frames=None, height=None, width=None)
     inputs["video_coords"] = torch.zeros(1, 3, 432)
     model = tiny_ltx()
-    with sparsify(model, Dense()), pytest.raises(ValueError, match=r"gives each token .* a coord"):
+    with sparsify(model, Dense()), pytest.raises(ValueError, match=r"coordinates that are no grid"):
         model(**inputs)
+
+
+def test_sparsify_leaves_perturbed_attention_of_ltx2_to_the_original_processor() -> None:
+    model = zoo_ltx2.transformer(**zoo_ltx2.LATER)
+    frames, rows, columns = 3, 8, 8
+    draw = torch.Generator().manual_seed(5)
+    inputs = dict(
+        hidden_states=torch.randn(1, frames * rows * columns, 4, generator=draw),
+        audio_hidden_states=torch.randn(1, 6, 8, generator=draw),
+        encoder_hidden_states=torch.randn(1, 12, 16, generator=draw),
+        audio_encoder_hidden_states=torch.randn(1, 12, 16, generator=draw),
+        timestep=torch.tensor([500]),
+        num_frames=frames,
+        height=rows,
+        width=columns,
+        audio_num_frames=6,
+        spatio_temporal_guidance_blocks=[1],
+        return_dict=False,
+    )
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad(), model.cache_context("stg", step_index=1, num_inference_steps=4):
+            return model(**inputs)[0]
+
+    original = forward()
+    everywhere = Schedule(dense_steps=0.0, dense_layers=0.0)
+    with sparsify(model, Dense(), everywhere):
+        assert torch.equal(forward(), original)
+    with sparsify(model, SVG2(q_clusters=4, k_clusters=8, density=0.3), everywhere) as run:
+        assert not torch.equal(forward(), original)
+    assert [record.layer for record in run.stats().records] == [0]  # the other is perturbed
+    inputs["num_frames"] = None
+    with sparsify(model, Dense()), pytest.raises(ValueError, match="num_frames, height and width"):
+        forward()
+
+
+def test_sparsify_of_chronoedit_begins_anew_where_it_gives_up_frames() -> None:
+    pipe, case = zoo_chronoedit.pipeline(), zoo_chronoedit.CASES[0]
+    steps = dict(num_inference_steps=4, num_temporal_reasoning_steps=2)
+    stock = case.run(pipe, **steps)
+    with sparsify(pipe, Dense()):
+        assert torch.equal(case.run(pipe, **steps), stock)
+    sparse = SVG2(q_clusters=4, k_clusters=8, density=0.3, first_iterations=2)
+    with sparsify(pipe, sparse, Schedule(dense_steps=0.5, dense_layers=0.0)) as run:
+        case.run(pipe, **steps)
+    assert run.stats().grid == (2, 8, 8)  # the first and the last frame
+    assert {(r.step, r.method) for r in run.stats().records} == {(2, "SVG2"), (3, "SVG2")}
+
+
+def test_sparsify_of_wan_animate_begins_each_segment_with_its_dense_steps() -> None:
+    pipe, case = zoo_wan_animate.pipeline(), zoo_wan_animate.CASES[0]
+    longer = dict(pose_video=zoo_wan.CLIP * 2, face_video=zoo_wan_animate.FACES * 2)
+    seen = []
+    with sparsify(pipe, SVG2(q_clusters=4, k_clusters=8), Schedule(dense_steps=0.5)) as run:
+        begin = run._engine.begin_forward
+        run._engine.begin_forward = lambda name, context: (
+            seen.append((context.moment.step, context.moment.new_video)),
+            begin(name, context),
+        )
+        case.run(pipe, **longer)
+    assert seen.count((0, True)) == 3  # segments of 9 frames, a frame of each from the one before
+    assert {r.method for r in run.stats().records if r.step == 0} == {"Dense"}
 
 
 def test_sparsify_leaves_causal_attention_to_the_original_processor() -> None:
@@ -167,9 +234,9 @@ def test_family_of_the_reason_why_a_transformer_is_skipped_is_told(name: str) ->
 
 
 def test_family_of_a_family_may_cover_what_is_skipped(registry: list[Family]) -> None:
-    mine = replace(WAN, name="mine", transformers=("WanAnimateTransformer3DModel",))
+    mine = replace(WAN, name="mine", transformers=("Kandinsky5Transformer3DModel",))
     families.register(mine)
-    model = torch.nn.Module.__new__(diffusers.WanAnimateTransformer3DModel)
+    model = torch.nn.Module.__new__(diffusers.Kandinsky5Transformer3DModel)
     assert families.family_of(model) is mine
 
 

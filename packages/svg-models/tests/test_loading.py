@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from diffusers import (
     CogVideoXPipeline,
     HunyuanVideo15Pipeline,
     LTXConditionPipeline,
+    WanAnimatePipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -23,6 +25,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from zoo import CASES, Case, case
 
 from svg_models import generate
+from svg_models.catalog import PIPELINES
 from svg_models.errors import ModelUnavailableError, SettingError
 from svg_models.loading import Geometry, Inputs, Lora, load_pipeline
 from svg_models.loading.defaults import defaults_for
@@ -33,7 +36,11 @@ from svg_models.loading.pipeline import _correct_scale, _outline
 from svg_models.loading.placement import OFFLOAD, check_offload, compile_transformers, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZED = [c for c in CASES if "height" in c.arguments and "reference_images" not in c.arguments]
+SIZED = [
+    case
+    for case in CASES
+    if "height" in case.arguments and not {"reference_images", "pose_video"} & set(case.arguments)
+]
 
 
 @pytest.mark.parametrize("case", SIZED, ids=lambda c: c.name)
@@ -141,6 +148,20 @@ def test_defaults_for_wan_22_5b_are_its_own() -> None:
 def test_inputs_of_reads_the_pipeline(pipeline: type, image: str, video: str, needs: str) -> None:
     found = Inputs.of(pipeline)
     assert (found.image, found.video, found.needs) == (image, video, needs)
+
+
+def test_inputs_check_refuses_a_pipeline_that_wants_what_a_clip_has_no_setting_for() -> None:
+    inputs = Inputs.of(WanAnimatePipeline)
+    assert inputs.lacks == ("pose_video", "face_video")
+    with pytest.raises(SettingError, match=r"must be given pose_video and face_video, .* Python"):
+        inputs.check("Wan-AI/Wan2.2-Animate-14B-Diffusers", image=True, video=False)
+
+
+@pytest.mark.parametrize("name", [n for names in PIPELINES.values() for n in names])
+def test_inputs_check_lets_the_pipelines_of_the_catalog_pass(name: str) -> None:
+    inputs = Inputs.of(getattr(diffusers, name))
+    if name != "WanAnimatePipeline":
+        inputs.check("model", image="image" in inputs.needs, video=inputs.needs == "video")
 
 
 def checkpoint(folder: Path, pipeline: str, **index: Any) -> Path:

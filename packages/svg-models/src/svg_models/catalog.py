@@ -33,9 +33,18 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "Cosmos2VideoToWorldPipeline",
         "Cosmos2_5_PredictBasePipeline",
     ),
+    "ltx2": ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
+    "mochi": ("MochiPipeline",),
+    "wan_animate": ("WanAnimatePipeline",),
+    "chronoedit": ("ChronoEditPipeline",),
+    "allegro": ("AllegroPipeline",),
+    "easyanimate": ("EasyAnimatePipeline",),
     "ltx": ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
 }
-"""Family -> the pipelines of diffusers that run its transformers."""
+"""Family -> the pipelines of diffusers that run its transformers.
+
+That of ConsisID is not among them: it reads faces that other packages prepare, and needs OpenCV.
+"""
 
 
 def catalog() -> list[dict[str, Any]]:

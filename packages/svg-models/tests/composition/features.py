@@ -54,9 +54,12 @@ def lora(player: Player) -> None:
 
 
 def fused(player: Player) -> None:
-    player.transformer.fuse_qkv_projections()
+    name = type(player.transformer).__name__
+    try:
+        player.transformer.fuse_qkv_projections()
+    except RuntimeError as error:
+        raise NotImplementedError(f"the stock {name} fails with it: {error}") from error
     if not any(getattr(m, "fused_projections", False) for m in player.transformer.modules()):
-        name = type(player.transformer).__name__
         raise NotImplementedError(f"fuse_qkv_projections leaves {name} as it is")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
@@ -22,6 +23,10 @@ CASES = {
     "Cosmos": "cosmos predict2 v2w",
     "CogVideoX": "cogvideox 1.5 t2v",
     "LTX-Video": "ltx t2v",
+    "LTX-2": "ltx2 gated t2v",
+    "Mochi": "mochi t2v",
+    "Allegro": "allegro t2v",
+    "EasyAnimate": "easyanimate t2v",
 }
 """One case of the zoo for each family whose processor differs from the others'."""
 
@@ -80,9 +85,8 @@ def recorded(family: str) -> Player:
     transformer = transformers_of(pipe)["transformer"]
 
     def record(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if arguments:
-            raise TypeError(f"{case.name} calls its transformer with positional arguments")
-        calls.append(dict(named))
+        names = list(inspect.signature(module.forward).parameters)
+        calls.append(dict(zip(names, arguments, strict=False)) | named)
 
     hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
     case.run(pipe, num_inference_steps=STEPS)

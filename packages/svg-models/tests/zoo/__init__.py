@@ -5,12 +5,42 @@ Each module has the cases of one family in `CASES`.
 
 from __future__ import annotations
 
-from zoo import cogvideox, cosmos, hunyuan_video, hunyuan_video15, ltx, skyreels, wan
+from zoo import (
+    allegro,
+    chronoedit,
+    cogvideox,
+    consisid,
+    cosmos,
+    easyanimate,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx,
+    ltx2,
+    mochi,
+    skyreels,
+    wan,
+    wan_animate,
+)
 from zoo.case import Case
 
 __all__ = ["CASES", "Case", "case"]
 
-MODULES = (wan, hunyuan_video, hunyuan_video15, cogvideox, cosmos, ltx, skyreels)
+MODULES = (
+    wan,
+    hunyuan_video,
+    hunyuan_video15,
+    cogvideox,
+    cosmos,
+    ltx,
+    ltx2,
+    skyreels,
+    mochi,
+    wan_animate,
+    chronoedit,
+    allegro,
+    consisid,
+    easyanimate,
+)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 

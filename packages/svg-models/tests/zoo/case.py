@@ -26,7 +26,8 @@ class Case:
         source: what tells the step, see `svg_models.sparse.context.Moment`.
         branches: forward passes of one step, by the name of their guidance branch.
         steps: denoising steps of that call.
-        text_tokens: text tokens in the self-attention's sequence, padding included.
+        text_tokens: tokens of text, padding included, and of conditions in the self-attention's
+            sequence.
         dense_is_exact: whether a dense call gives the bits of the stock processor; False where the
             stock processor's kernel is replaced on purpose.
     """

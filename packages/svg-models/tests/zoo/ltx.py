@@ -9,10 +9,12 @@ import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
 from zoo.case import Case
@@ -84,6 +86,17 @@ def image_to_video() -> Any:
     return pipeline(LTXImageToVideoPipeline)
 
 
+def with_conditions() -> Any:
+    return pipeline(LTXConditionPipeline)
+
+
+def conditions(*frames: int) -> dict[str, Any]:
+    """Return the arguments of a call with an image at each of these video frames."""
+    return ARGUMENTS | dict(
+        conditions=[LTXVideoCondition(image=IMAGE, frame_index=frame) for frame in frames]
+    )
+
+
 CASES = (
     Case(
         name="ltx t2v",
@@ -102,6 +115,37 @@ CASES = (
         build=image_to_video,
         arguments=ARGUMENTS | dict(image=IMAGE),
         grid=(3, 8, 8),
+        branches=("cond_uncond",),
+        source="scheduler",
+    ),
+    Case(
+        name="ltx condition t2v",
+        family="ltx",
+        task="t2v",
+        build=with_conditions,
+        arguments=ARGUMENTS,
+        grid=(3, 8, 8),
+        branches=("cond_uncond",),
+        source="scheduler",
+    ),
+    Case(
+        name="ltx first image",
+        family="ltx",
+        task="t2v",
+        build=with_conditions,
+        arguments=conditions(0),
+        grid=(3, 8, 8),
+        branches=("cond_uncond",),
+        source="scheduler",
+    ),
+    Case(
+        name="ltx later images",
+        family="ltx",
+        task="t2v",
+        build=with_conditions,
+        arguments=conditions(0, 4, 8),
+        grid=(3, 8, 8),
+        text_tokens=2 * 64,  # what stands before the clip, an image a frame
         branches=("cond_uncond",),
         source="scheduler",
     ),

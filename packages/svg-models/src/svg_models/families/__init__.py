@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from svg_models.families.allegro import ALLEGRO
 from svg_models.families.base import Family, unwrap
+from svg_models.families.chronoedit import CHRONOEDIT
 from svg_models.families.cogvideox import COGVIDEOX
+from svg_models.families.consisid import CONSISID
 from svg_models.families.cosmos import COSMOS
+from svg_models.families.easyanimate import EASYANIMATE
 from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
 from svg_models.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from svg_models.families.ltx import LTX
+from svg_models.families.ltx2 import LTX2
+from svg_models.families.mochi import MOCHI
 from svg_models.families.skipped import SKIPPED
 from svg_models.families.wan import SKYREELS, WAN
+from svg_models.families.wan_animate import WAN_ANIMATE
 
 __all__ = [
     "SKIPPED",
@@ -33,7 +40,14 @@ _families: list[Family] = [
     COSMOS,
     COGVIDEOX,
     LTX,
+    LTX2,
     SKYREELS,
+    MOCHI,
+    WAN_ANIMATE,
+    CHRONOEDIT,
+    ALLEGRO,
+    CONSISID,
+    EASYANIMATE,
 ]
 
 

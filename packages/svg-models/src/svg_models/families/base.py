@@ -56,7 +56,8 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
     """Return the token grid of `[B, C, F, H, W]` latents: their sizes over those of a patch.
 
     Args:
-        transformer: has three numbers as `config.patch_size`, or one beside `config.patch_size_t`.
+        transformer: has three numbers as `config.patch_size`, or one beside `config.patch_size_t`,
+            without which a patch is of one frame.
         arguments: of its forward pass, with `hidden_states`.
 
     Returns:
@@ -65,7 +66,7 @@ def patch_grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int
     frames, rows, columns = arguments["hidden_states"].shape[2:]
     patch = transformer.config.patch_size
     if isinstance(patch, int):
-        patch = (transformer.config.patch_size_t, patch, patch)
+        patch = (transformer.config.get("patch_size_t") or 1, patch, patch)
     return frames // patch[0], rows // patch[1], columns // patch[2]
 
 
@@ -94,6 +95,8 @@ class Family:
         checkpoints: names on the hub of those whose attentions were checked.
         recipes: published settings; without any, those that most models share.
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
+        conditions: where tokens of conditions may stand beside the clip's, in one stream with
+            them; they are attended to exactly, as text is. None if nowhere.
         text_lengths: valid text tokens of each sample, integers `[B]` on the model's device, from
             the transformer and the arguments of its forward pass by name; None if all count. The
             valid ones come first.
@@ -116,6 +119,7 @@ class Family:
     checkpoints: tuple[str, ...] = ()
     recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
+    conditions: Literal["first", "last"] | None = None
     text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding
     dense: DenseKernel = dense_attention
     usual: Callable[[Any], Mapping[str, Any]] = nothing_unusual
@@ -141,19 +145,18 @@ class Family:
             if type(module).__name__ in rule.blocks
         ]
 
+    def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """Return the modules around the video self-attentions, in the order of the model."""
+        paths = {path.rpartition(".")[0] for path, _ in self._matching(transformer)}
+        return [module for path, module in transformer.named_modules() if path in paths]
+
     def find_attentions(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """Return path and module of each video self-attention, in the order they run.
 
         Raises:
             ValueError: if there is none, or one has a processor that is not reproduced.
         """
-        patterns = (self.attentions,) if isinstance(self.attentions, str) else self.attentions
-        found: list[tuple[str, Any]] = [
-            (path, module)
-            for pattern in patterns
-            for path, module in transformer.named_modules()
-            if re.fullmatch(pattern, re.sub(_INFIXES, "", path))
-        ]
+        found = self._matching(transformer)
         if not found:
             raise ValueError(
                 f"{type(transformer).__name__} has no module matching {self.attentions!r}, "
@@ -167,3 +170,12 @@ class Family:
                     "call sparsify before installing other attention processors"
                 )
         return found
+
+    def _matching(self, transformer: nn.Module) -> list[tuple[str, Any]]:
+        patterns = (self.attentions,) if isinstance(self.attentions, str) else self.attentions
+        return [
+            (path, module)
+            for pattern in patterns
+            for path, module in transformer.named_modules()
+            if re.fullmatch(pattern, re.sub(_INFIXES, "", path))
+        ]

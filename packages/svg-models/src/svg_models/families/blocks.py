@@ -420,7 +420,9 @@ HUNYUAN_VIDEO_BLOCKS = (
 )
 COGVIDEOX_BLOCKS = (
     BlockRule(
-        blocks=("CogVideoXBlock",), norms=_norms_in("norm1", "norm2"), forward=cogvideox_block
+        blocks=("CogVideoXBlock", "ConsisIDBlock"),
+        norms=_norms_in("norm1", "norm2"),
+        forward=cogvideox_block,
     ),
 )
 COSMOS_BLOCKS = (

@@ -45,7 +45,7 @@ def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]
     """Return the token grid of `[B, F, C, H, W]` latents; the patches of 1.5 span frames, too."""
     frames, _, rows, columns = arguments["hidden_states"].shape[1:]
     config = transformer.config
-    frames = -(-frames // (config.patch_size_t or 1))
+    frames = -(-frames // (config.get("patch_size_t") or 1))
     return frames, rows // config.patch_size, columns // config.patch_size
 
 
@@ -57,7 +57,7 @@ def task(transformer: Any) -> str:
 def usual(transformer: Any) -> dict[str, Any]:
     """Return size and frame rate: 1.0 makes six seconds of 8 frames, 1.5 five of 16."""
     config = transformer.config
-    first = config.patch_size_t is None
+    first = config.get("patch_size_t") is None
     return {
         "height": config.sample_height * 8,
         "width": config.sample_width * 8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
-from svg_models.families.steps import PER_HEAD, join, make_heads, project_qkv
+from svg_models.families.steps import PER_HEAD, HeadRule, join, make_heads, project_qkv
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
 
@@ -22,6 +22,7 @@ class SparseHunyuanVideoProcessor(JointProcessor):
     """Joint attention of a dual-stream or a single-stream block; the latter projects elsewhere."""
 
     mask_is_padding = True
+    rule: ClassVar[HeadRule] = PER_HEAD
 
     def prepare(
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
@@ -30,8 +31,8 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         norms = (attn.norm_q, attn.norm_k)
         if attn.add_q_proj is None:
             projected, after = project_qkv(attn, video, text), text.shape[1]
-            return make_heads(PER_HEAD, attn.heads, norms, projected, rotation, text_after=after)
-        heads = make_heads(PER_HEAD, attn.heads, norms, project_qkv(attn, video), rotation)
+            return make_heads(self.rule, attn.heads, norms, projected, rotation, text_after=after)
+        heads = make_heads(self.rule, attn.heads, norms, project_qkv(attn, video), rotation)
         query, key, value = map(join, heads, text_heads(attn, text))
         return query, key, value
 

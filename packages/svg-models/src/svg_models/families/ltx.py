@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor
 
@@ -32,13 +33,34 @@ class SparseLTXProcessor(VideoProcessor):
 
 
 def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return the token grid that the pipeline passes in numbers."""
-    if arguments.get("video_coords") is not None:
-        raise ValueError(
-            "this pipeline gives each token of LTX-Video a coordinate, so there is no grid of "
-            "frames, rows and columns; LTXPipeline and LTXImageToVideoPipeline have one"
-        )
+    """Return the token grid that the pipeline passes in numbers, or by a coordinate a token."""
+    coordinates = arguments.get("video_coords")
+    if coordinates is not None:
+        return grid_of(coordinates[0])
     return arguments["num_frames"], arguments["height"], arguments["width"]
+
+
+def grid_of(coordinates: Tensor) -> tuple[int, int, int]:
+    """Return the grid of the tokens from the first at time 0 on; before it stand conditions.
+
+    Args:
+        coordinates: time, row and column of each token, `[3, S]`. They are looked at on the host.
+
+    Raises:
+        ValueError: if these tokens are no grid.
+    """
+    times, rows, columns = coordinates.float().cpu()
+    begin = int(times.argmin())  # of several, the first
+    sides = [values[begin:].unique() for values in (rows, columns)]
+    frames = times[begin :: len(sides[0]) * len(sides[1])]
+    clip = torch.stack((times, rows, columns))[:, begin:]
+    expected = torch.cartesian_prod(frames, *sides).T
+    if not (frames.diff() > 0).all() or not torch.equal(clip, expected):
+        raise ValueError(
+            "this pipeline gives the tokens of LTX-Video coordinates that are no grid of frames, "
+            "rows and columns; LTXPipeline, LTXImageToVideoPipeline and LTXConditionPipeline do"
+        )
+    return len(frames), len(sides[0]), len(sides[1])
 
 
 LTX = Family(
@@ -50,5 +72,6 @@ LTX = Family(
     processor=SparseLTXProcessor,
     blocks=LTX_BLOCKS,
     grid=grid,
+    conditions="first",
     checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
 )

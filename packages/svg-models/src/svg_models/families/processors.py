@@ -74,7 +74,13 @@ class SparseProcessor:
 
 
 class VideoProcessor(SparseProcessor, ABC):
-    """Self-attention over video tokens alone; any other call goes to the processor it replaced."""
+    """Self-attention over video tokens alone; any other call goes to the processor it replaced.
+
+    Attributes:
+        rotation_name: what that processor calls the rotation; empty where it takes it fifth.
+    """
+
+    rotation_name: ClassVar[str] = ""
 
     @abstractmethod
     def prepare(
@@ -99,9 +105,10 @@ class VideoProcessor(SparseProcessor, ABC):
         """Compute the attention of one block, `[B, S, C]` in and out."""
         masked = encoder_hidden_states is not None or attention_mask is not None
         if masked or self.stands_aside():
-            out: Tensor = self.original(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
+            rotation = {self.rotation_name: image_rotary_emb} if self.rotation_name else {}
+            given = (attn, hidden_states, encoder_hidden_states, attention_mask)
+            rest = () if rotation else (image_rotary_emb,)
+            out: Tensor = self.original(*given, *rest, **rotation)
             return out
         query, key, value = self.prepare(attn, hidden_states, image_rotary_emb)
         return project_out(attn, self.attend(query, key, value).type_as(query))

@@ -28,7 +28,6 @@ SKIPPED: dict[str, str] = {
         "it brings a sparsity of its own, NABLA, which it was trained with"
     ),
     "Kandinsky6Transformer3DModel": _SOUND,
-    "LTX2VideoTransformer3DModel": _SOUND,
     "MiniMaxH3Transformer3DModel": _SOUND,
     "SanaVideoTransformer3DModel": (
         "its self-attention is linear in the number of tokens, so there are no blocks to leave out"
@@ -40,10 +39,6 @@ SKIPPED: dict[str, str] = {
     "WanAnimate2Transformer3DModel": (
         "it brings a sparsity of its own: a block mask lets each frame read the reference tokens "
         "of that frame alone"
-    ),
-    "WanAnimateTransformer3DModel": (
-        "it animates short segments that each continue the one before, and what sparsity costs "
-        "there has not been measured"
     ),
 }
 """Class name of a transformer -> the reason, in a sentence that follows on "it stays dense:"."""

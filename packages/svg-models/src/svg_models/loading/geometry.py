@@ -47,8 +47,15 @@ class Geometry:
 
     @classmethod
     def _of(cls, pipe: Any) -> Geometry:
-        space = _factor(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-        time = _factor(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+        space, time = (
+            _factor(
+                pipe,
+                f"vae_scale_factor_{axis}",
+                f"vae_{axis}_compression_ratio",
+                f"vae_{axis}_scale_factor",
+            )
+            for axis in ("spatial", "temporal")
+        )
         config = (getattr(pipe, "transformer", None) or pipe.transformer_2).config
         patch = config.get("patch_size", (1, 2, 2))
         if isinstance(patch, int):

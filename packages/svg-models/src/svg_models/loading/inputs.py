@@ -52,12 +52,14 @@ class Inputs:
         video: what it does with a video: `"redraw"` it from noise laid over it, `"follow"` it as a
             guide for each frame, `"continue"` it; empty if it takes none.
         needs: nothing, `"image"`, `"video"`, or `"image or video"`.
+        lacks: arguments that it must be given and that a clip has no setting for.
     """
 
     name: str
     image: str = ""
     video: Literal["", "redraw", "follow", "continue"] = ""
     needs: str = ""
+    lacks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, pipeline: type) -> Inputs:
@@ -73,7 +75,14 @@ class Inputs:
             needs = "image"
         if pipeline.__name__ in EITHER:
             needs = "image or video"
-        return cls(name=pipeline.__name__, image=image, video=video, needs=needs)
+        lacks = tuple(
+            name
+            for name, argument in arguments.items()
+            if argument.default is argument.empty
+            and argument.kind is argument.POSITIONAL_OR_KEYWORD
+            and name not in ("self", "prompt", "video", *IMAGE_ARGUMENTS)
+        )
+        return cls(name=pipeline.__name__, image=image, video=video, needs=needs, lacks=lacks)
 
     def check(self, model: str, *, image: bool, video: bool) -> None:
         """Refuse what the pipeline cannot take, and what it lacks.
@@ -86,6 +95,11 @@ class Inputs:
         Raises:
             SettingError: says what to give instead.
         """
+        if self.lacks:
+            raise SettingError(
+                f"{model} must be given {' and '.join(self.lacks)}, for which there is no setting "
+                f"here; call {self.name} in Python, with sparsify(pipe) around the call"
+            )
         if image and not self.image:
             raise SettingError(
                 f"{model} cannot start from an image ({self.name} takes none); leave --image out, "

@@ -379,7 +379,7 @@ def _is_sparse(recipe: Recipe | None, transformer: str, moment: Moment) -> bool:
 
 
 def _layout(place: Slot, grid: tuple[int, int, int], tokens: int) -> TokenLayout:
-    position = place.family.text_position
+    position = place.family.text_position or place.family.conditions
     text_tokens = tokens - math.prod(grid)
     if text_tokens < 0 or (text_tokens and position is None):
         raise ValueError(

@@ -151,7 +151,7 @@ class Installation:
             )
             self._undo.append(hook.remove)
             for slot, (_, module) in zip(self.slots, attentions, strict=True):
-                module.set_processor(slot.processor)
+                _place(module, slot.processor)
         except BaseException:  # an interrupt, too, leaves nothing behind
             self.remove()
             raise
@@ -215,7 +215,7 @@ class Installation:
             if module is None:
                 continue
             if slot.in_place:
-                module.set_processor(slot.processor.original)
+                _place(module, slot.processor.original)
             elif module.processor is not slot.processor.original:
                 left_alone.append(slot.path)
         while self._undo:
@@ -262,6 +262,14 @@ def owner_of(transformer: nn.Module) -> int | None:
         if isinstance(processor, SparseProcessor):
             return int(processor.handle[0])
     return None
+
+
+def _place(module: Any, processor: Any) -> None:
+    """Put a processor into an attention; that of Mochi has no method for it."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _parameters(kind: type) -> list[str]:

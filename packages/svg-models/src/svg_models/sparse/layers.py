@@ -34,14 +34,13 @@ class FastLayers:
 
     def __init__(self, transformer: nn.Module, family: Family, layers: Layers) -> None:
         self._from = layers.fp8_from
-        blocks = family.find_blocks(transformer)
-        joined = blocks if layers.fuse else []
+        joined = family.find_blocks(transformer) if layers.fuse else []
         installed = [FusedForward.install(block, rule) for block, rule in joined]
         self._forwards = [forward for forward in installed if forward is not None]
         self.linears: Fp8Linears | None = None
         if layers.linears == "fp8":
             try:
-                self.linears = Fp8Linears(block for block, _ in blocks)
+                self.linears = Fp8Linears(family.blocks_of(transformer))
             except BaseException:
                 self.remove()
                 raise
