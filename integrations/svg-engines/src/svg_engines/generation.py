@@ -50,7 +50,17 @@ class Generation:
         self.settings = settings
         self.reasons = reasons
         self._sessions: dict[int | None, tuple[Session, Schedule] | None] = {}
+        self._levels: list[float] = []
         self._calls: Counter[tuple[int | float | None, str, int]] = Counter()
+
+    def step_of(self, level: float) -> int:
+        """Return which step a noise level is, for engines that number none.
+
+        Levels fall from step to step; one that was there before is that step.
+        """
+        if level not in self._levels:
+            self._levels.append(level)
+        return self._levels.index(level)
 
     def branch(self, step: int | float | None, transformer: str, layer: int) -> str:
         """Return the guidance branch of a call, for engines that do not name it.
