@@ -23,6 +23,7 @@ def test_distributions_are_layered_packages_and_plug_ins_named_for_the_index():
         "svg-attention": "svg_attention",
         "svg-kernels": "svg_kernels",
         "svg-models": "svg_models",
+        "svg-compat": "svg",
         "svg-engines": "svg_engines",
     }
 

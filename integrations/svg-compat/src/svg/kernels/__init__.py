@@ -1,0 +1,1 @@
+"""Kernels, by the names of the published code."""

@@ -1,0 +1,1 @@
+"""Kernels that were written in Triton there."""
