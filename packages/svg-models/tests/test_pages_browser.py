@@ -10,14 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_report
+import tuned
 from browser import Browser, find_browser
 
 from svg_models.comparison.page import comparison_page
 from svg_models.report import run_page
+from svg_models.tuning.page import tune_page
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
 
 SCREENS = [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]
+PAGES = (
+    "compare",
+    "many",
+    "unbroken",
+    "silent",
+    "run",
+    "dense",
+    "long",
+    "tune",
+    "untimed",
+    "missed",
+)
 LONG = "a" * 900
 WHITE = """(canvas => {
   const row = canvas.getContext('2d').getImageData(0, 5, canvas.width, 1).data;
@@ -59,6 +73,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run": run_page(dataclasses.replace(test_report.stats(0.25), records=records)),
         "dense": run_page(test_report.stats(1.0, dense=True)),
         "long": run_page(dataclasses.replace(test_report.stats(0.25), facts=facts)),
+        "tune": tune_page(tuned.made_up()),
+        "untimed": tune_page(tuned.made_up(timed=False, prompt=LONG)),
+        "missed": tune_page(tuned.made_up(found=False)),
     }
     for name, text in pages.items():
         (path / f"{name}.html").write_text(text, encoding="utf-8")
@@ -66,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "theme"), SCREENS)
-@pytest.mark.parametrize("page", ["compare", "many", "unbroken", "silent", "run", "dense", "long"])
+@pytest.mark.parametrize("page", PAGES)
 def test_page_fits_and_says_no_error(
     page: str, width: int, theme: str, browser: Browser, folder: Path
 ) -> None:
@@ -205,3 +222,31 @@ def test_page_a_lone_plot_keeps_its_size(browser: Browser, folder: Path) -> None
     browser.open(folder / "dense.html")
     assert browser.ask("document.querySelectorAll('.plot').length") == 1
     assert browser.ask("document.querySelector('.plot').getBoundingClientRect().width") <= 36 * 16
+
+
+def test_page_a_point_of_a_search_says_what_it_is(browser: Browser, folder: Path) -> None:
+    browser.open(folder / "tune.html")
+    place = browser.ask(
+        """(() => {
+          const svg = document.querySelector('[data-plot]'), data = JSON.parse(svg.dataset.plot);
+          const box = svg.getBoundingClientRect(), view = svg.viewBox.baseVal;
+          const [x, y] = data.values[0], [left, right, top, bottom] = data.box;
+          const across = left + (x - data.x[0]) / (data.x[1] - data.x[0]) * (right - left);
+          const down = top + (data.y[1] - y) / (data.y[1] - data.y[0]) * (bottom - top);
+          const to = { clientX: box.left + across / view.width * box.width,
+                       clientY: box.top + down / view.height * box.height };
+          svg.dispatchEvent(new PointerEvent('pointermove', to));
+          return document.querySelector('.tip').textContent;
+        })()"""
+    )
+    assert "no compensation" in place
+    assert "of dense (1 prompt)" in place
+    hidden = browser.ask(
+        """(() => {
+          const svg = document.querySelector('[data-plot]'), box = svg.getBoundingClientRect();
+          const corner = { clientX: box.left, clientY: box.top };
+          svg.dispatchEvent(new PointerEvent('pointermove', corner));
+          return document.querySelector('.tip').hidden;
+        })()"""
+    )
+    assert hidden is True

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tuned import made_up
 from typer.testing import CliRunner
 
 from svg_attention import SVG2, Schedule
@@ -401,6 +402,13 @@ def test_page_shows_the_curve_the_recipe_and_every_trial(tuned: Any) -> None:
         assert words in page
     assert page.count("prompt 1</dt>") == sum(t.prompt == 0 for t in tuned.trials)
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_page_says_what_was_missed_and_by_how_much() -> None:
+    page = tune_page(made_up(found=False))
+    assert "No recipe keeps this budget" in page
+    assert "Nothing that was tried keeps 80 dB; the closest, 40" in page
+    assert "svg-recipe" not in page
 
 
 def test_frontier_is_what_no_other_point_beats(tuned: Any) -> None:

@@ -232,7 +232,7 @@ def quality_against_cost(
         lowest, highest = axes.get_ylim()
         if floor is not None and floor < highest + (highest - lowest):
             axes.axhline(floor, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol="\u00a0%"))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol="\u00a0%"))
         axes.set_xlabel(axis)
         axes.set_title("dB against dense", loc="left", fontsize=10, color=MUTED)
         axes.margins(x=0.05, y=0.08)

@@ -150,7 +150,8 @@ def _split(text: str) -> tuple[str, str]:
 
 def _verdict(tuned: Tuned) -> str:
     if tuned.recipe is None:
-        return f"{tuned.shortfall().capitalize()}."
+        sentence = tuned.shortfall()
+        return f"{sentence[:1].upper()}{sentence[1:]}."
     text = f"Asked was {_target(tuned)}; taken was {_name(tuned.point)}."
     doubts = {t.doubt for t in tuned.trials if t.doubt}
     timed = [t for t in tuned.trials if t.seconds is not None]
