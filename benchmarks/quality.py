@@ -5,8 +5,8 @@
     python benchmarks/quality.py table benchmarks/results/h100/quality.json
 
 `run` measures as much as it has seconds for, the most telling first, and stores after each case.
-Run again, it goes on where the file ends: two runs of 240 s measure everything for 16 prompts on an
-H100. A case that fails is stored with its reason, and the next begins.
+Run again, it goes on where the file ends. On an H100 the first 240 s should hold every correction
+for 16 prompts, and two runs more all methods at all densities. A case that fails is stored with its reason, and the next begins.
 
 Every method gets the same prompts and the same noise. The prompts are none of those that a setting
 was chosen on. The dense clips come twice, by two dense kernels: what one differs from the other is

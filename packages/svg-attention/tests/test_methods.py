@@ -11,6 +11,7 @@ import torch
 from svg_attention import (
     SVG1,
     SVG2,
+    SVGEAR,
     Dense,
     LayerMemory,
     Method,
@@ -36,6 +37,7 @@ METHODS = [
         metric="response",
         spend="call",
     ),
+    SVGEAR(q_clusters=5, k_clusters=9, density=0.4),
     RandomBlocks(density=0.4),
 ]
 

@@ -9,6 +9,7 @@ from svg_attention.memory import LayerMemory
 from svg_attention.methods import (
     SVG1,
     SVG2,
+    SVGEAR,
     Dense,
     Method,
     RandomBlocks,
@@ -29,6 +30,7 @@ __all__ = [
     "RandomBlocks",
     "SVG1",
     "SVG2",
+    "SVGEAR",
     "KeySummary",
     "LayerMemory",
     "Method",

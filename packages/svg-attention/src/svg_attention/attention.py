@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_attention.backends import BACKENDS, Backend, select_backend
-from svg_attention.corrections import add_residual, repair
+from svg_attention.corrections import add_first_order, add_residual, repair
 from svg_attention.plan import SparsePlan
 from svg_attention.rows import take_rows
 from svg_attention.tiles import head_groups, match_heads
@@ -108,7 +108,11 @@ def sparse_attention(
     if out is None:
         out = torch.empty(out_shape(query, value), dtype=query.dtype, device=query.device)
     if plan.residual is None:
-        lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=return_lse)
+        sloped = plan.summary is not None and plan.summary.slope is not None
+        wanted = return_lse or sloped
+        lse = chosen.attend(query, key, value, plan, out, scale=scale, return_lse=wanted)
+        if sloped and lse is not None:
+            add_first_order(out, lse, query, plan, scale)
     else:
         lse = _attend_with_probes(
             chosen, query, key, value, plan, out, scale=scale, return_lse=return_lse

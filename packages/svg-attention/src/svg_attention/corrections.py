@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from svg_attention.plan import ExactRows, ProbeResidual
+from svg_attention.plan import ExactRows, ProbeResidual, SparsePlan
 from svg_attention.rows import take_rows
+from svg_attention.tiles import match_heads
 
 # Strength of the ridge, as a share of the mean energy of the features.
 RIDGE = 0.03
@@ -78,6 +79,46 @@ def reliance(agreement: Tensor, energy: Tensor) -> Tensor:
     best = agreement.sum(dim=-1, keepdim=True) / total
     deviation = (agreement - best * energy).square().sum(dim=-1, keepdim=True).sqrt() / total
     return (best - 2 * deviation).clamp(0, 1).squeeze(-1)
+
+
+def add_first_order(
+    out: Tensor, lse: Tensor, query: Tensor, plan: SparsePlan, scale: float
+) -> None:
+    """Add to outputs, in place, what the slope of a summary adds to the values of centroids.
+
+    The share of a row's attention that falls on centroids is computed once more, some tiles at a
+    time, in plain torch.
+
+    Args:
+        out: `[B, H, S, D_v]`, outputs without it; any strides.
+        lse: fp32 `[B, H, S]`, natural logarithm of their softmax denominators.
+        query: `[B, H, S, D]`.
+        plan: has a summary with a slope, and no residual.
+        scale: factor of the logits.
+    """
+    summary = plan.summary
+    if summary is None or summary.slope is None:
+        raise ValueError("the plan has no slope")
+    centroids = match_heads(summary.keys, plan.heads).float().transpose(-1, -2)
+    slope = match_heads(summary.slope, plan.heads) * scale
+    positions = torch.arange(plan.query_length, device=out.device)
+    order = positions.expand(plan.batch, plan.heads, -1)
+    if plan.query_order is not None:
+        order = plan.query_order.long()
+    tile_bytes = 4 * plan.batch * plan.heads * plan.tile_rows * centroids.shape[3]
+    step = max(SCRATCH // max(tile_bytes, 1), 1)
+    for first in range(0, plan.tiles, step):
+        part = slice(first * plan.tile_rows, (first + step) * plan.tile_rows)
+        tokens = order[:, :, part]
+        index = tokens[..., None]
+        rows = query.gather(2, index.expand(-1, -1, -1, query.shape[3])).float()
+        weights = summary.log_weights[:, :, first : first + step]
+        weights = weights.repeat_interleave(plan.tile_rows, dim=2)[:, :, : tokens.shape[2]]
+        logits = rows @ centroids * scale + weights
+        share = (logits - lse.gather(2, tokens)[..., None]).exp().sum(dim=-1, keepdim=True)
+        found = index.expand(-1, -1, -1, out.shape[3])
+        more = out.gather(2, found) + share * (rows @ slope)
+        out.scatter_(2, found, more.to(out.dtype))
 
 
 def repair(out: Tensor, query: Tensor, exact: ExactRows) -> None:

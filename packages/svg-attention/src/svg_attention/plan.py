@@ -27,11 +27,15 @@ class KeySummary:
         values: `[B, H, C, D]`, mean value of each cluster, typed as the values.
         log_weights: fp32 `[B, H, T, C]`, natural logarithm of how many keys the centroid stands
             for; minus infinity where the tile reads the cluster itself or the cluster is empty.
+        slope: fp32 `[B, H, D, D_v]`, mean product of what a key and its value exceed their centroid
+            by: the value of a centroid then counts as `values[c] + query * scale @ slope`. None for
+            0.
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor
+    slope: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

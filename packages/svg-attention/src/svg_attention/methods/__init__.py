@@ -10,9 +10,10 @@ from svg_attention.methods.dense import Dense
 from svg_attention.methods.random_blocks import RandomBlocks
 from svg_attention.methods.svg1 import SVG1
 from svg_attention.methods.svg2 import SVG2, cluster_counts
+from svg_attention.methods.svg_ear import SVGEAR
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (Dense, SVG1, SVG2, RandomBlocks)
+    method.__name__: method for method in (Dense, SVG1, SVG2, SVGEAR, RandomBlocks)
 }
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "METHODS",
     "SVG1",
     "SVG2",
+    "SVGEAR",
     "Dense",
     "Method",
     "RandomBlocks",

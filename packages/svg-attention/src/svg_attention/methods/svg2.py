@@ -20,6 +20,7 @@ from svg_attention.planning.clusters import (
     Choice,
     Selection,
     TileReads,
+    mean_slope,
     mean_values,
     plan_clusters,
     read_alike,
@@ -81,7 +82,8 @@ class SVG2(Method):
         count_probes: let `density` hold what probes and exact rows read, too (`probe_density`).
         compensate: let unread clusters take part through their mean key and value.
         route: "mass" reads the clusters with most mass; "error" those that their centroid would
-            replace worst, as many keys as "mass" would have read. Needs `compensate`.
+            replace worst, as many keys as "mass" would have read; "scores" the same by the error of
+            their scores alone. Both need `compensate`.
         correct_bias: raise the weight of each centroid to what the probes of a tile find its
             cluster to weigh: a mean key weighs less than its keys do on average. Needs
             `route="error"`, whose pass over the keys finds it; clusters that one key dominates,
@@ -89,6 +91,9 @@ class SVG2(Method):
         correct_residual: add to each row what its probe's exact attention output exceeds its
             sparse output by, as far as neighbouring probes foretell each other, head by head. A
             probe takes the place of every `probe_rows`-th row of a tile. Needs `route="error"`.
+        first_order: add the first-order term of the unread clusters, with the slope of a head's
+            average cluster; for comparison with methods that have one. Needs `compensate`; not with
+            `correct_residual`.
         repair_rows: video rows of each head, at most 256, whose exact outputs correct all others: a
             regression from sparse output and query predicts what a row lacks, as far as these rows
             foretell each other, head by head. 0 for none; 64 cost 64 dense rows.
@@ -117,9 +122,10 @@ class SVG2(Method):
     spend: Literal["tile", "call"] = "tile"
     count_probes: bool = False
     compensate: bool = False
-    route: Literal["mass", "error"] = "mass"
+    route: Literal["mass", "error", "scores"] = "mass"
     correct_bias: bool = False
     correct_residual: bool = False
+    first_order: bool = False
     repair_rows: int = 0
     share_branches: bool = False
     probe_rows: int = 16
@@ -156,15 +162,17 @@ class SVG2(Method):
             spend=config.choice("spend", self.spend, ("tile", "call")),
             count_probes=config.flag("count_probes", self.count_probes),
             compensate=config.flag("compensate", self.compensate),
-            route=config.choice("route", self.route, ("mass", "error")),
+            route=config.choice("route", self.route, ("mass", "error", "scores")),
             metric=config.choice("metric", self.metric, ("euclidean", "response")),
             correct_bias=config.flag("correct_bias", self.correct_bias),
             correct_residual=config.flag("correct_residual", self.correct_residual),
+            first_order=config.flag("first_order", self.first_order),
             share_branches=config.flag("share_branches", self.share_branches),
         )
-        if self.route == "error" and not self.compensate:
+        if self.route != "mass" and not self.compensate:
             raise ValueError(
-                "route='error' ranks clusters by the error of compensation; set compensate=True"
+                f"route={self.route!r} ranks clusters by the error of compensation; set "
+                "compensate=True"
             )
         if self.spend == "call" and (self.density is None or self.route != "error"):
             raise ValueError(
@@ -176,6 +184,11 @@ class SVG2(Method):
                 raise ValueError(
                     f"{name} takes what the probes of error routing find; set route='error'"
                 )
+        if self.first_order and (self.correct_residual or not self.compensate):
+            raise ValueError(
+                "first_order adds to what centroids stand in for, without probes among the rows; "
+                "set compensate=True, and correct_residual=False"
+            )
         if self.share_branches and self.correct_residual:
             raise ValueError(
                 "share_branches spares the probes that correct_residual needs; set one of them"
@@ -310,6 +323,7 @@ class SVG2(Method):
                 top_p=self.top_p,
                 min_clusters=int(self.min_keep * key_clusters.sizes.shape[-1]),
                 by_error=self.route == "error",
+                by_scores=self.route == "scores",
                 correct_bias=self.correct_bias,
                 probe_rows=self.probe_rows,
                 return_probes=self.correct_residual,
@@ -382,6 +396,9 @@ class SVG2(Method):
                 values=reads.value_means,
                 log_weights=reads.log_weights,
             )
+        if summary is not None and self.first_order:
+            slope = mean_slope(call.video(call.key), call.video(call.value), key_clusters)
+            summary = replace(summary, slope=slope)
         return SparsePlan(
             query_length=layout.tokens,
             key_length=layout.tokens,
@@ -407,7 +424,7 @@ class SVG2(Method):
         """Return what the probes of a call take, counted as in `SparsePlan.probe_density`."""
         tokens, rows = layout.video_tokens, min(self.repair_rows, layout.video_tokens)
         repair = rows / layout.tokens
-        if self.route != "error":
+        if self.route == "mass":
             return repair
         if not self.correct_residual:
             return repair + 0.5 * -(-tokens // self.probe_rows) * tokens / layout.tokens**2

@@ -14,6 +14,7 @@ from svg_attention.planning.clustering import Clusters
 from svg_attention.planning.dispatch import LARGEST_BIAS, planner_for, select_planner
 from svg_attention.planning.order import LONG_RATIO
 from svg_attention.planning.runs import cluster_ends
+from svg_attention.planning.scores import score_error
 from svg_attention.planning.shares import share_budget
 from svg_attention.tiles import count_tiles, match_heads
 
@@ -29,6 +30,7 @@ class Selection:
         top_p: share of the estimated attention that a tile reads.
         min_clusters: clusters that a tile reads at least, where it chooses by `top_p`.
         by_error: read the clusters that their centroid would replace worst.
+        by_scores: the same by the error of their scores alone, without values.
         correct_bias: raise the weight of centroids to what the probes find their clusters weigh.
         probe_rows: rows of a probe; divides 128.
         return_probes: also return the probes and their exact outputs. Needs `by_error`.
@@ -39,6 +41,7 @@ class Selection:
     top_p: float = 1.0
     min_clusters: int = 1
     by_error: bool = False
+    by_scores: bool = False
     correct_bias: bool = False
     probe_rows: int = 16
     return_probes: bool = False
@@ -266,18 +269,20 @@ def _select(
     sizes = match_heads(clusters.sizes, means.shape[1])
     probed = (length, rows, scale)
     budget = selection.budget
-    if selection.by_error:
+    if selection.by_scores:
+        error = score_error(means, key, clusters, length=length, probe_rows=rows, scale=scale)
+    elif selection.by_error:
         tensors = (means, key, value, clusters.order, clusters.centroids, value_means)
         prober = cuda if cuda.unsupported(means, key, value, rows) is None else planner
         wanted = selection.return_probes
         error, bias, *found = prober.probe_sums(*tensors, clusters.sizes, *probed, wanted)
         bias, exact = bias if selection.correct_bias else None, tuple(found) if wanted else None
-        if budget is not None:
-            if selection.shared:
-                room = share_budget(error, sizes, budget, length)
-            else:
-                room = budget[:, None, None].expand(error.shape[:3])
-            return planner.keep_budget(error, sizes, room), bias, exact
+    if error is not None and budget is not None:
+        if selection.shared:
+            room = share_budget(error, sizes, budget, length)
+        else:
+            room = budget[:, None, None].expand(error.shape[:3])
+        return planner.keep_budget(error, sizes, room), bias, exact
     mass = planner.probe_mass(
         means, clusters.centroids, clusters.sizes, *probed, budget is not None
     )
@@ -287,7 +292,7 @@ def _select(
     priority = mass / sizes.clamp(min=1)[:, :, None]
     floor = max(selection.min_clusters, 1)
     kept = planner.keep_top_p(priority, mass, sizes, selection.top_p, floor)
-    if selection.by_error:
+    if error is not None:
         room = (kept * sizes[:, :, None]).sum(dim=-1).float()
         kept = planner.keep_budget(error, sizes, room)
     return kept, bias, exact
@@ -304,3 +309,26 @@ def mean_values(value: Tensor, clusters: Clusters) -> Tensor:
         previous=value.new_zeros(batch * heads, count, width),
     ).centroids
     return means.view(batch, heads, count, width)
+
+
+def mean_slope(key: Tensor, value: Tensor, clusters: Clusters) -> Tensor:
+    """Return how the mean value of a cluster changes with the query, to first order.
+
+    `1 / N * sum_j (k_j - k_c)' (v_j - v_c)`, the covariance of keys and values within clusters,
+    averaged over the keys of a head.
+
+    Args:
+        key: `[B, H_kv, N, D]`.
+        value: `[B, H_kv, N, D_v]`.
+        clusters: of `key`.
+
+    Returns:
+        fp32 `[B, H_kv, D, D_v]`.
+
+    Source: PISA and PASA (arXiv:2604.12219), which share one slope among blocks, too.
+    """
+    keys, values = (
+        x - means.gather(2, clusters.labels.long()[..., None].expand_as(x))
+        for x, means in ((key, clusters.centroids), (value, mean_values(value, clusters)))
+    )
+    return (keys.transpose(-1, -2) @ values).float() / max(key.shape[2], 1)

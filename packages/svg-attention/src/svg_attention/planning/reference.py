@@ -162,7 +162,7 @@ def probe_sums(
         center_logits = torch.matmul(part, centroids_t) * scale - largest
         # By convexity a mean key's logit cannot exceed the largest of its cluster.
         centre = center_logits.clamp(max=0).exp_()
-        total = _cluster_sums(weights, ends)
+        total = cluster_sums(weights, ends)
         gap = total.clamp(min=SMALL_MASS).log() - count.clamp(min=1).log() - center_logits
         # What hardly counts is not measured: its sum is a difference of large numbers.
         counts = (total > SMALL_MASS) & (count > 0)
@@ -171,8 +171,8 @@ def probe_sums(
         if return_output:
             outputs.append(torch.matmul(weights, values) / denominator + constant)
             denominators.append((denominator.log() + largest).squeeze(-1))
-        cross = _cluster_sums(weights * agreement, ends)
-        square = _cluster_sums(weights.square_() * energy, ends)
+        cross = cluster_sums(weights * agreement, ends)
+        square = cluster_sums(weights.square_() * energy, ends)
         error = count * centre.square() * mean_energy - 2.0 * centre * cross + square
         errors.append(error.clamp_(min=0) / (count.clamp(min=1) * denominator.square()))
     mass = torch.cat(masses, dim=2)
@@ -186,7 +186,7 @@ def probe_sums(
     return tile_average(torch.cat(errors, dim=2), length, probe_rows), bias, output, lse
 
 
-def _cluster_sums(x: Tensor, ends: Tensor) -> Tensor:
+def cluster_sums(x: Tensor, ends: Tensor) -> Tensor:
     """Sum `[B, H, T, N]` over the rows of each cluster, given one past its last row `[B, H, C]`."""
     running = torch.nn.functional.pad(x.double().cumsum(dim=-1), (1, 0))
     edges = torch.nn.functional.pad(ends, (1, 0))[:, :, None].expand(-1, -1, x.shape[2], -1)
