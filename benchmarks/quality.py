@@ -6,7 +6,8 @@
 
 `run` measures as much as it has seconds for, the most telling first, and stores after each case.
 Run again, it goes on where the file ends. On an H100 the first 240 s should hold every correction
-for 16 prompts, and two runs more all methods at all densities. A case that fails is stored with its reason, and the next begins.
+for 16 prompts, and a quarter of an hour in all every method at every density. A case that fails is
+stored with its reason, and the next begins.
 
 Every method gets the same prompts and the same noise. The prompts are none of those that a setting
 was chosen on. The dense clips come twice, by two dense kernels: what one differs from the other is
@@ -215,7 +216,7 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.times = Times(args.device)
-        self._dense: tuple[tuple[str, int], Tensor] | None = None
+        self._dense: dict[tuple[str, int], Tensor] = {}
         self._seconds: dict[tuple[str, int], float] = {}
         header = {
             "environment": environment(args),
@@ -278,7 +279,7 @@ class Measurement:
         fallback = (STEP_SECONDS[case.size] * case.steps + 0.5) * scale
         seconds = self._seconds.get(clip, fallback)
         # The dense clips come first, twice.
-        return seconds * (1.0 if self._dense and self._dense[0] == clip else 3.0)
+        return seconds * (1.0 if clip in self._dense else 3.0)
 
     def _layout(self, size: str) -> TokenLayout:
         side, frames = SIDES[size], self.args.frames
@@ -293,9 +294,8 @@ class Measurement:
 
     def _dense_clips(self, size: str, steps: int) -> Tensor:
         """Return the dense clips, and store the noise floor when they are made first."""
-        if self._dense is None or self._dense[0] != (size, steps):
-            clips = self._sample(size, steps)
-            self._dense = ((size, steps), clips)
+        if (size, steps) not in self._dense:
+            clips = self._dense[size, steps] = self._sample(size, steps)
             name = f"{size} clip, {steps} steps"
             if name not in self.results["noise_floor"]:
                 with other_kernel(self.pipe):
@@ -303,7 +303,7 @@ class Measurement:
                 floor = {m: summary(v) for m, v in closeness(again, clips).items()}
                 self.results["noise_floor"][name] = floor
                 print(f"{name}: noise floor {decibels(floor['psnr'])}", flush=True)
-        return self._dense[1]
+        return self._dense[size, steps]
 
     def _measure_case(self, case: Case) -> dict[str, Any]:
         """Run a method and compare its clips with the dense ones."""
