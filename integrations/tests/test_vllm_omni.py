@@ -1,6 +1,7 @@
 """The plug-in in vLLM-Omni 0.30.0: its real registry, layer, context, SDPA and plug-in loader."""
 
 import ast
+import dataclasses
 import importlib
 import logging
 import sys
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from distributions import ROOT, read_toml
 from stubs import Stub, install, remove
 
+from svg_attention import SVG2
+
 GRID, HEADS, DIM, LAYERS = (3, 8, 8), 2, 16, 2
 VIDEO = 3 * 8 * 8
+FEW_ROUNDS = SVG2(compensate=True, first_iterations=3)
 NAMES = read_toml(ROOT / "integrations/svg-engines/pyproject.toml")["project"]["entry-points"]
 
 
@@ -151,8 +155,8 @@ def make_layers(omni, count=LAYERS, **block_sparse):
         for n in range(count)
     ]  # fmt: skip
     for layer in made:
-        settings = layer.attention.layer.settings
-        object.__setattr__(settings, "min_tokens", 0)
+        ours = layer.attention.layer
+        ours.settings = dataclasses.replace(ours.settings, min_tokens=0, method=FEW_ROUNDS)
     return made
 
 
