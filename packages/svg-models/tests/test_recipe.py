@@ -247,6 +247,19 @@ def test_generate_takes_a_recipe_and_writes_one(folder: str, tmp_path: Path) -> 
     assert clips[0].read_bytes() == clips[1].read_bytes()
 
 
+def test_a_batch_makes_a_clip_again_whose_recipe_has_changed(folder: str, tmp_path: Path) -> None:
+    mine, lines = tmp_path / "mine.json", tmp_path / "prompts.txt"
+    lines.write_text("a red circle\n", encoding="utf-8")
+    words = ["batch", str(lines), "-m", folder, *TINY, "--json", "-o", str(tmp_path / "out")]
+    made = []
+    for recipe in (RECIPE, RECIPE, dataclasses.replace(RECIPE, method=SVG1(density=0.5))):
+        recipe.save(mine)
+        result = CliRunner().invoke(app, [*words, "--recipe", str(mine)])
+        assert result.exit_code == 0, result.output
+        made.append(json.loads(result.stdout)[0]["made"])
+    assert made == [True, False, True]
+
+
 def test_compare_takes_recipes_beside_methods(folder: str, tmp_path: Path) -> None:
     RECIPE.save(tmp_path / "My recipe!.json")
     words = ["compare", "a red circle", "-m", folder, *TINY, "--json", "-o", str(tmp_path / "out")]

@@ -14,6 +14,7 @@ from svg_models.files import atomic_folder, atomic_path, regular_file
 from svg_models.generation.request import GenerateRequest
 from svg_models.generation.settings import MEDIA
 from svg_models.plain_json import parse_json
+from svg_models.recipe import Recipe, read_document
 
 if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
@@ -45,11 +46,16 @@ class BatchClip:
     def identity(self) -> dict[str, Any]:
         """Return everything that the clip depends on, as plain values."""
         ours = {f.name: getattr(self.request, f.name) for f in fields(GenerateRequest)}
-        return {
+        found: dict[str, Any] = {
             name: value if isinstance(value, bool | int | float | None) else str(value)
             for name, value in ours.items()
             if name not in ("progress", "profile")
         }
+        recipe = self.request.recipe
+        if recipe is not None:  # what the file says, since another may stand there tomorrow
+            whole = recipe.to_dict() if isinstance(recipe, Recipe) else read_document(recipe)
+            found["recipe"] = whole
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
