@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def run(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -33,9 +34,15 @@ def test_an_example_runs(path, tmp_path):
         assert density <= 0.25
         assert kept > 0.9
         assert error < 0.1
+    if path.stem == "own_dit":
+        computed, error = (float(x) for x in re.findall(r"[\d.]+$", done.stdout, re.M))
+        assert computed < 0.5
+        assert 0 < error < 0.05
 
 
 def test_every_example_is_shown_in_the_documentation():
     pages = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md"))
-    missing = [path.name for path in EXAMPLES if f"examples/{path.name}" not in pages]
+    missing = [
+        path.name for path in (*EXAMPLES, *NOTEBOOKS) if f"examples/{path.name}" not in pages
+    ]
     assert missing == []

@@ -12,9 +12,10 @@ from typing import Any
 
 from svg_models.comparison.candidate import Candidate
 from svg_models.comparison.page import comparison_page
-from svg_models.errors import OutputError, SvgModelsError
+from svg_models.errors import OutputError, SvgModelsError, shortened
 from svg_models.files import atomic_folder, spare_folders, user_path
 from svg_models.generation.clip import Clip
+from svg_models.summary import Summarised
 from svg_models.video import METRICS, side_by_side, write_video
 
 __all__ = ["Comparison", "clip_label"]
@@ -22,8 +23,8 @@ __all__ = ["Comparison", "clip_label"]
 PAGE, DATA, TOGETHER = "index.html", "compare.json", "side-by-side.mp4"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Comparison(Summarised):
     """One prompt and seed, dense and by one or more sparse methods.
 
     Attributes:
@@ -71,6 +72,23 @@ class Comparison:
             "metrics": METRICS,
             "runs": [dense, *sparse],
         }
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        settings = self.dense.settings
+        rows = []
+        for candidate in self.candidates:
+            clip, speed = candidate.clip, candidate.speed
+            line = (
+                f"{clip.stats.mean_density:.0%} computed, {candidate.similarity.mean_psnr:.1f} dB"
+            )
+            rows.append(
+                (clip.method.title, line + ("" if speed is None else f", {speed.speedup:.2f}x"))
+            )
+        if self.no_speed:
+            rows.append(("no speed", self.no_speed))
+        if self.gains_from:
+            rows.append(("note", self.gains_from))
+        return f"Comparison with dense attention: {shortened(str(settings.prompt), 80)}", rows
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the clips, one clip of all side by side, the numbers and the page.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,19 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from svg_models.errors import OutputError, SvgModelsError
+from svg_models.errors import OutputError, SvgModelsError, shortened
 from svg_models.files import check_suffix
 from svg_models.generation.settings import Settings
 from svg_models.method_names import MethodSpec
 from svg_models.sparse.pairs import PairedStep
 from svg_models.stats import RunStats
-from svg_models.video import keep_elsewhere, write_video
+from svg_models.summary import Summarised
+from svg_models.video import encode, enlarge, keep_elsewhere, write_video
 
 __all__ = ["Clip"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Clip:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Clip(Summarised):
     """A generated clip and how it came about.
 
     Attributes:
@@ -71,6 +74,28 @@ class Clip:
             "attention": {k: v for k, v in self.stats.numbers().items() if not isinstance(v, dict)},
             "messages": list(self.stats.messages),
         }
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        settings = self.settings
+        size = f"{len(self.frames)} frames of {settings.width} x {settings.height}"
+        rows = [
+            ("prompt", shortened(str(settings.prompt), 100)),
+            ("model", f"{self.model}, {settings.steps_to_run} steps, seed {settings.seed}"),
+            ("seconds", f"{self.seconds:.1f} of denoising, {self.decode_seconds:.1f} of decoding"),
+        ]
+        if self.stats.sparse_calls:
+            density = f"{self.stats.mean_density:.1%} of the query-key pairs on sparse calls"
+            rows.insert(2, ("density", density))
+        return f"Clip: {size} with {self.method.title}", rows
+
+    def _repr_html_(self) -> str:
+        """Return the clip, playing, above what `repr` says."""
+        file = io.BytesIO()
+        shown = enlarge(self.frames, max(1, 256 // self.frames.shape[2]))
+        encode(shown, file, fps=self.settings.fps)
+        data = base64.b64encode(file.getvalue()).decode("ascii")
+        video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted controls></video>'
+        return video + super()._repr_html_()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the clip as an mp4; see `svg_models.video.write_video`.
