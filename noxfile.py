@@ -168,6 +168,13 @@ def docs(session: nox.Session) -> None:
     session.run("python", "tools/check_site.py", "site")
 
 
+@nox.session(default=False)
+def site(session: nox.Session) -> None:
+    """Build the documentation of every release and of main into one site; needs the tags."""
+    session.install(*group("docs"))
+    session.run("python", "tools/site_versions.py", "site", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session(default=False, requires=["torch"])
 def demo(session: nox.Session) -> None:
     """Generate one clip dense and sparse with the embedded model, and compare them."""

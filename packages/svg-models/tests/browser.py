@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -25,6 +26,14 @@ def find_browser() -> str | None:
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
+def _pipe(theirs: int) -> tuple[int, int]:
+    """Return an end of a pipe for the browser, at a high number, and our own end."""
+    ends = os.pipe()
+    high = fcntl.fcntl(ends[theirs], fcntl.F_DUPFD, 20)
+    os.close(ends[theirs])
+    return high, ends[1 - theirs]
+
+
 class Browser:
     """One page of a headless browser, and what its console said.
 
@@ -38,8 +47,8 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         program = find_browser()
         assert program is not None
-        theirs_in, self._write = os.pipe()
-        self._read, theirs_out = os.pipe()
+        theirs_in, self._write = _pipe(theirs=0)
+        theirs_out, self._read = _pipe(theirs=1)
         command = [
             program,
             "--headless=new",

@@ -52,6 +52,7 @@ def test_example_a_pipeline_is_made_sparse_and_reports(
     assert "sparse calls" in (tmp_path / "run.html").read_text().lower()
 
 
+@pytest.mark.timeout(900)
 def test_example_the_notebook_runs_cell_by_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
