@@ -226,9 +226,6 @@ def chaos(session: nox.Session) -> None:
 def sanitize(session: nox.Session) -> None:
     """Run every kernel under CUDA's compute-sanitizer; needs a CUDA device."""
     install(session, *checkout("svg-kernels", "svg-attention"))
-    # racecheck does not follow a warp barrier through another lane's memory barrier; see
-    # docs/sparse-attention-kernel.md.
-    spared = ("--kernel-name-exclude", "kns=block_sparse_attention_tile")
     for script, options in (
         ("svg-kernels/tests/sanitize.py", ()),
         ("svg-kernels/tests/sanitize_ops.py", ("--kernel-name", "kns=svg")),
@@ -237,11 +234,6 @@ def sanitize(session: nox.Session) -> None:
         for tool in ("memcheck", "racecheck", "synccheck"):
             session.run(
                 *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *options),
-                *(
-                    spared
-                    if (tool, script) == ("racecheck", "svg-kernels/tests/sanitize.py")
-                    else ()
-                ),
                 *("python", f"packages/{script}"),
                 # Many threads of many processes wait for each other; without torch's own allocator
                 # each tensor ends where its allocation ends.

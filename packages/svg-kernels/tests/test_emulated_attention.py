@@ -78,10 +78,9 @@ def test_block_sparse_attention_emulated_matches_fp64(plan, dtype, generator):
     assert_lse_close(lse, want_lse)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("plan", "seed"), [("ragged runs", 1), ("summaries", 0)])
 def test_block_sparse_attention_emulated_keeps_nan_to_the_rows_that_read_it(plan, seed, generator):
-    # Tiles whose outputs are not finite are computed again, the pipeline going on where it was.
+    # Both fail where tiles whose outputs are not finite are not computed again.
     generator.manual_seed(seed)
     sizes = PLANS[plan] | {"batch": 2}
     arguments, keywords = random_call(generator, dtype=torch.bfloat16, dim=128, **sizes)
