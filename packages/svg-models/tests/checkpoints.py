@@ -308,4 +308,15 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         source="class defaults",
         config=dict(in_channels=16, out_channels=16, patch_size=2),
     ),
+    Checkpoint(
+        names=("lllyasviel/FramePackI2V_HY", "lllyasviel/FramePack_F1_I2V_HY_20250503"),
+        family="framepack",
+        task="i2v",
+        transformer="HunyuanVideoFramepackTransformer3DModel",
+        layers=20 + 40,
+        heads=24,
+        head_dim=128,
+        source="class defaults",
+        config=dict(has_image_proj=True, has_clean_x_embedder=True),
+    ),
 )

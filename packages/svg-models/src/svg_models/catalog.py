@@ -38,6 +38,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
     "wan_animate": ("WanAnimatePipeline",),
     "chronoedit": ("ChronoEditPipeline",),
     "allegro": ("AllegroPipeline",),
+    "framepack": ("HunyuanVideoFramepackPipeline",),
     "easyanimate": ("EasyAnimatePipeline",),
     "ltx": ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
 }

@@ -12,6 +12,7 @@ from zoo import (
     consisid,
     cosmos,
     easyanimate,
+    framepack,
     hunyuan_video,
     hunyuan_video15,
     ltx,
@@ -40,6 +41,7 @@ MODULES = (
     allegro,
     consisid,
     easyanimate,
+    framepack,
 )
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 

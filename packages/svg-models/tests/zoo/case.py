@@ -50,5 +50,6 @@ class Case:
         settings = {"num_inference_steps": self.steps, "output_type": "latent"}
         settings |= {**self.arguments, **changes}
         settings = {name: value for name, value in settings.items() if value is not None}
-        latents: Tensor = pipe(**settings, generator=torch.Generator().manual_seed(seed)).frames
-        return latents
+        latents = pipe(**settings, generator=torch.Generator().manual_seed(seed)).frames
+        # FramePack returns a list of its sections.
+        return torch.cat(latents, dim=2) if isinstance(latents, list) else latents

@@ -11,6 +11,7 @@ from svg_models.families.cogvideox import COGVIDEOX
 from svg_models.families.consisid import CONSISID
 from svg_models.families.cosmos import COSMOS
 from svg_models.families.easyanimate import EASYANIMATE
+from svg_models.families.framepack import FRAMEPACK
 from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
 from svg_models.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from svg_models.families.ltx import LTX
@@ -48,6 +49,7 @@ _families: list[Family] = [
     ALLEGRO,
     CONSISID,
     EASYANIMATE,
+    FRAMEPACK,
 ]
 
 

@@ -47,6 +47,11 @@ def no_padding(transformer: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def no_conditions(transformer: Any, arguments: Mapping[str, Any]) -> int:
+    """Return 0: nothing stands beside the clip and its text."""
+    return 0
+
+
 def no_objection(transformer: Any) -> str:
     """Return nothing against making a transformer sparse."""
     return ""
@@ -97,6 +102,8 @@ class Family:
         text_position: where text tokens stand in the self-attention's sequence; None if nowhere.
         conditions: where tokens of conditions may stand beside the clip's, in one stream with
             them; they are attended to exactly, as text is. None if nowhere.
+        condition_tokens: how many of them there are, from the transformer and the arguments of its
+            forward pass by name; asked only where text stands behind the clip, too.
         text_lengths: valid text tokens of each sample, integers `[B]` on the model's device, from
             the transformer and the arguments of its forward pass by name; None if all count. The
             valid ones come first.
@@ -120,6 +127,7 @@ class Family:
     recipes: tuple[Published, ...] = ()
     text_position: Literal["first", "last"] | None = None
     conditions: Literal["first", "last"] | None = None
+    condition_tokens: Callable[[Any, Mapping[str, Any]], int] = no_conditions
     text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding
     dense: DenseKernel = dense_attention
     usual: Callable[[Any], Mapping[str, Any]] = nothing_unusual

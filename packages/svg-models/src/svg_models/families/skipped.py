@@ -19,7 +19,6 @@ SKIPPED: dict[str, str] = {
         "grid of frames, rows and columns"
     ),
     "HeliosTransformer3DModel": _HISTORY,
-    "HunyuanVideoFramepackTransformer3DModel": _HISTORY,
     "Kandinsky5Transformer3DModel": (
         "it brings a sparsity of its own, NABLA, which its checkpoints for long clips were "
         "trained with"

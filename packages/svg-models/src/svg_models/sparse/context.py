@@ -42,9 +42,11 @@ class ForwardContext:
         text_lengths: valid text tokens of each sample, integers `[B]` on the model's device; None
             if all count or there are none.
         text_counts: the same numbers on the host.
+        before: tokens of conditions in front of a clip that has text behind it.
     """
 
     moment: Moment
     grid: tuple[int, int, int]
     text_lengths: Tensor | None = None
     text_counts: tuple[int, ...] | None = None
+    before: int = 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svg_attention import (
@@ -332,18 +333,20 @@ class Engine:
                 "transformer itself, transformer(...), not one of its parts or its forward method"
             )
         layout = _layout(place, context.grid, query.shape[1])
-        video, counts = layout.video_tokens, context.text_counts
+        video, counts, before = layout.video_tokens, context.text_counts, context.before
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return place.family.dense(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
+            q, k, v = (_swapped(x.transpose(1, 2), video, before) for x in (q, k, v))
+            out = place.family.dense(
+                *(q, k, v),
                 backend=getattr(place.processor.original, "_attention_backend", None),
-                key_lengths=None if counts is None else tuple(video + n for n in counts),
-            ).transpose(1, 2)
+                key_lengths=None if counts is None else tuple(before + video + n for n in counts),
+            )
+            return _swapped(out, before, video).transpose(1, 2)
 
-        heads = tuple(x.transpose(1, 2) for x in (query, key, value))
+        # A plan knows a clip and, on one side of it, tokens that it attends to exactly. Conditions
+        # that stand on the other side than the text go between both, where they all count.
+        heads = tuple(_swapped(x, before, video).transpose(1, 2) for x in (query, key, value))
         session: Session = getattr(self._here, "session", None) or generation.session
         out = session.attend(
             *heads,
@@ -356,17 +359,28 @@ class Engine:
                 branch=context.moment.branch,
                 transformer=place.transformer,
             ),
-            text_lengths=context.text_lengths,
+            text_lengths=(
+                context.text_lengths + before
+                if context.text_lengths is not None and before
+                else context.text_lengths
+            ),
             dense=dense if self._asks_original(place, *heads) else None,
             out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
         )
-        return out.transpose(1, 2)
+        return _swapped(out.transpose(1, 2), video, before)
 
     def _asks_original(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Return whether dense calls are computed by the kernel of the original processor."""
         chosen = getattr(place.processor.original, "_attention_backend", None)
         faster = dense_backend(query, key, value) != "sdpa"
         return self._layers.exact_dense or chosen is not None or not faster
+
+
+def _swapped(x: Tensor, first: int, second: int) -> Tensor:
+    """Return tokens `[B, S, H, D]` with the first of them and the second swapped."""
+    if not first or not second:
+        return x
+    return torch.cat((x[:, first : first + second], x[:, :first], x[:, first + second :]), dim=1)
 
 
 def _is_sparse(recipe: Recipe | None, transformer: str, moment: Moment) -> bool:

@@ -200,6 +200,7 @@ class Installation:
             # Waits for the accelerator, but once per forward pass: dense kernels without a mask
             # need to know on the host where the padding starts.
             text_counts=None if lengths is None else tuple(lengths.tolist()),
+            before=self.family.condition_tokens(module, arguments),
         )
         run.begin_forward(self.name, context)
 
