@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,3 +187,33 @@ def test_a_head_that_is_not_finite_in_the_following_branch_is_dense(bad: float, 
 def test_share_branches_names_wrong_settings() -> None:
     with pytest.raises(ValueError, match="spares the probes that correct_residual needs"):
         SVG2(**CLUSTERS, share_branches=True, correct_residual=True)
+
+
+@pytest.mark.gpu
+def test_both_branches_are_captured_and_replayed_with_new_data(device: torch.device) -> None:
+    layout = TokenLayout(grid=(5, 16, 20))
+    draw_on = torch.Generator(device=device).manual_seed(0)
+    shape = (2, 3, 1, 4, layout.tokens, 128)
+    data = torch.randn(shape, device=device, generator=draw_on).to(torch.bfloat16)
+    method = SVG2.corrected(0.4, q_clusters=5, k_clusters=9)
+    first = LayerMemory()
+    method.plan(*data[0], layout=layout, memory=first, generator=draw_on)
+
+    def step() -> Tensor:
+        memory = replace(first, choice=None)
+        cond = method.plan(*data[0], layout=layout, memory=memory)
+        uncond = method.plan(*data[1], layout=layout, memory=LayerMemory(), leader=memory)
+        return 4 * sparse_attention(*data[0], cond) - 3 * sparse_attention(*data[1], uncond)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    data.copy_(torch.randn(shape, device=device, generator=draw_on))
+    out.fill_(torch.nan)
+    graph.replay()
+    replayed = out.clone()
+    assert torch.equal(replayed, step())

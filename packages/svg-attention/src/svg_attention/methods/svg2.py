@@ -327,6 +327,7 @@ class SVG2(Method):
                 correct_bias=self.correct_bias,
                 probe_rows=self.probe_rows,
                 return_probes=self.correct_residual,
+                return_read=self.share_branches,
             ),
             tokens=rows + layout.text_tokens,
             text=call.text_rows(),
@@ -334,7 +335,7 @@ class SVG2(Method):
             scale=call.scale,
             compensate=self.compensate,
         )
-        if self.share_branches:
+        if reads.read is not None:
             call.memory.choice = Choice(
                 query_order=sorted_rows, key_clusters=key_clusters, read=reads.read
             )

@@ -34,6 +34,7 @@ class Selection:
         correct_bias: raise the weight of centroids to what the probes find their clusters weigh.
         probe_rows: rows of a probe; divides 128.
         return_probes: also return the probes and their exact outputs. Needs `by_error`.
+        return_read: also return what is read as the bytes of a `Choice`.
     """
 
     budget: Tensor | None = None
@@ -45,6 +46,7 @@ class Selection:
     correct_bias: bool = False
     probe_rows: int = 16
     return_probes: bool = False
+    return_read: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +88,7 @@ class TileReads:
         log_weights: fp32 `[B, H, T, C]`, logarithm of how many keys each centroid stands for, and
             what it lacks; None without compensation.
         broken: bool `[B, H]`, heads that read everything because a query or key is not finite.
-        read: uint8 `[B, H, T, C]`, see `Choice`, video tiles only.
+        read: uint8 `[B, H, T, C]`, see `Choice`, video tiles only; None unless asked for.
         probes: `[B, H, P, D]`, the probes of the video tiles, and fp32 `[B, H, P, D_v]` and
             `[B, H, P]`, output and log-sum-exp of their attention to every video key; None unless
             asked for.
@@ -99,7 +101,7 @@ class TileReads:
     value_means: Tensor | None
     log_weights: Tensor | None
     broken: Tensor
-    read: Tensor
+    read: Tensor | None = None
     probes: tuple[Tensor, Tensor, Tensor] | None = None
 
 
@@ -150,9 +152,11 @@ def plan_clusters(
         planner, mask, bias, sizes, broken, value_means, tokens=tokens, text=text,
         full_tiles=full_tiles,
     )  # fmt: skip
-    if exact is None:
-        return reads
-    return replace(reads, probes=(means.to(query.dtype), *exact))
+    return replace(
+        reads,
+        read=_encode(mask, bias) if selection.return_read else None,
+        probes=None if exact is None else (means.to(query.dtype), *exact),
+    )
 
 
 def read_alike(
@@ -214,8 +218,6 @@ def _reads(
         text: as in `plan_clusters`.
         full_tiles: as in `plan_clusters`.
     """
-    code = 0.0 if bias is None else bias.clamp(0, LARGEST_BIAS) * (MOST / LARGEST_BIAS)
-    read = torch.where(mask, float(READ), code).round().to(torch.uint8)
     # Tiles past the video read nothing but text, unless they hold text rows themselves.
     spare = count_tiles(tokens) - mask.shape[2]
     if spare:
@@ -243,8 +245,13 @@ def _reads(
         value_means=value_means,
         log_weights=weights,
         broken=broken,
-        read=read,
     )
+
+
+def _encode(mask: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what tiles read and what unread centroids lack as the bytes of a `Choice`."""
+    code = 0.0 if bias is None else bias.clamp(0, LARGEST_BIAS) * (MOST / LARGEST_BIAS)
+    return torch.where(mask, float(READ), code).round().to(torch.uint8)
 
 
 def _select(
