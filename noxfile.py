@@ -185,8 +185,8 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False, requires=["torch"])
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device, of all packages together."""
-    install(session, *group("test"), *checkout(*PACKAGES, extra="test"))
-    pytest(session, "-m", "gpu", "packages", *session.posargs)
+    install(session, *group("test"), *checkout(*PACKAGES, extra="test"), *PLUG_INS)
+    pytest(session, "-m", "gpu", "packages", "integrations", *session.posargs)
 
 
 @nox.session(default=False, tags=["weekly"])

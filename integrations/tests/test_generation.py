@@ -118,3 +118,23 @@ def test_from_mapping_names_what_it_does_not_know():
 def test_layers_refuses_what_names_none(text):
     with pytest.raises(ValueError, match="expected layers"):
         layers(text)
+
+
+@pytest.mark.gpu
+def test_attend_on_a_gpu_is_near_dense_attention_where_most_is_read(device, generator):
+    """Peaked attention, of which SVG2 with compensation finds nearly all at half of the pairs."""
+    layout = TokenLayout(grid=(8, 32, 32), text_tokens=256, text_position="first")
+    settings = Settings(density=0.5, dense_steps=0.0, min_tokens=0)
+    generation = Generation(settings, Reasons("test"))
+    shape = (1, 4, layout.tokens, 128)
+    centers = torch.randn(1, 4, 16, 128, generator=generator, device=device)
+    labels = torch.randint(16, (layout.tokens,), generator=generator, device=device)
+    noise = torch.randn(3, *shape, generator=generator, device=device)
+    query, key, value = (3 * centers[:, :, labels] + noise).bfloat16()
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    for step in range(3):
+        out = generation.attend(query, key, value, layout=layout, step=step, num_steps=3, layer=0)
+        assert out is not None
+        error = (out.float() - exact.float()).norm() / exact.float().norm()
+        assert error < 0.02, f"step {step}: {error:.3f}"
+    assert all(0.4 < record.density < 0.6 for record in generation.records())

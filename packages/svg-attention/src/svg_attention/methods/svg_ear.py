@@ -15,13 +15,13 @@ class SVGEAR(SVG2):
     Each tile of 128 sorted queries is probed by its mean, where the paper takes the centroid of a
     query cluster. It reads as many keys as SVG2 would, those of the clusters with the largest
     error of scores per key; centroids stand in for the others. Our own `SVG2(compensate=True,
-    route="error")` weighs errors by values, too, and probes a tile eight times.
+    route="error")` weighs errors by values, too, and probes a tile eight times. Settings that are
+    not listed are those of `SVG2`.
 
     Args:
         compensate: as published.
         route: as published.
         probe_rows: the rows of a tile.
-        others: as for `SVG2`.
 
     Source: SVG-EAR, arXiv:2603.08982.
     """
