@@ -157,7 +157,7 @@ class SparseModel:
         if sigmas is None or options.get("sigmas") is None:
             self.reasons("the sampler does not say its noise levels (sample_sigmas)")
             return None
-        levels = [float(level) for level in torch.as_tensor(sigmas)]
+        levels = torch.as_tensor(sigmas).flatten().tolist()
         sigma = float(options["sigmas"].flatten()[0])
         tolerance = 1e-4 * max(sigma, 1e-3)
         done = sum(level >= sigma - tolerance for level in levels[:-1])
