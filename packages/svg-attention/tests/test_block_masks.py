@@ -86,3 +86,11 @@ def test_from_flex_refuses_a_block_that_is_read_in_part() -> None:
     causal = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 256, 256, device="cpu")
     with pytest.raises(ValueError, match=r"allows block \(0, 0\) of item 0, head 0, in part"):
         SparsePlan.from_flex(causal)
+
+
+def test_from_block_mask_and_from_flex_say_what_is_no_mask() -> None:
+    for mask in (None, [[True]]):
+        with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got"):
+            SparsePlan.from_block_mask(mask)
+        with pytest.raises(TypeError, match="must be a BlockMask"):
+            SparsePlan.from_flex(mask)

@@ -181,3 +181,37 @@ def test_plan_and_attention_are_captured_and_replayed_with_new_data(
     graph.replay()
     replayed = out.clone()
     assert torch.equal(replayed, call())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": None}, "query must be a torch.Tensor, got NoneType"),
+        ({"value": [1]}, "value must be a torch.Tensor, got list"),
+        ({"query": torch.zeros(1, 2, 12, 4, dtype=torch.int32)}, "of a floating dtype, got"),
+        ({"query": torch.zeros(1, 0, 12, 4)}, "must have batch items, heads, tokens and channels"),
+        ({"key": torch.zeros(1, 0, 12, 4), "value": torch.zeros(1, 0, 12, 4)}, "must have batch"),
+        ({"layout": (3, 2, 2)}, r"layout must be a TokenLayout, got \(3, 2, 2\)"),
+    ],
+)
+def test_plan_says_what_is_no_call(changes, message):
+    row = torch.zeros(1, 2, 12, 4)
+    given = {"query": row, "key": row, "value": row, "layout": TokenLayout(grid=(3, 2, 2))}
+    given |= changes
+    with pytest.raises((TypeError, ValueError), match=message):
+        SVG2(density=0.5).plan(given["query"], given["key"], given["value"], layout=given["layout"])
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (None, TypeError, "described by a mapping, got None"),
+        ("svg2", TypeError, "described by a mapping"),
+        ({"name": ["SVG2"]}, ValueError, "unknown method"),
+        ({"name": "svg2"}, ValueError, "did you mean 'SVG2'"),
+        ({"name": "SVG3"}, ValueError, "did you mean"),
+    ],
+)
+def test_method_from_dict_says_what_is_no_description(values, error, message):
+    with pytest.raises(error, match=message):
+        method_from_dict(values)

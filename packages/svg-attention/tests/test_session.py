@@ -348,3 +348,26 @@ def test_watch_sees_every_sparse_call_and_its_plan(
     run_video(session, clustered(LAYOUT))
     assert len(seen) == sum(record.method == "SVG2" for record in session.records())
     assert {full for _, full in seen} == {False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"backend": "trition"}, ValueError, "did you mean 'triton'"),
+        ({"backend": None}, ValueError, "unknown backend None"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got 'a'"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer"),
+    ],
+)
+def test_session_checks_settings_when_it_is_made(settings, error, message):
+    with pytest.raises(error, match=message):
+        Session(SVG2(), **settings)
+
+
+def test_step_refuses_a_branch_that_is_no_name():
+    with (
+        pytest.raises(TypeError, match=r"branch must be a string such as 'cond', got \['a'\]"),
+        Session(SVG2()).step(0, branch=["a"]),
+    ):
+        pass

@@ -18,6 +18,7 @@ from svg_models.files import (
     atomic_path,
     check_folder,
     check_output,
+    check_outputs,
     regular_file,
     sweep,
     user_path,
@@ -294,3 +295,12 @@ def test_a_sentence_never_holds_what_a_terminal_obeys() -> None:
     assert printable("äöü 中文 👩‍🔬 25\u00a0%") == "äöü 中文 👩‍🔬 25\u00a0%"
     assert str(SettingError(hostile)).isprintable()
     assert len(str(SettingError("x" * 10_000))) < 700
+
+
+def test_check_outputs_refuses_one_file_for_two_things(tmp_path):
+    clip, link = tmp_path / "clip.mp4", tmp_path / "link.mp4"
+    link.symlink_to(clip)
+    assert check_outputs(clip, None, tmp_path / "a.json") == [clip, None, tmp_path / "a.json"]
+    for other in (str(clip), f"{tmp_path}/./clip.mp4", link):
+        with pytest.raises(SettingError, match="two things cannot be written to"):
+            check_outputs(clip, other)

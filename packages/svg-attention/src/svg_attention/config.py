@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 
 def integer(name: str, value: Any, *, least: int) -> int:
     """Return `value` as an int of at least `least`; NumPy's integers are converted.
@@ -62,6 +64,17 @@ def choice(name: str, value: Any, options: Iterable[str]) -> str:
         listed = " or ".join(repr(option) for option in known)
         raise ValueError(f"{name} must be {listed}, got {value!r}")
     return str(value)
+
+
+def tensor(name: str, value: Any) -> torch.Tensor:
+    """Return `value` if it is a tensor.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
 
 
 def settings(config: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svg_attention import config
 from svg_attention.planning.dispatch import select_planner
 from svg_attention.planning.order import long_tiles_first
 from svg_attention.planning.runs import cluster_runs, round_runs
@@ -300,6 +301,7 @@ class SparsePlan:
             ValueError: if a shape or length does not fit.
         """
         rows, keys = (block, block) if isinstance(block, int) else block
+        config.tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.dim() != 4:
@@ -348,8 +350,14 @@ class SparsePlan:
             heads: query heads, if the mask has one for all.
 
         Raises:
+            TypeError: if it is no `BlockMask`.
             ValueError: if some block is read in part.
         """
+        if not hasattr(block_mask, "kv_num_blocks"):
+            raise TypeError(
+                "block_mask must be a BlockMask of torch.nn.attention.flex_attention, got "
+                f"{type(block_mask).__name__}"
+            )
         counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
         rows, keys = block_mask.BLOCK_SIZE
         partial = _listed_blocks(counts, indices)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svg_attention import config
 from svg_attention.attention import dense_backend, sparse_attention
+from svg_attention.backends import check_backend
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
@@ -95,8 +96,8 @@ class Session:
         self.layout = layout
         self.num_steps = _count("num_steps", num_steps)
         self.num_layers = _count("num_layers", num_layers)
-        self.backend = backend
-        self.seed = seed
+        self.backend = check_backend(backend)
+        self.seed = config.integer("seed", seed, least=0)
         self.profile = profile
         self.watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None = None
         self._log = CallLog(config.integer("max_records", max_records, least=1))
@@ -123,6 +124,9 @@ class Session:
             ValueError: if the step is not one of `num_steps`.
         """
         index = config.integer("step", index, least=0)
+        for name, value in (("branch", branch), ("transformer", transformer)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string such as 'cond', got {value!r}")
         if self.num_steps is not None and index >= self.num_steps:
             raise ValueError(
                 f"step {index} is not one of the {self.num_steps} steps, which count from 0"

@@ -173,6 +173,23 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return final
 
 
+def check_outputs(*paths: str | os.PathLike[str] | None) -> list[Path | None]:
+    """Refuse files that cannot be written, as `check_output` does, and one that is named twice.
+
+    Returns:
+        What each path means; None where there is none.
+
+    Raises:
+        SettingError: says which and why.
+    """
+    found = [None if path is None else check_output(path) for path in paths]
+    given = [path for path in found if path is not None]
+    for path in given:
+        if given.count(path) > 1:
+            raise SettingError(f"two things cannot be written to {path}; give each its own name")
+    return found
+
+
 def check_folder(path: str | os.PathLike[str]) -> Path:
     """Refuse a folder that cannot be written, or could not be created; nothing is created.
 

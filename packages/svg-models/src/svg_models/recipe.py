@@ -281,6 +281,8 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         SettingError: if it is no file of a recipe.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise SettingError(f"a recipe is a Recipe or the path of its file, got {written(path)}")
     file = regular_file(path, "as a recipe")
     if file.stat().st_size > _MOST_BYTES:
         raise SettingError(f"cannot read {path} as a recipe (more than a megabyte)")

@@ -8,7 +8,8 @@ device.
 
 from __future__ import annotations
 
-from typing import Protocol
+import difflib
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -65,6 +66,20 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 AUTO_BACKENDS = ("cuda", "triton", "reference")
 
 
+def check_backend(name: Any) -> str:
+    """Return `name` if it is "auto" or that of a backend.
+
+    Raises:
+        ValueError: if it is not; it offers the nearest one.
+    """
+    known = ["auto", *BACKENDS]
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"unknown backend {name!r}; {hint}")
+    return name
+
+
 def select_backend(
     name: str, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
 ) -> Backend:
@@ -74,9 +89,7 @@ def select_backend(
         ValueError: if there is no backend of that name.
         UnsupportedError: if the call cannot run; it lists the reason of every backend.
     """
-    if name != "auto" and name not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise ValueError(f"unknown backend {name!r}; choose one of {known}")
+    check_backend(name)
     reasons: dict[str, str] = {}
     for candidate in BACKENDS.values():
         reason = candidate.unsupported(query, key, value, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,14 @@ def method_from_dict(values: Mapping[str, Any]) -> Method:
         TypeError: if a setting is of the wrong type.
         ValueError: if no method has that name, or a setting is unknown or out of range.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a method is described by a mapping, got {values!r}")
     name = values.get("name")
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    if not isinstance(name, str) or name not in METHODS:
+        alike = [known for known in METHODS if known.lower() == str(name).lower()]
+        near = alike or difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {name!r}; {hint}")
     return METHODS[name].from_dict(values)
 
 

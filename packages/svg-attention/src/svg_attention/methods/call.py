@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svg_attention import config
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
 from svg_attention.plan import SparsePlan
@@ -44,7 +45,12 @@ class AttentionCall:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
-        query, key, value, layout = self.query, self.key, self.value, self.layout
+        query, key, value = (
+            config.tensor(name, getattr(self, name)) for name in ("query", "key", "value")
+        )
+        layout = self.layout
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"layout must be a TokenLayout, got {layout!r}")
         if query.dim() != 4:
             raise ValueError(f"query must be [B, H, S, D], got {tuple(query.shape)}")
         batch, heads, tokens, width = query.shape
@@ -52,6 +58,13 @@ class AttentionCall:
             raise ValueError(
                 "key and value must both be [B, H_kv, S, D] with the batch of query, "
                 f"got {tuple(key.shape)} and {tuple(value.shape)} for query {tuple(query.shape)}"
+            )
+        if not query.is_floating_point():
+            raise TypeError(f"query must be of a floating dtype, got {query.dtype}")
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            raise ValueError(
+                "a call must have batch items, heads, tokens and channels, got "
+                f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
             )
         if heads % key.shape[1]:
             raise ValueError(f"{heads} query heads are not a multiple of {key.shape[1]} key heads")

@@ -43,13 +43,10 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate one clip with sparse attention and write it as an mp4."""
-    from svg_models.files import check_output, check_suffix
+    from svg_models.files import check_outputs, check_suffix
 
     check_suffix(output)
-    path = check_output(output)
-    for file in (save_config, save_recipe):
-        if file is not None:
-            check_output(file)
+    path, *_ = check_outputs(output, save_config, save_recipe)
     with progress_bars(silent=quiet) as progress:
         from svg_models.generation.sample import generate as run
 

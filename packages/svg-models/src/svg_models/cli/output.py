@@ -188,9 +188,8 @@ def spoken_errors() -> Iterator[None]:
                 _fail(str(error))
             if reasons := getattr(error, "reasons", None):  # UnsupportedError of svg_attention
                 listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-                _fail(
-                    f"this backend cannot run here ({listed}); leave --backend out to use what can"
-                )
+                asked = "linears" if "fp8" in reasons else "backend"
+                _fail(f"this cannot run here ({listed}); leave --{asked} out to use what can")
             if _out_of_memory(error):
                 _fail(
                     f"the memory was not enough ({first_line(error)}); take fewer --frames, a "

@@ -98,6 +98,7 @@ def transformers_of(pipe: object) -> dict[str, nn.Module]:
         raise TypeError(
             f"expected a diffusers video pipeline or its transformer, got {type(pipe).__name__}, "
             "which has no attribute 'transformer'"
+            + ("; pass its .pipe" if hasattr(pipe, "pipe") else "")
         )
     return modules
 

@@ -38,10 +38,12 @@ def refuse_device(device: torch.device) -> None:
         UnsupportedError: if it is not a CUDA device of compute capability 8.9 or newer.
     """
     if device.type != "cuda":
-        reason = f"needs a CUDA device, the transformer is on {device.type!r}"
+        reason = f"linears='fp8' needs a CUDA device, the transformer is on {device.type!r}"
     elif torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
-        reason = f"needs compute capability 8.9 or newer, this GPU has {major}.{minor}"
+        reason = (
+            f"linears='fp8' needs compute capability 8.9 or newer, this GPU has {major}.{minor}"
+        )
     else:
         return
     raise UnsupportedError({"fp8": reason})
