@@ -300,7 +300,7 @@ def test_a_sentence_never_holds_what_a_terminal_obeys() -> None:
 def test_check_outputs_refuses_one_file_for_two_things(tmp_path):
     clip, link = tmp_path / "clip.mp4", tmp_path / "link.mp4"
     link.symlink_to(clip)
-    assert check_outputs(clip, None, tmp_path / "a.json") == [clip, None, tmp_path / "a.json"]
+    assert check_outputs(clip, None, tmp_path / "a.json") == clip
     for other in (str(clip), f"{tmp_path}/./clip.mp4", link):
         with pytest.raises(SettingError, match="two things cannot be written to"):
             check_outputs(clip, other)

@@ -173,21 +173,20 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return final
 
 
-def check_outputs(*paths: str | os.PathLike[str] | None) -> list[Path | None]:
+def check_outputs(path: str | os.PathLike[str], *others: str | os.PathLike[str] | None) -> Path:
     """Refuse files that cannot be written, as `check_output` does, and one that is named twice.
 
     Returns:
-        What each path means; None where there is none.
+        What the first path means.
 
     Raises:
         SettingError: says which and why.
     """
-    found = [None if path is None else check_output(path) for path in paths]
-    given = [path for path in found if path is not None]
-    for path in given:
-        if given.count(path) > 1:
-            raise SettingError(f"two things cannot be written to {path}; give each its own name")
-    return found
+    found = [check_output(one) for one in (path, *others) if one is not None]
+    for one in found:
+        if found.count(one) > 1:
+            raise SettingError(f"two things cannot be written to {one}; give each its own name")
+    return found[0]
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:

@@ -46,7 +46,7 @@ def generate(
     from svg_models.files import check_outputs, check_suffix
 
     check_suffix(output)
-    path, *_ = check_outputs(output, save_config, save_recipe)
+    path = check_outputs(output, save_config, save_recipe)
     with progress_bars(silent=quiet) as progress:
         from svg_models.generation.sample import generate as run
 
