@@ -110,7 +110,10 @@ def markdown(table: dict[str, Any]) -> str:
     for name, rows in read_table(table).items():
         for row in rows:
             least, most = row.conditions.get("steps", (1, 10_000))
-            steps = f"{least:g} or more" if most >= 10_000 else f"{least:g} to {most:g}"
+            steps = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            steps = f"{least:g} or more" if most >= 10_000 else steps
+            if "width" in row.conditions:
+                steps += f", models of up to {row.conditions['width'][1]:g} channels"
             settings = ", ".join(_words(row.recipe))
             for one in row.recipe.measured:
                 where = (
@@ -164,6 +167,7 @@ def main() -> None:
     adder.add_argument("--case", nargs=3, metavar=("SCHEDULE", "DENSITY", "METHOD"))
     adder.add_argument("--steps", type=int, default=20, help="of the case")
     adder.add_argument("--for-steps", type=int, nargs=2, default=(9, 10_000))
+    adder.add_argument("--for-width", type=int, nargs=2, help="channels of the transformer")
     adder.add_argument(
         "--automatic", type=int, default=0, help="widest model that takes it unasked"
     )
@@ -178,6 +182,8 @@ def main() -> None:
             schedule, density, method = args.case
             row = row_of_cases(document, schedule, float(density), method, args.steps, evidence)
         head: dict[str, Any] = {"conditions": {"steps": list(args.for_steps)}}
+        if args.for_width:
+            head["conditions"]["width"] = list(args.for_width)
         if args.automatic:
             head["automatic"] = args.automatic
         table = put(table, args.preset, head | row)
