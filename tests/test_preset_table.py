@@ -110,10 +110,10 @@ def document() -> dict[str, Any]:
 def test_put_makes_stored_cases_the_row_of_a_preset(table: dict[str, Any]) -> None:
     row = row_of_cases(document(), "no dense step", 0.25, "error, bias, repair", 8, "x.json")
     before = copy.deepcopy(table)
-    changed = put(table, "fast", {"conditions": {"steps": [8, 8]}, "automatic": 512} | row)
+    changed = put(table, "fast", {"conditions": {"steps": [5, 6]}, "automatic": 512} | row)
     assert table == before
     rows = read_table(changed)["fast"]
-    assert [r.conditions["steps"][0] for r in rows] == [8, 9]
+    assert rows[0].conditions == {"steps": (5.0, 6.0)}
     recipe = rows[0].recipe
     assert recipe.schedule == Schedule(dense_steps=0.0, dense_layers=0.0)
     assert isinstance(recipe.method, SVG2)
@@ -121,9 +121,9 @@ def test_put_makes_stored_cases_the_row_of_a_preset(table: dict[str, Any]) -> No
     assert [m.tokens for m in recipe.measured] == [3328, 13312]
     assert {(m.psnr, m.work, m.prompts) for m in recipe.measured} == {(36.5, 0.2493, 16)}
     assert [m.noise_floor for m in recipe.measured] == [36.5, None]
-    again = put(changed, "fast", {"conditions": {"steps": [8, 8]}} | row)
-    assert len(again["presets"]["fast"]) == 2
-    assert "| `fast` | 8 | density 0.219, routed by error, bias, repair, no step dense |" in (
+    again = put(changed, "fast", {"conditions": {"steps": [5, 6]}} | row)
+    assert len(again["presets"]["fast"]) == len(rows) == len(before["presets"]["fast"]) + 1
+    assert "| `fast` | 5 to 6 | density 0.219, routed by error, bias, repair, no step dense |" in (
         markdown(changed)
     )
 
