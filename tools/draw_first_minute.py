@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svg_models import compare
-from svg_models.video import side_by_side
+from svg_models import generate
+from svg_models.video import side_by_side, similarity
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "assets" / "first-minute.webp"
 PROMPTS = (
@@ -30,13 +30,16 @@ def pictures() -> np.ndarray:
     """Return the clips of all prompts below each other: uint8 `[F, H, W, 3]`."""
     rows = []
     for prompt in PROMPTS:
-        found = compare(prompt=prompt, methods=[METHOD], seed=0, steps=20, frames=49)
-        clip, close = found.candidates[0].clip, found.candidates[0].similarity
+        dense, clip = (
+            generate(prompt=prompt, method=method, seed=0, steps=20, frames=49)
+            for method in ("dense", METHOD)
+        )
+        close = similarity(clip.frames, dense.frames)
         labels = [
             "dense: every query-key pair",
             f"SVG2: {clip.stats.mean_density:.0%} of them, {close.mean_psnr:.0f} dB",
         ]
-        rows.append(side_by_side([found.dense.frames, clip.frames], labels))
+        rows.append(side_by_side([dense.frames, clip.frames], labels))
     return np.concatenate(rows, axis=1)
 
 
