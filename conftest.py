@@ -49,13 +49,14 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 # the functions themselves, which those here go on to call.
 with torch.device("meta"):
     torch.empty(0)
-for holder, name in (
+UNINITIALISED = (
     (torch, "empty"),
     (torch, "empty_like"),
     (torch, "empty_strided"),
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
-):
+)
+for holder, name in UNINITIALISED:
     setattr(holder, name, poisoned(getattr(holder, name)))
 
 
@@ -75,6 +76,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def generator(device: torch.device) -> torch.Generator:
     """Return a generator on the test's device that starts from the same seed in every test."""
     return torch.Generator(device=device).manual_seed(20240)
+
+
+@pytest.fixture
+def untouched_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave uninitialised memory as it is: poison touches what would only be reserved."""
+    for holder, name in UNINITIALISED:
+        monkeypatch.setattr(holder, name, getattr(holder, name).__wrapped__)
 
 
 @pytest.fixture

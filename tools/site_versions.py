@@ -66,7 +66,9 @@ def build(target: Path, repository: Path = ROOT) -> list[str]:
         _git(repository, "branch", "--force", "--delete", BRANCH, check=False)
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(target, filter="data")
+        # Python 3.11.4 brought filters; what git itself packed needs none.
+        files.extraction_filter = getattr(tarfile, "data_filter", None)
+        files.extractall(target)
     return [*built, MAIN]
 
 

@@ -18,7 +18,7 @@ from svg_models.cli import app
 from svg_models.errors import ModelUnavailableError
 from svg_models.loading import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "untouched_memory")
 MOST_SECONDS = 20  # on a busy machine; each takes a fraction of a second
 MOST_MEMORY = 400 << 20  # bytes
 

@@ -80,7 +80,7 @@ def test_measured_says_the_conditions() -> None:
     ("changes", "sentence"),
     [
         ({"methd": "SVG2"}, "no setting 'methd'; did you mean 'method'"),
-        ({"method": "SVG3"}, "unknown method 'SVG3'; choose one of Dense, SVG1, SVG2"),
+        ({"method": "SVG3"}, "unknown method 'SVG3'; did you mean 'SVG2'?"),
         ({"method": 3}, "names its method"),
         ({"settings": {"densty": 0.2}}, "no setting 'densty'; did you mean 'density'"),
         ({"settings": {"density": "0.2"}}, "density must be a number, got '0.2'"),
