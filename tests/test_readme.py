@@ -53,6 +53,23 @@ def test_fill_wants_its_marks():
         speed_table.fill("no marks", "text")
 
 
+def test_the_first_thing_is_a_picture_that_moves():
+    Image = pytest.importorskip("PIL.Image")
+    path = ROOT / "docs" / "assets" / "first-minute.webp"
+    for page, address in (
+        ("README.md", f"docs/assets/{path.name}"),
+        ("docs/index.md", f"assets/{path.name}"),
+    ):
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        assert f"]({address})" in lines[2], page
+    assert path.stat().st_size < 3 << 20
+    with Image.open(path) as picture:
+        assert picture.n_frames == 49
+        first = picture.convert("RGB").tobytes()
+        picture.seek(24)
+        assert picture.convert("RGB").tobytes() != first
+
+
 def test_write_webp_keeps_every_frame_and_refuses_a_heavy_picture(tmp_path, monkeypatch):
     Image = pytest.importorskip("PIL.Image")
     pytest.importorskip("svg_models")
@@ -71,7 +88,8 @@ def test_write_webp_keeps_every_frame_and_refuses_a_heavy_picture(tmp_path, monk
 
 def test_the_site_opens_with_the_first_screen_of_the_readme():
     assert '--8<-- "README.md:first-minute"' in (ROOT / "docs" / "index.md").read_text()
-    first, rest = README.split("<!-- --8<-- [end:first-minute] -->")
+    before, rest = README.split("<!-- --8<-- [end:first-minute] -->")
+    first = before.split("<!-- --8<-- [start:first-minute] -->")[1]
     assert "](docs/" not in first, "a link into docs/ leads nowhere from the site"
     assert PYTHON[0] in first
     assert "<!-- speed -->" in first
