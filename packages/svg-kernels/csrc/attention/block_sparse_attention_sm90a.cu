@@ -38,7 +38,7 @@ __device__ __forceinline__ void attend_tile(const Params& params, int tile) {
       for (int s = 0; s < kStages; ++s) {
         hopper::mbarrier_init(&shared.key_full[s], 1);
         hopper::mbarrier_init(&shared.value_full[s], 1);
-        hopper::mbarrier_init(&shared.key_empty[s], kConsumers / 32);
+        hopper::mbarrier_init(&shared.key_empty[s], kConsumers);
         hopper::mbarrier_init(&shared.value_empty[s], kConsumers / 32);
       }
       hopper::mbarrier_init_fence();

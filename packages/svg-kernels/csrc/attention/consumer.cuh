@@ -44,6 +44,7 @@ class Consumer {
     const Params& params = tile_.params;
     extent_ = measure(params.run_lengths + tile_.index() * params.runs, params.runs, tile_.lane);
     run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
+    key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
     const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
@@ -216,37 +217,26 @@ class Consumer {
   __device__ __forceinline__ void mask(float (&scores)[64], int j, int stage) {
     if (j >= run_stages_) {
       weigh_summaries(scores, j - run_stages_);
-      return;
+    } else if (!extent_.whole) {
+      const uint64_t valid = tile_.shared.valid[stage];
+      if (valid != kAllValid)
+        keep(scores, [&](int atom) { return static_cast<int>(valid >> (4 * atom)) & 15; });
+    } else if ((j + 1) * kStageAtoms > extent_.atoms) {
+      const int filled = extent_.atoms - j * kStageAtoms;
+      keep(scores, [&](int atom) { return atom < filled ? kAtomRows : 0; });
     }
-    uint64_t valid = kAllValid;
-    if (!extent_.whole)
-      valid = valid_rows(stage);
-    else if ((j + 1) * kStageAtoms > extent_.atoms)
-      valid &= (1ull << 4 * (extent_.atoms - j * kStageAtoms)) - 1;
-    if (valid != kAllValid) keep(scores, valid);
   }
 
-  // The rows that count in each atom of a stage, four bits each. One lane reads them for its warp,
-  // so that it alone may give the stage back: that is 7 % faster than if all did.
-  __device__ __forceinline__ uint64_t valid_rows(int stage) const {
-    uint2 valid = make_uint2(0, 0);
-    if (tile_.lane == 0) valid = *reinterpret_cast<const uint2*>(&tile_.shared.valid[stage]);
-    return static_cast<uint64_t>(__shfl_sync(~0u, valid.y, 0)) << 32 |
-           __shfl_sync(~0u, valid.x, 0);
-  }
-
-  // Keeps the first rows of each atom, as many as its four bits of `valid` say.
-  __device__ __forceinline__ void keep(float (&scores)[64], uint64_t valid) {
-    const uint32_t low = static_cast<uint32_t>(valid), high = static_cast<uint32_t>(valid >> 32);
+  // Keeps the first rows(i) rows of each atom i.
+  template <typename Rows>
+  __device__ __forceinline__ void keep(float (&scores)[64], Rows rows) {
+    const int column = 2 * (tile_.lane % 4);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      // More rows than this thread's column, at most 8, reach the fourth bit.
-      const uint32_t reach = 0x11111111u * (7 - 2 * (tile_.lane % 4) - e);
-      const uint32_t kept[2] = {low + reach, high + reach};
+    for (int i = 0; i < kStageAtoms; ++i) {
+      const int count = rows(i);
 #pragma unroll
-      for (int i = 0; i < kStageAtoms; ++i)
-        if (!(kept[i / 8] & 8u << 4 * (i % 8)))
-          scores[4 * i + e] = scores[4 * i + 2 + e] = -INFINITY;
+      for (int e = 0; e < 2; ++e)
+        if (column + e >= count) scores[4 * i + e] = scores[4 * i + 2 + e] = -INFINITY;
     }
   }
 
@@ -280,7 +270,7 @@ class Consumer {
       if (c < params.summaries)  // TMA fills rows beyond with zeros
         counts = params.summary_weights[tile_.index() * params.summaries + c] != -INFINITY;
     } else if (!extent_.whole) {
-      const uint64_t valid = valid_rows(value.stage);
+      const uint64_t valid = shared.valid[value.stage];
       if (valid == kAllValid) return;
       counts = row % kAtomRows < (static_cast<int>(valid >> (4 * (row / kAtomRows))) & 15);
     } else {
@@ -298,8 +288,10 @@ class Consumer {
     hopper::named_barrier_sync(kQueryReady + tile_.group, 128);
   }
 
+  // Where lanes read how many rows of a stage count, each gives the stage back itself; else one
+  // answers for its warp, which is 7 % faster.
   __device__ __forceinline__ void release_keys(int stage) {
-    if (tile_.lane == 0) hopper::mbarrier_arrive(&tile_.shared.key_empty[stage]);
+    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&tile_.shared.key_empty[stage], key_arrivals_);
   }
 
   __device__ __forceinline__ void release_values(int stage) {
@@ -317,6 +309,7 @@ class Consumer {
   QueryTile<T, kHeadDim> tile_;
   int run_stages_;
   Extent extent_;
+  int key_arrivals_;  // on behalf of how many lanes this one gives keys back
   Softmax softmax_;
   float pending_sum_[2];  // of the last stage's probabilities, which may yet be rescaled
   float output_[kHeadDim / 2];
