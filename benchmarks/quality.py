@@ -25,11 +25,9 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import _quality_tables
 import torch
@@ -43,10 +41,11 @@ from training.evaluate import held_out_scenes
 from svg_attention import TokenLayout
 from svg_models import embedded_path, sparsify
 from svg_models.embedded.defaults import FRAMES
+from svg_models.generation.other_kernel import other_dense_kernel
 from svg_models.loading import Geometry
 
 __all__ = ["SCHEDULE", "SIDES", "add_options", "closeness", "decibels", "environment", "load"]
-__all__ += ["other_kernel", "sample", "summary"]
+__all__ += ["sample", "summary"]
 
 STARTED = time.monotonic()
 # Settings were chosen on held-out prompts before these.
@@ -146,22 +145,6 @@ def plain(values: Sequence[float]) -> list[float | None]:
 def decibels(psnr: dict[str, float | None]) -> str:
     """Return the mean of a summary of PSNR for people."""
     return "identical" if psnr["mean"] is None else f"{psnr['mean']:.2f} dB"
-
-
-@contextmanager
-def other_kernel(pipe: Any) -> Iterator[None]:
-    """Make the transformer use another of torch's dense kernels than it would take by itself."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernel = SDPBackend.EFFICIENT_ATTENTION if torch.cuda.is_available() else SDPBackend.MATH
-    stock = pipe.transformer.forward
-
-    def forward(*args: Any, **options: Any) -> Any:
-        with sdpa_kernel(kernel):
-            return stock(*args, **options)
-
-    with mock.patch.object(pipe.transformer, "forward", forward):
-        yield
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,7 +281,7 @@ class Measurement:
             clips = self._dense[size, steps] = self._sample(size, steps)
             name = f"{size} clip, {steps} steps"
             if name not in self.results["noise_floor"]:
-                with other_kernel(self.pipe):
+                with other_dense_kernel(self.pipe):
                     again = self._sample(size, steps)
                 floor = {m: summary(v) for m, v in closeness(again, clips).items()}
                 self.results["noise_floor"][name] = floor

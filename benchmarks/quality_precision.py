@@ -23,6 +23,7 @@ from _harness import ROOT, conditions, environment, replace_between, store, tabl
 from svg_attention import SVG2, Dense
 from svg_models import sparsify
 from svg_models.embedded.defaults import FRAMES
+from svg_models.generation.other_kernel import other_dense_kernel
 from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and store."""
     pipe, prompts = quality.load(args)
     dense = quality.sample(pipe, prompts, args.side, args)
-    with quality.other_kernel(pipe):
+    with other_dense_kernel(pipe):
         again = quality.sample(pipe, prompts, args.side, args)
     floor = quality.summary(quality.closeness(again, dense)["psnr"])
     print(f"noise floor {quality.decibels(floor)}", flush=True)
