@@ -225,6 +225,8 @@ class Measurement:
         """Measure what is not stored yet, until the seconds are over."""
         left = 0
         for case in cases(tuple(sizes)):
+            if self.args.no_times and not isinstance(case, Case):
+                continue
             key = case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}"
             stored = self.results["cases" if isinstance(case, Case) else "times"]
             if key in stored:
@@ -347,6 +349,7 @@ def main() -> None:
     runner = commands.add_parser("run", help="measure and store")
     add_options(runner)
     runner.add_argument("--seconds", type=float, default=240.0, help="time to stop after")
+    runner.add_argument("--no-times", action="store_true", help="for a machine that is busy")
     runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=["default", "large"])
     runner.add_argument("--frames", type=int, default=FRAMES)
     runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
