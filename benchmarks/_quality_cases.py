@@ -48,6 +48,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "error, bias, response, repair": {**BIAS, **RESPONSE, **REPAIR},
     BEST: {**BIAS, **RESPONSE, **REPAIR, **ALIKE},
     f"{BEST}, spent by error": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "spend": "call"},
+    **{
+        f"{BEST}, {steps} steps": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "share_steps": steps}
+        for steps in (2, 4)
+    },
+    "error, bias, 2 steps": {**BIAS, "share_steps": 2},
     "compensation, alike": {**COMPENSATED, **ALIKE},
     "error, alike": {**ERROR, **ALIKE},
     f"{BEST}, 32-row probes": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "probe_rows": 32},
@@ -75,11 +80,19 @@ def build(name: str, density: float, tokens: int) -> Method:
 
 
 def probe_density(method: Method, layout: TokenLayout) -> float:
-    """Return what probes and exact rows of a guided step take, averaged over its two branches."""
+    """Return what probes and exact rows take, averaged over the calls that read alike."""
     first = method.probe_density(layout)
-    if not isinstance(method, SVG2) or not method.share_branches:
+    if not isinstance(method, SVG2):
         return first
-    return (first + min(method.repair_rows, layout.video_tokens) / layout.tokens) / 2
+    repair = min(method.repair_rows, layout.video_tokens) / layout.tokens
+    return repair + (first - repair) / calls_alike(method)
+
+
+def calls_alike(method: Method) -> int:
+    """Return how many calls of a guided generation read as one of them chose."""
+    if not isinstance(method, SVG2):
+        return 1
+    return method.share_steps * (2 if method.share_branches else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +167,10 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
     everything = [*SETTINGS, *OTHERS]
     few = [name for name in SETTINGS if name != "SVG2"]
     # What is asked first: each correction, and the best of them together.
-    telling = few[: few.index(f"{BEST}, spent by error") + 1]
+    telling = few[: few.index("error, bias, 2 steps") + 1]
     telling.remove("SVG-EAR")
     most = [BASELINE, "error, bias, residual", "error, bias, response, repair", BEST]
+    most += [f"{BEST}, spent by error", f"{BEST}, 2 steps"]
     for methods in (telling, everything):
         methods_few = [name for name in methods if name in few]
         yield from some(first, 8, "no dense step", 0.25, methods_few)
@@ -165,7 +179,8 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
         yield from some(first, 4, "no dense step", 0.35, methods_few)
         yield from some(first, 20, "no dense step", 0.25, methods_few)
         for schedule in ("dense for 10 %", "dense for 15 %"):
-            yield from some(first, 20, schedule, 0.25, [BASELINE, "error, bias", BEST])
+            best = [BEST, f"{BEST}, spent by error"]
+            yield from some(first, 20, schedule, 0.25, [BASELINE, "error, bias", *best])
         yield from ((name, density) for density in (0.10, 0.25) for name in methods)
         for size in others:
             large = most if methods is telling else methods_few

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from _harness import interleave, summary
-from _quality_cases import build, probe_density
+from _quality_cases import build, calls_alike, probe_density
 from _sparse_calls import capture
 from _sparse_workloads import WORKLOADS, dense, structured
 from torch import Tensor
@@ -45,12 +45,12 @@ class Times:
     def call(self, name: str, density: float) -> dict[str, Any]:
         """Return what a call of a later step takes, in ms, and the density it came to.
 
-        Where branches read alike, it is the mean of both.
+        Where calls read alike, it is the mean of the one that chooses and those that follow.
         """
         method = build(name, density, self.layout.tokens)
-        alike = isinstance(method, SVG2) and method.share_branches
         memory, query, key, value = LayerMemory(), *self.tensors
         for _ in range(2):
+            memory.choice = None
             plan = method.plan(query, key, value, layout=self.layout, memory=memory)
         result = {
             "method": name,
@@ -59,10 +59,9 @@ class Times:
             "probe_density": round(probe_density(method, self.layout), 4),
         }
         del plan
-        if not alike:
-            return {**result, **self._time(lambda: self._whole(method, memory))}
-        pair = self._time(lambda: self._guided(method, memory))
-        return {**result, **{name: round(value / 2, 3) for name, value in pair.items()}}
+        count = calls_alike(method)
+        times = self._time(lambda: self._calls(method, memory, count))
+        return {**result, **{name: round(value / count, 3) for name, value in times.items()}}
 
     def dense(self) -> dict[str, Any]:
         """Return what a dense call takes, in ms."""
@@ -74,20 +73,19 @@ class Times:
         query, key, value = self.tensors
         return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
-    def _whole(self, method: Method, memory: LayerMemory) -> Tensor:
+    def _calls(self, method: Method, memory: LayerMemory, count: int) -> Tensor:
+        """Compute a call that chooses, and those that follow it."""
         query, key, value = self.tensors
-        # A copy, so that every call starts from the same centroids.
-        plan = method.plan(query, key, value, layout=self.layout, memory=replace(memory))
-        return sparse_attention(query, key, value, plan)
-
-    def _guided(self, method: Method, memory: LayerMemory) -> Tensor:
-        """Compute both guidance branches of a step, the second as the first one chose."""
-        query, key, value = self.tensors
-        first, layout = replace(memory), self.layout
-        plan = method.plan(query, key, value, layout=layout, memory=first)
-        sparse_attention(query, key, value, plan)
-        plan = method.plan(query, key, value, layout=layout, leader=first)
-        return sparse_attention(query, key, value, plan)
+        # A copy, so that every first call starts from the same centroids.
+        first, leader = replace(memory, choice=None), None
+        for _ in range(count):
+            mine = LayerMemory() if leader is not None else first
+            plan = method.plan(
+                query, key, value, layout=self.layout, memory=mine, leader=leader
+            )  # fmt: skip
+            out = sparse_attention(query, key, value, plan)
+            leader = first if isinstance(method, SVG2) and method.share_branches else None
+        return out
 
     def _time(self, function: Callable[[], Tensor]) -> dict[str, float]:
         if self._on_gpu:

@@ -1,4 +1,4 @@
-"""Guidance branches of a step that read alike."""
+"""Guidance branches of a step, and steps in a row, that read alike."""
 
 from __future__ import annotations
 
@@ -143,6 +143,34 @@ def test_a_session_follows_within_a_step_and_chooses_anew_in_the_next() -> None:
     assert not session._leaders
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_steps_in_a_row_follow_the_first_of_them(share: bool) -> None:
+    cond, uncond = branches()
+    method = replace(SHARED, share_branches=share, share_steps=3)
+    session = Session(method, Schedule.sparse(), layout=LAYOUT, num_steps=5, num_layers=1)
+    for step in range(5):
+        for name, call in (("cond", cond), ("uncond", uncond)):
+            with session.step(step, branch=name):
+                session.attend(*call, layer=0)
+    chose = [record.probe_density > 0 for record in session.records()]
+    second = not share
+    assert chose == [True, second, False, False, False, False, True, second, False, False]
+
+
+def test_a_step_of_another_density_chooses_for_itself() -> None:
+    cond, _ = branches()
+    method = replace(SHARED, share_steps=4, density=0.4)
+    schedule = Schedule(density=[0.4, 0.4, 0.2, 0.2], dense_steps=0.0, dense_layers=0.0)
+    session = Session(method, schedule, layout=LAYOUT, num_steps=4, num_layers=1)
+    for step in range(4):
+        with session.step(step):
+            session.attend(*cond, layer=0)
+    records = session.records()
+    assert [record.probe_density > 0 for record in records] == [True, False, True, False]
+    assert records[3].density is not None
+    assert records[3].density < 0.25
+
+
 def test_a_call_of_another_shape_chooses_for_itself() -> None:
     cond, _ = branches()
     small = TokenLayout(grid=(4, 12, 16), text_tokens=0)
@@ -185,8 +213,12 @@ def test_a_head_that_is_not_finite_in_the_following_branch_is_dense(bad: float, 
 
 
 def test_share_branches_names_wrong_settings() -> None:
-    with pytest.raises(ValueError, match="spares the probes that correct_residual needs"):
+    with pytest.raises(ValueError, match="spare the probes that correct_residual needs"):
         SVG2(**CLUSTERS, share_branches=True, correct_residual=True)
+    with pytest.raises(ValueError, match="spare the probes that correct_residual needs"):
+        SVG2(**CLUSTERS, share_steps=2, correct_residual=True)
+    with pytest.raises(ValueError, match="share_steps must be at least 1"):
+        SVG2(**CLUSTERS, share_steps=0)
 
 
 @pytest.mark.gpu

@@ -18,9 +18,13 @@ class LayerMemory:
     Attributes:
         query_centroids: `[B, H, q_clusters, D]`, the query clusters of the last planned call.
         key_centroids: `[B, H, k_clusters, D]`, the key clusters of the last planned call.
-        choice: what the last planned call read, if other branches of its step are to read the same.
+        choice: what the last planned call read, if other calls are to read the same.
+        chooser: the method that chose it.
+        readers: calls of this layer and branch that have read by it, the one that chose included.
     """
 
     query_centroids: Tensor | None = None
     key_centroids: Tensor | None = None
     choice: Any = None
+    chooser: Any = None
+    readers: int = 0

@@ -101,6 +101,9 @@ class SVG2(Method):
             its clusters and its choice, and spare k-means and probes. What all of them leave out
             cancels where guidance takes their difference. A layer then keeps its choice, 12 bytes a
             token and head and one for each tile and cluster. Not with `correct_residual`.
+        share_steps: steps in a row that read alike, as branches do with `share_branches`: the first
+            of them chooses. A CUDA graph replays what was captured, a step that chooses or one that
+            follows. Not with `correct_residual`.
         probe_rows: neighbouring queries that share one mean when a tile estimates masses and
             errors; divides 128. Fewer rows choose better and cost more: `1 / probe_rows` of the
             logits of all queries with all centroids (with all keys for `route="error"`).
@@ -128,6 +131,7 @@ class SVG2(Method):
     first_order: bool = False
     repair_rows: int = 0
     share_branches: bool = False
+    share_steps: int = 1
     probe_rows: int = 16
     metric: Literal["euclidean", "response"] = "euclidean"
     first_iterations: int = 50
@@ -136,7 +140,7 @@ class SVG2(Method):
     def __post_init__(self) -> None:
         checked = {
             name: config.integer(name, getattr(self, name), least=1)
-            for name in ("probe_rows", "first_iterations", "step_iterations")
+            for name in ("probe_rows", "first_iterations", "step_iterations", "share_steps")
         }
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) is not None:
@@ -189,9 +193,10 @@ class SVG2(Method):
                 "first_order adds to what centroids stand in for, without probes among the rows; "
                 "set compensate=True, and correct_residual=False"
             )
-        if self.share_branches and self.correct_residual:
+        if self.shares and self.correct_residual:
             raise ValueError(
-                "share_branches spares the probes that correct_residual needs; set one of them"
+                "share_branches and share_steps spare the probes that correct_residual needs; set "
+                "it or them"
             )
         if self.correct_residual and self.probe_rows < 2:
             raise ValueError("correct_residual needs probes of at least 2 rows, got 1")
@@ -225,20 +230,43 @@ class SVG2(Method):
         return cls(**{**best, "density": density, **changes})
 
     @property
+    def shares(self) -> bool:
+        """Whether calls read as an earlier one chose."""
+        return self.share_branches or self.share_steps > 1
+
+    @property
     def is_full(self) -> bool:
         """Whether the density, or without one `top_p`, is 1."""
         return (self.top_p if self.density is None else self.density) >= 1.0
 
     def build(self, call: AttentionCall) -> SparsePlan:
-        """Cluster, choose and build the plan, or read as the leader of the branches does.
+        """Cluster, choose and build the plan, or read as an earlier call chose.
 
         Raises:
             ValueError: if there are more clusters than video tokens.
         """
-        choice = None if call.leader is None or not self.share_branches else call.leader.choice
-        if choice is not None and choice.fits(call.video(call.query), call.video(call.key)):
+        choice = self.choice_of_another(call)
+        if choice is not None:
             return self.follow(call, choice)
         return self.plan_clusters(call, *self.cluster(call))
+
+    def choice_of_another(self, call: AttentionCall) -> Choice | None:
+        """Return the choice that a call follows; None if it is to choose for itself.
+
+        It is that of another guidance branch in this step, or of an earlier step of this branch.
+        """
+        follows = call.leader is not None and self.share_branches
+        memory = call.leader if follows and call.leader is not None else call.memory
+        choice: Choice | None = memory.choice
+        if choice is None or memory.chooser != self:
+            return None
+        if not choice.fits(call.video(call.query), call.video(call.key)):
+            return None
+        if not follows:
+            if memory.readers >= self.share_steps:
+                return None
+            memory.readers += 1
+        return choice
 
     def cluster(self, call: AttentionCall) -> tuple[Clusters, Clusters]:
         """Cluster the video rows of queries and keys, and remember where the next step starts.
@@ -327,7 +355,7 @@ class SVG2(Method):
                 correct_bias=self.correct_bias,
                 probe_rows=self.probe_rows,
                 return_probes=self.correct_residual,
-                return_read=self.share_branches,
+                return_read=self.shares,
             ),
             tokens=rows + layout.text_tokens,
             text=call.text_rows(),
@@ -339,6 +367,7 @@ class SVG2(Method):
             call.memory.choice = Choice(
                 query_order=sorted_rows, key_clusters=key_clusters, read=reads.read
             )
+            call.memory.chooser, call.memory.readers = self, 1
         query_order = call.token_order(query_clusters.order, call.heads)
         residual = None
         if probe is not None and reads.probes is not None:
@@ -354,14 +383,14 @@ class SVG2(Method):
         return replace(plan, exact_rows=known, probe_density=self.probe_density(layout))
 
     def follow(self, call: AttentionCall, choice: Choice) -> SparsePlan:
-        """Build the plan of a call that reads what another guidance branch chose.
+        """Build the plan of a call that reads what another branch or an earlier step chose.
 
         Its centroids are the means of its own keys and values over the other's clusters. Nothing is
         clustered or probed.
 
         Args:
             call: the call.
-            choice: of the branch that chose.
+            choice: of the call that chose.
         """
         layout = call.layout
         query, key, value = (call.video(x) for x in (call.query, call.key, call.value))
