@@ -56,7 +56,7 @@ FLOORS = {
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
         ("spelling", "numeric", "plain_json", "files", "stats", "families"),
-        ("recipe", "video", "loading"),
+        ("recipe", "video", "loading", "parallel"),
         ("presets",),
         ("method_names",),
         ("recipes", "report", "catalog"),

@@ -67,10 +67,7 @@ class SparseProcessor:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
-        parallel = getattr(self.original, "_parallel_config", None)
-        if parallel is None:
-            return attention_op.attention(query, key, value, self.handle)
-        return _attend_over_ranks(query, key, value, self.handle, parallel)
+        return attention_op.attention(query, key, value, self.handle)
 
 
 class VideoProcessor(SparseProcessor, ABC):
@@ -178,19 +175,3 @@ def _tell(handle: Tensor, mode: str) -> None:
 
 def _same(processor: Any) -> Any:
     return processor
-
-
-def _attend_over_ranks(
-    query: Tensor, key: Tensor, value: Tensor, handle: Tensor, config: Any
-) -> Tensor:
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
-
-    def local_heads(
-        _: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any
-    ) -> Tensor:
-        return attention_op.attention(q.contiguous(), k.contiguous(), v.contiguous(), handle)
-
-    out: Tensor = _templated_context_parallel_attention(
-        query, key, value, forward_op=local_heads, backward_op=None, _parallel_config=config
-    )
-    return out

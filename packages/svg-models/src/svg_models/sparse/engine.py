@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from svg_attention import (
 )
 from svg_models import attention_op
 from svg_models.method_names import MethodSpec
+from svg_models.parallel import attend_over_ranks, context_config
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
@@ -313,18 +315,25 @@ class Engine:
 
         Args:
             slot: which attention.
-            query: `[B, S, H, D]`.
+            query: `[B, S, H, D]`; under context parallelism this rank's share of the tokens.
             key: as `query`.
             value: as `query`.
 
         Returns:
-            `[B, S, H, D]`.
+            As `query`.
 
         Raises:
             RuntimeError: if the transformer's forward was entered without calling the module.
             ValueError: if the tokens are not those of the grid.
         """
         place = self.slots[slot]
+        original = place.processor.original
+        if context_config(original) is None:
+            return self._attend(place, query, key, value)
+        return attend_over_ranks(original, query, key, value, partial(self._attend, place))
+
+    def _attend(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute attention over the whole sequence, `[B, S, H, D]`."""
         generation: Generation | None = getattr(self._here, "generation", None)
         context = None if generation is None else generation.contexts.get(place.transformer)
         if generation is None or context is None or generation.session is None:

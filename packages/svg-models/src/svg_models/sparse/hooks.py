@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from svg_attention import UnsupportedError
 from svg_models import attention_op
 from svg_models.families import Family
 from svg_models.families.base import unwrap
 from svg_models.families.processors import SparseProcessor
+from svg_models.parallel import refuse_parallel
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.probe import ContextProbe, place_probe
 
-__all__ = ["Installation", "Slot", "owner_of", "refuse_parallel"]
+__all__ = ["Installation", "Slot", "owner_of"]
 
 
 class Host(Protocol):
@@ -222,38 +222,6 @@ class Installation:
         while self._undo:
             self._undo.pop()()
         return left_alone
-
-
-def refuse_parallel(transformer: nn.Module, family: Family) -> None:
-    """Refuse the kinds of context parallelism under which no sparse plan can be made.
-
-    Args:
-        transformer: may have a diffusers `ParallelConfig`.
-        family: its family.
-
-    Raises:
-        UnsupportedError: if it asks for ring attention, or for any kind where text and video share
-            the sequence.
-    """
-    config = getattr(transformer, "_parallel_config", None)
-    context = getattr(config, "context_parallel_config", None)
-    if context is None:
-        return
-    if (context.ring_degree or 1) > 1:
-        raise UnsupportedError(
-            {
-                "ring": "a sparse plan needs the keys of the whole sequence and ring attention "
-                "shows one part at a time; use ContextParallelConfig(ulysses_degree=...)"
-            }
-        )
-    if family.text_position is not None:
-        raise UnsupportedError(
-            {
-                "ulysses": f"{family.title} attends to text and video in one sequence; split over "
-                "devices, each part would hold text of its own amid the video, where no sparse "
-                "plan looks for it; run it on one device"
-            }
-        )
 
 
 def owner_of(transformer: nn.Module) -> int | None:
