@@ -37,10 +37,12 @@ def write(path: Path, page: Path = PAGE, plot: Path = PLOT) -> None:
 def tables(results: dict[str, Any]) -> str:
     """Return Markdown: the conditions, then a table for each size, number of steps and schedule."""
     env = results["environment"]
+    rows = [*results["cases"].values(), *results["times"].values()]
+    commits = dict.fromkeys([env["commit"], *(row.get("commit", env["commit"]) for row in rows)])
     parts = [
         f"{len(results['prompts'])} held-out prompts that no setting was chosen on, guidance "
         f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
-        f"{env['commit']}. Mean ± standard deviation over prompts; differences to routing by error "
+        f"{', '.join(commits)}. Mean ± standard deviation over prompts; differences to routing by error "
         "are of the same prompts at the same density, with their standard error. All calls counts "
         "dense steps and what probes read. The last column is what the attention of a step and "
         "layer would take at Wan 720p, dense steps included, on the same GPU.\n"

@@ -201,6 +201,7 @@ class Measurement:
         self.times = Times(args.device)
         self._dense: dict[tuple[str, int], Tensor] = {}
         self._seconds: dict[tuple[str, int], float] = {}
+        self.commit: str | None = None
         header = {
             "environment": environment(args),
             "guidance": args.guidance,
@@ -213,7 +214,11 @@ class Measurement:
         }  # fmt: skip
         if args.output.exists():
             found = json.loads(args.output.read_text("utf-8"))
-            differs = [name for name in header if found.get(name) != header[name]]
+            # Rows added to a file name the commit that measured them.
+            stored = {**found, "environment": dict(found.get("environment", {}))}
+            self.commit = header["environment"]["commit"]
+            stored["environment"]["commit"] = self.commit
+            differs = [name for name in header if stored.get(name) != header[name]]
             if differs:
                 raise SystemExit(
                     f"{args.output} was measured with other {', '.join(differs)}; name another "
@@ -240,6 +245,8 @@ class Measurement:
             )
             try:
                 stored[key] = work(case)
+                if self.commit not in (None, self.results["environment"]["commit"]):
+                    stored[key]["commit"] = self.commit
             except Exception as error:  # noqa: BLE001 -- one case must not cost the others
                 traceback.print_exception(error)
                 self.results["failures"][key] = f"{type(error).__name__}: {error}"[:300]
