@@ -56,7 +56,7 @@ FLOORS = {
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
         ("spelling", "numeric", "plain_json", "files", "stats", "families"),
-        ("recipe", "video", "loading", "parallel"),
+        ("recipe", "video", "loading", "model_names", "parallel"),
         ("presets",),
         ("method_names",),
         ("recipes", "report", "catalog"),

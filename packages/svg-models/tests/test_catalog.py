@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 import typing
 
 import diffusers
@@ -11,10 +13,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from svg_models.catalog import PIPELINES, catalog, describe, find_family
+from svg_models.catalog import catalog, describe, find_family
 from svg_models.cli import app
 from svg_models.errors import SettingError
-from svg_models.families import known_families
+from svg_models.families import SKIPPED, known_families
+from svg_models.model_names import PIPELINES, check_model_name
 
 
 def models(monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
@@ -24,7 +27,7 @@ def models(monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
 
 @pytest.mark.parametrize("family", known_families(), ids=lambda family: family.name)
 def test_catalog_the_pipelines_of_a_family_run_its_transformers(family: typing.Any) -> None:
-    names = PIPELINES.get(family.name, ())
+    names = PIPELINES[family.name]
     assert bool(names) == (family.name != "consisid")
     for name in names:
         kind = getattr(diffusers, name)
@@ -69,3 +72,32 @@ def test_find_family_refuses_a_name_nobody_knows(monkeypatch: pytest.MonkeyPatch
     assert "the families are wan, " in " ".join(result.stderr.split())
     with pytest.raises(SettingError, match="SanaVideoTransformer3DModel stays dense: its self"):
         find_family("SanaVideoTransformer3DModel")
+
+
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion", "Wan", "", "[", '"', "transformer\0", "a" * 10**6]
+)
+def test_check_model_name_refuses_what_no_family_names(name: str) -> None:
+    with pytest.raises(SettingError, match="the families are wan, "):
+        check_model_name(name)
+
+
+def test_check_model_name_lets_pass_what_the_catalog_knows() -> None:
+    for family in known_families():
+        for name in (family.name, *family.checkpoints, *family.transformers):
+            check_model_name(name)
+    for name in SKIPPED:
+        check_model_name(name)
+    assert set(PIPELINES) == {family.name for family in known_families()}
+
+
+def test_models_a_wrong_name_is_refused_before_torch_is_imported() -> None:
+    program = (
+        "import sys; from svg_models.cli import app\n"
+        "try: app()\nexcept SystemExit as end: sys.exit(9 if 'torch' in sys.modules else end.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "models", "cogvideo"], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'cogvideox'?" in done.stderr

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from svg_models import embedded_path
 from svg_models.cli import app
-from svg_models.cli.progress import Stages
+from svg_models.cli.progress import Lines
 from svg_models.loading import Geometry
 from svg_models.video import read_video, write_video
 
@@ -287,17 +287,17 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from svg_models.cli import app
-from svg_models.cli.progress import Stages
+from svg_models.cli.progress import Lines
 
 marker = Path(sys.argv.pop(1))
-show = Stages.__call__
+show = Lines.__call__
 
 def noted(self, stage, done, total):
     show(self, stage, done, total)
     if stage == "sampling" and done >= 1:
         marker.touch()
 
-Stages.__call__ = noted
+Lines.__call__ = noted
 app()
 """
 
@@ -305,14 +305,14 @@ app()
 def test_generate_leaves_nothing_behind_at_ctrl_c(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    show = Stages.__call__
+    show = Lines.__call__
 
-    def interrupted(self: Stages, stage: str, done: float, total: float) -> None:
+    def interrupted(self: Lines, stage: str, done: float, total: float) -> None:
         show(self, stage, done, total)
         if stage == "sampling" and done >= 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Stages, "__call__", interrupted)
+    monkeypatch.setattr(Lines, "__call__", interrupted)
     result = svg("generate", "-m", folder, *SMALL, "-o", str(tmp_path / "clip.mp4"))
     assert result.exit_code == 130, result.output
     assert "stopped: nothing was written" in result.stderr

@@ -22,7 +22,7 @@ from svg_attention.backends import BACKENDS
 from svg_models import embedded_path
 from svg_models.cli import app
 from svg_models.cli.options import check_frames, check_multiple, latent_frame
-from svg_models.cli.progress import PaceColumn
+from svg_models.cli.progress import Lines, PaceColumn
 from svg_models.errors import SettingError
 from svg_models.generation.conditioning import read_media
 from svg_models.generation.request import BACKEND_NAMES, CompareRequest, GenerateRequest
@@ -241,6 +241,53 @@ def test_pace_is_told_from_the_first_step_on() -> None:
     assert column.render(bars.tasks[0]).plain == "4.0 s/step, 1:16 left"
     bars.update(task, completed=16)
     assert column.render(bars.tasks[0]).plain == "4.0 steps/s, 0:01 left"
+
+
+def test_lines_come_after_the_first_step_and_then_at_growing_intervals() -> None:
+    clock, said = [0.0], []
+    lines = Lines(said.append, now=lambda: clock[0])
+    lines("reading the prompt", 0, 0)
+    for step in range(201):
+        lines("sampling", step, 200)
+        clock[0] += 1.0
+    lines("decoding", 0, 0)
+    assert said[:4] == [
+        "reading the prompt",
+        "sampling: step 1 of 200, 1.0 steps/s, 3:19 left",
+        "sampling: step 6 of 200, 1.0 steps/s, 3:14 left",
+        "sampling: step 16 of 200, 1.0 steps/s, 3:04 left",
+    ]
+    steps = [int(line.split()[2]) for line in said[1:-1]]
+    assert steps == [1, 6, 16, 36, 76, 136, 196]
+    assert said[-1] == "decoding"
+
+
+def test_lines_of_what_is_quick_are_left_out() -> None:
+    clock, said = [0.0], []
+    lines = Lines(said.append, now=lambda: clock[0])
+    for part in (0, 10, 50, 100):
+        lines("loading", part, 100)
+        clock[0] += 1.0
+    assert said == []
+    lines("tuning", 0, 8)
+    clock[0] += 30.0
+    lines.named("[2]")("tuning", 0, 8)  # another stage: its own clock
+    clock[0] += 5.0
+    lines.named("[2]")("tuning", 2, 8)
+    assert said == ["[2]: tuning: 25%, 0:15 left"]
+
+
+def test_generate_into_a_pipe_says_how_far_it_is_but_not_to_a_program(tmp_path: Path) -> None:
+    clip = str(tmp_path / "clip.mp4")
+    words = ["generate", "--size", "32x32", "--frames", "9", "--steps", "2", "-o", clip]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert "sampling: step 1 of 2" in told.stderr
+    assert "decoding" in told.stderr.splitlines()
+    for option in ("--quiet", "--json"):
+        silent = CliRunner().invoke(app, [*words, option])
+        assert silent.exit_code == 0, silent.output
+        assert "sampling" not in silent.stderr
 
 
 def test_latent_frame_reads_the_folder(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from zoo import CASES, Case, case
 
 from svg_models import generate
-from svg_models.catalog import PIPELINES
 from svg_models.errors import ModelUnavailableError, SettingError
 from svg_models.loading import Geometry, Inputs, Lora, load_pipeline
 from svg_models.loading.defaults import defaults_for
@@ -34,6 +33,7 @@ from svg_models.loading.inputs import choose_pipeline
 from svg_models.loading.lora import load_loras
 from svg_models.loading.pipeline import _correct_scale, _outline
 from svg_models.loading.placement import OFFLOAD, check_offload, compile_transformers, place
+from svg_models.model_names import PIPELINES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZED = [
@@ -63,7 +63,9 @@ def test_geometry_is_known_before_the_weights(case: Case) -> None:
     assert Geometry.of(outline) == Geometry.of(pipe)
 
 
-@pytest.mark.parametrize("size", [{"height": 33}, {"width": 40, "height": None}, {"frames": 6}])
+@pytest.mark.parametrize(
+    "size", [{"height": 33}, {"width": 40, "height": None}, {"frames": 6}, {"num_frames": 6}]
+)
 def test_load_pipeline_a_wrong_size_is_refused_before_weights_are_read(
     size: dict[str, int | None], tmp_path: Path
 ) -> None:
@@ -74,11 +76,24 @@ def test_load_pipeline_a_wrong_size_is_refused_before_weights_are_read(
     for file in weights:
         file.unlink()
     with pytest.raises(SettingError, match="nearest valid"):
-        load_pipeline(folder, device="cpu", size=size)
+        load_pipeline(folder, device="cpu", **size)
     with pytest.raises(SettingError, match="nearest valid"):
         generate(model=folder, device="cpu", **size)
     with pytest.raises(ModelUnavailableError):
-        load_pipeline(folder, device="cpu", size={"height": 32})
+        load_pipeline(folder, device="cpu", height=32)
+
+
+def test_load_pipeline_words_are_those_of_generate(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="height must be a whole number, got '480'"):
+        load_pipeline(device="cpu", height="480")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="did you mean 'height'"):
+        load_pipeline(device="cpu", heigth=480)  # type: ignore[call-arg]
+    with pytest.raises(SettingError, match="frames and num_frames are the same setting"):
+        load_pipeline(device="cpu", frames=9, num_frames=9)  # type: ignore[call-arg]
+    with pytest.raises(SettingError, match="no LoRA at"):
+        load_pipeline(device="cpu", loras=[str(tmp_path / "style.safetensors:0.8")])
+    with pytest.raises(SettingError, match="loras must be a list"):
+        load_pipeline(device="cpu", loras="style.safetensors")
 
 
 def test_load_pipeline_frames_that_the_vae_would_change_are_refused() -> None:

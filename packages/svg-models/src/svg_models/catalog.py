@@ -9,43 +9,9 @@ from svg_models.families import SKIPPED, Family, known_families
 from svg_models.families.published import Published
 from svg_models.loading.defaults import of_call
 from svg_models.loading.inputs import Inputs
+from svg_models.model_names import PIPELINES, unknown
 
-__all__ = ["PIPELINES", "catalog", "describe", "find_family"]
-
-PIPELINES: dict[str, tuple[str, ...]] = {
-    "wan": (
-        "WanPipeline",
-        "WanImageToVideoPipeline",
-        "WanVideoToVideoPipeline",
-        "WanVACEPipeline",
-    ),
-    "skyreels_v2": ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
-    "hunyuan_video": ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
-    "hunyuan_video15": ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
-    "cogvideox": (
-        "CogVideoXPipeline",
-        "CogVideoXImageToVideoPipeline",
-        "CogVideoXVideoToVideoPipeline",
-    ),
-    "cosmos": (
-        "CosmosTextToWorldPipeline",
-        "CosmosVideoToWorldPipeline",
-        "Cosmos2VideoToWorldPipeline",
-        "Cosmos2_5_PredictBasePipeline",
-    ),
-    "ltx2": ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
-    "mochi": ("MochiPipeline",),
-    "wan_animate": ("WanAnimatePipeline",),
-    "chronoedit": ("ChronoEditPipeline",),
-    "allegro": ("AllegroPipeline",),
-    "framepack": ("HunyuanVideoFramepackPipeline",),
-    "easyanimate": ("EasyAnimatePipeline",),
-    "ltx": ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
-}
-"""Family -> the pipelines of diffusers that run its transformers.
-
-That of ConsisID is not among them: it reads faces that other packages prepare, and needs OpenCV.
-"""
+__all__ = ["catalog", "describe", "find_family"]
 
 
 def catalog() -> list[dict[str, Any]]:
@@ -64,8 +30,7 @@ def find_family(name: str) -> Family:
             return family
     if name in SKIPPED:
         raise SettingError(f"{name} stays dense: {SKIPPED[name]}")
-    names = ", ".join(family.name for family in known_families())
-    raise SettingError(f"no family or checkpoint is called '{name}'; the families are {names}")
+    raise unknown(name, [family.name for family in known_families()])
 
 
 def describe(family: Family) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def batch(
     clips = plan_batch(file, read_lines(file), request, _fields)
     folder = check_folder(output)
     results: list[BatchResult] = []
-    with progress_bars(silent=quiet) as progress:
+    with progress_bars(silent=quiet, as_json=as_json) as progress:
         from svg_models.generation.sample import generate, prepare
 
         with unwinding(folder / SHEET) as interrupts:

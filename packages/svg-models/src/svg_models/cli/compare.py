@@ -49,7 +49,7 @@ def compare(
     folder = check_folder(output)
     if save_config is not None:
         check_output(save_config)
-    with progress_bars(silent=quiet) as progress:
+    with progress_bars(silent=quiet, as_json=as_json) as progress:
         from svg_models.comparison.result import PAGE
         from svg_models.comparison.run import compare as run
 

@@ -47,7 +47,7 @@ def generate(
 
     check_suffix(output)
     path = check_outputs(output, save_config, save_recipe)
-    with progress_bars(silent=quiet) as progress:
+    with progress_bars(silent=quiet, as_json=as_json) as progress:
         from svg_models.generation.sample import generate as run
 
         with unwinding(path):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from svg_models.cli.output import escaped, out, spoken_errors
 from svg_models.cli.progress import hushed_libraries
+from svg_models.model_names import check_model_name
 
 EXAMPLES = "[bold]Examples[/]\n\nsvg models\n\nsvg models cosmos\n\nsvg models --json"
 
@@ -27,6 +28,8 @@ def models(
 ) -> None:
     """List what can be made sparse: families, checkpoints, and their published settings."""
     with spoken_errors():
+        if name is not None:
+            check_model_name(name)
         with hushed_libraries():
             from svg_models.catalog import catalog, describe, find_family
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,17 +24,19 @@ from rich.text import Text
 
 from svg_models.cli.output import err, escaped, show_note
 
-__all__ = ["Stages", "hushed_libraries", "progress_bars"]
+__all__ = ["Lines", "Stages", "hushed_libraries", "progress_bars"]
 
 
 @contextmanager
-def progress_bars(*, silent: bool = False) -> Iterator[Any]:
+def progress_bars(*, silent: bool = False, as_json: bool = False) -> Iterator[Any]:
     """Show one bar per stage on stderr, with the time left where it can be known.
 
-    The bars vanish at the end. Where stderr is no terminal there are none, only a line per clip.
+    The bars vanish at the end. Where stderr is no terminal there are plain lines in their place,
+    at intervals, so that a log says how far a run is.
 
     Args:
-        silent: neither bars nor notes.
+        silent: neither bars, lines nor notes.
+        as_json: no lines either, where a program reads.
     """
     console = err()
     console.quiet = silent
@@ -51,7 +54,10 @@ def progress_bars(*, silent: bool = False) -> Iterator[Any]:
     with hushed_libraries(), bars:
         if silent:
             warnings.showwarning = lambda *_, **__: None
-        yield Stages(bars)
+        if silent or as_json or console.is_terminal:
+            yield Stages(bars)
+        else:
+            yield Lines(lambda line: console.print(line, highlight=False, soft_wrap=True))
 
 
 class PaceColumn(ProgressColumn):
@@ -59,21 +65,89 @@ class PaceColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return the words beside a bar."""
-        elapsed = task.finished_time if task.finished else task.elapsed
-        if not task.total or not task.completed or not elapsed:
-            return Text("")
-        words = []
-        if task.description.endswith("sampling"):
-            pace = task.completed / elapsed
-            words.append(f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step")
-        if not task.finished:
-            left = round(elapsed / task.completed * (task.total - task.completed))
-            words.append(f"{left // 60}:{left % 60:02d} left")
+        elapsed = (task.finished_time if task.finished else task.elapsed) or 0.0
+        words = _pace(task.description, task.completed, task.total or 0, elapsed)
         return Text(", ".join(words), style="progress.remaining")
 
 
-class Stages:
-    """Called as `(stage, done, total)`; a new stage ends the one before."""
+def _pace(stage: str, done: float, total: float, elapsed: float) -> list[str]:
+    """Return how fast a stage goes, where its parts are steps, and the time that is left."""
+    if not total or not done or not elapsed:
+        return []
+    words = []
+    if stage.endswith("sampling"):
+        pace = done / elapsed
+        words.append(f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step")
+    if done < total:
+        left = round(elapsed / done * (total - done))
+        words.append(f"{left // 60}:{left % 60:02d} left")
+    return words
+
+
+class _Reports:
+    """What a run tells its progress to: the stage, what is done of it, and how much there is."""
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        """Show how far a stage is."""
+        raise NotImplementedError
+
+    def named(self, name: str) -> Callable[[str, float, float], None]:
+        """Return what reports the stages of one of many clips."""
+
+        def report(stage: str, done: float, total: float) -> None:
+            self(f"{escaped(name)}: {stage}", done, total)
+
+        return report
+
+    def end(self) -> None:
+        """Mark the running stage as done."""
+
+
+class Lines(_Reports):
+    """Print a line after the first step, then at intervals that double up to a minute.
+
+    What does not count, such as decoding, is one line where it begins.
+
+    Args:
+        say: prints a line.
+        now: reads a clock, in seconds.
+    """
+
+    FIRST, LONGEST = 5.0, 60.0  # seconds between two lines
+    QUICK = ("looking for the model",)  # or else a sentence follows that says more
+
+    def __init__(
+        self, say: Callable[[str], None], *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._now = say, now
+        self._stage = ""
+        self._began = self._due = self._pause = 0.0
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        """Say how far a stage is, if it is time to."""
+        now = self._now()
+        if stage != self._stage:
+            self._stage, self._began, self._pause = stage, now, self.FIRST
+            steps = stage.endswith("sampling")  # the first says how long the others will take
+            self._due = now if steps else now + self._pause
+            if not total and stage not in self.QUICK:
+                self._say(stage)
+        if not done or not total or now < self._due:
+            return
+        self._say(self._line(stage, done, total, now - self._began))
+        self._due = now + self._pause
+        self._pause = min(2 * self._pause, self.LONGEST)
+
+    def _line(self, stage: str, done: float, total: float, elapsed: float) -> str:
+        if stage.endswith("sampling"):
+            words = [f"{stage}: step {done:.0f} of {total:.0f}"]
+        else:
+            words = [f"{stage}: {done / total:.0%}"]
+        return ", ".join(words + _pace(stage, done, total, elapsed))
+
+
+class Stages(_Reports):
+    """Show a bar a stage; a new stage ends the one before."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars, self._stage = bars, ""
@@ -87,8 +161,6 @@ class Stages:
         if stage != self._stage:
             self.end()
             self._stage = stage
-            if self._bars.disable and stage.endswith(": sampling"):
-                self._bars.console.print(stage.removesuffix(": sampling"), highlight=False)
             self._task = self._bars.add_task(stage, total=total or None, completed=int(done))
         elif self._task is not None:
             self._bars.update(self._task, completed=int(done), total=total or None)
@@ -98,14 +170,6 @@ class Stages:
             self._bars.stop()
         elif not self._bars.live.is_started:
             self._bars.start()
-
-    def named(self, name: str) -> Callable[[str, float, float], None]:
-        """Return what reports the stages of one of many clips."""
-
-        def report(stage: str, done: float, total: float) -> None:
-            self(f"{escaped(name)}: {stage}", done, total)
-
-        return report
 
     def end(self) -> None:
         """Mark the running stage as done."""

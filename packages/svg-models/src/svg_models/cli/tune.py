@@ -69,7 +69,7 @@ def tune(
     for beside in (page, journal):
         check_output(beside)
     request = request.replace(prompts=(*request.prompts, *_prompts(file)), journal=journal)
-    with progress_bars(silent=quiet) as progress:
+    with progress_bars(silent=quiet, as_json=as_json) as progress:
         from svg_models.tuning.page import write_tune_page
         from svg_models.tuning.run import tune as run
 

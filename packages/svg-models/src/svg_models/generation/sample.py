@@ -20,7 +20,6 @@ from svg_models.generation.shift import check_flow_shift, shifted
 from svg_models.generation.timer import StepTimer
 from svg_models.loading import (
     LoadedPipeline,
-    Lora,
     Progress,
     load_pipeline,
     pick_device,
@@ -82,7 +81,6 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
     Returns:
         The model, complete settings, and what the clip starts from.
     """
-    adapters = [Lora.parse(text) for text in request.loras]
     model, loaded = request.model, None
     if isinstance(model, LoadedPipeline):
         model, loaded = None, model
@@ -98,15 +96,17 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
         loaded.inputs.check(loaded.name, **starts)
     else:
         # A video that is given decides how many frames of it are taken.
-        sized = ("height", "width", *(() if starts["video"] else ("frames",)))
+        frames = None if starts["video"] else given.get("frames")
         loaded = load_pipeline(
             model,
             device=request.device,
             dtype=request.dtype,
             offload=request.offload,
             compiled=request.compiled,
-            loras=adapters,
-            size={name: given.get(name) for name in sized},
+            loras=request.loras,
+            height=given.get("height"),
+            width=given.get("width"),
+            frames=frames,
             progress=request.report,
             **starts,
         )

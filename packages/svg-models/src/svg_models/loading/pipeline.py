@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from svg_models.errors import ModelUnavailableError, foreign_faults
+from svg_models.errors import ModelUnavailableError, SettingError, foreign_faults
 from svg_models.loading.checkpoint import (
     check_family,
     check_transformers,
@@ -34,6 +34,8 @@ from svg_models.loading.lora import Lora, load_loras
 from svg_models.loading.memory import check_memory
 from svg_models.loading.placement import check_offload, compile_transformers, place
 from svg_models.loading.progress import Progress, quiet
+from svg_models.numeric import as_whole
+from svg_models.spelling import DIFFUSERS_NAMES, checks_names
 
 __all__ = ["LoadedPipeline", "load_pipeline"]
 
@@ -81,6 +83,7 @@ class LoadedPipeline:
         return {"height": rows, "width": columns}
 
 
+@checks_names(DIFFUSERS_NAMES)
 def load_pipeline(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -89,8 +92,10 @@ def load_pipeline(
     offload: str = "none",
     image: bool = False,
     video: bool = False,
-    loras: Sequence[Lora] = (),
-    size: Mapping[str, int | None] | None = None,
+    loras: Sequence[str | Lora] = (),
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     compiled: bool = False,
     progress: Progress = quiet,
 ) -> LoadedPipeline:
@@ -106,8 +111,12 @@ def load_pipeline(
             "group" or "sequential" (layers), see `svg_models.loading.placement`.
         image: a clip will start from an image, so the pipeline must take one.
         video: a clip will start from a video.
-        loras: adapters to load into the transformer.
-        size: "height", "width" and "frames" that a clip shall have, if somebody has chosen them.
+        loras: adapters to load into the transformer, each a file, a folder or a hub id, with
+            `:WEIGHT` behind it if it is not 1.
+        height: pixels that a clip shall have, if somebody has chosen them; refused before weights
+            are read if the model cannot make them.
+        width: as `height`.
+        frames: of such a clip; `num_frames` is understood, too.
         compiled: compile the blocks of the transformer, at their first call.
         progress: called while components load.
 
@@ -117,10 +126,15 @@ def load_pipeline(
     Raises:
         ModelUnavailableError: if the model cannot be found, reached or read.
         MachineError: if this machine is too small, or has no GPU where one is needed.
-        SettingError: if `device`, `dtype` or `offload` is unknown, or the model cannot start from
-            what is given or knows no such size.
+        SettingError: if `device`, `dtype`, `offload` or an argument is unknown, or the model cannot
+            start from what is given or knows no such size.
     """
     started = time.perf_counter()
+    if isinstance(loras, str):
+        raise SettingError(f"loras must be a list, such as ['{loras}']")
+    adapters = tuple(Lora.parse(lora) if isinstance(lora, str) else lora for lora in loras)
+    given = {"height": height, "width": width, "frames": frames}
+    chosen = {name: as_whole(name, size) for name, size in given.items() if size is not None}
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
     check_offload(offload, target, compiled=compiled)
@@ -133,7 +147,6 @@ def load_pipeline(
     check_transformers(name, built)
     sizes = sizes_of(built)
     check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
-    chosen = {name: number for name, number in (size or {}).items() if number is not None}
     if chosen:
         Geometry.of(_outline(pipeline, built)).check_given(**chosen)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
@@ -144,7 +157,7 @@ def load_pipeline(
     check_weights(folder, index)
     pipe = _assemble(pipeline, folder, index, sizes, kind, progress)
     pipe.set_progress_bar_config(disable=True)
-    load_loras(pipe, loras)
+    load_loras(pipe, adapters)
     place(pipe, target, offload)
     if compiled:
         compile_transformers(pipe)
@@ -156,7 +169,7 @@ def load_pipeline(
         geometry=Geometry.of(pipe),
         device=target,
         dtype=kind,
-        loras=tuple(loras),
+        loras=adapters,
         seconds=time.perf_counter() - started,
     )
 
