@@ -50,6 +50,7 @@ FLOORS = {
         ("plan",),
         ("methods", "backends", "metrics", "corrections"),
         ("attention", "status"),
+        ("ring",),
         ("session",),
         ("__init__",),
     ),

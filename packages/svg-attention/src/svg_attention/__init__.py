@@ -18,6 +18,7 @@ from svg_attention.methods import (
 )
 from svg_attention.metrics import density, needed_density, recall
 from svg_attention.plan import KeySummary, SparsePlan
+from svg_attention.ring import Ring, ring_attention
 from svg_attention.schedule import Schedule
 from svg_attention.session import Session
 from svg_attention.status import BackendStatus, backend_status
@@ -28,6 +29,7 @@ __all__ = [
     "CallRecord",
     "Dense",
     "RandomBlocks",
+    "Ring",
     "SVG1",
     "SVG2",
     "SVGEAR",
@@ -47,6 +49,7 @@ __all__ = [
     "method_from_dict",
     "needed_density",
     "recall",
+    "ring_attention",
     "sparse_attention",
 ]
 

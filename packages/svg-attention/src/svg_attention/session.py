@@ -19,6 +19,7 @@ from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
 from svg_attention.methods import Dense, Method
 from svg_attention.plan import SparsePlan
+from svg_attention.ring import Ring, attend_in_ring
 from svg_attention.schedule import Schedule
 
 Layout = Literal["BHSD", "BSHD"]
@@ -152,6 +153,7 @@ class Session:
         scale: float | None = None,
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         out_layout: Layout = "BHSD",
+        ring: Ring | None = None,
     ) -> Tensor:
         """Compute one self-attention call, dense or sparse as the schedule says, and log it.
 
@@ -169,6 +171,8 @@ class Session:
                 kernel; it must know about text padding itself.
             out_layout: how the output lies in memory; with "BSHD" `out.transpose(1, 2)` is
                 contiguous. Its shape is `[B, H, S, D]` either way.
+            ring: processes that share the video tokens of the call; see `attend_in_ring` for what
+                the tensors then are. Dense calls are computed in the ring, too, not by `dense`.
 
         Returns:
             Tensor shaped and typed as `query`.
@@ -176,6 +180,7 @@ class Session:
         Raises:
             ValueError: if the tensors are not one self-attention call over the layout, or it is
                 not said which layer or step this is.
+            UnsupportedError: if the method cannot plan in a ring, or the backend cannot run this.
         """
         call = self._call(layer) if call is None else call
         layout = self.layout if layout is None else layout
@@ -185,7 +190,25 @@ class Session:
         method = self._method_for(call)
         density = broken = plan = None
         probe_density = 0.0
-        if isinstance(method, Dense) and dense is not None:
+        if ring is not None and ring.size > 1:
+            site = self._site_for(call, query.device)
+            found = attend_in_ring(
+                method,
+                query,
+                key,
+                value,
+                ring=ring,
+                layout=layout,
+                memory=site.memory,
+                text_lengths=text_lengths,
+                generator=site.generator,
+                scale=scale,
+                backend=self.backend,
+            )
+            out = found.out
+            density = None if found.density is None else found.density.mean(dim=0)
+            broken = None if found.broken is None else found.broken.any()
+        elif isinstance(method, Dense) and dense is not None:
             out = dense(query, key, value)
         else:
             site = self._site_for(call, query.device)

@@ -268,21 +268,29 @@ class SVG2(Method):
             memory.readers += 1
         return choice
 
+    def cluster_counts(self, tokens: int) -> tuple[int, int]:
+        """Return the query clusters and the key clusters of so many video tokens.
+
+        Raises:
+            ValueError: if there are more clusters than video tokens.
+        """
+        suited = cluster_counts(tokens)
+        counts = self.q_clusters or suited[0], self.k_clusters or suited[1]
+        if max(counts) > tokens:
+            raise ValueError(
+                f"{max(counts)} clusters cannot be made of {tokens} video tokens; ask for at most "
+                f"{tokens}, or leave q_clusters and k_clusters out"
+            )
+        return counts
+
     def cluster(self, call: AttentionCall) -> tuple[Clusters, Clusters]:
         """Cluster the video rows of queries and keys, and remember where the next step starts.
 
         Raises:
             ValueError: if there are more clusters than video tokens.
         """
-        tokens, memory = call.layout.video_tokens, call.memory
-        suited = cluster_counts(tokens)
-        q_clusters, k_clusters = self.q_clusters or suited[0], self.k_clusters or suited[1]
-        most = max(q_clusters, k_clusters)
-        if most > tokens:
-            raise ValueError(
-                f"{most} clusters cannot be made of {tokens} video tokens; ask for at most "
-                f"{tokens}, or leave q_clusters and k_clusters out"
-            )
+        memory = call.memory
+        q_clusters, k_clusters = self.cluster_counts(call.layout.video_tokens)
         iterations = (self.first_iterations, self.step_iterations)
         query, key = call.video(call.query), call.video(call.key)
         rows = (query, key)

@@ -144,11 +144,11 @@ def plan_clusters(
     sizes = match_heads(key_clusters.sizes, heads)
     value_means = mean_values(value, key_clusters) if compensate else None
     length = query_clusters.order.shape[-1]
-    mask, bias, exact = _select(
+    mask, bias, exact = select_clusters(
         planner, means, key, value, key_clusters, value_means, selection, scale, length
     )
     broken = query_clusters.broken | match_heads(key_clusters.broken, heads)
-    reads = _reads(
+    reads = merge_reads(
         planner, mask, bias, sizes, broken, value_means, tokens=tokens, text=text,
         full_tiles=full_tiles,
     )  # fmt: skip
@@ -187,13 +187,13 @@ def read_alike(
     mask = choice.read == READ
     bias = torch.where(mask, 0.0, choice.read.float() * (LARGEST_BIAS / MOST))
     sizes = match_heads(key_clusters.sizes, mask.shape[1])
-    return _reads(
+    return merge_reads(
         planner, mask, bias, sizes, broken, value_means, tokens=tokens, text=text,
         full_tiles=full_tiles,
     )  # fmt: skip
 
 
-def _reads(
+def merge_reads(
     planner: Any,
     mask: Tensor,
     bias: Tensor | None,
@@ -204,6 +204,7 @@ def _reads(
     tokens: int,
     text: Tensor | int,
     full_tiles: Tensor | None,
+    weights: Tensor | None = None,
 ) -> TileReads:
     """Merge the clusters that video tiles read into runs, and weigh the others.
 
@@ -217,6 +218,8 @@ def _reads(
         tokens: as in `plan_clusters`.
         text: as in `plan_clusters`.
         full_tiles: as in `plan_clusters`.
+        weights: int32 `[B, H, C]`, keys that each centroid stands for, where `sizes` are those of a
+            part of the keys alone; None for `sizes`.
     """
     # Tiles past the video read nothing but text, unless they hold text rows themselves.
     spare = count_tiles(tokens) - mask.shape[2]
@@ -232,18 +235,18 @@ def _reads(
     if planner.ORDERS_TILES:
         rows = lengths.sum(dim=-1, dtype=torch.int32).flatten(0, 1)
         order = planner.long_tiles_first(rows, LONG_RATIO).view(mask.shape[:3])
-    weights = None
+    log_weights = None
     if value_means is not None:
         everything = mask if full_tiles is None else mask | full_tiles[..., None]
-        weights = sizes.float().log()[:, :, None].expand(mask.shape)
-        weights = (weights if bias is None else weights + bias).masked_fill(everything, -torch.inf)
+        found = (sizes if weights is None else weights).float().log()[:, :, None].expand(mask.shape)
+        log_weights = (found if bias is None else found + bias).masked_fill(everything, -torch.inf)
     return TileReads(
         run_starts=starts,
         run_lengths=lengths,
         run_multiple=multiple,
         tile_order=order,
         value_means=value_means,
-        log_weights=weights,
+        log_weights=log_weights,
         broken=broken,
     )
 
@@ -254,7 +257,7 @@ def _encode(mask: Tensor, bias: Tensor | None) -> Tensor:
     return torch.where(mask, float(READ), code).round().to(torch.uint8)
 
 
-def _select(
+def select_clusters(
     planner: Any,
     means: Tensor,
     key: Tensor,
