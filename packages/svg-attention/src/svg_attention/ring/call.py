@@ -23,7 +23,7 @@ from svg_attention.ring.exchange import Ring
 from svg_attention.rows import take_rows
 from svg_attention.tiles import match_heads
 
-# Settings of SVG2 that read more of the keys than their centroids to choose or to correct, or what
+# Settings of SVG2 that need more of the keys than their centroids to choose or to correct, or what
 # another call chose, with the value that they have without.
 NOT_IN_A_RING = {
     "route": "mass",
@@ -121,7 +121,7 @@ def refuse_in_ring(method: Method) -> None:
             f"{n}={v!r}" for n in NOT_IN_A_RING if (v := getattr(method, n)) != NOT_IN_A_RING[n]
         ]
         if other:
-            reason = f"SVG2 with {', '.join(other)} reads more than the centroids of the keys"
+            reason = f"SVG2 with {', '.join(other)} needs more than the centroids of the keys"
     if reason:
         raise UnsupportedError(
             {
