@@ -79,10 +79,65 @@ def test_attend_hands_the_fp8_kernel_the_whole_plan(monkeypatch, random_plan, ke
     assert (lse - want_lse).abs().max() < 0.2
 
 
-def test_backends_in_fp8_are_taken_by_name_only():
-    assert "cuda_fp8" in BACKENDS
-    assert "cuda_fp8" not in AUTO_BACKENDS
-    assert list(BACKENDS).index("cuda_fp8") > list(BACKENDS).index("reference")
+@pytest.mark.parametrize("name", ["cuda_fp8", "reference_fp8"])
+def test_backends_in_fp8_are_taken_by_name_only(name):
+    assert name not in AUTO_BACKENDS
+    assert list(BACKENDS).index(name) > list(BACKENDS).index("reference")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("summarised", [False, True])
+def test_reference_fp8_rounds_keys_and_values_alone(random_plan, dim, summarised, attend):
+    plan = random_plan(2, 4, 300, 200, key_heads=2)
+    if summarised:
+        draw = torch.Generator().manual_seed(3)
+        summary = KeySummary(
+            keys=torch.randn(2, 2, 5, dim, generator=draw),
+            values=torch.randn(2, 2, 5, dim, generator=draw),
+            log_weights=torch.randn(2, 4, plan.tiles, 5, generator=draw),
+        )
+        plan = replace(plan, summary=summary)
+    query, key, value = tensors(plan, dim=dim)
+    got, lse = attend(BACKENDS["reference_fp8"], query, key, value, plan, scale=dim**-0.5)
+    exact = plan if summarised else plan.rounded(8)
+    want, want_lse = attend(BACKENDS["reference"], query, key, value, exact, scale=dim**-0.5)
+    error = (got - want).norm() / want.norm()
+    assert 0.002 < error < 0.06
+    assert (lse - want_lse).abs().max() < 0.3
+
+
+@needs_kernels
+def test_unsupported_takes_narrow_heads_in_fp8_and_refuses_wide_ones(random_plan):
+    backend, plan = BACKENDS["reference_fp8"], random_plan(1, 2, 130, 90)
+    assert backend.unsupported(*tensors(plan, dim=64), plan) is None
+    assert backend.unsupported(*tensors(plan, dim=256), plan) == (
+        "heads must have at most 128 channels in e4m3, got 256"
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize(("scratch", "heads"), [(1, [2, 2]), (4 * 200 * 128, [4]), (2**30, [4])])
+def test_attend_in_fp8_counts_the_bytes_of_its_own_copies(
+    monkeypatch, random_plan, attend, scratch, heads
+):
+    import svg_kernels
+
+    kernel, calls = svg_kernels.block_sparse_attention_fp8, []
+    monkeypatch.setattr(
+        svg_kernels,
+        "block_sparse_attention_fp8",
+        lambda *args, **kwargs: (calls.append(args[0].shape[1]), kernel(*args, **kwargs))[1],
+    )
+    plan = random_plan(1, 4, 300, 200, key_heads=2)
+    inputs = tensors(plan, dim=128)
+    whole, _ = attend(BACKENDS["reference_fp8"], *inputs, plan, scale=0.1)
+    calls.clear()
+    monkeypatch.setattr(kernels, "SCRATCH", scratch)
+    parts, _ = attend(BACKENDS["reference_fp8"], *inputs, plan, scale=0.1)
+    # 200 keys and as many values of 128 bytes each, two heads.
+    assert calls == heads
+    torch.testing.assert_close(parts, whole)
 
 
 @needs_kernels

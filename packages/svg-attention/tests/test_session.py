@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -371,3 +372,38 @@ def test_step_refuses_a_branch_that_is_no_name():
         Session(SVG2()).step(0, branch=["a"]),
     ):
         pass
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("svg_kernels") is None, reason="svg-kernels is not installed"
+)
+def test_attend_has_one_call_computed_by_another_backend(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data = clustered(LAYOUT)
+    outputs, records = {}, {}
+    for backend in (None, "reference", "reference_fp8"):
+        session = Session(METHOD, SPARSE, layout=LAYOUT, num_steps=4, num_layers=1)
+        found = []
+        for step in (0, 1):  # dense, then sparse
+            with session.step(step):
+                found.append(session.attend(*data, layer=0, backend=backend))
+        outputs[backend], records[backend] = found, session.records()
+    for step, density in ((0, 1.0), (1, None)):
+        plain, same, rounded = (found[step] for found in outputs.values())
+        torch.testing.assert_close(plain, same)
+        assert 0.002 < (rounded - plain).norm() / plain.norm() < 0.12
+        taken = [kept[step] for kept in records.values()]
+        assert [record.backend for record in taken] == ["auto", "reference", "reference_fp8"]
+        assert len({record.density for record in taken}) == 1
+        assert density is None or taken[0].density == density
+
+
+def test_attend_records_no_backend_where_the_model_computes(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    session = Session(METHOD, SPARSE, layout=LAYOUT, num_steps=4, num_layers=1)
+    with session.step(0):
+        out = session.attend(*clustered(LAYOUT), layer=0, dense=lambda q, k, v: v)
+    assert [record.backend for record in session.records()] == [""]
+    assert out.shape == clustered(LAYOUT)[0].shape

@@ -49,6 +49,7 @@ class CallRecord:
         finite: False if some head read every key because a query or key was NaN or infinite.
         probe_density: what the method's probes took beside it; see `SparsePlan`.
         head_density: density of each head, mean over the batch; empty where all heads are alike.
+        backend: who was asked to compute it; empty for a model's own dense kernel.
     """
 
     step: int | None
@@ -62,6 +63,7 @@ class CallRecord:
     finite: bool = True
     probe_density: float = 0.0
     head_density: tuple[float, ...] = ()
+    backend: str = ""
 
 
 class Stopwatch:
@@ -113,6 +115,7 @@ class _Entry:
     density: float = 1.0
     finite: bool = True
     head_density: tuple[float, ...] = ()
+    backend: str = ""
 
 
 @dataclass
@@ -164,6 +167,8 @@ class CallLog:
         broken: Tensor | None,
         stopwatch: Stopwatch | None,
         probe_density: float = 0.0,
+        *,
+        backend: str = "",
     ) -> None:
         """Take note of a call.
 
@@ -175,8 +180,9 @@ class CallLog:
             broken: scalar on the device, or None.
             stopwatch: stopped, or None.
             probe_density: see `CallRecord`.
+            backend: see there.
         """
-        entry = _Entry(call, method, tokens, stopwatch, probe_density)
+        entry = _Entry(call, method, tokens, stopwatch, probe_density, backend=backend)
         new_step = bool(self._fresh) and self._fresh[-1][0].call.step != call.step
         if new_step or len(self._fresh) >= TOGETHER:
             self._send()
@@ -206,6 +212,7 @@ class CallLog:
                 finite=entry.finite,
                 probe_density=entry.probe_density,
                 head_density=entry.head_density,
+                backend=entry.backend,
             )
             for entry in self._entries
         ]

@@ -154,6 +154,7 @@ class Session:
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         out_layout: Layout = "BHSD",
         ring: Ring | None = None,
+        backend: str | None = None,
     ) -> Tensor:
         """Compute one self-attention call, dense or sparse as the schedule says, and log it.
 
@@ -173,6 +174,8 @@ class Session:
                 contiguous. Its shape is `[B, H, S, D]` either way.
             ring: processes that share the video tokens of the call; see `attend_in_ring` for what
                 the tensors then are. Dense calls are computed in the ring, too, not by `dense`.
+            backend: who computes this call, also where it is dense and `dense` is not given; the
+                session's for sparse calls and the fastest exact one for dense ones when None.
 
         Returns:
             Tensor shaped and typed as `query`.
@@ -189,9 +192,10 @@ class Session:
         stopwatch = Stopwatch(query.device) if self.profile and not _capturing(query) else None
         method = self._method_for(call)
         density = broken = plan = None
-        probe_density = 0.0
+        probe_density, computed_by = 0.0, ""
         if ring is not None and ring.size > 1:
             site = self._site_for(call, query.device)
+            computed_by = backend or self.backend
             found = attend_in_ring(
                 method,
                 query,
@@ -203,7 +207,8 @@ class Session:
                 text_lengths=text_lengths,
                 generator=site.generator,
                 scale=scale,
-                backend=self.backend,
+                backend=computed_by,
+                dense_backend=backend or "auto",
             )
             out = found.out
             density = None if found.density is None else found.density.mean(dim=0)
@@ -224,11 +229,15 @@ class Session:
                 scale=scale,
             )
             # torch's dense kernel chooses its own layout, which is mostly that of the queries.
-            chooses = plan.is_full and dense_backend(query, key, value) == "sdpa"
+            computed_by = backend or ("auto" if plan.is_full else self.backend)
+            chooses = (
+                plan.is_full
+                and computed_by == "auto"
+                and dense_backend(query, key, value) == "sdpa"
+            )
             target = None if chooses else _allocate(query, value, out_layout)
-            backend = "auto" if plan.is_full else self.backend
             out = sparse_attention(
-                query, key, value, plan, scale=scale, backend=backend, out=target
+                query, key, value, plan, scale=scale, backend=computed_by, out=target
             )
             if not plan.is_full:
                 density = plan.density().mean(dim=0)
@@ -241,7 +250,14 @@ class Session:
         if self.watch is not None and plan is not None and not plan.is_full:
             self.watch(call, query, key, plan)
         self._log.add(
-            call, type(method).__name__, layout.tokens, density, broken, stopwatch, probe_density
+            call,
+            type(method).__name__,
+            layout.tokens,
+            density,
+            broken,
+            stopwatch,
+            probe_density,
+            backend=computed_by,
         )
         return out
 

@@ -58,7 +58,8 @@ _ALL: tuple[Backend, ...] = (
     KernelsBackend("cuda"),
     KernelsBackend("triton"),
     ReferenceBackend(),
-    Fp8KernelsBackend(),
+    Fp8KernelsBackend("cuda_fp8"),
+    Fp8KernelsBackend("reference_fp8"),
     FlashInferBackend(),
     FlashAttentionBackend(),
 )

@@ -65,6 +65,7 @@ def attend_in_ring(
     generator: torch.Generator | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    dense_backend: str = "auto",
 ) -> RingOutput:
     """Plan and compute a call whose video tokens are shared by the processes of a ring.
 
@@ -86,7 +87,8 @@ def attend_in_ring(
         text_lengths: see `Method.plan`.
         generator: see `Method.plan`; in the same state on every process.
         scale: factor of the logits, `D ** -0.5` when None.
-        backend: as for `sparse_attention`; a dense call takes what is best.
+        backend: who computes a sparse call, as for `sparse_attention`.
+        dense_backend: who computes a dense one.
 
     Raises:
         ValueError: if the tensors are no share of a call over the layout.
@@ -105,7 +107,7 @@ def attend_in_ring(
         scale=scale or 0.0,
     )
     if method.is_full or not isinstance(method, SVG2):
-        return RingOutput(out=attend_dense(call, ring, counts, backend="auto"))
+        return RingOutput(out=attend_dense(call, ring, counts, backend=dense_backend))
     return _attend_sparse(method, call, layout, ring, counts, backend)
 
 
