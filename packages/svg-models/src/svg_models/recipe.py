@@ -24,9 +24,9 @@ from svg_models.summary import Summarised, described
 if TYPE_CHECKING:
     from svg_attention import Method, Schedule
 
-__all__ = ["FORMAT", "From", "Layers", "Linears", "Measured", "Recipe", "read_document"]
+__all__ = ["FORMAT", "From", "Layers", "Measured", "Precision", "Recipe", "read_document"]
 
-Linears: TypeAlias = Literal["bf16", "fp8"]
+Precision: TypeAlias = Literal["bf16", "fp8"]
 From: TypeAlias = Literal["sparse", "start"]
 
 FORMAT = "svg-recipe/1"
@@ -38,18 +38,20 @@ _MOST_TEXT = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """What else than attention a recipe decides; see `svg_models.sparsify`, whose names these are.
+    """How a recipe has things computed; see `svg_models.sparsify`, whose names these are.
 
     Attributes:
         exact_dense: compute dense calls by the kernel of the model's own processor.
         fuse: join what stands between the matrix products of a block.
         linears: precision of the matrix products.
-        fp8_from: the first step whose products are in fp8.
+        attention: precision of self-attention.
+        fp8_from: the first step in which what is to be in fp8 is.
     """
 
     exact_dense: bool = False
     fuse: bool = True
-    linears: Linears = "bf16"
+    linears: Precision = "bf16"
+    attention: Precision = "bf16"
     fp8_from: From = "sparse"
 
     def __post_init__(self) -> None:
@@ -57,17 +59,46 @@ class Layers:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise SettingError(f"{name} must be True or False, got {written(value)}")
-        for name, kind in (("linears", Linears), ("fp8_from", From)):
+        kinds = (("linears", Precision), ("attention", Precision), ("fp8_from", From))
+        for name, kind in kinds:
             value, known = getattr(self, name), get_args(kind)
             if value not in known:
                 raise SettingError(
                     f"{name} must be one of {', '.join(known)}, got {written(value)}"
                     f"{did_you_mean(str(value), known)}"
                 )
+        if self.exact_dense and self.attention == "fp8" and self.fp8_from == "start":
+            raise SettingError(
+                "exact_dense=True computes dense calls by the model's own kernel, attention='fp8' "
+                "with fp8_from='start' computes them in fp8; leave one of them out"
+            )
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether anything is computed in fp8."""
+        return "fp8" in (self.linears, self.attention)
+
+    def in_fp8(self, *, sparse: bool) -> bool:
+        """Return whether a step is one of those that fp8 is for.
+
+        Args:
+            sparse: whether its attention is sparse.
+        """
+        return sparse or self.fp8_from == "start"
 
     def changed(self, **given: Any) -> Layers:
-        """Return a copy in which what was given, that is not None, takes the place of the rest."""
-        return dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
+        """Return a copy in which what was given, that is not None, takes the place of the rest.
+
+        Raises:
+            SettingError: if a value is unknown, or says when fp8 begins where nothing is in fp8.
+        """
+        new = dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
+        if given.get("fp8_from") is not None and not new.has_fp8:
+            raise SettingError(
+                "fp8_from says in which step fp8 begins, and nothing is in fp8; give "
+                "linears='fp8' or attention='fp8' beside it"
+            )
+        return new
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,12 @@ class RunStats(Summarised):
 
     @property
     @statistic
+    def fp8_calls(self) -> int:
+        """Return the number of attention calls computed in fp8."""
+        return sum(record.backend.endswith("_fp8") for record in self.records)
+
+    @property
+    @statistic
     def tokens(self) -> int:
         """Return the video tokens of the clip; 0 before the first forward pass."""
         return 0 if self.grid is None else self.grid[0] * self.grid[1] * self.grid[2]
@@ -144,6 +150,14 @@ class RunStats(Summarised):
             "records": [asdict(record) for record in self.records],
         }
 
+    def _in_fp8(self) -> list[tuple[str, str]]:
+        """Return a line on what was asked for in fp8; none if nothing was."""
+        first = {"sparse": "the first sparse", "start": "the first"}
+        told = [f"{self.fp8_calls:,} attention calls"] if self.fp8_calls else []
+        if self.recipe.get("linears") == "fp8":
+            told.append(f"linear layers from {first[self.recipe['fp8_from']]} step on")
+        return [("fp8", ", ".join(told))] if told else []
+
     def _by(self, key: Callable[[CallRecord], int | None]) -> dict[int, float]:
         groups: dict[int, list[float]] = defaultdict(list)
         for record in self.records:
@@ -171,6 +185,7 @@ class RunStats(Summarised):
                 f"{self.mean_density_with_dense_calls:.1%} of all; {probed}"
                 f"{steps} steps, {layers} layers{size}",
             ),
+            *self._in_fp8(),
             ("time", "not timed" if seconds is None else f"{seconds:.2f} s"),
         ]
 

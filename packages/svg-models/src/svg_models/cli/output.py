@@ -188,7 +188,7 @@ def spoken_errors() -> Iterator[None]:
                 _fail(str(error))
             if reasons := getattr(error, "reasons", None):  # UnsupportedError of svg_attention
                 listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-                asked = "linears" if "fp8" in reasons else "backend"
+                asked = next((n for n in ("linears", "attention") if n in reasons), "backend")
                 _fail(f"this cannot run here ({listed}); leave --{asked} out to use what can")
             if _out_of_memory(error):
                 _fail(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,14 @@ def compare(request: CompareRequest) -> Comparison:
     loaded, settings, media = prepare(request, *specs)
     computed, progress = request.computed, request.report
     plan = (MethodSpec(name="dense"), *specs)
-    _warm_up(loaded, settings, media, plan, computed, progress)
-    how: dict[str, Any] = {"media": media, "computed": computed, "profile": True}
+    _warm_up(loaded, settings, media, plan, request)
+    how: dict[str, Any] = {"media": media, "profile": True}
     clips = []
     before = CoreTimes.now()
     for index, spec in enumerate(plan, start=1):
         step = _named(progress, f"{index} of {len(plan)}  {spec.title}")
         beside = spec.name != "dense"
+        how["computed"] = computed if beside else request.computed_dense
         clips.append(sample(loaded, settings, spec, progress=step, beside_dense=beside, **how))
     on_gpu = loaded.device.startswith("cuda")
     threads = 1 if on_gpu else torch.get_num_threads()
@@ -96,13 +97,13 @@ def _warm_up(
     settings: Settings,
     media: Media,
     plan: Sequence[MethodSpec],
-    computed: Mapping[str, Any],
-    progress: Progress,
+    request: CompareRequest,
 ) -> None:
-    progress("warming up", 0, 0)
+    request.report("warming up", 0, 0)
     strength = None if settings.strength is None else 1.0
     # Kernels that are compiled at first use belong to the methods; a CPU has none.
     for spec in plan if loaded.device.startswith("cuda") else plan[:1]:
-        steps = 1 if spec.name == "dense" else 2
+        dense = spec.name == "dense"
+        steps, computed = 1 if dense else 2, request.computed_dense if dense else request.computed
         brief = settings.replace(steps=steps, strength=strength)
         sample(loaded, brief, spec, media=media, computed=computed)

@@ -25,7 +25,7 @@ from svg_models.method_names import (
     read_method,
 )
 from svg_models.presets import PRESETS
-from svg_models.recipe import Layers, Linears, Recipe, read_document
+from svg_models.recipe import From, Layers, Precision, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ __all__ = ["DEFAULT_DENSITY", "DEFAULT_METHODS", "CompareRequest", "GenerateRequ
 DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
 DEFAULT_DENSITY = 0.25
 # Named here so that a misspelt one is refused before torch is imported; a test compares.
-BACKEND_NAMES = ("auto", "cuda", "triton", "reference", "cuda_fp8", "flashinfer", "flash_attn")
+BACKEND_NAMES = (
+    *("auto", "cuda", "triton", "reference"),
+    *("cuda_fp8", "reference_fp8", "flashinfer", "flash_attn"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,23 @@ class Request(Settings):
         "a little. [dim]Default: bf16, or what a recipe says.[/]",
         "--linears",
         panel=HOW,
-        suggestions=get_args(Linears),
+        suggestions=get_args(Precision),
+    )
+    attention: str | None = option(
+        None,
+        "fp8 computes the attention of sparse steps in fp8 (compute capability 9.0): faster, and "
+        "it changes the clip more. [dim]Default: bf16, or what a recipe says.[/]",
+        "--attention",
+        panel=HOW,
+        suggestions=get_args(Precision),
+    )
+    fp8_from: str | None = option(
+        None,
+        "start has --linears and --attention in fp8 in every step. [dim]Default: sparse, from the "
+        "first sparse step on, or what a recipe says.[/]",
+        "--fp8-from",
+        panel=HOW,
+        suggestions=get_args(From),
     )
     q_clusters: int | None = option(
         None,
@@ -146,8 +165,9 @@ class Request(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.linears is not None:
-            Layers(linears=self.linears)  # type: ignore[arg-type]  # refuses any other
+        Layers().changed(linears=self.linears, attention=self.attention)  # refuses any other
+        if self.fp8_from is not None:
+            Layers(fp8_from=self.fp8_from)  # type: ignore[arg-type]
         if isinstance(self.loras, str):
             raise SettingError(f"loras must be a list, such as ['{self.loras}']")
         if self.model is None or isinstance(self.model, str | os.PathLike):
@@ -164,7 +184,18 @@ class Request(Settings):
     @property
     def computed(self) -> dict[str, Any]:
         """Return by what a clip is computed: what `sparsify` takes beside method and schedule."""
-        asked = {"backend": self.backend, "linears": self.linears}
+        return {"backend": self.backend, **self.layers}
+
+    @property
+    def computed_dense(self) -> dict[str, Any]:
+        """Return by what the dense clip is computed that others are compared with: not in fp8."""
+        return {"backend": self.backend}
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Return what was given of the precision of the layers."""
+        names = ("linears", "attention", "fp8_from")
+        asked = {name: getattr(self, name) for name in names}
         return {name: value for name, value in asked.items() if value is not None}
 
     @property

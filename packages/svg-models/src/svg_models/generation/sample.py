@@ -88,7 +88,8 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
     dtype = loaded.dtype if loaded else pick_dtype(request.dtype, device)
     check_backend(request.backend, device, dtype)
     for spec in specs:
-        check_layers(spec.layers.changed(linears=request.linears), device)
+        layers = spec.layers.changed(**request.layers)
+        check_layers(layers, device, dtype, backend=request.backend)
     media = read_media(request.image, request.video, request.last_image)
     starts = {"image": request.image is not None, "video": request.video is not None}
     given = request.given()

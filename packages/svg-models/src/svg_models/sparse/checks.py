@@ -19,6 +19,7 @@ __all__ = [
     "check_schedule",
     "check_seed",
     "device_and_dtype",
+    "why_not",
 ]
 
 
@@ -40,18 +41,20 @@ def check_backend(
     """
     if backend == "auto":
         return
-    reasons = _reasons(device, dtype, head_dim)
+    reasons = _reasons(device, dtype, head_dim, backend)
     if not isinstance(backend, str) or backend not in reasons:
         known = ["auto", *reasons]
         raise SettingError(
             f"backend must be one of {', '.join(known)}, got {backend!r}"
             f"{did_you_mean(str(backend), known)}"
         )
-    if reasons[backend] and torch.device(device).type == "cpu" and torch.cuda.is_available():
-        kind = torch.bfloat16 if dtype == torch.float32 else dtype
-        reasons = _reasons("cuda", kind, head_dim)
     if reasons[backend]:
         raise UnsupportedError({name: why or "can run" for name, why in reasons.items()})
+
+
+def why_not(backend: str, device: str, dtype: torch.dtype, *, head_dim: int | None = None) -> str:
+    """Return why a backend cannot run; empty if it can. Takes what `check_backend` does."""
+    return _reasons(device, dtype, head_dim, backend)[backend]
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
@@ -90,9 +93,18 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def _reasons(device: str, dtype: torch.dtype, head_dim: int | None) -> dict[str, str]:
-    found = backend_status(device, dtype, head_dim or 128)
-    return {status.name: status.reason for status in found}
+def _reasons(device: str, dtype: torch.dtype, head_dim: int | None, backend: str) -> dict[str, str]:
+    """Return why each backend cannot run: of those in CPU memory, on the GPU if `backend` can."""
+
+    def ask(device: str, dtype: torch.dtype) -> dict[str, str]:
+        found = backend_status(device, dtype, head_dim or 128)
+        return {status.name: status.reason for status in found}
+
+    reasons = ask(device, dtype)
+    may_move = torch.device(device).type == "cpu" and torch.cuda.is_available()
+    if may_move and isinstance(backend, str) and reasons.get(backend):
+        reasons = ask("cuda", torch.bfloat16 if dtype == torch.float32 else dtype)
+    return reasons
 
 
 def check_schedule(schedule: Any) -> None:

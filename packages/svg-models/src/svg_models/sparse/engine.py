@@ -33,7 +33,7 @@ from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.hooks import Installation, Slot
-from svg_models.sparse.layers import FastLayers
+from svg_models.sparse.layers import FastLayers, fp8_backend
 from svg_models.sparse.tracker import StepTracker
 
 __all__ = ["Engine"]
@@ -107,6 +107,7 @@ class Engine:
         layers: Layers,
     ) -> None:
         self._layers = layers
+        self._fp8_backend = fp8_backend(backend) if layers.attention == "fp8" else None
         self._pipe = weakref.ref(pipe)
         self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
@@ -137,8 +138,16 @@ class Engine:
 
     @property
     def method_words(self) -> list[str]:
-        """Return the options of `svg generate` that name the method; none for a ready one."""
-        return [] if self._spec.method is not None else self._spec.words
+        """Return the options of `svg generate` that say how; none for a ready method."""
+        if self._spec.method is not None:
+            return []
+        asked = {"backend": self._options["backend"], **dataclasses.asdict(self._layers)}
+        usual = {"backend": "auto", **dataclasses.asdict(self._spec.layers)}
+        words = list(self._spec.words)
+        for name in ("backend", "linears", "attention", "fp8_from"):
+            if asked[name] != usual[name]:
+                words += [f"--{name.replace('_', '-')}", asked[name]]
+        return words
 
     def records(self) -> tuple[CallRecord, ...]:
         """Return the attention calls of the last video; waits for the device once."""
@@ -217,14 +226,15 @@ class Engine:
             )
         generation.contexts[transformer] = context
         if transformer in self.fast_layers:
-            sparse = _is_sparse(generation.recipe, transformer, context.moment)
-            self.fast_layers[transformer].begin_forward(sparse=sparse)
+            _, sparse = self.where(transformer)
+            self.fast_layers[transformer].begin_forward(fp8=self._layers.in_fp8(sparse=sparse))
 
     def where(self, transformer: str) -> tuple[Moment, bool]:
         """Return where the forward pass of a transformer stands, and whether its step is sparse."""
         generation: Generation = self._here.generation
         moment = generation.contexts[transformer].moment
-        return moment, _is_sparse(generation.recipe, transformer, moment)
+        sparse = _is_sparse(generation.recipe, transformer, moment.step, moment.num_steps)
+        return moment, sparse
 
     def watch(self, watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None) -> None:
         """Have each sparse call of the generation on this thread watched; see `Session.watch`."""
@@ -241,20 +251,20 @@ class Engine:
         """Compute the attention of a forward pass with another session, on this thread.
 
         Args:
-            transformer: in whose forward pass the run stands; its layers are those of dense steps.
+            transformer: in whose forward pass the run stands; nothing of it is in fp8.
             session: computes, remembers and logs in place of the run's own.
         """
         layers = self.fast_layers.get(transformer)
         _, sparse = self.where(transformer)
         self._here.session = session
         if layers is not None:
-            layers.begin_forward(sparse=False)
+            layers.begin_forward(fp8=False)
         try:
             yield
         finally:
             self._here.session = None
             if layers is not None:
-                layers.begin_forward(sparse=sparse)
+                layers.begin_forward(fp8=self._layers.in_fp8(sparse=sparse))
 
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
@@ -281,7 +291,23 @@ class Engine:
         )
         if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
+        waits = self._layers.has_fp8 and self._layers.fp8_from == "sparse"
+        if waits and not self._has_sparse_step(recipe, context.moment.num_steps):
+            self.tell(
+                "no step of this video is sparse, so none is computed in fp8; fp8_from='start' "
+                "computes all steps in it"
+            )
         return dataclasses.replace(recipe, layers=self._layers)
+
+    def _has_sparse_step(self, recipe: Recipe, num_steps: int | None) -> bool:
+        """Return whether a transformer of the run has a sparse step, if its last one is known."""
+        if isinstance(recipe.method, Dense) or num_steps is None:
+            return not isinstance(recipe.method, Dense)
+        return any(
+            _is_sparse(recipe, installed.name, step, num_steps)
+            for installed in self.installations
+            for step in range(num_steps)
+        )
 
     def _tell_replaced(self, generation: Generation) -> None:
         """Warn of transformers of the pipeline that were exchanged for others, which are dense."""
@@ -342,6 +368,11 @@ class Engine:
                 "transformer itself, transformer(...), not one of its parts or its forward method"
             )
         layout = _layout(place, context.grid, query.shape[1])
+        session: Session = getattr(self._here, "session", None) or generation.session
+        fp8 = None
+        if session is generation.session and self._fp8_backend is not None:
+            _, sparse = self.where(place.transformer)
+            fp8 = self._fp8_backend if self._layers.in_fp8(sparse=sparse) else None
         video, counts, before = layout.video_tokens, context.text_counts, context.before
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -351,12 +382,16 @@ class Engine:
                 backend=getattr(place.processor.original, "_attention_backend", None),
                 key_lengths=None if counts is None else tuple(before + video + n for n in counts),
             )
+            if fp8 is not None and not self._layers.exact_dense:
+                self.tell(
+                    "dense calls are computed by the kernel that set_attention_backend chose, not "
+                    "in fp8"
+                )
             return _swapped(out, before, video).transpose(1, 2)
 
         # A plan knows a clip and, on one side of it, tokens that it attends to exactly. Conditions
         # that stand on the other side than the text go between both, where they all count.
         heads = tuple(_swapped(x, before, video).transpose(1, 2) for x in (query, key, value))
-        session: Session = getattr(self._here, "session", None) or generation.session
         out = session.attend(
             *heads,
             layout=layout,
@@ -373,15 +408,18 @@ class Engine:
                 if context.text_lengths is not None and before
                 else context.text_lengths
             ),
-            dense=dense if self._asks_original(place, *heads) else None,
+            dense=dense if self._asks_original(place, *heads, fp8=fp8 is not None) else None,
             out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
+            backend=fp8,
         )
         return _swapped(out.transpose(1, 2), video, before)
 
-    def _asks_original(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _asks_original(
+        self, place: Slot, query: Tensor, key: Tensor, value: Tensor, *, fp8: bool
+    ) -> bool:
         """Return whether dense calls are computed by the kernel of the original processor."""
         chosen = getattr(place.processor.original, "_attention_backend", None)
-        faster = dense_backend(query, key, value) != "sdpa"
+        faster = fp8 or dense_backend(query, key, value) != "sdpa"
         return self._layers.exact_dense or chosen is not None or not faster
 
 
@@ -392,11 +430,12 @@ def _swapped(x: Tensor, first: int, second: int) -> Tensor:
     return torch.cat((x[:, first : first + second], x[:, :first], x[:, first + second :]), dim=1)
 
 
-def _is_sparse(recipe: Recipe | None, transformer: str, moment: Moment) -> bool:
+def _is_sparse(
+    recipe: Recipe | None, transformer: str, step: int | None, num_steps: int | None
+) -> bool:
     """Return whether attention is sparse in a step, at least in the last layers."""
     if recipe is None or isinstance(recipe.method, Dense):
         return False
-    step, num_steps = moment.step, moment.num_steps
     schedule = recipe.schedule_of(transformer)
     return not schedule.is_dense(step=step, num_steps=num_steps, layer=1, num_layers=1)
 

@@ -5,22 +5,79 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from svg_attention import UnsupportedError
+from svg_models.errors import SettingError
 from svg_models.families import Family
 from svg_models.families.blocks import FusedForward
 from svg_models.recipe import Layers
+from svg_models.sparse.checks import why_not
 from svg_models.sparse.linears import Fp8Linears, refuse_device
 
-__all__ = ["FastLayers", "check_layers"]
+__all__ = ["FastLayers", "check_layers", "fp8_backend", "slow_in_fp8"]
+
+# Who computes attention in fp8, by who computes sparse attention otherwise.
+FP8_BACKENDS = {
+    "auto": "cuda_fp8",
+    "cuda": "cuda_fp8",
+    "cuda_fp8": "cuda_fp8",
+    "reference": "reference_fp8",
+    "reference_fp8": "reference_fp8",
+}
 
 
-def check_layers(layers: Layers, device: str) -> None:
-    """Refuse a precision of products that a device does not have.
+def fp8_backend(backend: str) -> str:
+    """Return the backend that computes attention in fp8 for a run that was given `backend`.
 
     Raises:
+        SettingError: if the one given has no fp8.
+    """
+    if backend not in FP8_BACKENDS:
+        raise SettingError(
+            f"attention='fp8' has a kernel of its own, and backend {backend!r} is another; leave "
+            "backend out (or take 'reference', which computes slowly and anywhere)"
+        )
+    return FP8_BACKENDS[backend]
+
+
+def check_layers(
+    layers: Layers,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    backend: str = "auto",
+    head_dim: int | None = None,
+) -> None:
+    """Refuse a precision that a device does not have.
+
+    Args:
+        layers: what is asked for.
+        device: where it will run.
+        dtype: of query, key and value.
+        backend: who computes sparse attention.
+        head_dim: of each head; 128 while it is not known.
+
+    Raises:
+        SettingError: if the backend has no fp8.
         UnsupportedError: if the device or the installation has none.
     """
+    computes = fp8_backend(backend) if layers.attention == "fp8" else None
     if layers.linears == "fp8":
         refuse_device(torch.device(device))
+    if computes is not None:
+        reason = why_not(computes, device, dtype, head_dim=head_dim)
+        if reason:
+            raise UnsupportedError({"attention": f"attention='fp8' cannot run here: {reason}"})
+
+
+def slow_in_fp8(layers: Layers, backend: str, head_dim: int | None) -> str:
+    """Return in a sentence why attention in fp8 gains nothing; empty where it can."""
+    padded = head_dim is not None and head_dim < 128
+    if layers.attention != "fp8" or fp8_backend(backend) != "cuda_fp8" or not padded:
+        return ""
+    return (
+        f"attention='fp8' pads heads of {head_dim} channels to 128, which takes as long as in bf16 "
+        "or longer; it is for models whose heads have 128"
+    )
 
 
 class FastLayers:
@@ -33,7 +90,6 @@ class FastLayers:
     """
 
     def __init__(self, transformer: nn.Module, family: Family, layers: Layers) -> None:
-        self._from = layers.fp8_from
         joined = family.find_blocks(transformer) if layers.fuse else []
         installed = [FusedForward.install(block, rule) for block, rule in joined]
         self._forwards = [forward for forward in installed if forward is not None]
@@ -45,14 +101,14 @@ class FastLayers:
                 self.remove()
                 raise
 
-    def begin_forward(self, *, sparse: bool) -> None:
+    def begin_forward(self, *, fp8: bool) -> None:
         """Choose the precision of the products of a forward pass that starts.
 
         Args:
-            sparse: whether its step is one in which attention is sparse.
+            fp8: whether products that can be in fp8 are.
         """
         if self.linears is not None:
-            self.linears.on = sparse or self._from == "start"
+            self.linears.on = fp8
 
     def remove(self) -> None:
         """Leave every layer as it was found."""

@@ -46,7 +46,7 @@ def refuse_device(device: torch.device) -> None:
         )
     else:
         return
-    raise UnsupportedError({"fp8": reason})
+    raise UnsupportedError({"linears": reason})
 
 
 class Inputs(threading.local):

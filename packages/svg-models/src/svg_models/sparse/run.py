@@ -18,7 +18,7 @@ from svg_models import attention_op, embedded
 from svg_models.families import family_of, transformers_of
 from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
-from svg_models.recipe import From, Layers, Linears, Recipe
+from svg_models.recipe import From, Layers, Precision, Recipe
 from svg_models.sparse.checks import (
     check_backend,
     check_flag,
@@ -28,7 +28,7 @@ from svg_models.sparse.checks import (
 )
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
-from svg_models.sparse.layers import FastLayers, check_layers
+from svg_models.sparse.layers import FastLayers, check_layers, slow_in_fp8
 from svg_models.sparse.pairs import DensePairs
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
@@ -52,7 +52,8 @@ def sparsify(
     backend: str = "auto",
     exact_dense: bool | None = None,
     fuse: bool | None = None,
-    linears: Linears | None = None,
+    linears: Precision | None = None,
+    attention: Precision | None = None,
     fp8_from: From | None = None,
     seed: int = 0,
     profile: bool = True,
@@ -81,7 +82,7 @@ def sparsify(
         top_p: attention mass that an svg2 method given by name keeps, in place of a density.
         recipe: a recipe file, as `svg tune` and `run.recipe.save` write them, or a `Recipe`; in
             place of a method and a density. It runs as it is, whatever the model; of its schedule
-            and of the four options below, what is given here comes first.
+            and of the options below, what is given here comes first.
         preset: "quality", "balanced" or "fast": settings whose price was measured, in place of a
             method and a density; `run.recipe` tells which, and on what.
         backend: who computes sparse attention, see `svg_attention.sparse_attention`.
@@ -96,8 +97,12 @@ def sparsify(
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
             fp8, from copies of the weights that lie beside them. It changes the picture; see the
             documentation for how much. "bf16", unless the recipe says otherwise.
-        fp8_from: "sparse" leaves the products of dense steps, which decide the picture, as they
-            are; "start" computes all in fp8. "sparse", unless the recipe says otherwise.
+        attention: "fp8" computes self-attention in fp8 (compute capability 9.0; with
+            `backend="reference"` keys and values are rounded alike, slowly and anywhere). It
+            changes the picture more than `linears`. "bf16", unless the recipe says otherwise.
+        fp8_from: "sparse" leaves dense steps, which decide the picture, as they are; "start"
+            computes all steps in fp8. For `linears` and `attention` alike. "sparse", unless the
+            recipe says otherwise.
         seed: seed of every random choice; each video starts from it again.
         profile: time each attention call: on a GPU by two events a call, which take microseconds,
             and a synchronisation when they are read.
@@ -115,7 +120,11 @@ def sparsify(
     spec = read_method(method, density=density, top_p=top_p, recipe=recipe, preset=preset)
     check_schedule(schedule)
     layers = spec.layers.changed(
-        exact_dense=exact_dense, fuse=fuse, linears=linears, fp8_from=fp8_from
+        exact_dense=exact_dense,
+        fuse=fuse,
+        linears=linears,
+        attention=attention,
+        fp8_from=fp8_from,
     )
     options = {
         "backend": backend,
@@ -161,8 +170,9 @@ class SparseRun(Summarised):
         found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
         for _, transformer, _ in found:
             device, dtype = device_and_dtype(pipe, transformer)
-            check_backend(options["backend"], device, dtype, head_dim=_head_dim(transformer))
-            check_layers(layers, device)
+            backend, head_dim = options["backend"], _head_dim(transformer)
+            check_layers(layers, device, dtype, backend=backend, head_dim=head_dim)
+            check_backend(backend, device, dtype, head_dim=head_dim)
         self._title = type(pipe).__name__
         self._model = _model_name(pipe)
         # A wrapper may be gone before its model.
@@ -174,7 +184,15 @@ class SparseRun(Summarised):
                 installed = Installation(self._engine, name, transformer, family, first)
                 self._engine.installations.append(installed)
                 self._engine.slots.extend(installed.slots)
-                self._engine.fast_layers[name] = FastLayers(transformer, family, layers)
+                fast = self._engine.fast_layers[name] = FastLayers(transformer, family, layers)
+                slow = slow_in_fp8(layers, options["backend"], _head_dim(transformer))
+                if slow:
+                    self._engine.tell(slow)
+                if fast.linears is not None and not fast.linears.layers:
+                    self._engine.tell(
+                        f"linears='fp8' found no layer of {name} that it can compute: they hold no "
+                        "bf16 weights of their own, or something else has put itself over them"
+                    )
         except BaseException:
             self.restore()
             raise

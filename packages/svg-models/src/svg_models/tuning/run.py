@@ -72,7 +72,7 @@ class _Tuner:
         self._request, self._journal, self._loaded = request, journal, loaded
         self._settings, self._media = settings, media
         self._prompts = _prompts(request, loaded, settings)
-        self._layers = Layers().changed(linears=request.linears)
+        self._layers = Layers().changed(**request.layers)
         self._machine = machine_facts(loaded, request.computed)
         self._dense_clips: dict[int, Clip] = {}
         self._trials: dict[tuple[Point | None, int], Trial] = {}
@@ -249,7 +249,7 @@ class _Tuner:
         request = self._request
         done = len(self._trials) + len(self._dense_clips)
         most = max(self._most, done + 1)
-        computed = request.computed
+        computed = request.computed_dense if spec.name == "dense" else request.computed
         if "exact_dense" in how:
             computed = computed | {"exact_dense": how.pop("exact_dense")}
 
