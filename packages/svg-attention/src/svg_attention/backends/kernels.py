@@ -31,6 +31,7 @@ class KernelsBackend:
 
     def __init__(self, name: Literal["cuda", "triton"]) -> None:
         self.name = name
+        self._kernel: str = name
 
     def unsupported(
         self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
@@ -120,7 +121,7 @@ class KernelsBackend:
         summary = None
         if plan.summary is not None:
             summary = (plan.summary.keys, plan.summary.values, plan.summary.log_weights)
-        elif self.name != "triton" and not plan.is_full and plan.run_multiple % COPY_ROWS:
+        elif self._kernel == "cuda" and not plan.is_full and plan.run_multiple % COPY_ROWS:
             plan = plan.rounded(COPY_ROWS)  # Not made by a method: those are ready.
         tile_order = plan.tile_order
         if tile_order is None and not plan.is_full:
