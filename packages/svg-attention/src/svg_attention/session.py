@@ -195,7 +195,7 @@ class Session:
         probe_density, computed_by = 0.0, ""
         if ring is not None and ring.size > 1:
             site = self._site_for(call, query.device)
-            computed_by = backend or self.backend
+            computed_by = backend or ("auto" if method.is_full else self.backend)
             found = attend_in_ring(
                 method,
                 query,
