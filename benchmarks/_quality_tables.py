@@ -42,10 +42,10 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         f"{len(results['prompts'])} held-out prompts that no setting was chosen on, guidance "
         f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
-        f"{', '.join(commits)}. Mean ± standard deviation over prompts; differences to routing by error "
-        "are of the same prompts at the same density, with their standard error. All calls counts "
-        "dense steps and what probes read. The last column is what the attention of a step and "
-        "layer would take at Wan 720p, dense steps included, on the same GPU.\n"
+        f"{', '.join(commits)}. Mean ± standard deviation over prompts; differences to routing by "
+        "error are of the same prompts at the same density, with their standard error. All calls "
+        "counts dense steps and what probes read. The last column is what the attention of a step "
+        "and layer would take at Wan 720p, dense steps included, on the same GPU.\n"
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["cases"].values():

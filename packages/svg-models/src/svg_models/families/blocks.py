@@ -25,6 +25,7 @@ from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNormZ
 from torch import Tensor, nn
 
 from svg_models.families import fused
+from svg_models.families.feed_forward import feed_forward
 from svg_models.families.instance_forward import InstanceForward
 
 __all__ = [
@@ -159,7 +160,8 @@ def _wan_steps(
     states = _gate(states, attended, gate)
     across = states if isinstance(block.norm2, nn.Identity) else _normalise(block.norm2, states)
     states = states + block.attn2(across, text, None, None)
-    return _gate(states, block.ffn(_modulate(block.norm3, states, ff_scale, ff_shift)), ff_gate)
+    fed = feed_forward(block.ffn, _modulate(block.norm3, states, ff_scale, ff_shift))
+    return _gate(states, fed, ff_gate)
 
 
 def dual_stream_block(
@@ -191,7 +193,8 @@ def dual_stream_block(
     streams = zip((video, text), attended, gates, feeds, layers, strict=True)
     for states, attention, gate, (shift, scale, ff_gate), (norm, feed) in streams:
         states = _gate(states, attention, gate)
-        out.append(_gate(states, feed(_modulate(norm, states, scale, shift)), ff_gate))
+        fed = feed_forward(feed, _modulate(norm, states, scale, shift))
+        out.append(_gate(states, fed, ff_gate))
     return out[0], out[1]
 
 
@@ -258,7 +261,7 @@ def cogvideox_block(
         ),
         dim=1,
     )
-    fed, length = block.ff(normed), text.shape[1]
+    fed, length = feed_forward(block.ff, normed), text.shape[1]
     return _gate(video, fed[:, length:], gate), _gate(text, fed[:, :length], text_gate)
 
 
@@ -297,7 +300,8 @@ def cosmos_block(
     )
     states = _gate(states, attended, gate)
     shift, scale, gate = modulation(block.norm3)
-    states = _gate(states, block.ff(_modulate(block.norm3.norm, states, scale, shift)), gate)
+    fed = feed_forward(block.ff, _modulate(block.norm3.norm, states, scale, shift))
+    states = _gate(states, fed, gate)
     if controlnet_residual is not None:
         states += controlnet_residual
     if block.after_proj is not None:
@@ -330,7 +334,7 @@ def ltx_block(
         image_rotary_emb=None,
         attention_mask=encoder_attention_mask,
     )
-    fed = block.ff(_modulate_rms(block.norm2, states, ff_scale, ff_shift))
+    fed = feed_forward(block.ff, _modulate_rms(block.norm2, states, ff_scale, ff_shift))
     return _gate(states, fed, ff_gate)
 
 

@@ -14,7 +14,15 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-__all__ = ["Pairing", "is_untouched", "norm_rope", "rope", "serves", "serves_tensor"]
+__all__ = [
+    "Pairing",
+    "is_hooked",
+    "is_untouched",
+    "norm_rope",
+    "rope",
+    "serves",
+    "serves_tensor",
+]
 
 Pairing = Literal["interleaved", "half"]
 _NORMS = (nn.RMSNorm, RMSNorm)
@@ -151,13 +159,17 @@ def is_untouched(module: nn.Module) -> bool:
     Hooks stand for offloading, quantisation and whatever else moves or changes a weight. Those of
     accelerate and diffusers put a function over `forward`; their attributes tell so, too.
     """
+    return not is_hooked(module) and "forward" not in module.__dict__
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether something wants to see a module called."""
     own = module.__dict__
-    return (
-        not module._forward_pre_hooks
-        and not module._forward_hooks
-        and "_hf_hook" not in own
-        and "_diffusers_hook" not in own
-        and "forward" not in own
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or "_hf_hook" in own
+        or "_diffusers_hook" in own
     )
 
 

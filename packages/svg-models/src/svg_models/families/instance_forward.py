@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["InstanceForward"]
 
@@ -30,6 +30,10 @@ class InstanceForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._module(), None)
+
+    def stands_aside(self, states: Tensor) -> bool:
+        """Return whether `states` are computed as the class does."""
+        return False
 
     def switch_off(self) -> None:
         """Compute what the class does from now on."""

@@ -90,7 +90,28 @@ def quantise_rows(x: Tensor, activation: Activation = "none") -> tuple[Tensor, T
     return (rows / scale).to(torch.float8_e4m3fn), scale
 
 
-class Fp8Linear(InstanceForward):
+class Fp8Forward(InstanceForward):
+    """A `forward` that asks a switch whether products are in fp8 at this moment.
+
+    Args:
+        module: the module, held weakly.
+        switch: what it asks; None computes what the class does.
+    """
+
+    def __init__(self, module: nn.Module, switch: Fp8Linears | None) -> None:
+        super().__init__(module, switch)
+        self.switch = switch
+
+    def stands_aside(self, states: Tensor) -> bool:
+        """Return whether `states` are computed as the class does."""
+        return self.switch is None or not self.switch.serves(states)
+
+    def switch_off(self) -> None:
+        """Compute what the class does from now on."""
+        self.switch = None
+
+
+class Fp8Linear(Fp8Forward):
     """The `forward` of one linear layer while a run is on.
 
     Args:
@@ -100,7 +121,6 @@ class Fp8Linear(InstanceForward):
 
     def __init__(self, module: nn.Linear, switch: Fp8Linears | None) -> None:
         super().__init__(module, switch)
-        self.switch = switch
         self._weight: Tensor | None = None
         self._scale: Tensor | None = None
         if switch is not None:
@@ -114,7 +134,7 @@ class Fp8Linear(InstanceForward):
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""
         switch = self.switch
-        if switch is None or not switch.serves(x):
+        if switch is None or self.stands_aside(x):
             return self._plain(self._module(), x)  # type: ignore[arg-type]
         # A compiler makes one graph of a block and finds the common input itself.
         compiling = torch.compiler.is_compiling()
@@ -147,17 +167,8 @@ class Fp8Linear(InstanceForward):
         self.switch = self._weight = self._scale = None
 
 
-class Fp8FeedForward(InstanceForward):
-    """The `forward` of one feed-forward while a run is on: its activation writes fp8 at once.
-
-    Args:
-        module: diffusers' `FeedForward` of a GELU and a linear layer, held weakly.
-        switch: says whether products are in fp8 at this moment.
-    """
-
-    def __init__(self, module: FeedForward, switch: Fp8Linears | None) -> None:
-        super().__init__(module, switch)
-        self.switch = switch
+class Fp8FeedForward(Fp8Forward):
+    """The `forward` of a GELU and a linear layer while a run is on: the GELU writes fp8 at once."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the feed-forward; takes and returns what its class's `forward` does."""
@@ -168,21 +179,17 @@ class Fp8FeedForward(InstanceForward):
         product = last.__dict__.get("forward")
         if (
             switch is None
-            or not switch.serves(hidden_states)
+            or self.stands_aside(hidden_states)
             or torch.compiler.is_compiling()
             or not isinstance(product, Fp8Linear)
             or product.switch is not switch
             or not fused.is_untouched(activation)
-            or _hooked(last)
+            or fused.is_hooked(last)
         ):
             return self._plain(module, hidden_states, *args, **kwargs)
         hidden = activation.proj(hidden_states)
         kind: Activation = "gelu_tanh" if activation.approximate == "tanh" else "gelu"
         return product.product(*quantise_rows(hidden, kind), hidden.dtype)
-
-    def switch_off(self) -> None:
-        """Compute the feed-forward as its class does from now on."""
-        self.switch = None
 
 
 class Fp8Linears:
@@ -279,8 +286,3 @@ def _is_free(module: nn.Module) -> bool:
     if isinstance(own, Fp8Linear | Fp8FeedForward) and own.switch is None:
         del module.forward
     return fused.is_untouched(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Return whether hooks want to see a layer called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "_hf_hook" in module.__dict__

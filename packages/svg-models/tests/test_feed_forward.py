@@ -1,0 +1,155 @@
+"""Feed-forwards in two products: as near to the truth as their class, only where they may be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from svg_models.families import fused
+from svg_models.families.feed_forward import feed_forward
+from svg_models.sparse.linears import Fp8FeedForward, Fp8Linear, Fp8Linears
+
+WIDTH = 64
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Say that kernels serve the CPU; return the shapes of inputs of products with a GELU."""
+    monkeypatch.setattr(fused, "serves", lambda device: True)
+    shapes: list[tuple[int, ...]] = []
+    product = torch._addmm_activation
+
+    def call(bias: Tensor, x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return product(bias, x, weight, **options)
+
+    monkeypatch.setattr(torch, "_addmm_activation", call)
+    return shapes
+
+
+def layer(activation: str = "gelu-approximate", **options: Any) -> FeedForward:
+    torch.manual_seed(0)
+    made = FeedForward(WIDTH, mult=2, activation_fn=activation, **options)
+    return made.to(torch.bfloat16).eval()
+
+
+def states(rows: int = 40) -> Tensor:
+    return torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def exact(module: FeedForward, x: Tensor) -> Tensor:
+    out: Tensor = copy.deepcopy(module).double()(x.double())
+    return out
+
+
+@torch.no_grad()
+def test_feed_forward_joins_and_is_no_farther_from_fp64_than_the_class(joined: list[Any]) -> None:
+    module, x = layer(), states()
+    out, want = feed_forward(module, x), exact(module, x)
+    assert joined == [(80, WIDTH)]
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    error, stock = ((y.double() - want).norm() for y in (out, module(x)))
+    assert error <= 1.1 * stock
+    assert error < 0.01 * want.norm()
+
+
+def with_hook(module: FeedForward) -> None:
+    module.net[0].proj.register_forward_hook(lambda *_: None)
+
+
+def with_lora(module: FeedForward) -> None:
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"]), module)
+
+
+def with_dropout(module: FeedForward) -> None:
+    module.net[1].p = 0.5
+    module.train()
+
+
+def with_fp32_weight(module: FeedForward) -> None:
+    module.net[0].proj.float()
+
+
+def with_own_forward(module: FeedForward) -> None:
+    plain = module.net[0].proj
+    plain.forward = lambda x: F.linear(x, plain.weight, plain.bias)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change", [with_hook, with_lora, with_dropout, with_own_forward], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_feed_forward_calls_a_layer_that_something_changed(
+    change: Callable[[FeedForward], None], joined: list[Any]
+) -> None:
+    module, x = layer(), states()
+    change(module)
+    torch.manual_seed(2)
+    out = feed_forward(module, x)
+    torch.manual_seed(2)
+    assert not joined
+    assert torch.equal(out, module(x))
+
+
+@pytest.mark.parametrize("kind", [{"activation": "gelu"}, {"bias": False}, {"final_dropout": True}])
+@torch.no_grad()
+def test_feed_forward_calls_a_layer_of_another_kind(
+    kind: dict[str, Any], joined: list[Any]
+) -> None:
+    module, x = layer(**kind), states()
+    assert torch.equal(feed_forward(module, x), module(x))
+    assert not joined
+
+
+def test_feed_forward_calls_the_layer_where_torch_would_not_join(joined: list[Any]) -> None:
+    module, x = layer(), states()
+    feed_forward(module, x).sum().backward()  # a gradient
+    with torch.no_grad():
+        feed_forward(layer().float(), x.float())
+        mixed = layer()
+        with_fp32_weight(mixed)
+        with pytest.raises(RuntimeError, match="dtype"):  # as the class says
+            feed_forward(mixed, x)
+        feed_forward(nn.Linear(WIDTH, WIDTH, dtype=x.dtype), x)
+    assert not joined
+
+
+@torch.no_grad()
+def test_feed_forward_joins_where_fp8_stands_aside(
+    joined: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for kind in (Fp8Linear, Fp8FeedForward):
+        monkeypatch.setattr(kind, "__call__", lambda self, x, _k=kind: calls.append(_k.__name__))
+    blocks = [nn.ModuleList([layer()]) for _ in range(3)]
+    linears, x = Fp8Linears(blocks), states(rows=600)
+    module: Any = blocks[1][0]
+    monkeypatch.setattr(type(module.net[2]), "forward", lambda self, x: x)
+    assert linears.layers == 2
+    feed_forward(module, x)
+    assert joined == [(1200, WIDTH)]
+    assert calls == ["Fp8Linear"]  # the second product decides for itself
+    linears.on = True
+    feed_forward(module, x)
+    assert len(joined) == 1
+    assert calls[1:] == ["Fp8FeedForward"]
+    linears.remove()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_feed_forward_on_a_gpu_is_near_fp64(device: torch.device) -> None:
+    module = layer().to(device)
+    x = 4 * states(rows=1000).to(device)
+    out, want = feed_forward(module, x), exact(module, x)
+    stock = (module(x).double() - want).norm()
+    assert (out.double() - want).norm() <= 1.1 * stock
