@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -17,15 +17,26 @@ PYTHON, SHELL = (
 )
 
 
-def test_the_speed_table_is_the_stored_run():
-    stored = json.loads(speed_table.STORED.read_text(encoding="utf-8"))
-    assert speed_table.fill(README, speed_table.render(stored)) == README
+MODELS, QUALITY = speed_table.stored("models"), speed_table.stored("quality")
 
 
-def test_the_speed_table_changes_with_the_stored_run():
-    stored = json.loads(speed_table.STORED.read_text(encoding="utf-8"))
-    stored["models"][0]["ms_per_forward"]["SVG2"]["median"] /= 2
-    assert speed_table.fill(README, speed_table.render(stored)) != README
+def test_the_tables_are_the_stored_runs():
+    assert speed_table.wanted(README) == README
+
+
+@pytest.mark.parametrize("name", ["models", "quality"])
+def test_the_tables_change_with_the_stored_runs(name):
+    runs = {"models": copy.deepcopy(MODELS), "videos": None, "quality": copy.deepcopy(QUALITY)}
+    before = speed_table.render(**runs)
+    if name == "models":
+        runs["models"]["models"][0]["ms_per_forward"]["SVG2"]["median"] /= 2
+    else:
+        for case in runs["quality"]["cases"].values():
+            case["psnr"]["mean"] += 1
+    assert speed_table.render(**runs) != before
+
+
+ENVIRONMENT = {"gpu": "G", "torch": "T", "date": "D"}
 
 
 def test_render_compares_within_a_row_only():
@@ -35,16 +46,50 @@ def test_render_compares_within_a_row_only():
         "layers": 2,
         "ms_per_forward": {name: {"median": time} for name, time in times.items()},
     }
-    stored = {
-        "environment": {"gpu": "G", "torch": "T", "date": "D"},
+    run = {
+        "environment": ENVIRONMENT,
         "density": 0.25,
         "band_density": 0.3,
         "models": [model],
     }
-    rows = speed_table.render(stored).splitlines()[2:4]
+    rows = speed_table.render(run, None, QUALITY).splitlines()[2:4]
     assert rows == [
         "| Toy | 200 ms | 50 ms, **4.00x faster** | 100 ms, **2.00x faster** |",
         "| Toy, compiled | 150 ms |  |  |",
+    ]
+
+
+def test_render_whole_videos_take_the_place_of_layers():
+    video = {
+        "name": "Toy, 720p",
+        "published_steps": 50,
+        "dense_steps": 0.2,
+        "dense_layers": 0.03,
+        "variants": {
+            "diffusers": {"published": {"start": 5.0, "dense steps": 1990.0, "decoding": 5.0}},
+            "SVG2": {"published": {"start": 5.0, "sparse steps": 790.0, "decoding": 5.0}},
+        },
+    }
+    run = {"environment": ENVIRONMENT, "density": 0.25, "every_step": False, "videos": [video]}
+    text = speed_table.render(MODELS, run, QUALITY)
+    assert text.splitlines()[2] == (
+        "| Toy, 720p, 50 steps | 2,000 s | 800 s, **2.50x faster** |  |"
+    )
+    assert "a forward pass of" not in text
+    assert "the first 20% of the steps and 3% of the layers dense" in text
+
+
+def test_render_closeness_has_the_cases_that_are_stored():
+    mean = {"psnr": {"mean": 31.26}}
+    key = speed_table.GROUP.format(clip="large", density=0.1, method="error")
+    run = QUALITY | {"cases": {key: mean}}
+    lines = speed_table.render(MODELS, None, run).splitlines()
+    (row,) = [number for number, line in enumerate(lines) if line.startswith("| PSNR")]
+    assert lines[row] == "| PSNR against dense | 256 x 256, 10% |"
+    assert lines[row + 2 : row + 5] == [
+        "| `svg2-comp` |  |",
+        "| `svg2-error` | 31.3 dB |",
+        "| `SVG2.corrected` |  |",
     ]
 
 
@@ -92,7 +137,11 @@ def test_the_site_opens_with_the_first_screen_of_the_readme():
     first = before.split("<!-- --8<-- [start:first-minute] -->")[1]
     assert "](docs/" not in first, "a link into docs/ leads nowhere from the site"
     assert PYTHON[0] in first
-    assert "<!-- speed -->" in first
+    tables, laptop, install, snippet = (
+        first.index(part)
+        for part in ("<!-- speed -->", "svg generate", "svg-models[kernels]", "```python")
+    )
+    assert tables < laptop < install < snippet
     assert "```python" not in rest
 
 
@@ -140,9 +189,10 @@ def test_the_commands_of_the_first_screen_are_understood():
     from svg_models.cli import app
 
     lines = [shlex.split(line, comments=True) for line in SHELL[0].splitlines()]
-    assert [line[:2] for line in lines] == [["svg", "generate"], ["svg", "compare"]]
+    assert lines[0] == ["pip", "install", "svg-models"]
+    assert [line[:2] for line in lines[1:]] == [["svg", "generate"], ["svg", "compare"]]
     group = typer.main.get_command(app)
-    for _, name, *arguments in lines:
+    for _, name, *arguments in lines[1:]:
         command = group.commands[name]
         context = command.make_context(name, list(arguments))
         assert not context.args

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import tiny
 import typer
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
@@ -22,6 +25,7 @@ from svg_attention.backends import BACKENDS
 from svg_models import embedded_path
 from svg_models.cli import app
 from svg_models.cli.options import check_frames, check_multiple, latent_frame
+from svg_models.cli.output import bars_on, err, show_note
 from svg_models.cli.progress import Lines, PaceColumn
 from svg_models.errors import SettingError
 from svg_models.generation.conditioning import read_media
@@ -275,6 +279,20 @@ def test_lines_of_what_is_quick_are_left_out() -> None:
     clock[0] += 5.0
     lines.named("[2]")("tuning", 2, 8)
     assert said == ["[2]: tuning: 25%, 0:15 left"]
+
+
+def test_notes_stand_above_the_bars_and_keep_their_words_whole() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=40, color_system=None)
+    with bars_on(console), Progress(console=console, transient=True) as bars:
+        bars.add_task("sampling", total=2)
+        bars.refresh()
+        show_note("few steps are too few to make sparse here")
+        assert err() is console
+    assert err() is not console
+    lines = re.sub(r"\x1b\[[?\d]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+    assert "note: few steps are too few to make " in lines
+    assert "sparse here" in lines
 
 
 def test_generate_into_a_pipe_says_how_far_it_is_but_not_to_a_program(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from svg_models.interrupts import STATUS, Interrupts, listening
 __all__ = [
     "PlainCommand",
     "SpokenGroup",
+    "bars_on",
     "err",
     "escaped",
     "out",
@@ -48,9 +49,22 @@ def say_json(values: Any) -> None:
     sys.stdout.write("\n")
 
 
+_shown: list[Console] = []  # that of the bars, while there are some
+
+
 def err() -> Console:
-    """Return the console of everything else."""
-    return Console(stderr=True)
+    """Return the console of everything else; lines on it come to stand above the bars."""
+    return _shown[-1] if _shown else Console(stderr=True)
+
+
+@contextlib.contextmanager
+def bars_on(console: Console) -> Iterator[None]:
+    """Say everything through the console that draws bars, so that neither cuts the other."""
+    _shown.append(console)
+    try:
+        yield
+    finally:
+        _shown.remove(console)
 
 
 def escaped(text: str) -> str:
@@ -67,8 +81,7 @@ def say_path(path: Path, label: str = "") -> None:
 
 
 def _fail(sentence: str) -> NoReturn:
-    text = escaped(shortened(sentence, _LONGEST))
-    err().print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
+    _say(f"[bold red]error:[/] {escaped(shortened(sentence, _LONGEST))}")
     raise typer.Exit(2)
 
 
@@ -152,7 +165,7 @@ def _status(run: Callable[[], Any], interrupts: Interrupts) -> int:
 
 
 def _stopped(interrupts: Interrupts) -> int:
-    err().print(f"[yellow]{escape(interrupts.sentence())}[/]", soft_wrap=True, highlight=False)
+    _say(f"[yellow]{escape(interrupts.sentence())}[/]")
     return STATUS
 
 
@@ -167,7 +180,7 @@ def _own_fault(error: Exception) -> int:
     except OSError:
         where = printable(text)
     sentence = f"a fault of svg itself ({type(error).__name__}: {first_line(error)}); {where}"
-    err().print(f"[bold red]error:[/] {escaped(sentence)}", soft_wrap=True, highlight=False)
+    _say(f"[bold red]error:[/] {escaped(sentence)}")
     return 1
 
 
@@ -206,4 +219,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 def show_note(message: Any, *_: Any, **__: Any) -> None:
     """Print a warning of this package as a note, in the place of `warnings.showwarning`."""
-    err().print(f"[yellow]note:[/] {escaped(str(message))}", soft_wrap=True, highlight=False)
+    _say(f"[yellow]note:[/] {escaped(str(message))}")
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence on stderr: one line in a log, whole words on the lines of a terminal."""
+    console = err()
+    console.print(sentence, soft_wrap=not console.is_terminal, highlight=False)

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.progress import (
@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from svg_models.cli.output import err, escaped, show_note
+from svg_models.cli.output import bars_on, err, escaped, show_note
 
 __all__ = ["Lines", "Stages", "hushed_libraries", "progress_bars"]
 
@@ -51,7 +51,7 @@ def progress_bars(*, silent: bool = False, as_json: bool = False) -> Iterator[An
         transient=True,
         disable=silent or not console.is_terminal,
     )
-    with hushed_libraries(), bars:
+    with hushed_libraries(), bars, nullcontext() if silent else bars_on(console):
         if silent:
             warnings.showwarning = lambda *_, **__: None
         if silent or as_json or console.is_terminal:
