@@ -106,6 +106,69 @@ def test_repair_of_parts_equals_repair_at_once(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(parts, out)
 
 
+def rows_to_correct(
+    width: int, depth: int, rows: int, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """Return what `correct_rows` takes, outputs and queries with gaps between their rows."""
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(2, rows, 3, n + 8, generator=generator) for n in (width, depth)]
+    out, query = (
+        x.to(device, dtype).transpose(1, 2)[..., :n]
+        for x, n in zip(wide, (width, depth), strict=True)
+    )
+    terms = [
+        (size * torch.randn(2, 3, n, width, generator=generator)).to(device, dtype)
+        for n, size in ((1, 3.0), (width, width**-0.5), (depth, depth**-0.5))
+    ]
+    return [out, query, *terms]
+
+
+def corrected(out: Tensor, query: Tensor, *terms: Tensor) -> Tensor:
+    """Return in fp64 what `correct_rows` makes of rows."""
+    constant, by_output, by_query = (x.double() for x in terms)
+    return out.double() + constant + out.double() @ by_output + query.double() @ by_query
+
+
+@pytest.mark.parametrize(("width", "depth", "rows"), [(128, 128, 130), (80, 64, 7), (16, 40, 520)])
+def test_correct_rows_in_triton_adds_what_fp64_does(width: int, depth: int, rows: int) -> None:
+    from svg_attention.corrections import triton
+
+    arguments = rows_to_correct(width, depth, rows, torch.float16)
+    want = corrected(*arguments)
+    beside = arguments[0]._base
+    assert beside is not None
+    gaps = beside[..., width:].clone()
+    triton.correct_rows(*arguments)
+    torch.testing.assert_close(arguments[0].double(), want, rtol=1e-3, atol=2e-3)
+    assert torch.equal(beside[..., width:], gaps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "depth", "rows"), [(128, 128, 5000), (80, 64, 7), (16, 40, 520)])
+def test_correct_rows_on_a_gpu_adds_what_fp64_does(
+    device: torch.device, width: int, depth: int, rows: int, dtype: torch.dtype
+) -> None:
+    arguments = rows_to_correct(width, depth, rows, dtype, device)
+    want = corrected(*arguments)
+    assert svg_attention.corrections._kernel_serves(*arguments[:2])
+    svg_attention.corrections.correct_rows(*arguments)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(arguments[0].double(), want, rtol=unit, atol=4 * unit)
+
+
+@pytest.mark.gpu
+def test_correct_rows_addresses_more_than_two_to_the_31_values(device: torch.device) -> None:
+    rows = 2**31 // (3 * 128) + 1000
+    out = torch.full((1, 3, rows, 128), 1.0, dtype=torch.bfloat16, device=device)
+    terms = [torch.zeros(1, 3, n, 128, dtype=out.dtype, device=device) for n in (1, 128, 128)]
+    terms[0] += torch.tensor([1.0, 2.0, 3.0], device=device)[None, :, None, None]
+    svg_attention.corrections.correct_rows(out, out, *terms)
+    for head in range(3):
+        assert (out[0, head, -2000:] == 2.0 + head).all()
+        assert (out[0, head, :2000] == 2.0 + head).all()
+
+
 def test_repair_leaves_heads_alone_whose_rows_do_not_foretell_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     query, sparse, _, tokens = made(generator)

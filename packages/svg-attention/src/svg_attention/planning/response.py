@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from svg_attention.planning.clustering import zero_where_not_finite
@@ -12,6 +13,8 @@ from svg_attention.planning.clustering import zero_where_not_finite
 SAMPLED_ROWS = 4096
 ROUNDS = 20
 RIDGE = 1e-4
+# Mean square below which a row counts as none.
+LEAST_SQUARE = 1e-12
 
 
 def response_root(x: Tensor, groups: int) -> Tensor:
@@ -59,7 +62,4 @@ def respond(x: Tensor, root: Tensor, *, unit: bool = False) -> Tensor:
         unit: scale each row to unit root mean square: directions are compared, not lengths.
     """
     rows = x @ root.to(x.dtype)
-    if not unit:
-        return rows
-    size = rows.float().square().mean(dim=-1, keepdim=True).sqrt()
-    return rows / size.clamp(min=1e-6).to(rows.dtype)
+    return F.rms_norm(rows, rows.shape[-1:], eps=LEAST_SQUARE) if unit else rows

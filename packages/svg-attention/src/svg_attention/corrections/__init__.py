@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svg_attention._ops import define_op
 from svg_attention.plan import ExactRows, ProbeResidual, SparsePlan
+from svg_attention.planning.dispatch import planner_for
 from svg_attention.rows import take_rows
 from svg_attention.tiles import match_heads
 
@@ -17,6 +19,8 @@ RIDGE = 0.03
 ROUNDS = 21
 # Bytes of corrections held at once.
 SCRATCH = 2**28
+# Channels of a row that the kernel takes: it holds both matrices of a head.
+MAX_KERNEL_WIDTH = 128
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -150,21 +154,67 @@ def repair(out: Tensor, query: Tensor, exact: ExactRows) -> None:
     constant = dual.sum(dim=2, keepdim=True)
     for features, slope in zip((outputs, queries), slopes, strict=True):
         constant = constant - features.mean @ slope
+    # Typed as the rows, so that products are of the tensor cores.
     terms = [x.to(out.dtype) for x in (constant, *slopes)]
     usable = torch.stack([x.isfinite().all(dim=-1).all(dim=-1) for x in terms]).all(dim=0)
     terms = [torch.where(usable[..., None, None], x, 0) for x in terms]
     whole = None if exact.whole is None else exact.whole[..., None].expand(-1, -1, -1, out.shape[3])
     kept = None if whole is None else out.gather(2, whole)
     video = slice(exact.first, exact.first + exact.count)
-    for b, heads in _parts(out):
-        constant, by_output, by_query = (x[b, heads] for x in terms)
-        rows = out[b, heads, video]
-        change = torch.baddbmm(constant, query[b, heads, video], by_query)
-        rows.add_(change.baddbmm_(rows, by_output))
+    correct_rows(out[:, :, video], query[:, :, video], *terms)
     if whole is not None and kept is not None:
         out.scatter_(2, whole, kept)
     found = torch.where(valid[..., None], known, sparse.float()).to(out.dtype)
     out.scatter_(2, index.expand_as(found), found)
+
+
+def correct_rows(
+    out: Tensor, query: Tensor, constant: Tensor, by_output: Tensor, by_query: Tensor
+) -> None:
+    """Add `constant + out @ by_output + query @ by_query` to `out` in place, head by head.
+
+    Args:
+        out: `[B, H, N, D_v]`; any strides, as long as channels are neighbours.
+        query: `[B, H, N, D]`, typed as `out`.
+        constant: `[B, H, 1, D_v]`, typed as `out`.
+        by_output: `[B, H, D_v, D_v]`, typed as `out`.
+        by_query: `[B, H, D, D_v]`, typed as `out`.
+    """
+    _correct_rows(out, query, constant, by_output, by_query)
+
+
+def _run(out: Tensor, query: Tensor, constant: Tensor, by_output: Tensor, by_query: Tensor) -> None:
+    if _kernel_serves(out, query):
+        from svg_attention.corrections import triton
+
+        triton.correct_rows(out, query, constant, by_output, by_query)
+        return
+    for b, heads in _parts(out):
+        rows = out[b, heads]
+        change = torch.baddbmm(constant[b, heads], query[b, heads], by_query[b, heads])
+        rows.add_(change.baddbmm_(rows, by_output[b, heads]))
+
+
+def _kernel_serves(out: Tensor, query: Tensor) -> bool:
+    """Return whether the kernel takes such rows."""
+    return (
+        out.dtype in (torch.float16, torch.bfloat16)
+        and max(out.shape[3], query.shape[3]) <= MAX_KERNEL_WIDTH
+        and out.stride(3) == query.stride(3) == 1
+        and planner_for(out) == "triton"
+    )
+
+
+def _fake(*_: Tensor) -> None:
+    return None
+
+
+_correct_rows = define_op(
+    "correct_rows",
+    "(Tensor(a!) out, Tensor query, Tensor constant, Tensor by_output, Tensor by_query) -> ()",
+    _run,
+    _fake,
+)
 
 
 class _Features:
