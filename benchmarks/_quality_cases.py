@@ -37,6 +37,8 @@ REPAIR: dict[str, Any] = {"repair_rows": 64}
 ALIKE: dict[str, Any] = {"share_branches": True}
 BASELINE = "error"
 BEST = "error, bias, response, repair, alike"
+# What presets are made of: as good, and planned half as often.
+PRESET = f"{BEST}, 2 steps"
 SETTINGS: dict[str, dict[str, Any]] = {
     "SVG2": {},
     "compensation": COMPENSATED,
@@ -52,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"{BEST}, {steps} steps": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "share_steps": steps}
         for steps in (2, 4)
     },
+    "error, bias, repair, alike, 2 steps": {**BIAS, **REPAIR, **ALIKE, "share_steps": 2},
     "error, bias, 2 steps": {**BIAS, "share_steps": 2},
     "compensation, alike": {**COMPENSATED, **ALIKE},
     "error, alike": {**ERROR, **ALIKE},
@@ -170,7 +173,13 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
     telling = few[: few.index("error, bias, 2 steps") + 1]
     telling.remove("SVG-EAR")
     most = [BASELINE, "error, bias, residual", "error, bias, response, repair", BEST]
-    most += [f"{BEST}, spent by error", f"{BEST}, 2 steps"]
+    most += [f"{BEST}, spent by error", PRESET]
+    for size in sizes:
+        for steps, totals in ((20, (0.15, 0.25, 0.35)), (8, (0.25, 0.35, 0.5)), (4, (0.5, 0.65))):
+            for total in totals:
+                yield from some(size, steps, "no dense step", total, [PRESET])
+        for density in (0.1, 0.2, 0.05):
+            yield from some(size, 20, "dense for 30 %", density, [PRESET])
     for methods in (telling, everything):
         methods_few = [name for name in methods if name in few]
         yield from some(first, 8, "no dense step", 0.25, methods_few)
