@@ -12,11 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels.key_value_fp8.rows import HEAD_DIM, LARGEST
+from svg_kernels.key_value_fp8.rows import FLATTEST, HEAD_DIM, LARGEST, SMALLEST
 from svg_kernels.key_value_fp8.triton import (
     BLOCK_ROWS,
     CHUNK_ROWS,
+    STATISTICS_ROWS,
     quantize_key_value_kernel,
+    scales_kernel,
     statistics_kernel,
 )
 
@@ -48,14 +50,27 @@ def shared_bytes(kernel: Any, capability: int, data: str, **constants: Any) -> i
 for capability, data in ((89, "bf16"), (90, "bf16"), (120, "fp32")):
     found = (
         shared_bytes(
-            statistics_kernel, capability, data, CHUNK=CHUNK_ROWS, BLOCK_S=BLOCK_ROWS, D=HEAD_DIM
+            statistics_kernel,
+            capability,
+            data,
+            CHUNK=CHUNK_ROWS,
+            BLOCK_S=STATISTICS_ROWS,
+            D=HEAD_DIM,
+        ),
+        shared_bytes(
+            scales_kernel,
+            capability,
+            data,
+            LARGEST=LARGEST,
+            SMALLEST=SMALLEST,
+            FLATTEST=FLATTEST,
+            D=HEAD_DIM,
         ),
         shared_bytes(
             quantize_key_value_kernel,
             capability,
             data,
             HAS_ORDER=True,
-            LARGEST=LARGEST,
             BLOCK_S=BLOCK_ROWS,
             D=HEAD_DIM,
         ),
