@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from svg_models.cli import app
 from svg_models.errors import OutputError, SettingError
 from svg_models.generation.clip import Clip
-from svg_models.generation.sample import generate
+from svg_models.generation.generate import generate
 from svg_models.loading import LoadedPipeline, load_pipeline
 from svg_models.video import mp4, read_video
 

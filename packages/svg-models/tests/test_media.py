@@ -13,7 +13,7 @@ from zoo import case
 
 from svg_models.errors import SettingError
 from svg_models.generation.conditioning import Media, covering, read_media, resampled
-from svg_models.generation.sample import generate
+from svg_models.generation.generate import generate
 from svg_models.loading import Geometry, Inputs, LoadedPipeline, load_pipeline
 from svg_models.loading.defaults import defaults_for
 from svg_models.video import write_video

@@ -16,3 +16,6 @@ class UnsupportedError(RuntimeError):
         self.reasons = dict(reasons)
         lines = [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         super().__init__("no backend can run this call:\n" + "\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[dict[str, str]]]:
+        return type(self), (self.reasons,)

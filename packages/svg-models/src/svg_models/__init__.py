@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from svg_models.comparison.run import compare
     from svg_models.embedded import embedded_path
     from svg_models.errors import SvgModelsError
-    from svg_models.generation.sample import generate
+    from svg_models.generation.generate import generate
     from svg_models.loading import load_pipeline
     from svg_models.recipe import Recipe
     from svg_models.recipes import recipe_for
@@ -51,7 +51,7 @@ _HOMES = {
     "UnsupportedError": "svg_attention",
     "compare": "svg_models.comparison.run",
     "embedded_path": "svg_models.embedded",
-    "generate": "svg_models.generation.sample",
+    "generate": "svg_models.generation.generate",
     "load_pipeline": "svg_models.loading",
     "recipe_for": "svg_models.recipes",
     "restore": "svg_models.sparse.run",

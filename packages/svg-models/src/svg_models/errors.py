@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "LostRankError",
     "MachineError",
     "ModelUnavailableError",
     "OutputError",
@@ -48,6 +49,10 @@ class ModelUnavailableError(SvgModelsError, OSError):
 
 class MachineError(SvgModelsError, RuntimeError):
     """A model or a clip that this machine is too small for."""
+
+
+class LostRankError(MachineError):
+    """A process of several that work together is gone; the sentence says which and how."""
 
 
 class OutputError(SvgModelsError, OSError):

@@ -54,7 +54,8 @@ def batch(
     folder = check_folder(output)
     results: list[BatchResult] = []
     with progress_bars(silent=quiet, as_json=as_json) as progress:
-        from svg_models.generation.sample import generate, prepare
+        from svg_models.generation.generate import generate
+        from svg_models.generation.sample import prepare
 
         with unwinding(folder / SHEET) as interrupts:
             writable_folder(folder)

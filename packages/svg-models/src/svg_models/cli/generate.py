@@ -48,7 +48,7 @@ def generate(
     check_suffix(output)
     path = check_outputs(output, save_config, save_recipe)
     with progress_bars(silent=quiet, as_json=as_json) as progress:
-        from svg_models.generation.sample import generate as run
+        from svg_models.generation.generate import generate as run
 
         with unwinding(path):
             clip = run(**vars(request.replace(progress=progress)))
@@ -65,15 +65,16 @@ def generate(
         say_json(clip.to_dict() | {"path": str(path)})
         return
     if not quiet:
-        _tell_clip(clip)
+        _tell_clip(clip, "processes" if request.device == "cpu" else "GPUs")
     say_path(Path(output).expanduser())
 
 
-def _tell_clip(clip: Clip) -> None:
+def _tell_clip(clip: Clip, many: str) -> None:
     settings = clip.settings
+    where = f" on {clip.gpus} {many}" if clip.gpus > 1 else ""
     text = (
         f"{len(clip.frames)} frames of {settings.width} x {settings.height} in "
-        f"{clip.seconds:.1f} s with {clip.method.label}"
+        f"{clip.seconds:.1f} s{where} with {clip.method.label}"
     )
     if clip.stats.sparse_records:
         text += f", density {clip.stats.mean_density:.0%} on sparse calls"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import SettingError, SvgModelsError
 from svg_models.files import atomic_folder, atomic_path, regular_file
-from svg_models.generation.request import GenerateRequest
+from svg_models.generation.request import FOR_LOADING, GenerateRequest
 from svg_models.generation.settings import MEDIA
 from svg_models.plain_json import parse_json
 from svg_models.recipe import Recipe, read_document
@@ -49,7 +49,7 @@ class BatchClip:
         found: dict[str, Any] = {
             name: value if isinstance(value, bool | int | float | None) else str(value)
             for name, value in ours.items()
-            if name not in ("progress", "profile")
+            if name not in ("progress", "profile", "gpus")
         }
         recipe = self.request.recipe
         if recipe is not None:  # what the file says, since another may stand there tomorrow
@@ -136,7 +136,7 @@ def plan_batch(
         SettingError: names the first line that is wrong, and why; also if lines name another
             model or a file that is none, or some start from an image or video and others do not.
     """
-    fixed = {"model", "loras", "compiled", "device", "dtype", "offload"}
+    fixed = {"model", "gpus", *FOR_LOADING}
     clips = []
     for position, (number, line) in enumerate(lines, start=1):
         try:
@@ -195,11 +195,8 @@ def run_batch(
             yield BatchResult(clip=clip, path=folder / f"{clip.name}.mp4", facts=facts)
             continue
         loaded = loaded or load()
-        request = clip.request.replace(
-            model=loaded, loras=(), compiled=False, device="auto", dtype="auto", offload="none"
-        )
         try:
-            found = make(request)
+            found = make(clip.request.with_model(loaded))
         except SvgModelsError as error:
             yield BatchResult(clip=clip, error=str(error))
             continue

@@ -42,6 +42,7 @@ class Clip(Summarised):
             where nobody counts.
         paired_steps: sparse steps timed beside the same steps dense, where that was asked for.
         recall: share of the attention weight that sparse calls kept, sampled; None if not measured.
+        gpus: how many made it together, a process on each.
     """
 
     frames: np.ndarray
@@ -57,6 +58,7 @@ class Clip(Summarised):
     peak_memory: int | None = None
     paired_steps: tuple[PairedStep, ...] = ()
     recall: float | None = None
+    gpus: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values for JSON."""
@@ -70,6 +72,7 @@ class Clip(Summarised):
             "decode_seconds": round(self.decode_seconds, 4),
             "total_seconds": round(self.total_seconds, 4),
             "peak_memory": self.peak_memory,
+            "gpus": self.gpus,
             "step_seconds": [round(value, 5) for value in self.step_seconds],
             "attention": {k: v for k, v in self.stats.numbers().items() if not isinstance(v, dict)},
             "messages": list(self.stats.messages),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
-from svg_models.loading.device import DTYPES
+from svg_models.loading.device import DTYPES, check_gpus
 from svg_models.loading.placement import OFFLOAD
 from svg_models.method_names import (
     METHODS,
@@ -29,6 +29,8 @@ from svg_models.recipe import From, Layers, Precision, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from svg_attention import Method
     from svg_models.loading import LoadedPipeline, Progress
 
@@ -36,6 +38,8 @@ __all__ = ["DEFAULT_DENSITY", "DEFAULT_METHODS", "CompareRequest", "GenerateRequ
 
 DEFAULT_METHODS = ("svg2", "svg2-comp", "svg2-error", "svg1")
 DEFAULT_DENSITY = 0.25
+FOR_LOADING = ("loras", "compiled", "device", "dtype", "offload")
+"""Fields that say how a model is loaded, beside its name."""
 # Named here so that a misspelt one is refused before torch is imported; a test compares.
 BACKEND_NAMES = (
     *("auto", "cuda", "triton", "reference"),
@@ -173,7 +177,7 @@ class Request(Settings):
         if self.model is None or isinstance(self.model, str | os.PathLike):
             return
         for f in fields(Request):
-            if f.name in ("loras", "compiled", "device", "dtype", "offload"):
+            if f.name in FOR_LOADING:
                 value = getattr(self, f.name)
                 if value != f.default:
                     raise SettingError(
@@ -204,6 +208,11 @@ class Request(Settings):
         names = ("q_clusters", "k_clusters", *SCHEDULE_SETTINGS)
         asked = {name: getattr(self, name) for name in names}
         return {name: value for name, value in asked.items() if value is not None}
+
+    def with_model(self, loaded: LoadedPipeline) -> Self:
+        """Return what is left to ask for once the model is loaded."""
+        usual = {f.name: f.default for f in fields(self) if f.name in (*FOR_LOADING, "gpus")}
+        return self.replace(model=loaded, **usual)
 
     def report(self, stage: str, done: float, total: float) -> None:
         """Call `progress`, if there is one."""
@@ -257,10 +266,26 @@ class GenerateRequest(Request):
         metavar="FILE",
         panel=HOW,
     )
+    gpus: int = option(
+        1,
+        "GPUs, a process on each: they make one clip together, or the clips of a batch side by "
+        "side. With --device cpu, processes.",
+        "--gpus",
+        kind=int,
+        least=1,
+        most=64,
+        panel=WHERE,
+    )
     profile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gpus > 1 and not isinstance(self.model, str | os.PathLike | None):
+            raise SettingError(
+                f"gpus {self.gpus} was given beside a pipeline that is loaded already, in one "
+                "process; pass the model's folder or id"
+            )
+        check_gpus(self.gpus, self.device)
         _check_recipe(self.recipe)
         if self.preset is not None or isinstance(self.recipe, Recipe | None):
             _ = self.spec

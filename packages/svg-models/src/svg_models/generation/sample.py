@@ -1,4 +1,4 @@
-"""Generate one clip, dense or sparse."""
+"""Sample one clip with a loaded pipeline, dense or sparse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
 from svg_models.generation.memory import PeakMemory
-from svg_models.generation.request import GenerateRequest, Request, takes
+from svg_models.generation.request import Request
 from svg_models.generation.settings import Settings
 from svg_models.generation.shift import check_flow_shift, shifted
 from svg_models.generation.timer import StepTimer
@@ -32,47 +32,13 @@ from svg_models.sparse.layers import check_layers
 from svg_models.sparse.run import sparsify
 from svg_models.video import to_frames
 
-__all__ = ["Clip", "generate", "prepare", "sample"]
-
-
-@takes(GenerateRequest)
-def generate(request: GenerateRequest) -> Clip:
-    """Generate a clip.
-
-    Takes the fields of `GenerateRequest` as keywords, the prompt also by position; what is missing
-    or `None` comes from the model. diffusers' names `num_frames`, `num_inference_steps` and
-    `guidance_scale` are understood.
-
-        clip = generate("a red circle moving left", method="svg2@0.25", num_frames=49)
-        clip.save("circle.mp4")
-
-    Returns:
-        The clip with its statistics.
-
-    Raises:
-        SettingError: if a setting is unknown, out of range, made void by another, or not a size of
-            this model.
-        ModelUnavailableError: if the model cannot be loaded.
-        MachineError: if the machine is too small for it.
-        UnsupportedError: if `backend` cannot run here; it lists every backend's reason.
-    """
-    spec = request.spec
-    loaded, settings, media = prepare(request, spec)
-    return sample(
-        loaded,
-        settings,
-        spec,
-        media=media,
-        computed=request.computed,
-        profile=request.profile,
-        progress=request.report,
-    )
+__all__ = ["prepare", "sample"]
 
 
 def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Settings, Media]:
     """Check everything that can be checked, load the model, and settle every setting.
 
-    Raises what `generate` raises.
+    Raises what `svg_models.generate` raises.
 
     Args:
         request: what was asked for.
@@ -132,7 +98,7 @@ def sample(
     beside_dense: bool = False,
     progress: Progress = quiet,
 ) -> Clip:
-    """Run a loaded pipeline once; see `generate` and `Request.computed`.
+    """Run a loaded pipeline once; see `prepare` and `Request.computed`.
 
     With `profile` the device is waited for after each step, so that the time of each is exact. With
     `beside_dense` some sparse steps are timed beside the same steps dense, and the recall of others

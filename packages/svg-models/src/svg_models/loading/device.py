@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svg_models.errors import MachineError, SettingError
@@ -10,7 +13,15 @@ from svg_models.errors import MachineError, SettingError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "check_device", "check_dtype", "pick_device", "pick_dtype"]
+__all__ = [
+    "DTYPES",
+    "check_device",
+    "check_dtype",
+    "check_gpus",
+    "gpu_names",
+    "pick_device",
+    "pick_dtype",
+]
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,6 +46,56 @@ def check_dtype(dtype: str) -> None:
     """
     if not isinstance(dtype, str) or _SHORT.get(dtype, dtype) not in DTYPES:
         raise SettingError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+
+
+def check_gpus(gpus: int, device: str) -> None:
+    """Refuse several GPUs beside a device that is one of them, without looking what is there.
+
+    Raises:
+        SettingError: says how to choose GPUs.
+    """
+    if gpus > 1 and device.startswith("cuda:"):
+        raise SettingError(
+            f"device {device} is one GPU, and {gpus} were asked for; leave --device out, and choose "
+            "among the GPUs by the environment variable CUDA_VISIBLE_DEVICES"
+        )
+
+
+def gpu_names(gpus: int) -> tuple[str, ...]:
+    """Return what `CUDA_VISIBLE_DEVICES` calls the first GPUs, before torch is imported.
+
+    Args:
+        gpus: how many.
+
+    Raises:
+        MachineError: if there are fewer.
+    """
+    names = _visible_gpus()
+    if len(names) < gpus:
+        raise MachineError(
+            f"{gpus} GPUs were asked for, and there {'is' if len(names) == 1 else 'are'} "
+            f"{len(names) or 'none'} here; use --device cpu to try it with processes of the CPU, "
+            "or ask svg doctor why"
+        )
+    return tuple(names[:gpus])
+
+
+def _visible_gpus() -> list[str]:
+    if sys.platform == "linux" and not Path("/dev/dxg").exists():  # of Windows' own Linux
+        count = sum(1 for _ in Path("/dev").glob("nvidia[0-9]*"))
+    else:
+        import torch
+
+        count = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(index) for index in range(count)]
+    names = []
+    for name in chosen.split(","):  # CUDA, too, stops at the first that it does not know
+        if not name.strip() or (name.strip().lstrip("-").isdigit() and not 0 <= int(name) < count):
+            break
+        names.append(name.strip())
+    return names if count else []
 
 
 def pick_device(device: str) -> str:

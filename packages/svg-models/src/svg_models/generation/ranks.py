@@ -1,0 +1,117 @@
+"""Clips made by several processes, each with a GPU and the model of its own.
+
+Nothing here imports torch before a process has its environment, which says what its GPU is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from svg_models.errors import SettingError
+from svg_models.generation.request import GenerateRequest
+from svg_models.launch import Place, Rank
+from svg_models.loading.device import gpu_names
+
+if TYPE_CHECKING:
+    from svg_models.generation.clip import Clip
+    from svg_models.loading import LoadedPipeline
+
+__all__ = ["clip_maker", "places_of"]
+
+
+def places_of(request: GenerateRequest) -> tuple[Place, ...]:
+    """Return where the processes of a request run.
+
+    Raises:
+        MachineError: if there are fewer GPUs than were asked for.
+    """
+    if request.device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = str(max(1, (cores or 1) // request.gpus))
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
+        return tuple(
+            Place(name=f"process {number}", environment=threads) for number in range(request.gpus)
+        )
+    return tuple(
+        # A process that sees one GPU cannot take another's.
+        Place(name=f"GPU {name}", environment={"CUDA_VISIBLE_DEVICES": name})
+        for name in gpu_names(request.gpus)
+    )
+
+
+def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
+    """Return what makes clips in one of several processes; see `launch.Work`.
+
+    The model is loaded for the first clip and kept. Only rank 0 returns a clip.
+    """
+    loaded: LoadedPipeline | None = None
+
+    def make(request: GenerateRequest) -> Clip | None:
+        nonlocal loaded
+        from svg_models.generation.sample import prepare, sample
+
+        device = "cpu" if request.device == "cpu" else "cuda"
+        if loaded is None:
+            if rank.size > 1:
+                _meet(rank, device)
+            wanted = request.replace(device=device, gpus=1, progress=rank.report)
+        else:
+            wanted = request.with_model(loaded).replace(progress=rank.report)
+        spec = wanted.spec
+        ready, settings, media = prepare(wanted, spec)
+        if loaded is None:
+            if rank.size > 1:
+                _share(ready, rank.size)
+            loaded = ready
+        clip = sample(
+            ready,
+            settings,
+            spec,
+            media=media,
+            computed=wanted.computed,
+            profile=wanted.profile,
+            progress=rank.report,
+        )
+        return dataclasses.replace(clip, gpus=rank.size) if rank.number == 0 else None
+
+    return make
+
+
+def _meet(rank: Rank, device: str) -> None:
+    """Join the process group of all ranks."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    store = dist.TCPStore("127.0.0.1", rank.store_port, is_master=False)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl", store=store, rank=rank.number, world_size=rank.size
+    )
+
+
+def _share(loaded: LoadedPipeline, ranks: int) -> None:
+    """Give each rank a share of the sequence and of the heads.
+
+    Raises:
+        SettingError: if the heads cannot be dealt evenly.
+    """
+    import torch
+    from diffusers import ContextParallelConfig
+
+    from svg_models.families import transformers_of
+
+    for transformer in transformers_of(loaded.pipe).values():
+        network: Any = transformer
+        heads = network.config.num_attention_heads
+        if heads % ranks:
+            fitting = [str(n) for n in range(2, heads + 1) if heads % n == 0]
+            raise SettingError(
+                f"{loaded.name} has {heads} heads of attention, which {ranks} GPUs cannot share "
+                f"evenly; use {', '.join(fitting)}"
+            )
+        if loaded.device == "cpu":  # diffusers divides by the number of accelerators
+            torch.accelerator.device_count = lambda: 1
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
