@@ -14,7 +14,10 @@ from typing import Any
 from svg_models.errors import SettingError
 from svg_models.launch import Group, Place, Rank
 
-TWO = tuple(Place(name=f"GPU {number}", environment={"SEEN": str(number)}) for number in (5, 6))
+TWO = tuple(
+    Place(name=f"the process of GPU {number}", environment={"SEEN": str(number)})
+    for number in (5, 6)
+)
 
 
 class Odd(Exception):

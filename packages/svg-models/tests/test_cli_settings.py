@@ -29,8 +29,8 @@ from svg_models.cli.output import bars_on, err, show_note
 from svg_models.cli.progress import Lines, PaceColumn
 from svg_models.errors import SettingError
 from svg_models.generation.conditioning import read_media
-from svg_models.generation.request import BACKEND_NAMES, CompareRequest, GenerateRequest
 from svg_models.generation.generate import generate
+from svg_models.generation.request import BACKEND_NAMES, CompareRequest, GenerateRequest
 from svg_models.generation.settings import Settings
 from svg_models.generation.shift import check_flow_shift, shifted
 from svg_models.loading import LoadedPipeline, load_pipeline

@@ -14,8 +14,8 @@ import tiny
 from svg_models.comparison.result import Comparison
 from svg_models.comparison.run import compare
 from svg_models.errors import SettingError
-from svg_models.generation.request import DEFAULT_METHODS, CompareRequest
 from svg_models.generation.generate import generate
+from svg_models.generation.request import DEFAULT_METHODS, CompareRequest
 from svg_models.generation.settings import Settings
 from svg_models.loading import Defaults, LoadedPipeline, load_pipeline
 from svg_models.method_names import METHODS, WITHOUT_BUDGET, MethodSpec

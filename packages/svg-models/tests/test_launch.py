@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import ranks_at_work
+from processes import children, gone
 from ranks_at_work import TWO, work
 
 from svg_models.errors import LostRankError, OutputError, SettingError
@@ -27,35 +28,6 @@ pytestmark = [
 
 def quiet(*_: object) -> None:
     pass
-
-
-def children(process: int) -> set[int]:
-    """Return the processes that descend from one, but for Python's tracker of semaphores."""
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{process}/task").glob("*/children"):
-            for child in map(int, task.read_text(encoding="ascii").split()):
-                with contextlib.suppress(OSError):
-                    if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
-                        found |= {child} | children(child)
-    return found
-
-
-def gone(processes: set[int], within: float = 5.0) -> bool:
-    """Return whether processes have ended, or end soon."""
-    deadline = time.monotonic() + within
-    while any(Path(f"/proc/{process}/cmdline").exists() and alive(process) for process in processes):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def alive(process: int) -> bool:
-    try:
-        return ") Z" not in Path(f"/proc/{process}/stat").read_text(encoding="ascii")
-    except OSError:
-        return False
 
 
 @pytest.fixture

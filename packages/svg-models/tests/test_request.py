@@ -40,7 +40,7 @@ def test_generate_states_its_settings_in_its_signature() -> None:
     assert wanted <= set(parameters)
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     compared = set(inspect.signature(svg_models.compare).parameters)
-    own = {"method", "top_p", "compensate", "preset", "recipe", "profile"}
+    own = {"method", "top_p", "compensate", "preset", "recipe", "gpus", "profile"}
     assert set(parameters) - compared == own
     assert compared - set(parameters) == {"methods", "presets", "recipes"}
 

@@ -37,7 +37,7 @@ def places_of(request: GenerateRequest) -> tuple[Place, ...]:
         )
     return tuple(
         # A process that sees one GPU cannot take another's.
-        Place(name=f"GPU {name}", environment={"CUDA_VISIBLE_DEVICES": name})
+        Place(name=f"the process of GPU {name}", environment={"CUDA_VISIBLE_DEVICES": name})
         for name in gpu_names(request.gpus)
     )
 

@@ -36,7 +36,7 @@ class Place:
     """Where one process runs.
 
     Attributes:
-        name: what people call it, such as "GPU 1".
+        name: what people call the process, such as "the process of GPU 1".
         environment: variables that it is started with.
     """
 
@@ -220,7 +220,7 @@ class Group:
             from torch.distributed import TCPStore
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._tell(None if self._store is None else self._store.port)
+        self._tell(0 if self._store is None else self._store.port)
 
     def _tell(self, message: Any) -> None:
         data = pickle.dumps(message)
@@ -266,11 +266,9 @@ class Group:
         who = f"{member.place.name} (rank {member.number} of {size})"
         if not member.begun and code == 1:
             return LostRankError(
-                f"the process of {who} ended before it began; in a script, what starts processes "
+                f"{who} ended before it began; in a script, what starts processes "
                 "belongs under `if __name__ == '__main__':`, since each reads the script anew"
             )
-        lines = member.last_words.decode(errors="replace").strip().splitlines()
-        last = f', saying "{shortened(printable(lines[-1].strip()), 200)}"' if lines else ""
         how = f"ended with exit code {code}"
         what = "run it again, or on fewer GPUs"
         if code < 0:
@@ -280,7 +278,11 @@ class Group:
                 "the system does so when memory runs out, which each process takes for its own "
                 "copy of the model; free some, or use fewer GPUs"
             )
-        return LostRankError(f"the process of {who} {how} while {self.stage}{last}: {what}")
+        lines = member.last_words.decode(errors="replace").strip().splitlines()
+        last = ""
+        if lines and -code not in (signal.SIGKILL, signal.SIGTERM):  # it did not know of its end
+            last = f', saying "{shortened(printable(lines[-1].strip()), 200)}"'
+        return LostRankError(f"{who} {how} while {self.stage}{last}: {what}")
 
 
 def finished(groups: Sequence[Group]) -> Iterator[tuple[Group, Finished]]:

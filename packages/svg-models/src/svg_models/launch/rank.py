@@ -29,7 +29,7 @@ class Rank:
     Attributes:
         number: from 0.
         size: how many there are.
-        store_port: of the `TCPStore` on this machine where they meet; None if there is only one.
+        store_port: of the `TCPStore` on this machine where they meet; 0 if there is only one.
         send: says something to the process that started this one.
         terminal: descriptor of the terminal's standard error, while that of this process is kept
             for the sentence about its end.
@@ -37,7 +37,7 @@ class Rank:
 
     number: int
     size: int
-    store_port: int | None
+    store_port: int
     send: Callable[[str, Any], None]
     terminal: int
 
@@ -79,9 +79,7 @@ def serve(number: int, size: int, pipe: Connection, words: Connection, work: Wor
     try:
         send("begun", None)
         store_port = pickle.loads(pipe.recv_bytes())
-        rank = Rank(
-            number=number, size=size, store_port=store_port, send=send, terminal=terminal
-        )
+        rank = Rank(number=number, size=size, store_port=store_port, send=send, terminal=terminal)
         answer: Callable[[Any], Any] | None = None
         while True:
             task = pickle.loads(pipe.recv_bytes())

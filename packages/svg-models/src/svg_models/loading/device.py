@@ -25,6 +25,7 @@ __all__ = [
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = Path("/dev")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -56,8 +57,8 @@ def check_gpus(gpus: int, device: str) -> None:
     """
     if gpus > 1 and device.startswith("cuda:"):
         raise SettingError(
-            f"device {device} is one GPU, and {gpus} were asked for; leave --device out, and choose "
-            "among the GPUs by the environment variable CUDA_VISIBLE_DEVICES"
+            f"device {device} is one GPU, and {gpus} were asked for; leave --device out, and "
+            "choose among the GPUs by the environment variable CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -81,8 +82,8 @@ def gpu_names(gpus: int) -> tuple[str, ...]:
 
 
 def _visible_gpus() -> list[str]:
-    if sys.platform == "linux" and not Path("/dev/dxg").exists():  # of Windows' own Linux
-        count = sum(1 for _ in Path("/dev").glob("nvidia[0-9]*"))
+    if sys.platform == "linux" and not (DEVICES / "dxg").exists():  # of Windows' own Linux
+        count = sum(1 for _ in DEVICES.glob("nvidia[0-9]*"))
     else:
         import torch
 

@@ -1,0 +1,221 @@
+"""One clip by several processes on the CPU: the same clip, or one sentence and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from processes import children, gone
+from typer.testing import CliRunner
+
+import svg_models
+from svg_models.cli import app
+from svg_models.errors import MachineError, SettingError
+from svg_models.generation.ranks import places_of
+from svg_models.generation.request import GenerateRequest
+from svg_models.loading import LoadedPipeline, device
+from svg_models.video import mp4, similarity
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+SMALL: dict[str, Any] = {"height": 48, "width": 48, "frames": 9, "steps": 3, "guidance": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pipelines") / "tiny"
+    tiny.pipeline().save_pretrained(path)
+    return str(path)
+
+
+def test_generate_gpus_makes_the_clip_of_one_process(folder: str) -> None:
+    stages: list[str] = []
+    asked = SMALL | {"model": folder, "method": "svg2@0.4", "device": "cpu", "seed": 7}
+    alone = svg_models.generate("a red circle", **asked)
+    both = svg_models.generate(
+        "a red circle", **asked, gpus=2, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert (alone.gpus, both.gpus) == (1, 2)
+    assert both.settings == alone.settings
+    assert both.frames.shape == (9, 48, 48, 3)
+    assert similarity(alone.frames, both.frames).worst_psnr > 50
+    assert both.stats.sparse_calls == alone.stats.sparse_calls > 0
+    assert stages.count("decoding") == 1, "rank 0 alone reports"
+    assert json.loads(json.dumps(both.to_dict(), default=str))["gpus"] == 2
+    assert children(os.getpid()) == set()
+
+
+def test_generate_gpus_raises_what_a_process_refuses(folder: str) -> None:
+    with pytest.raises(SettingError, match="has 2 heads of attention, which 3 GPUs cannot share"):
+        svg_models.generate(model=folder, device="cpu", gpus=3, **SMALL)
+    assert children(os.getpid()) == set()
+
+
+def test_generate_gpus_refuses_beside_what_it_cannot_share() -> None:
+    with pytest.raises(SettingError, match="device cuda:1 is one GPU, and 2 were asked for"):
+        GenerateRequest(gpus=2, device="cuda:1")
+    with pytest.raises(SettingError, match="gpus 2 was given beside a pipeline that is loaded"):
+        GenerateRequest(gpus=2, model=LoadedPipeline.__new__(LoadedPipeline))
+    with pytest.raises(SettingError, match="gpus must be 1 or more"):
+        GenerateRequest(gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "chosen", "names"),
+    [
+        (4, None, ["0", "1"]),
+        (4, "3,1", ["3", "1"]),
+        (4, "GPU-1a,GPU-2b,GPU-3c", ["GPU-1a", "GPU-2b"]),
+        (1, None, "there is 1 here"),
+        (0, None, "there are none here"),
+        (4, "2", "there is 1 here"),
+        (4, "", "there are none here"),
+        (4, "1,9,2", "there is 1 here"),
+        (4, "-1,0", "there are none here"),
+    ],
+)
+def test_places_are_the_gpus_that_cuda_would_show(
+    nodes: int, chosen: str | None, names: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in (*(f"nvidia{n}" for n in range(nodes)), "nvidiactl", "nvidia-uvm"):
+        (tmp_path / node).touch()
+    monkeypatch.setattr(device, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    request = GenerateRequest(gpus=2)
+    if isinstance(names, str):
+        with pytest.raises(MachineError, match=f"2 GPUs were asked for, and {names}"):
+            places_of(request)
+        return
+    found = [place.environment["CUDA_VISIBLE_DEVICES"] for place in places_of(request)]
+    assert found == names
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="there may be enough GPUs")
+def test_svg_generate_too_few_gpus_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from svg_models.cli import app\n"
+        "try: app()\nfinally: print('torch' in sys.modules)"
+    )
+    words = ["generate", "--gpus", "2", "-o", str(tmp_path / "clip.mp4")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == "False\n"
+    (line,) = done.stderr.strip().splitlines()
+    assert "2 GPUs were asked for, and there are none here; use --device cpu" in line
+
+
+def test_svg_generate_gpus_keeps_a_clip_that_finds_no_room(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, disk = mp4.encode, tmp_path / "disk"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fails(frames: Any, target: Any, **how: Any) -> None:
+        if isinstance(target, Path) and target.is_relative_to(disk):
+            raise OSError(28, "No space left on device")
+        encode(frames, target, **how)
+
+    monkeypatch.setattr(mp4, "encode", fails)
+    words = ["-m", folder, "--size", "48x48", "--frames", "5", "--steps", "1", "--device", "cpu"]
+    result = CliRunner().invoke(
+        app, ["generate", *words, "--gpus", "2", "-q", "-o", str(disk / "clip.mp4")]
+    )
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    kept = re.search(r"no space left on device\); the clip is kept as (\S+\.mp4)", line)
+    assert kept is not None, line
+    assert Path(kept[1]).is_file()
+    assert list(disk.iterdir()) == []
+    assert children(os.getpid()) == set()
+
+
+SAMPLING = """
+import sys
+from pathlib import Path
+from svg_models.cli import app
+from svg_models.cli.progress import Lines
+
+marker = Path(sys.argv.pop(1))
+show = Lines.__call__
+
+def noted(self, stage, done, total):
+    show(self, stage, done, total)
+    if stage == "sampling" and done >= 1:
+        marker.touch()
+
+Lines.__call__ = noted
+app()
+"""
+
+
+@pytest.fixture
+def sampling(folder: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a command of two processes over a clip that is there, and wait until they sample."""
+    marker, clip = tmp_path / "marker", tmp_path / "out" / "clip.mp4"
+    clip.parent.mkdir()
+    clip.write_text("the clip of the run before")
+    words = ["generate", "-m", folder, "--size", "48x48", "--frames", "9", "--steps", "9000"]
+    words += ["--method", "dense", "--device", "cpu", "--gpus", "2", "-o", str(clip)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAMPLING, str(marker), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert marker.exists(), process.communicate(timeout=5)
+        yield process
+        assert clip.read_text() == "the clip of the run before"
+        assert [path.name for path in clip.parent.iterdir()] == ["clip.mp4"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_svg_generate_a_killed_rank_is_one_sentence(sampling: subprocess.Popen[str]) -> None:
+    processes = children(sampling.pid)
+    assert len(processes) == 2
+    began = time.monotonic()
+    os.kill(max(processes), signal.SIGKILL)
+    stdout, stderr = sampling.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert (sampling.returncode, stdout) == (2, ""), stderr
+    last = stderr.strip().splitlines()[-1]
+    assert re.match(
+        r"error: process [01] \(rank [01] of 2\) was ended by SIGKILL while "
+        r"sampling, \d+ of 9000: ",
+        last,
+    ), stderr
+    assert "Traceback" not in stderr
+    assert gone(processes, within=0)
+
+
+@pytest.mark.parametrize("whom", ["group", "parent"])
+def test_svg_generate_ctrl_c_ends_all_processes(whom: str, sampling: subprocess.Popen[str]) -> None:
+    processes = children(sampling.pid)
+    assert len(processes) == 2
+    (os.killpg if whom == "group" else os.kill)(sampling.pid, signal.SIGINT)
+    stdout, stderr = sampling.communicate(timeout=60)
+    assert (sampling.returncode, stdout) == (130, ""), stderr
+    assert stderr.strip().splitlines()[-1] == "stopped: nothing was written"
+    assert "Traceback" not in stderr
+    assert gone(processes, within=0)
