@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ SCHEDULES = {
     "dense for 15 %": Schedule(dense_steps=0.15, dense_layers=0.0),
     "dense for 10 %": Schedule(dense_steps=0.1, dense_layers=0.0),
     "no dense step": Schedule(dense_steps=0.0, dense_layers=0.0),
+}
+# Curves of density in place of dense steps: (share of the steps, times the mean), step by step.
+CURVES = {
+    "no dense step, first 20 % twice": ((0.2, 2.0), (0.8, 0.75)),
+    "no dense step, first 20 % three times": ((0.2, 3.0), (0.8, 0.5)),
+    "no dense step, first 40 % 1.6 times": ((0.4, 1.6), (0.6, 0.6)),
+    "no dense step, last 40 % 1.6 times": ((0.6, 0.6), (0.4, 1.6)),
 }
 COMPENSATED: dict[str, Any] = {"compensate": True}
 ERROR: dict[str, Any] = {**COMPENSATED, "route": "error"}
@@ -130,9 +138,20 @@ class Case:
         """Name the case."""
         return f"{self.group}: {self.density:g}, {self.method}"
 
+    def schedule_at(self, density: float) -> Schedule:
+        """Return the schedule whose sparse calls have a density on average."""
+        if self.schedule in SCHEDULES:
+            return SCHEDULES[self.schedule]
+        parts = ([times] * round(share * self.steps) for share, times in CURVES[self.schedule])
+        times = list(itertools.chain(*parts))
+        mean = sum(times) / len(times)
+        return Schedule.sparse([min(density * one / mean, 1.0) for one in times])
+
     @property
     def dense_share(self) -> float:
         """Return the share of steps that are dense."""
+        if self.schedule in CURVES:
+            return 0.0
         return math.floor(SCHEDULES[self.schedule].dense_steps * self.steps) / self.steps
 
     def sparse_density(self, layout: TokenLayout) -> float:
@@ -187,6 +206,8 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
         yield from some(first, 8, "no dense step", 0.35, methods_few)
         yield from some(first, 4, "no dense step", 0.35, methods_few)
         yield from some(first, 20, "no dense step", 0.25, methods_few)
+        for schedule in CURVES:
+            yield from some(first, 20, schedule, 0.25, [PRESET])
         for schedule in ("dense for 10 %", "dense for 15 %"):
             best = [BEST, f"{BEST}, spent by error"]
             yield from some(first, 20, schedule, 0.25, [BASELINE, "error, bias", *best])

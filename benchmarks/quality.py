@@ -32,7 +32,7 @@ from typing import Any
 import _quality_tables
 import torch
 from _harness import store
-from _quality_cases import SCHEDULE, SCHEDULES, SIDES, Case, build, cases
+from _quality_cases import SCHEDULE, SIDES, Case, build, cases
 from _quality_times import Times
 from torch import Tensor
 from training.clips import caption
@@ -301,10 +301,11 @@ class Measurement:
         """Run a method and compare its clips with the dense ones."""
         dense = self._dense_clips(case.size, case.steps)
         layout = self._layout(case.size)
-        method = build(case.method, case.sparse_density(layout), layout.tokens)
+        density = case.sparse_density(layout)
+        method = build(case.method, density, layout.tokens)
         started = time.perf_counter()
         with sparsify(
-            self.pipe, method, SCHEDULES[case.schedule], backend=self.args.backend, fuse=False
+            self.pipe, method, case.schedule_at(density), backend=self.args.backend, fuse=False
         ) as run:
             clips = self._sample(case.size, case.steps)
             stats = run.stats()
