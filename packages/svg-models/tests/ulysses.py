@@ -17,7 +17,7 @@ from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
-from svg_models import sparsify
+from svg_models import parallelize, sparsify
 
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
 
@@ -66,13 +66,8 @@ def ring() -> None:
 
 
 def share(player: composition.Player) -> None:
-    """Share a player's sequence, if diffusers can play the stock model so."""
-    player.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    try:
-        player.play()
-    except RuntimeError as error:
-        name = type(player.transformer).__name__
-        raise NotImplementedError(f"the stock {name} fails with it: {error}") from error
+    """Share a player's sequence."""
+    parallelize(player.transformer)
 
 
 def cell(family: str) -> composition.Cell:

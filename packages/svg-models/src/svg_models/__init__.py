@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from svg_models.errors import SvgModelsError
     from svg_models.generation.generate import generate
     from svg_models.loading import load_pipeline
+    from svg_models.parallel import SharedRun, parallelize
     from svg_models.recipe import Recipe
     from svg_models.recipes import recipe_for
     from svg_models.sparse.run import SparseRun, restore, sparsify
@@ -26,6 +27,7 @@ __all__ = [
     "RandomBlocks",
     "Recipe",
     "Schedule",
+    "SharedRun",
     "SparseRun",
     "SvgModelsError",
     "UnsupportedError",
@@ -33,6 +35,7 @@ __all__ = [
     "embedded_path",
     "generate",
     "load_pipeline",
+    "parallelize",
     "recipe_for",
     "restore",
     "sparsify",
@@ -46,6 +49,7 @@ _HOMES = {
     "RandomBlocks": "svg_attention",
     "Recipe": "svg_models.recipe",
     "Schedule": "svg_attention",
+    "SharedRun": "svg_models.parallel",
     "SparseRun": "svg_models.sparse.run",
     "SvgModelsError": "svg_models.errors",
     "UnsupportedError": "svg_attention",
@@ -53,6 +57,7 @@ _HOMES = {
     "embedded_path": "svg_models.embedded",
     "generate": "svg_models.generation.generate",
     "load_pipeline": "svg_models.loading",
+    "parallelize": "svg_models.parallel",
     "recipe_for": "svg_models.recipes",
     "restore": "svg_models.sparse.run",
     "sparsify": "svg_models.sparse.run",

@@ -10,6 +10,7 @@ from torch import Tensor
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import VideoProcessor
+from svg_models.families.sharing import STATES, Sharing
 from svg_models.families.steps import project_qkv, split_heads
 
 __all__ = ["ALLEGRO", "SparseAllegroProcessor"]
@@ -41,6 +42,10 @@ ALLEGRO = Family(
     original_processors=("AllegroAttnProcessor2_0",),
     processor=SparseAllegroProcessor,
     grid=patch_grid,
+    sharing=Sharing(
+        rotation={2: 1},  # places of the tokens in tables of their axes, which stay whole
+        inputs={"": {"image_rotary_emb": {2: 1}}, r"transformer_blocks\.0": STATES},
+    ),
     usual=lambda transformer: {"frames": 85, "fps": 15},  # 22 latent frames
     checkpoints=("rhymes-ai/Allegro",),
     dense=torch_attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from svg_models.families.blocks import BlockRule
 from svg_models.families.dense import DenseKernel, dense_attention
-from svg_models.families.processors import SparseProcessor
+from svg_models.families.processors import SparseProcessor, original_of
 from svg_models.families.published import Published
+from svg_models.families.sharing import Sharing
 
-__all__ = ["Family", "patch_grid", "unwrap"]
+__all__ = ["Family", "parameter_names", "patch_grid", "plain_path", "unwrap"]
 
 
 _WRAPPERS = {
@@ -35,6 +37,22 @@ def unwrap(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def plain_path(path: str) -> str:
+    """Return the path of a module without what wrappers put into it."""
+    return re.sub(_INFIXES, "", path)
+
+
+def parameter_names(kind: type) -> list[str]:
+    """Return the names of what a module's forward takes by position.
+
+    A subclass may pass on what it is given, whatever that is; then its parent knows the names.
+    """
+    forwards = [vars(cls)["forward"] for cls in kind.__mro__ if "forward" in vars(cls)]
+    known = [list(inspect.signature(forward).parameters.values())[1:] for forward in forwards]
+    whole = [found for found in known if not any(p.kind is p.VAR_POSITIONAL for p in found)]
+    return [p.name for p in (whole or known)[0] if p.kind is not p.VAR_POSITIONAL]
 
 
 def text_to_video(transformer: Any) -> str:
@@ -107,6 +125,7 @@ class Family:
         text_lengths: valid text tokens of each sample, integers `[B]` on the model's device, from
             the transformer and the arguments of its forward pass by name; None if all count. The
             valid ones come first.
+        sharing: how ranks share its sequence; None if they cannot.
         dense: the kernel of dense steps.
         usual: what a clip is like by default, from the transformer, where the pipeline's call does
             not say it or says it for another checkpoint; fields of `svg_models.loading.Defaults`.
@@ -129,6 +148,7 @@ class Family:
     conditions: Literal["first", "last"] | None = None
     condition_tokens: Callable[[Any, Mapping[str, Any]], int] = no_conditions
     text_lengths: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_padding
+    sharing: Sharing | None = None
     dense: DenseKernel = dense_attention
     usual: Callable[[Any], Mapping[str, Any]] = nothing_unusual
     objection: Callable[[Any], str] = no_objection
@@ -171,7 +191,7 @@ class Family:
                 f"so family {self.name!r} cannot make it sparse"
             )
         for path, module in found:
-            processor = type(module.processor).__name__
+            processor = type(original_of(module.processor)).__name__
             if processor not in self.original_processors:
                 raise ValueError(
                     f"expected {' or '.join(self.original_processors)} at {path}, got {processor}; "
@@ -185,5 +205,5 @@ class Family:
             (path, module)
             for pattern in patterns
             for path, module in transformer.named_modules()
-            if re.fullmatch(pattern, re.sub(_INFIXES, "", path))
+            if re.fullmatch(pattern, plain_path(path))
         ]

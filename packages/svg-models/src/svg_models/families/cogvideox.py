@@ -13,6 +13,7 @@ from svg_models.families.blocks import COGVIDEOX_BLOCKS
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
+from svg_models.families.sharing import STATES, TABLE, Sharing
 from svg_models.families.steps import PER_HEAD, make_heads, project_out, project_qkv
 
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
@@ -81,6 +82,10 @@ COGVIDEOX = Family(
     processor=SparseCogVideoXProcessor,
     blocks=COGVIDEOX_BLOCKS,
     grid=grid,
+    sharing=Sharing(
+        rotation=TABLE,
+        inputs={"": {"image_rotary_emb": TABLE}, r"transformer_blocks\.0": STATES},
+    ),
     task=task,
     usual=usual,
     checkpoints=(

@@ -11,6 +11,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.blocks import COSMOS_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
+from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
 from svg_models.families.steps import PER_HEAD_IN_HALVES, make_heads, project_qkv
 
 __all__ = ["COSMOS", "SparseCosmosProcessor"]
@@ -33,6 +34,9 @@ def task(transformer: Any) -> str:
     return "i2v" if config.in_channels > config.out_channels else "t2v"
 
 
+# Where frames are given, each token is at the step of its frame.
+_BY_TOKEN = {"embedded_timestep": {3: 1}, "temb": {3: 1}}
+
 COSMOS = Family(
     name="cosmos",
     title="Cosmos 1.0, Predict2 and Predict2.5",
@@ -42,6 +46,15 @@ COSMOS = Family(
     processor=SparseCosmosProcessor,
     blocks=COSMOS_BLOCKS,
     grid=patch_grid,
+    sharing=Sharing(
+        rotation=TABLE,
+        inputs={
+            r"transformer_blocks\.0": STATES,
+            r"transformer_blocks\.\d+": {**_BY_TOKEN, "controlnet_residual": {3: 1}},
+            "norm_out": _BY_TOKEN,
+        },
+        outputs={"rope": TABLES, "learnable_pos_embed": {0: {3: 1}}},
+    ),
     task=task,
     checkpoints=(
         "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",

@@ -10,6 +10,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
 from svg_models.families.hunyuan_video import text_heads
 from svg_models.families.processors import JointProcessor
+from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
 from svg_models.families.steps import PER_HEAD, join, make_heads, project_out, project_qkv
 
 __all__ = ["EASYANIMATE", "SparseEasyAnimateProcessor"]
@@ -46,6 +47,11 @@ EASYANIMATE = Family(
     original_processors=("EasyAnimateAttnProcessor2_0",),
     processor=SparseEasyAnimateProcessor,
     grid=patch_grid,
+    sharing=Sharing(
+        rotation=TABLE,
+        inputs={r"transformer_blocks\.0": STATES},
+        outputs={"rope_embedding": TABLES},
+    ),
     usual=lambda transformer: {"height": 512, "width": 512, "frames": 49, "fps": 8},
     checkpoints=("alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers",),
     text_position="first",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svg_models.families import hunyuan_video
 from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
+from svg_models.families.sharing import STATES, TABLE, Sharing
 
 __all__ = ["FRAMEPACK"]
 
@@ -44,6 +45,15 @@ FRAMEPACK = replace(
     name="framepack",
     title="FramePack",
     transformers=("HunyuanVideoFramepackTransformer3DModel",),
+    sharing=Sharing(
+        rotation=TABLE,
+        inputs={
+            r"transformer_blocks\.0": STATES,
+            r"transformer_blocks\.\d+": {"freqs_cis": TABLE},
+            r"single_transformer_blocks\.\d+": {"image_rotary_emb": TABLE},
+        },
+        gathered=r"single_transformer_blocks\.\d+",  # then the history is cut off
+    ),
     task=lambda transformer: "i2v",
     usual=lambda transformer: {"fps": 30},
     conditions="first",

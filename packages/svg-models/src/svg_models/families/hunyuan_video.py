@@ -13,6 +13,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
+from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
 from svg_models.families.steps import PER_HEAD, HeadRule, join, make_heads, project_qkv
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
@@ -73,6 +74,14 @@ def usual(transformer: Any) -> dict[str, Any]:
     return {"fps": 24}
 
 
+SHARING = Sharing(
+    rotation=TABLE,
+    inputs={r"transformer_blocks\.0": STATES},
+    outputs={"rope": TABLES},
+    # Where an image replaces the first frame, its tokens are modulated in another way.
+    counts={r"(single_)?transformer_blocks\.\d+": ("num_tokens",)},
+)
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     title="HunyuanVideo",
@@ -82,6 +91,7 @@ HUNYUAN_VIDEO = Family(
     processor=SparseHunyuanVideoProcessor,
     blocks=HUNYUAN_VIDEO_BLOCKS,
     grid=patch_grid,
+    sharing=SHARING,
     task=task,
     usual=usual,
     checkpoints=(

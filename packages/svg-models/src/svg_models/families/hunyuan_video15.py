@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from svg_models.families.base import Family, patch_grid
-from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
-from svg_models.families.hunyuan_video import SparseHunyuanVideoProcessor
+from svg_models.families.hunyuan_video import HUNYUAN_VIDEO
 
 __all__ = ["HUNYUAN_VIDEO_15"]
 
@@ -37,15 +36,13 @@ def usual(transformer: Any) -> dict[str, Any]:
     return {"fps": 24} | size
 
 
-HUNYUAN_VIDEO_15 = Family(
+HUNYUAN_VIDEO_15 = replace(
+    HUNYUAN_VIDEO,
     name="hunyuan_video15",
     title="HunyuanVideo 1.5",
     transformers=("HunyuanVideo15Transformer3DModel",),
     attentions=r"transformer_blocks\.\d+\.attn",
     original_processors=("HunyuanVideo15AttnProcessor2_0",),
-    processor=SparseHunyuanVideoProcessor,
-    blocks=HUNYUAN_VIDEO_BLOCKS,
-    grid=patch_grid,
     task=task,
     usual=usual,
     checkpoints=(
@@ -54,6 +51,6 @@ HUNYUAN_VIDEO_15 = Family(
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v",
     ),
-    text_position="last",
     text_lengths=text_lengths,
+    recipes=(),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from svg_models.families.base import Family
 from svg_models.families.blocks import LTX_BLOCKS
 from svg_models.families.processors import VideoProcessor
+from svg_models.families.sharing import IN_A_ROW
 from svg_models.families.steps import project_qkv, split_heads
 
 __all__ = ["LTX", "SparseLTXProcessor"]
@@ -72,6 +73,7 @@ LTX = Family(
     processor=SparseLTXProcessor,
     blocks=LTX_BLOCKS,
     grid=grid,
+    sharing=IN_A_ROW,
     conditions="first",
     checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
 )

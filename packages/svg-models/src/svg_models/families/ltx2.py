@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffusers.models.transformers.transformer_ltx2 import (
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from svg_models.families.base import Family
 from svg_models.families.processors import SparseProcessor
+from svg_models.families.sharing import IN_A_ROW
 from svg_models.families.steps import project_out, project_qkv, split_heads
 
 __all__ = ["LTX2", "SparseLTX2Processor"]
@@ -75,6 +77,17 @@ def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]
     return numbers  # type: ignore[return-value]
 
 
+_BLOCK = r"transformer_blocks\.\d+\."
+SHARING = replace(
+    IN_A_ROW,
+    inputs={
+        "": {**IN_A_ROW.inputs[""], "video_keyframes_mask": {3: 1}},
+        _BLOCK + "audio_to_video_attn": {"query_rotary_emb": {3: 1, 4: 2}},
+    },
+    # Sound reads from the whole clip.
+    whole={_BLOCK + "video_to_audio_attn": ("encoder_hidden_states",)},
+)
+
 LTX2 = Family(
     name="ltx2",
     title="LTX-2",
@@ -83,6 +96,7 @@ LTX2 = Family(
     original_processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     processor=SparseLTX2Processor,
     grid=grid,
+    sharing=SHARING,
     usual=lambda transformer: {"frames": 121, "fps": 24},
     checkpoints=("Lightricks/LTX-2",),
     conditions="last",

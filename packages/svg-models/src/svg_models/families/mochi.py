@@ -10,6 +10,7 @@ from torch import Tensor
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
 from svg_models.families.hunyuan_video import SparseHunyuanVideoProcessor, text_lengths
+from svg_models.families.sharing import STATES, Sharing
 from svg_models.families.steps import HeadRule, project_out
 
 __all__ = ["MOCHI", "SparseMochiProcessor"]
@@ -43,6 +44,11 @@ MOCHI = Family(
     original_processors=("MochiAttnProcessor2_0",),
     processor=SparseMochiProcessor,
     grid=patch_grid,
+    sharing=Sharing(
+        rotation={3: 0},
+        inputs={r"transformer_blocks\.0": STATES},
+        outputs={"rope": {0: {3: 0}, 1: {3: 0}}},
+    ),
     usual=lambda transformer: {"frames": 85, "fps": 30},
     checkpoints=("genmo/mochi-1-preview",),
     text_position="last",

@@ -13,7 +13,13 @@ from svg_models import attention_op
 from svg_models.families.modes import foreign_mode
 from svg_models.families.steps import project_out
 
-__all__ = ["JointProcessor", "SparseProcessor", "VideoProcessor"]
+__all__ = [
+    "JointProcessor",
+    "SparseProcessor",
+    "VideoProcessor",
+    "original_of",
+    "put_processor",
+]
 
 
 class SparseProcessor:
@@ -162,6 +168,21 @@ class JointProcessor(SparseProcessor, ABC):
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )
         return self.finish(attn, self.attend(query, key, value), encoder_hidden_states.shape[1])
+
+
+def original_of(processor: Any) -> Any:
+    """Return the model's own processor behind those that were put in front of it."""
+    while hasattr(processor, "original"):
+        processor = processor.original
+    return processor
+
+
+def put_processor(module: Any, processor: Any) -> None:
+    """Put a processor into an attention; that of Mochi has no method for it."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _tell(handle: Tensor, mode: str) -> None:

@@ -13,6 +13,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.blocks import WAN_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
+from svg_models.families.sharing import STATES, Sharing
 from svg_models.families.steps import ACROSS_HEADS, make_heads, project_qkv
 
 __all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]
@@ -47,6 +48,15 @@ def usual(transformer: Any) -> dict[str, Any]:
 _SOURCE = "Sparse-VideoGen 5ce7b01, scripts/wan/wan_{}_sap.sh and _svg.sh"
 _BOTH = _SOURCE + "; the same clusters for Wan 2.2 A14B in arXiv:2603.08982"
 
+SHARING = Sharing(
+    rotation={4: 1},
+    inputs={
+        "": {"timestep": {2: 1}},  # Wan 2.2 5B may give each token one of its own
+        r"(vace_)?blocks\.0": {**STATES, "control_hidden_states": {3: 1}},
+    },
+    outputs={"rope": {0: {4: 1}, 1: {4: 1}}},
+)
+
 WAN = Family(
     name="wan",
     title="Wan 2.1, Wan 2.2 and Wan VACE",
@@ -57,6 +67,7 @@ WAN = Family(
     processor=SparseWanProcessor,
     blocks=WAN_BLOCKS,
     grid=patch_grid,
+    sharing=SHARING,
     task=task,
     usual=usual,
     checkpoints=(

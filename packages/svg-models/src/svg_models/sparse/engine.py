@@ -27,7 +27,7 @@ from svg_attention import (
 )
 from svg_models import attention_op
 from svg_models.method_names import MethodSpec
-from svg_models.parallel import attend_over_ranks, context_config
+from svg_models.parallel import attend_over_ranks, share_of
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
@@ -353,10 +353,12 @@ class Engine:
             ValueError: if the tokens are not those of the grid.
         """
         place = self.slots[slot]
-        original = place.processor.original
-        if context_config(original) is None:
-            return self._attend(place, query, key, value)
-        return attend_over_ranks(original, query, key, value, partial(self._attend, place))
+        share = share_of(place.processor.original, query.shape[1])
+        attend = partial(self._attend, place)
+        if share is None:
+            return attend(query, key, value)
+        position = place.family.text_position
+        return attend_over_ranks(share, query, key, value, attend, text_position=position)
 
     def _attend(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute attention over the whole sequence, `[B, S, H, D]`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from torch import nn
 
 from svg_models import attention_op
 from svg_models.families import Family
-from svg_models.families.base import unwrap
-from svg_models.families.processors import SparseProcessor
-from svg_models.parallel import refuse_parallel
+from svg_models.families.base import parameter_names, unwrap
+from svg_models.families.processors import SparseProcessor, put_processor
+from svg_models.parallel import is_shared, refuse_parallel
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.probe import ContextProbe, place_probe
 
@@ -140,18 +139,19 @@ class Installation:
             )
             for layer, (path, module) in enumerate(attentions)
         )
-        self._parameters = _parameters(type(transformer))
+        self._parameters = parameter_names(type(transformer))
         self._undo: list[Callable[[], None]] = []
         try:
             self._probe = ContextProbe(self._finished)
             probe_name = f"svg_models.{run.number}"
             self._undo.append(place_probe(transformer, self._probe, probe_name))
+            # First: where ranks share the sequence, later hooks leave this rank's part of it.
             hook = transformer.register_forward_pre_hook(
-                _RootHook(self._before_forward), with_kwargs=True
+                _RootHook(self._before_forward), with_kwargs=True, prepend=True
             )
             self._undo.append(hook.remove)
             for slot, (_, module) in zip(self.slots, attentions, strict=True):
-                _place(module, slot.processor)
+                put_processor(module, slot.processor)
         except BaseException:  # an interrupt, too, leaves nothing behind
             self.remove()
             raise
@@ -216,7 +216,7 @@ class Installation:
             if module is None:
                 continue
             if slot.in_place:
-                _place(module, slot.processor.original)
+                put_processor(module, slot.processor.original)
             elif module.processor is not slot.processor.original:
                 left_alone.append(slot.path)
         while self._undo:
@@ -228,36 +228,15 @@ def owner_of(transformer: nn.Module) -> int | None:
     """Return the number of the run that has made a transformer sparse, or None."""
     for module in transformer.modules():
         processor = getattr(module, "processor", None)
-        if isinstance(processor, SparseProcessor):
+        if isinstance(processor, SparseProcessor) and not is_shared(processor):
             return int(processor.handle[0])
     return None
 
 
-def _place(module: Any, processor: Any) -> None:
-    """Put a processor into an attention; that of Mochi has no method for it."""
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:
-        module.processor = processor
-
-
-def _parameters(kind: type) -> list[str]:
-    """Return the names of what a transformer's forward takes by position.
-
-    A subclass may pass on what it is given, whatever that is; then its parent knows the names.
-    """
-    for cls in kind.__mro__:
-        if "forward" not in vars(cls):
-            continue
-        parameters = list(inspect.signature(vars(cls)["forward"]).parameters.values())[1:]
-        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return [p.name for p in parameters]
-    return []
-
-
 def _refuse_second(transformer: nn.Module) -> None:
     for path, module in transformer.named_modules():
-        if isinstance(getattr(module, "processor", None), SparseProcessor):
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, SparseProcessor) and not is_shared(processor):
             raise ValueError(
                 f"{type(transformer).__name__} is sparse already (at {path}); call "
                 "svg_models.restore(pipe) before calling sparsify again"
