@@ -210,10 +210,11 @@ def single_stream_block(
 ) -> Streams:
     """Compute a block of HunyuanVideo whose feed-forward stands beside its attention.
 
-    What both return is written side by side at once; the class joins three times.
+    What both return is written side by side at once; the class joins three times. The two streams
+    that the block before it returned are one tensor already.
     """
     text = encoder_hidden_states.shape[1]
-    states = torch.cat((hidden_states, encoder_hidden_states), dim=1)
+    states = _join(hidden_states, encoder_hidden_states)
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
     normed = _modulate(block.norm.norm, states, scale, shift)
     projected = block.proj_mlp(normed)
@@ -336,6 +337,22 @@ def ltx_block(
     )
     fed = feed_forward(block.ff, _modulate_rms(block.norm2, states, ff_scale, ff_shift))
     return _gate(states, fed, ff_gate)
+
+
+def _join(video: Tensor, text: Tensor) -> Tensor:
+    """Return both streams in one tensor; not copied where they are neighbours in one already."""
+    batch, tokens, width = video.shape
+    whole = (batch, tokens + text.shape[1], width)
+    start = video.storage_offset() + tokens * video.stride(1)
+    if (
+        video.untyped_storage().data_ptr() == text.untyped_storage().data_ptr()
+        and video.dtype == text.dtype
+        and text.shape == (batch, text.shape[1], width)
+        and video.stride() == text.stride() == (whole[1] * width, width, 1)
+        and text.storage_offset() == start
+    ):
+        return video.as_strided(whole, video.stride())
+    return torch.cat((video, text), dim=1)
 
 
 def _is_plain(module: nn.Module) -> bool:
