@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_kmeans.triton import assign, assign_sm90, launch_config, update
+from flash_kmeans.triton import assign, assign_sm90, launch_config, order, update
 
 # Capabilities with the instructions of another one: a row that both share is compiled once.
 TWINS = {(8, 6): (8, 0), (8, 9): (8, 6)}
@@ -84,8 +84,10 @@ def hopper() -> Any:
     shapes = {"points": assign_sm90.BLOCK_N, "directions": assign_sm90.BLOCK_K}
     layouts = {n: assign_sm90.shared_layout(r, assign_sm90.gl.bfloat16) for n, r in shapes.items()}
     types = {n: f"tensordesc<bf16[{r},128],{layouts[n]!r}>" for n, r in shapes.items()}
-    types |= {"bias": "*fp32", "labels": "*i32"}
-    types |= dict.fromkeys(("N", "n_tiles", "k_tiles", "total"), "i32")
+    bias = f"tensordesc<fp32[{assign_sm90.BLOCK_K}],{assign_sm90.bias_layout()!r}>"
+    types |= {"bias": bias, "labels": "*i32"}
+    sizes = ("N", "row_step", "column_step", "n_tiles", "k_tiles", "total")
+    types |= dict.fromkeys(sizes, "i32")
     constants = {
         "BLOCK_N": assign_sm90.BLOCK_N,
         "BLOCK_K": assign_sm90.BLOCK_K,
@@ -127,9 +129,10 @@ def finishing(capability: launch_config.Capability, size: int) -> Any:
     floats = ("sums", "totals", "piece_sums", "piece_totals", "raw_sums", "raw_totals", "costs")
     types = {
         "starts": "*i32",
-        **dict.fromkeys(("previous", "centroids"), f"*{TYPES[size]}"),
+        **dict.fromkeys(("centroids", "directions"), f"*{TYPES[size]}"),
         **dict.fromkeys(floats, f"*{wide}"),
-        **dict.fromkeys(("K", "spans"), "i32"),
+        **dict.fromkeys(("bias", "direction_scale"), "*fp32"),
+        **dict.fromkeys(("K", "spans", "rows"), "i32"),
     }
     constants = {
         "D": 128,
@@ -141,8 +144,17 @@ def finishing(capability: launch_config.Capability, size: int) -> Any:
         "WEIGHTED": True,
         "WITH_COST": True,
         "RAW": False,
+        "WIDTH": 128 if size == 2 else 0,
     }
     return build(ASTSource, update.finish_kernel, types, constants, capability, num_warps=1)
+
+
+def scanning(capability: launch_config.Capability) -> Any:
+    """Compile the kernel that turns counts of labels into sizes and starts."""
+    types = dict.fromkeys(("counts", "sizes", "starts", "arrived"), "*i32")
+    types |= dict.fromkeys(("K", "chunks", "k_blocks"), "i32")
+    constants = {"BLOCK_C": 32, "BLOCK_K": 64, "WIDE": 1024}
+    return build(ASTSource, order.scan_chunks_kernel, types, constants, capability, num_warps=4)
 
 
 def report(
@@ -184,6 +196,8 @@ def main(chosen: list[str]) -> None:
             report(f"sums {dtype}", capability, began, updating(capability, size))
             began = time.perf_counter()
             report(f"finish {dtype}", capability, began, finishing(capability, size))
+        began = time.perf_counter()
+        report("scan", capability, began, scanning(capability))
         if capability == (9, 0):
             began = time.perf_counter()
             report("assign sm90", capability, began, hopper())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from kmeans_oracles import blobs, check_bad_rows, check_offset, check_small_angles, regret, rounding
 
 import flash_kmeans as fk
+from flash_kmeans.triton import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -46,19 +48,44 @@ def test_assign_is_not_disturbed_by_a_common_offset() -> None:
     assert wrong <= 0.005
 
 
-@pytest.mark.parametrize("clusters", [65, 300, 1000, 4096])
+@pytest.mark.parametrize("clusters", [65, 300, 1000, 4096, 8192])
 def test_assign_is_right_in_both_kernels(clusters: int) -> None:
-    x = torch.randn(3, 5000, 128, device="cuda", dtype=torch.float16)
+    x = torch.randn(3, 9000, 128, device="cuda", dtype=torch.float16)
     start = x[:, :clusters].contiguous()
-    wide = torch.empty(3, 5000, 136, device="cuda", dtype=torch.float16)
+    wide = torch.full((3, 9000, 136), torch.nan, device="cuda", dtype=torch.float16)
     wide[..., :128] = x
-    # Rows of a wider tensor start at other addresses; a batch with gaps takes the portable kernel.
-    gaps = torch.empty(3, 5001, 128, device="cuda", dtype=torch.float16)
-    gaps[:, :5000] = x
+    # The video of sequences that end in text, and heads that share a token's row.
+    gaps = torch.full((3, 9007, 128), torch.nan, device="cuda", dtype=torch.float16)
+    gaps[:, :9000] = x
+    heads = torch.full((9000, 4, 128), torch.nan, device="cuda", dtype=torch.float16)
+    heads[:, :3] = x.transpose(0, 1)
+    uneven = torch.empty(3 * 9001 * 128, device="cuda", dtype=torch.float16)
+    uneven = uneven.as_strided(x.shape, (9000 * 128 + 8, 128, 1)).copy_(x)
     limit = rounding(x, start)
-    for points in (x, wide[..., :128], gaps[:, :5000]):
+    layouts = (x, wide[..., :128], gaps[:, :9000], heads.transpose(0, 1)[:3], uneven)
+    if torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith("3.6"):
+        suited = [launch.suits_hopper(points, clusters, "euclidean") for points in layouts]
+        assert suited == [True] * 4 + [False]
+    for points in layouts:
         labels = fk.assign(points, start, backend="triton")
         assert (regret(x, start, labels) <= limit).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("points", [5000, 50_000])
+def test_kmeans_rounds_follow_each_other_as_calls_do(points: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, points, 128, device="cuda").to(dtype)
+    start = x[:, :700].contiguous()
+    result = fk.kmeans(x, 700, init=start, max_iter=3, backend="triton")
+    current = start
+    for _ in range(3):
+        labels = fk.assign(x, current, backend="triton")
+        last, (current, sizes, order) = current, fk.update(x, labels, 700, previous=current)
+    # A bias that an update writes may differ in its last digit from one that a call derives.
+    assert (regret(x, last, result.labels) <= rounding(x, last)).all()
+    assert (labels != result.labels).double().mean() < 1e-4
+    assert (sizes - result.sizes).abs().sum() <= 2 * int((labels != result.labels).sum())
+    assert torch.equal(order.sort(1).values, result.order.sort(1).values)
 
 
 def test_kmeans_never_synchronises_and_its_graph_replays() -> None:

@@ -7,6 +7,7 @@ import torch
 from kmeans_oracles import blobs, check_bad_rows, check_offset, check_small_angles, regret, rounding
 
 import flash_kmeans as fk
+from flash_kmeans import common
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -58,6 +59,80 @@ def test_update_equals_the_reference(points: int, clusters: int, weighted: bool)
     assert torch.equal(ours.order, theirs.order)
     assert torch.equal(ours.sizes, theirs.sizes)
     torch.testing.assert_close(ours.centroids, theirs.centroids, rtol=2e-3, atol=1e-4)
+
+
+def test_update_skips_runs_of_empty_clusters() -> None:
+    # Three of 90 clusters have points, over several spans, and the last has some.
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 4, generator=source).half()
+    labels = torch.tensor([3, 40, 89])[torch.randint(0, 3, (2, 300), generator=source)]
+    previous = torch.randn(2, 90, 4, generator=source).half()
+    ours, theirs = (
+        fk.update(x, labels, 90, previous=previous, backend=b) for b in ("triton", "reference")
+    )
+    assert torch.equal(ours.order, theirs.order)
+    torch.testing.assert_close(ours.centroids, theirs.centroids, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+def test_Updater_move_aims_the_next_assignment(metric: str) -> None:
+    from flash_kmeans.triton.assigner import assigner_for
+    from flash_kmeans.triton.updater import Updater
+
+    x = blobs(2, 50, 6, 4, dtype=torch.float16)
+    centroids = blobs(2, 20, 6, 4, seed=1, dtype=torch.float16)
+    # One that is not finite, and one that stays where it is for lack of points.
+    centroids[1, 3, 2], centroids[0, 7] = torch.nan, 0
+    label, fresh = (assigner_for(x, 20, metric) for _ in range(2))
+    label.aim(centroids)
+    labels = label().clone()
+    labels[labels == 7] = 5
+    updater = Updater(x, 20, metric, *common.point_weights(x, metric, None))
+    for round_ in range(2):
+        updater.move(labels, centroids, assigner=label)
+        fresh.aim(centroids)
+        for name in ("directions", "bias", "scale"):
+            ours, theirs = getattr(label, name), getattr(fresh, name)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, msg=f"{name} {round_}")
+        assert torch.isinf(label.bias[1, 3])
+        assert (updater.arrived == 0).all()
+        ends = torch.nn.functional.pad(updater.sizes.cumsum(1), (1, 0))
+        assert torch.equal(updater.starts, ends.int())
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((3, 7, 4), (28, 4, 1), (21, 4, 7, 0)),
+        ((3, 7, 4), (40, 4, 1), (27, 4, 10, 0)),
+        ((3, 7, 4), (36, 4, 1), (25, 4, 9, 0)),
+        ((1, 7, 4), (999, 8, 1), (7, 4, 0, 0)),
+        ((3, 7, 4), (4, 12, 1), (7, 12, 0, 4)),
+        ((3, 7, 4), (4, 20, 1), (7, 12, 0, 4)),
+        ((3, 7, 4), (30, 4, 1), None),
+        ((3, 7, 4), (28, 0, 1), None),
+        ((3, 7, 4), (0, 4, 1), (7, 4, 0, 0)),
+    ],
+)
+def test_sheet_finds_every_batch(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    expected: tuple[int, int, int, int] | None,
+) -> None:
+    from flash_kmeans.triton.assigner import sheet
+
+    x = torch.arange(999.0).as_strided(shape, strides)
+    found = sheet(x)
+    if expected is None:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.rows, found.columns, found.row_step, found.column_step) == expected
+    matrix = x.as_strided((found.rows, found.columns), (x.stride(1), 1))
+    for b in range(shape[0]):
+        rows = slice(b * found.row_step, b * found.row_step + shape[1])
+        columns = slice(b * found.column_step, b * found.column_step + shape[2])
+        assert torch.equal(matrix[rows, columns], x[b])
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])

@@ -141,6 +141,20 @@ def assign_kernel(
 
 
 @triton.jit
+def scored(square, METRIC: tl.constexpr):
+    """Return whether centroids of this squared norm can be compared with, their biases and scales.
+
+    One that is not finite, or whose square is not, cannot: the assign kernel compares without
+    looking for NaN, so that one would hide the centroids it is compared with.
+    """
+    alive = square < float("inf")
+    bias = -0.5 * square if METRIC == "euclidean" else tl.zeros_like(square)
+    long = (square > 0) & alive
+    scale = tl.where(long, 1 / tl.sqrt(tl.where(long, square, 1.0)), 0.0)
+    return alive, tl.where(alive, bias, -float("inf")), scale
+
+
+@triton.jit
 def prepare_kernel(
     centroids,
     directions,
@@ -154,33 +168,24 @@ def prepare_kernel(
     BLOCK_D: tl.constexpr,
     METRIC: tl.constexpr,
 ):
-    """Copy centroids into zero-padded rows and derive what the scores need of their norms.
-
-    A row that is not finite, or whose square is not, becomes padding: the assign kernel compares
-    without looking for NaN, so that one would hide the centroids it is compared with.
-    """
+    """Copy centroids into zero-padded rows and derive what the scores need of their norms."""
     program = tl.program_id(0)
     b = (program // k_blocks).to(tl.int64)
     offs_k = (program % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     row = b * (k_blocks * BLOCK_K) + offs_k
+    source = centroids + (b * K + offs_k)[:, None] * D
     square = tl.zeros([BLOCK_K], tl.float32)
     for d in range(0, WIDTH, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
-        values = tl.load(
-            centroids + (b * K + offs_k)[:, None] * D + offs_d[None, :], mask, other=0.0
-        )
-        padded = directions + row[:, None] * WIDTH + offs_d[None, :]
-        tl.store(padded, values, mask=(offs_d < WIDTH)[None, :])
-        wide = values.to(tl.float32)
+        wide = tl.load(source + offs_d[None, :], mask, other=0.0).to(tl.float32)
         square += tl.sum(wide * wide, 1)
-    alive = square < float("inf")
+    alive, shift, inverse = scored(square, METRIC)
     for d in range(0, WIDTH, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
+        mask = (offs_k < K)[:, None] & (offs_d < D)[None, :] & alive[:, None]
         padded = directions + row[:, None] * WIDTH + offs_d[None, :]
-        tl.store(padded, 0.0, mask=(offs_d < WIDTH)[None, :] & (alive == 0)[:, None])
-    shift = -0.5 * square if METRIC == "euclidean" else tl.zeros_like(square)
-    tl.store(bias + row, tl.where((offs_k < K) & alive, shift, -float("inf")))
+        tl.store(padded, tl.load(source + offs_d[None, :], mask, 0.0), (offs_d < WIDTH)[None, :])
+    tl.store(bias + row, tl.where(offs_k < K, shift, -float("inf")))
     if METRIC == "cosine":
-        long = (square > 0) & alive
-        tl.store(scale + row, tl.where(long, 1 / tl.sqrt(tl.where(long, square, 1.0)), 0.0))
+        tl.store(scale + row, inverse)

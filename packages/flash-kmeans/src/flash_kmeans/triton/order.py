@@ -1,7 +1,8 @@
 """A stable counting sort of points by label, without atomics.
 
 Points are cut into chunks of `CHUNK`. Each chunk sorts its own labels and counts them; a scan down
-the chunks turns counts into offsets; then every point knows its place and is written there.
+the chunks turns counts into offsets, and its last program scans the sizes; then every point knows
+its place and is written there. Three launches: at small sizes their number is what a round costs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Compiling a sort takes ten seconds: once, not once for each kind of size.
+@triton.jit(do_not_specialize=["N", "K", "chunks"])
 def sort_chunks_kernel(
     labels, keys, ranks, counts, N, K, chunks, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -42,10 +44,36 @@ def sort_chunks_kernel(
 
 
 @triton.jit
+def _scan_sizes(sizes, starts, K, BLOCK_K: tl.constexpr):
+    """Write the first sorted position of each cluster of one batch, and their end."""
+    tl.store(starts, 0)
+    carry = 0
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        # Past L1: other programs wrote these sizes.
+        size = tl.load(sizes + offs_k, mask=offs_k < K, other=0, cache_modifier=".cg")
+        tl.store(starts + offs_k + 1, tl.cumsum(size, 0) + carry, mask=offs_k < K)
+        carry += tl.sum(size, 0)
+
+
+@triton.jit
 def scan_chunks_kernel(
-    counts, sizes, K, chunks, k_blocks, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
+    counts,
+    sizes,
+    starts,
+    arrived,
+    K,
+    chunks,
+    k_blocks,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Replace counts by the points of the same label in earlier chunks; write cluster sizes."""
+    """Replace counts by the points of the same label in earlier chunks; write sizes and starts.
+
+    `starts[b, k]` is the first sorted position of cluster k, and `starts[b, K]` is N. The program
+    of a batch that arrives last writes them; `arrived` `[B]` is zero before and after.
+    """
     program = tl.program_id(0)
     b = (program // k_blocks).to(tl.int64)
     offs_k = (program % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -58,19 +86,18 @@ def scan_chunks_kernel(
         tl.store(cell, tl.cumsum(here, 0) - here + carry[None, :], mask=mask)
         carry += tl.sum(here, 0)
     tl.store(sizes + b * K + offs_k, carry, mask=offs_k < K)
+    # All warps have stored before one of them signals; the signal is a release and an acquire.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + b, 1) == k_blocks - 1:
+        tl.store(arrived + b, 0)
+        _scan_sizes(sizes + b * K, starts + b * (K + 1), K, WIDE)
 
 
 @triton.jit
 def starts_kernel(sizes, starts, K, BLOCK_K: tl.constexpr):
-    """Write `starts[b, k]`, the first sorted position of cluster k, and `starts[b, K] = N`."""
+    """Write what `scan_chunks_kernel` writes into `starts`, where sizes are there already."""
     b = tl.program_id(0).to(tl.int64)
-    tl.store(starts + b * (K + 1), 0)
-    carry = 0
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        size = tl.load(sizes + b * K + offs_k, mask=offs_k < K, other=0)
-        tl.store(starts + b * (K + 1) + offs_k + 1, tl.cumsum(size, 0) + carry, mask=offs_k < K)
-        carry += tl.sum(size, 0)
+    _scan_sizes(sizes + b * K, starts + b * (K + 1), K, BLOCK_K)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .assign import scored
+
 
 @triton.jit
 def segment_sums_kernel(
@@ -58,8 +60,8 @@ def segment_sums_kernel(
         weight += b * N
     cost = tl.zeros([BLOCK_D], tl.float32)
     position = begin
+    k = tl.load(labels + tl.load(order + begin))
     while position < end:
-        k = tl.load(labels + tl.load(order + position))
         k_begin = tl.load(starts + k)
         k_end = tl.load(starts + k + 1)
         stop = tl.minimum(k_end, end)
@@ -99,6 +101,10 @@ def segment_sums_kernel(
             if WEIGHTED:
                 tl.store(piece_totals + piece, mass)
         position = stop
+        k += 1
+        # The next cluster is known without a look at its points, unless it is empty.
+        if (position < end) & (tl.load(starts + tl.minimum(k + 1, K)) == position):
+            k = tl.load(labels + tl.load(order + position))
     if WITH_COST:
         tl.store(costs + program * tl.num_programs(1) + tl.program_id(1), tl.sum(cost, 0))
 
@@ -113,17 +119,20 @@ def _unit(row):
 @triton.jit
 def finish_kernel(
     starts,
-    previous,
+    centroids,
     sums,
     totals,
     piece_sums,
     piece_totals,
-    centroids,
     raw_sums,
     raw_totals,
     costs,
+    directions,
+    bias,
+    direction_scale,
     K,
     spans,
+    rows,
     D: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -133,8 +142,13 @@ def finish_kernel(
     WEIGHTED: tl.constexpr,
     WITH_COST: tl.constexpr,
     RAW: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Add the pieces of one cluster and turn its sum into a centroid (or return it raw)."""
+    """Add the pieces of one cluster and move its centroid to the mean (or return the sum raw).
+
+    With a WIDTH it also writes what the next assignment compares with, as `prepare_kernel` does,
+    into row k of `rows` a batch.
+    """
     program = tl.program_id(0).to(tl.int64)
     b = program // K
     k = program % K
@@ -166,7 +180,7 @@ def finish_kernel(
         tl.store(raw_sums + program * D + offs_d, total, mask=mask_d)
         tl.store(raw_totals + program, mass)
     else:
-        old = tl.load(previous + program * D + offs_d, mask=mask_d, other=0.0)
+        old = tl.load(centroids + program * D + offs_d, mask=mask_d, other=0.0)
         if METRIC == "cosine":
             norm = tl.sqrt(tl.sum(total * total, 0))
             alive = norm > 0
@@ -178,6 +192,16 @@ def finish_kernel(
         alive = alive & (tl.sum((tl.abs(new) < float("inf")).to(tl.int32), 0) == BLOCK_D)
         stored = tl.where(alive, new.to(old.dtype), old)
         tl.store(centroids + program * D + offs_d, stored, mask=mask_d)
+        if WIDTH:
+            wide = stored.to(tl.float32)
+            square = tl.sum(wide * wide, 0)
+            comparable, shift, inverse = scored(square, METRIC)
+            row = b * rows + k
+            direction = tl.where(comparable, stored, tl.zeros_like(stored))
+            tl.store(directions + row * WIDTH + offs_d, direction, mask=mask_d)
+            tl.store(bias + row, shift)
+            if METRIC == "cosine":
+                tl.store(direction_scale + row, inverse)
         if WITH_COST:
             c = stored.to(SUM)
             if METRIC == "dot":
