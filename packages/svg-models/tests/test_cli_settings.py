@@ -24,9 +24,10 @@ from svg_attention import SVG2, Dense
 from svg_attention.backends import BACKENDS
 from svg_models import embedded_path
 from svg_models.cli import app
+from svg_models.cli import progress as progress_of_cli
 from svg_models.cli.options import check_frames, check_multiple, latent_frame
 from svg_models.cli.output import bars_on, err, show_note
-from svg_models.cli.progress import Lines, PaceColumn
+from svg_models.cli.progress import Lines, PaceColumn, progress_bars
 from svg_models.errors import SettingError
 from svg_models.generation.conditioning import read_media
 from svg_models.generation.generate import generate
@@ -245,6 +246,24 @@ def test_pace_is_told_from_the_first_step_on() -> None:
     assert column.render(bars.tasks[0]).plain == "4.0 s/step, 1:16 left"
     bars.update(task, completed=16)
     assert column.render(bars.tasks[0]).plain == "4.0 steps/s, 0:01 left"
+
+
+def test_bars_cut_a_long_name_and_neither_pace_nor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(
+        progress_of_cli, "err", lambda: Console(file=screen, force_terminal=True, width=92)
+    )
+    with progress_bars() as progress:
+        bars = progress._bars
+        bars.get_time = lambda: now[0]
+        progress("2 of 3  " + "a long name " * 9 + ": sampling", 0, 20)
+        now[0] = 14.8
+        progress("2 of 3  " + "a long name " * 9 + ": sampling", 1, 20)
+        bars.refresh()
+        drawn = bars.console.render_lines(bars.get_renderable(), pad=False)
+    (line,) = ("".join(segment.text for segment in line) for line in drawn)
+    assert "… " in line
+    assert line.rstrip().endswith("1/20 0:00:14 14.8 s/step, 4:41 left")
 
 
 def test_lines_come_after_the_first_step_and_then_at_growing_intervals() -> None:

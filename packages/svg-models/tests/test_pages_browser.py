@@ -224,6 +224,26 @@ def test_page_a_lone_plot_keeps_its_size(browser: Browser, folder: Path) -> None
     assert browser.ask("document.querySelector('.plot').getBoundingClientRect().width") <= 36 * 16
 
 
+@pytest.mark.parametrize("page", ["compare", "run", "tune"])
+def test_page_plots_and_tables_can_be_read_on_a_phone(
+    page: str, browser: Browser, folder: Path
+) -> None:
+    browser.open(folder / f"{page}.html", width=390)
+    heights = browser.ask(
+        "[...document.querySelectorAll('.plot svg text')]"
+        ".map(t => t.getBoundingClientRect().height)"
+    )
+    assert min(heights) > 8
+    columns = "[...document.querySelectorAll('tbody th')].map(t => t.getBoundingClientRect().width)"
+    assert max(browser.ask(columns), default=0) < 190, "the numbers would begin off the screen"
+
+
+def test_page_a_long_value_is_scrolled_not_spread(browser: Browser, folder: Path) -> None:
+    browser.open(folder / "long.html", width=390)
+    tall = "[...document.querySelectorAll('dl.facts dd')].map(d => d.clientHeight)"
+    assert max(browser.ask(tall)) <= 16 * 16
+
+
 def test_page_a_point_of_a_search_says_what_it_is(browser: Browser, folder: Path) -> None:
     browser.open(folder / "tune.html")
     place = browser.ask(

@@ -20,11 +20,14 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from svg_models.cli.output import bars_on, err, escaped, show_note
 
 __all__ = ["Lines", "Stages", "hushed_libraries", "progress_bars"]
+
+_BESIDE = 64  # columns of a terminal that everything but the name of a stage takes
 
 
 @contextmanager
@@ -42,9 +45,15 @@ def progress_bars(*, silent: bool = False, as_json: bool = False) -> Iterator[An
     console.quiet = silent
     bars = Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        # Long names are cut, not pace and time.
+        TextColumn(
+            "{task.description}",
+            table_column=Column(
+                no_wrap=True, overflow="ellipsis", max_width=max(16, console.width - _BESIDE)
+            ),
+        ),
+        BarColumn(bar_width=20),
+        CountColumn(),
         TimeElapsedColumn(),
         PaceColumn(),
         console=console,
@@ -58,6 +67,14 @@ def progress_bars(*, silent: bool = False, as_json: bool = False) -> Iterator[An
             yield Stages(bars)
         else:
             yield Lines(lambda line: console.print(line, highlight=False, soft_wrap=True))
+
+
+class CountColumn(MofNCompleteColumn):
+    """Show what is done of a stage, where it counts."""
+
+    def render(self, task: Task) -> Text:
+        """Return the words beside a bar."""
+        return Text("") if task.total is None else super().render(task)
 
 
 class PaceColumn(ProgressColumn):

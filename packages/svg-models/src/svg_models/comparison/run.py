@@ -50,7 +50,7 @@ def compare(request: CompareRequest) -> Comparison:
     clips = []
     before = CoreTimes.now()
     for index, spec in enumerate(plan, start=1):
-        step = _named(progress, f"{index} of {len(plan)}  {spec.title}")
+        step = _named(progress, f"{index} of {len(plan)}  {spec.slug}")
         beside = spec.name != "dense"
         how["computed"] = computed if beside else request.computed_dense
         clips.append(sample(loaded, settings, spec, progress=step, beside_dense=beside, **how))
