@@ -61,6 +61,7 @@ def cases(compiled: bool) -> Iterator[Case]:
     for rows, width in WIDE:
         yield layer_norm_modulate(rows, width, compiled)
         yield gate_residual(rows, width, compiled)
+        yield gate_residual_norm(rows, width)
     for shape in ROPE_SHAPES:
         yield rope(shape)
     for shape in ROPE_SHAPES:
@@ -189,6 +190,31 @@ def gate_residual(rows: int, width: int, compiled: bool) -> Case:
         ours=ours,
         checks=checks,
         peers=peers,
+    )
+
+
+def gate_residual_norm(rows: int, width: int) -> Case:
+    residual, x = randn(2, 1, rows, width).unbind(0)
+    gate, scale, shift = randn(3, 1, 1, width, dtype=torch.float32).unbind(0)
+
+    def apart(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = svg_kernels.gate_residual(residual, x, gate)
+        return y, svg_kernels.layer_norm_modulate(y, scale, shift)
+
+    def together(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return svg_kernels.gate_residual_norm(residual, x, gate, scale=scale, shift=shift)
+
+    def checks() -> Iterator[tuple[Tensor, Tensor]]:
+        last = (residual[:, -LAST:], x[:, -LAST:])
+        yield from zip((t[:, -LAST:] for t in together(residual, x)), apart(*last), strict=True)
+
+    return Case(
+        op="gate_residual_norm",
+        shape=f"1x{rows}x{width}",
+        bytes=4 * size(x),
+        ours=partial(together, residual, x),
+        checks=checks,
+        peers={"ours, one after the other": partial(apart, residual, x)},
     )
 
 

@@ -42,6 +42,7 @@ FLOORS = {
         ("_dispatch",),
         ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "key_value_fp8", "status"),
         ("modulation", "qk_norm_rope", "quantize", "attention_fp8"),
+        ("residual_norm",),
         ("__init__",),
     ),
     "svg_attention": (

@@ -49,6 +49,16 @@ def test_layer_norm_modulate_and_gate_residual_in_triton(dtype, tokens, generato
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_gate_residual_norm_in_triton(dtype, tokens, generator):
+    residual, x = normal((2, 2, 7, 70), dtype, generator, 3.0).unbind(0)
+    gate, scale = normal((2, 2, tokens, 70), torch.float32, generator).unbind(0)
+    weight = normal((70,), dtype, generator)
+    both(svg_kernels.gate_residual_norm, residual, x, gate, scale=scale, shift=gate, weight=weight)
+    both(svg_kernels.gate_residual_norm, residual, x.float(), bias=weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
 @pytest.mark.parametrize("across", [False, True])
 def test_rope_and_qk_norm_rope_in_triton(dtype, pairing, across, generator):

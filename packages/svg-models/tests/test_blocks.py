@@ -49,7 +49,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Say that kernels serve the CPU; return the names of those that blocks launched."""
     monkeypatch.setattr(fused, "serves", lambda device: True)
     names: list[str] = []
-    for name in ("layer_norm_modulate", "layer_norm", "rms_norm", "gate_residual"):
+    for name in ("layer_norm_modulate", "rms_norm", "gate_residual", "gate_residual_norm"):
         launch = getattr(svg_kernels, name)
 
         def call(*args: Any, _name: str = name, _launch: Any = launch, **options: Any) -> Any:
@@ -208,8 +208,10 @@ def test_fused_forward_leaves_a_block_with_a_hooked_norm_to_its_class(launches: 
         during = case.run(pipe)
         one = list(launches)
     torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
-    # Of two blocks one is left: two modulated norms and two gates in each pass.
-    assert one.count("layer_norm_modulate") == 2 * len(case.branches) * case.steps
+    # Of two blocks one is left: a modulated norm and two sums with the norm behind each pass.
+    passes = len(case.branches) * case.steps
+    assert one.count("layer_norm_modulate") == passes
+    assert one.count("gate_residual_norm") == 2 * passes
 
 
 @pytest.mark.parametrize("first", ["hook", "fused"])

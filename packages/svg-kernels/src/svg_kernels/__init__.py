@@ -13,6 +13,7 @@ from svg_kernels.permute import *  # noqa: F403
 from svg_kernels.probe_sums import ProbeSums, probe_sums
 from svg_kernels.qk_norm_rope import qk_norm_rope
 from svg_kernels.quantize import *  # noqa: F403
+from svg_kernels.residual_norm import gate_residual_norm
 from svg_kernels.rope import rope
 from svg_kernels.status import Status, status
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     *norm.__all__,
     *modulation.__all__,
+    "gate_residual_norm",
     "rope",
     "qk_norm_rope",
     *permute.__all__,

@@ -21,6 +21,34 @@ def reciprocal_std(square, count, eps):
 
 
 @triton.jit
+def unit_rows(x, mask, width, eps, CENTER: tl.constexpr):
+    """Scale fp32 rows to unit root mean square, shifted to mean 0 first if asked."""
+    if CENTER:
+        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    return x * reciprocal_std(tl.sum(x * x, 1), width, eps)[:, None]
+
+
+@triton.jit
+def apply_rows(
+    y, column, mask, outer, within, width, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    scale_outer, scale_inner, shift_outer, shift_inner,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr,
+):  # fmt: skip
+    """Apply weight and bias to rows of batch element `outer` and token `within`; modulate them."""
+    if HAS_WEIGHT:
+        y = y * tl.load(weight_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y = y + tl.load(bias_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
+    if MODULATED:
+        at = outer * scale_outer + within * scale_inner + column[None, :]
+        y = y * (1.0 + tl.load(scale_ptr + at, mask, 0.0).to(tl.float32))
+        at = outer * shift_outer + within * shift_inner + column[None, :]
+        y = y + tl.load(shift_ptr + at, mask, 0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _normalize_rows(
     x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     rows, inner, width, eps,
@@ -34,19 +62,11 @@ def _normalize_rows(
     outer, within = (row // inner)[:, None], (row % inner)[:, None]
     x = tl.load(x_ptr + outer * x_outer + within * x_inner + column[None, :], mask, 0.0)
     x = x.to(tl.float32)
-    if CENTER:
-        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    y = x * reciprocal_std(tl.sum(x * x, 1), width, eps)[:, None]
-    if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y = y + tl.load(bias_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
-    if MODULATED:
-        at = outer * scale_outer + within * scale_inner + column[None, :]
-        y = y * (1.0 + tl.load(scale_ptr + at, mask, 0.0).to(tl.float32))
-        at = outer * shift_outer + within * shift_inner + column[None, :]
-        y = y + tl.load(shift_ptr + at, mask, 0.0).to(tl.float32)
+    y = unit_rows(x, mask, width, eps, CENTER)
+    y = apply_rows(
+        y, column, mask, outer, within, width, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+        scale_outer, scale_inner, shift_outer, shift_inner, HAS_WEIGHT, HAS_BIAS, MODULATED,
+    )  # fmt: skip
     out = y_ptr + row[:, None] * width + column[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask)
 
@@ -126,6 +146,11 @@ def launch_norm(
         *rows3.stride()[:2], *modulation_strides(scale), *modulation_strides(shift),
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         MODULATED=scale is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=4 if block_c * block_r <= TILE_ELEMENTS else 8 if block_c <= 8192 else 16,
+        num_warps=warps_for(block_r, block_c),
     )  # fmt: skip
     return y
+
+
+def warps_for(block_r: int, block_c: int) -> int:
+    """Return the warps of a program that holds a tile of rows."""
+    return 4 if block_c * block_r <= TILE_ELEMENTS else 8 if block_c <= 8192 else 16

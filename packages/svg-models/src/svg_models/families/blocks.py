@@ -157,11 +157,13 @@ def _wan_steps(
 ) -> Tensor:
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
     attended = block.attn1(_modulate(block.norm1, states, scale, shift), None, mask, rotation)
-    states = _gate(states, attended, gate)
-    across = states if isinstance(block.norm2, nn.Identity) else _normalise(block.norm2, states)
-    states = states + block.attn2(across, text, None, None)
-    fed = feed_forward(block.ffn, _modulate(block.norm3, states, ff_scale, ff_shift))
-    return _gate(states, fed, ff_gate)
+    if isinstance(block.norm2, nn.Identity):
+        states = across = _gate(states, attended, gate)
+    else:
+        states, across = _gate_and_norm(block.norm2, states, attended, gate)
+    across = block.attn2(across, text, None, None)
+    states, normed = _gate_and_norm(block.norm3, states, across, None, ff_scale, ff_shift)
+    return _gate(states, feed_forward(block.ffn, normed), ff_gate)
 
 
 def dual_stream_block(
@@ -192,9 +194,8 @@ def dual_stream_block(
     layers = ((block.norm2, block.ff), (block.norm2_context, block.ff_context))
     streams = zip((video, text), attended, gates, feeds, layers, strict=True)
     for states, attention, gate, (shift, scale, ff_gate), (norm, feed) in streams:
-        states = _gate(states, attention, gate)
-        fed = feed_forward(feed, _modulate(norm, states, scale, shift))
-        out.append(_gate(states, fed, ff_gate))
+        states, normed = _gate_and_norm(norm, states, attention, gate, scale, shift)
+        out.append(_gate(states, feed_forward(feed, normed), ff_gate))
     return out[0], out[1]
 
 
@@ -293,16 +294,15 @@ def cosmos_block(
 
     shift, scale, gate = modulation(block.norm1)
     normed = _modulate(block.norm1.norm, states, scale, shift)
-    states = _gate(states, block.attn1(normed, image_rotary_emb=image_rotary_emb), gate)
-    shift, scale, gate = modulation(block.norm2)
-    normed = _modulate(block.norm2.norm, states, scale, shift)
+    attended = block.attn1(normed, image_rotary_emb=image_rotary_emb)
+    shift, scale, next_gate = modulation(block.norm2)
+    states, normed = _gate_and_norm(block.norm2.norm, states, attended, gate, scale, shift)
     attended = block.attn2(
         normed, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
     )
-    states = _gate(states, attended, gate)
     shift, scale, gate = modulation(block.norm3)
-    fed = feed_forward(block.ff, _modulate(block.norm3.norm, states, scale, shift))
-    states = _gate(states, fed, gate)
+    states, normed = _gate_and_norm(block.norm3.norm, states, attended, next_gate, scale, shift)
+    states = _gate(states, feed_forward(block.ff, normed), gate)
     if controlnet_residual is not None:
         states += controlnet_residual
     if block.after_proj is not None:
@@ -379,10 +379,21 @@ def _modulate_rms(norm: Any, states: Tensor, scale: Tensor, shift: Tensor) -> Te
     return svg_kernels.rms_norm(states, norm.weight, eps=norm.eps) * (1 + scale) + shift
 
 
-def _normalise(norm: Any, states: Tensor) -> Tensor:
+def _gate_and_norm(
+    norm: Any,
+    states: Tensor,
+    added: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Streams:
+    """Return the states with what is added, and these normalised and modulated."""
     import svg_kernels
 
-    return svg_kernels.layer_norm(states, norm.weight, norm.bias, eps=norm.eps)
+    return svg_kernels.gate_residual_norm(
+        states, added, gate, scale=scale, shift=shift, weight=norm.weight, bias=norm.bias,
+        eps=norm.eps,
+    )  # fmt: skip
 
 
 def _gate(states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
