@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svg_models.errors import SettingError
+from svg_models.errors import ModelUnavailableError, SettingError
+from svg_models.generation.request import GenerateRequest
 from svg_models.launch import Group, Place, Rank
 
 TWO = tuple(
@@ -38,6 +39,22 @@ def work(rank: Rank) -> Callable[[dict[int, str]], Any]:
     return do
 
 
+def clips(rank: Rank) -> Callable[[GenerateRequest], Any]:
+    """Return what stands for a clip: who made it; a prompt may say what happens instead."""
+
+    def make(request: GenerateRequest) -> Any:
+        what, _, once = (request.prompt or "").partition(" once ")
+        if once:
+            try:
+                Path(once).touch(exist_ok=False)
+            except FileExistsError:
+                what = "answer"
+        act(what)
+        return os.environ["SEEN"], os.getpid(), rank.size
+
+    return make
+
+
 def act(what: str) -> None:
     name, _, value = what.partition(" ")
     if name == "signal":
@@ -51,6 +68,8 @@ def act(what: str) -> None:
     elif name == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
+    elif name == "absent":
+        raise ModelUnavailableError(f"no model {value}")
     elif name == "refuse":
         raise SettingError(f"refused {value}")
     elif name == "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +20,13 @@ from svg_models.generation.settings import WHERE
 from svg_models.interrupts import unwinding
 
 if TYPE_CHECKING:
-    from svg_models.generation.batch import BatchResult
+    from svg_models.generation.batch import BatchClip, BatchResult
 
 EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "svg batch prompts.txt\n\n"
     "svg batch prompts.jsonl --steps 30 --method svg2@0.25 -o clips\n\n"
+    "svg batch prompts.jsonl --gpus 8 --gpus-per-clip 2\n\n"
     'A line of a .jsonl file: {"prompt": "a red star moving right", "seed": 3, "frames": 33}'
 )
 
@@ -43,41 +45,60 @@ def batch(
         str,
         typer.Option("--output", "-o", help="The folder to write into.", rich_help_panel=WHERE),
     ] = "svg-batch",
+    gpus_per_clip: Annotated[
+        int,
+        typer.Option(
+            "--gpus-per-clip",
+            metavar="N",
+            min=1,
+            help="How many of the GPUs make one clip together.",
+            rich_help_panel=WHERE,
+        ),
+    ] = 1,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate a clip of each line of a file; the same line again goes on where it stopped."""
     from svg_models.files import check_folder, writable_folder
     from svg_models.generation.batch import SHEET, plan_batch, read_lines, run_batch, write_sheet
+    from svg_models.generation.makers import groups_of, make_here, make_on_groups
 
     clips = plan_batch(file, read_lines(file), request, _fields)
     folder = check_folder(output)
     results: list[BatchResult] = []
-    with progress_bars(silent=quiet, as_json=as_json) as progress:
-        from svg_models.generation.generate import generate
-        from svg_models.generation.sample import prepare
+    with ExitStack() as ended:
+        several = max(request.gpus, gpus_per_clip) > 1
+        groups = groups_of(request, gpus_per_clip) if several else []
+        progress = ended.enter_context(progress_bars(silent=quiet, as_json=as_json))
+        interrupts = ended.enter_context(unwinding(folder / SHEET))
+        writable_folder(folder)
+        shown = [progress, *(progress.another() for _ in groups[1:])]
 
-        with unwinding(folder / SHEET) as interrupts:
-            writable_folder(folder)
-            first = clips[0].request.replace(progress=progress)
+        def reports(clip: BatchClip, maker: int) -> Any:
+            title = f"{clips.index(clip) + 1} of {len(clips)}"
+            return shown[maker].named(f"{title}  {clip.request.prompt or 'example'}"[:60])
 
-            def make(wanted: GenerateRequest) -> Any:
-                title = f"{len(results) + 1} of {len(clips)}"
-                named = progress.named(f"{title}  {wanted.prompt or 'example'}"[:60])
-                return generate(**vars(wanted.replace(progress=named)))
+        def make(missing: Sequence[BatchClip]) -> Any:
+            if not groups:
+                return make_here(missing, reports)
+            for group in groups:
+                ended.enter_context(group)
+            return make_on_groups(missing, groups, reports)
 
-            for result in run_batch(clips, folder, lambda: prepare(first, first.spec)[0], make):
-                results.append(result)
-                there = sum(r.path is not None for r in results)
-                interrupts.says = (
-                    f"{there} of {len(clips)} clips are in {escaped(str(folder))}; the same line "
-                    "again goes on from there"
-                )
-                if result.error:
-                    show_note(f"line {result.clip.line}: {result.error}")
-            progress("writing the contact sheet", 0, 0)
-            sheet = write_sheet(results, folder)
-            progress.end()
+        for result in run_batch(clips, folder, make):
+            results.append(result)
+            there = sum(r.path is not None for r in results)
+            interrupts.says = (
+                f"{there} of {len(clips)} clips are in {escaped(str(folder))}; the same line "
+                "again goes on from there"
+            )
+            if result.error:
+                show_note(f"line {result.clip.line}: {result.error}")
+        progress("writing the contact sheet", 0, 0)
+        results.sort(key=lambda result: result.clip.line)
+        sheet = write_sheet(results, folder)
+        for one in shown:
+            one.end()
     if as_json:
         say_json([_facts(result) for result in results])
     elif not quiet:

@@ -116,6 +116,10 @@ class _Reports:
 
         return report
 
+    def another(self) -> _Reports:
+        """Return what shows the stages of something that runs at the same time, beside this."""
+        raise NotImplementedError
+
     def end(self) -> None:
         """Mark the running stage as done."""
 
@@ -155,6 +159,10 @@ class Lines(_Reports):
         self._due = now + self._pause
         self._pause = min(2 * self._pause, self.LONGEST)
 
+    def another(self) -> Lines:
+        """Return what prints lines of something else; see `_Reports.another`."""
+        return Lines(self._say, now=self._now)
+
     def _line(self, stage: str, done: float, total: float, elapsed: float) -> str:
         if stage.endswith("sampling"):
             words = [f"{stage}: step {done:.0f} of {total:.0f}"]
@@ -187,6 +195,10 @@ class Stages(_Reports):
             self._bars.stop()
         elif not self._bars.live.is_started:
             self._bars.start()
+
+    def another(self) -> Stages:
+        """Return what shows bars of something else; see `_Reports.another`."""
+        return Stages(self._bars)
 
     def end(self) -> None:
         """Mark the running stage as done."""

@@ -18,9 +18,16 @@ from svg_models.recipe import Recipe, read_document
 
 if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
-    from svg_models.loading import LoadedPipeline
 
-__all__ = ["BatchClip", "BatchResult", "plan_batch", "read_lines", "run_batch", "write_sheet"]
+__all__ = [
+    "BatchClip",
+    "BatchResult",
+    "Makers",
+    "plan_batch",
+    "read_lines",
+    "run_batch",
+    "write_sheet",
+]
 
 _MOST_BYTES = 1 << 26
 _MOST_CLIPS = 100_000
@@ -56,6 +63,10 @@ class BatchClip:
             whole = recipe.to_dict() if isinstance(recipe, Recipe) else read_document(recipe)
             found["recipe"] = whole
         return found
+
+
+Makers = Callable[[Sequence[BatchClip]], "Iterator[tuple[BatchClip, Clip | SvgModelsError]]"]
+"""What makes clips; yields each, or why it could not be made, as soon as that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +175,8 @@ def plan_batch(
     return tuple(clips)
 
 
-def run_batch(
-    clips: Sequence[BatchClip],
-    folder: Path,
-    load: Callable[[], LoadedPipeline],
-    make: Callable[[GenerateRequest], Clip],
-) -> Iterator[BatchResult]:
-    """Make the clips that are not there yet, one after the other.
+def run_batch(clips: Sequence[BatchClip], folder: Path, make: Makers) -> Iterator[BatchResult]:
+    """Make the clips that are not there yet.
 
     A clip is there if its files are, and were made from the same request. One that fails is told
     and passed over.
@@ -178,27 +184,26 @@ def run_batch(
     Args:
         clips: of the batch.
         folder: where `NAME.mp4` and `NAME.json` appear together.
-        load: called once, before the first clip that is made.
-        make: called with the request of each.
+        make: called once with the clips that are missing, if any are; see
+            `svg_models.generation.makers`.
 
     Yields:
-        What became of each.
+        What became of each, those that are there first, the others as they are made.
 
     Raises:
         SettingError, ModelUnavailableError, MachineError: if the model cannot be loaded.
         OutputError: if a clip cannot be written; the sentence says where it is kept.
     """
-    loaded: LoadedPipeline | None = None
+    missing = []
     for clip in clips:
         facts = _made_before(clip, folder)
-        if facts is not None:
+        if facts is None:
+            missing.append(clip)
+        else:
             yield BatchResult(clip=clip, path=folder / f"{clip.name}.mp4", facts=facts)
-            continue
-        loaded = loaded or load()
-        try:
-            found = make(clip.request.with_model(loaded))
-        except SvgModelsError as error:
-            yield BatchResult(clip=clip, error=str(error))
+    for clip, found in make(missing) if missing else ():
+        if isinstance(found, SvgModelsError):
+            yield BatchResult(clip=clip, error=str(found))
             continue
         made = found.to_dict()
         with atomic_folder(folder) as staging:

@@ -159,6 +159,11 @@ class Group:
             member.process.close()
 
     @property
+    def size(self) -> int:
+        """Return how many processes there are."""
+        return len(self._places)
+
+    @property
     def patience(self) -> float | None:
         """Return the seconds after which `take` has a result whatever comes; None without end."""
         return max(0.0, self._trouble - time.monotonic()) if self._trouble else None
