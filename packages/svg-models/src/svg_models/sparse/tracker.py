@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from svg_models.parallel import pass_in_evaluation
 from svg_models.sparse.context import Moment
 
 __all__ = ["StepTracker"]
@@ -132,7 +133,8 @@ class StepTracker:
         before = sum(one == transformer and (name is None or other == name) for one, other in names)
         names.append((transformer, name or ""))
         if name is None:
-            return f"call {before}"
+            known = pass_in_evaluation()
+            return f"call {before if known is None else known}"
         # A second pass under one name, such as a perturbed one, has a memory of its own.
         return name if before == 0 else f"{name} {before + 1}"
 
