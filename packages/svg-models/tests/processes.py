@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 
-def run_two(script: str) -> str:
-    """Run a script of this folder as rank 0 and 1 of a group.
+def run_ranks(script: str, count: int = 2, *arguments: str, seconds: float = 240) -> str:
+    """Run a script of this folder as every rank of a group.
+
+    The others are ended when one fails, since they would wait for it.
 
     Returns:
         What rank 0 wrote.
@@ -20,25 +23,46 @@ def run_two(script: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / script)],
-            env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors
-    return outputs[0][0]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
+    with contextlib.ExitStack() as files:
+        pairs = [
+            [files.enter_context(tempfile.TemporaryFile("w+")) for _ in ("said", "complained")]
+            for _ in range(count)
+        ]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / script), *arguments],
+                env=environment | {"RANK": str(rank)},
+                stdout=said,
+                stderr=complained,
+            )
+            for rank, (said, complained) in enumerate(pairs)
+        ]
+        deadline = time.monotonic() + seconds
+        try:
+            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+                if any(rank.poll() for rank in ranks):
+                    break
+                time.sleep(0.05)
+            codes = [rank.poll() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        failed = [n for n, code in enumerate(codes) if code]
+        for rank in failed or [n for n, code in enumerate(codes) if code is None]:
+            said, complained = pairs[rank]
+            said.seek(0)
+            complained.seek(0)
+            state = "did not end" if codes[rank] is None else f"ended with {codes[rank]}"
+            raise AssertionError(f"rank {rank} {state}: {said.read()[-500:]}\n{complained.read()}")
+        pairs[0][0].seek(0)
+        return pairs[0][0].read()
 
 
 def children(process: int) -> set[int]:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    lines = processes.run_two("wrappers.py").splitlines()
+    lines = processes.run_ranks("wrappers.py").splitlines()
     return dict(json.loads(line) for line in lines if line.startswith("["))
 
 

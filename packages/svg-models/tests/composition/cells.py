@@ -144,7 +144,7 @@ def check_model_offload(family: str) -> Cell:
 
 def ulysses_cells() -> dict[str, Cell]:
     """Run Ulysses context parallelism in two processes, for all families at once."""
-    output = processes.run_two("ulysses.py")
+    output = processes.run_ranks("ulysses.py")
     cells = json.loads(output.splitlines()[-1])
     return {family: Cell(**cell) for family, cell in cells.items()}
 

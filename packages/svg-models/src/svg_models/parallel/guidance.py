@@ -276,7 +276,7 @@ class _Call:
         names: what its forward takes by position.
     """
 
-    def __init__(self, module: nn.Module, plain: type, names: list[str]) -> None:
+    def __init__(self, module: nn.Module, plain: Any, names: list[str]) -> None:
         self.module, self._plain, self._names = module, plain, names
         self._by_place: list[str] = []
 
@@ -306,7 +306,7 @@ class _Call:
             _place.reset(before)
 
 
-def _split_class(plain: type) -> type:
+def _split_class(plain: Any) -> type:
     """Return the class of a transformer whose guidance is split; a copy of it is a plain one."""
     names = parameter_names(plain)
 
@@ -320,7 +320,7 @@ def _split_class(plain: type) -> type:
     def cache_context(self: Any, name: str, **details: Any) -> Iterator[None]:
         split = _splits.get(self)
         heard: Any = contextlib.nullcontext() if split is None else split.announcing(name, details)
-        with heard, plain.cache_context(self, name, **details):  # type: ignore[attr-defined]
+        with heard, plain.cache_context(self, name, **details):
             yield
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -331,7 +331,8 @@ def _split_class(plain: type) -> type:
     if hasattr(plain, "cache_context"):
         members["cache_context"] = cache_context
     members |= {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain)(plain.__name__, (plain,), members)
+    made: type = type(plain)(plain.__name__, (plain,), members)
+    return made
 
 
 def _new(kind: type, *arguments: Any) -> Any:
