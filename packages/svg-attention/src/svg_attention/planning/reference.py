@@ -252,3 +252,22 @@ def long_tiles_first(rows: Tensor, ratio: float) -> Tensor:
     short = rows <= ratio * rows.mean(dim=-1, keepdim=True)
     order = short.to(torch.uint8).argsort(dim=-1, stable=True)
     return (order + torch.arange(sequences, device=rows.device)[:, None] * tiles).view(-1).int()
+
+
+def deal_heads(cost: Tensor, by_cost: Tensor, ranks: int) -> Tensor:
+    """Give each head in turn to the process that has least, of those with room."""
+    heads = len(cost)
+    rank = torch.arange(ranks, device=cost.device)
+    room = heads // ranks + (rank < heads % ranks).long()
+    first = room.cumsum(0) - room
+    filled, load = torch.zeros_like(room), torch.zeros(ranks, device=cost.device)
+    places = []
+    for head in by_cost:
+        least = torch.where(filled < room, load, torch.inf).argmin()
+        taken = rank == least
+        places.append((taken * (first + filled)).sum())
+        load = load + taken * cost.gather(0, head[None])
+        filled = filled + taken
+    if not places:
+        return by_cost
+    return torch.empty_like(by_cost).scatter_(0, torch.stack(places), by_cost)

@@ -1,5 +1,6 @@
 """Planning with Triton kernels, function for function as in `reference.py`."""
 
+from svg_attention.planning.triton.dealing import deal_heads
 from svg_attention.planning.triton.order import long_tiles_first
 from svg_attention.planning.triton.pattern_error import pattern_error
 from svg_attention.planning.triton.probe_sums import probe_sums
@@ -15,6 +16,7 @@ ORDERS_TILES = True
 __all__ = [
     "ORDERS_TILES",
     "RUN_MULTIPLE",
+    "deal_heads",
     "keep_budget",
     "keep_top_p",
     "long_tiles_first",
