@@ -34,11 +34,11 @@ def test_deal_heads_balances_skewed_heads(heads, ranks, planner, device, generat
     worst = plain = 1.0
     for _ in range(5):
         # Neighbours alike, as heads that fill a GPU by their number would be at worst.
-        cost = (0.3 + torch.rand(heads, generator=generator, device=device) ** 3).sort().values
+        cost = (0.6 + torch.rand(heads, generator=generator, device=device) ** 3).sort().values
         order = deal_heads(cost, ranks, backend=planner)
         worst = max(worst, imbalance(cost, order, ranks))
         plain = max(plain, imbalance(cost, torch.arange(heads, device=device), ranks))
-    assert plain > 1.3
+    assert plain > 1.25
     assert worst <= 1.05
 
 
