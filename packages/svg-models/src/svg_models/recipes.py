@@ -106,9 +106,7 @@ def _choose(
         not auto or spec.density or spec.top_p or spec.changes_clusters
     ):
         counts = cluster_counts(tokens, SHARED.q_clusters, SHARED.k_clusters)
-        base = SVG2(
-            q_clusters=counts[0], k_clusters=counts[1], first_iterations=FIRST_ITERATIONS
-        )
+        base = SVG2(q_clusters=counts[0], k_clusters=counts[1], first_iterations=FIRST_ITERATIONS)
         return dataclasses.replace(recipe, method=spec.build(base), note="")
     return dataclasses.replace(recipe, method=spec.build(recipe.method))
 
