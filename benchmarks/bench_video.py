@@ -1,64 +1,74 @@
 """Time whole videos: every kind of denoising step, decoding and memory, and the published run.
 
-    python benchmarks/bench_video.py run --output benchmarks/results/h100
-    python benchmarks/bench_video.py run --models "14b, 720p" --variants diffusers SVG2
-    python benchmarks/bench_video.py run --models 1.3b --every-step
+    python benchmarks/bench_video.py run --output benchmarks/results/h100 --models "14b, 720p"
+    python benchmarks/bench_video.py run --output benchmarks/results/h100 --models 1.3b --every-step
+    python benchmarks/bench_video.py plan                        # what it would take, in seconds
     python benchmarks/bench_video.py table --gpu h100
     python benchmarks/bench_video.py run --tiny --output tiny    # toy models on a CPU
 
-The pipelines are diffusers' own, with the shapes of published models, random weights, the prompt
-given as embeddings and guidance as published. A run of few steps shows what a step costs before
-attention is sparse, where it begins and after; the seconds of a published run are those times as
-often as its schedule asks for, plus what comes before the first step and decoding. `--every-step`
-runs all of them and stores what the sum of the parts would have said beside it.
+The pipelines are diffusers' own, with the shapes of published models, random weights and the prompt
+given as embeddings. A part is a short run that shows what one kind of step costs: stock, before
+attention is sparse, where it begins, after. A guided step makes two forward passes that compute the
+same; a part makes one and counts it twice, unless the branches read alike. The seconds of a
+published run are those of its steps, as often as its schedule has them, with what comes before the
+first and decoding. `--every-step` runs all steps, guided, and stores the seconds beside that sum.
+
+Parts are stored as they are measured, and one that is stored is not measured again, so that a
+machine that is lent for minutes is used in turns. `--seconds` leaves out what would not be done in
+time.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import ROOT, conditions, environment, load, replace_between, store, table
+from _harness import (
+    RESULTS,
+    ROOT,
+    UNAVAILABLE,
+    conditions,
+    environment,
+    load,
+    reason,
+    replace_between,
+    store,
+    table,
+)
 from _video_subjects import SEED, TINY, VIDEOS, Video
 
 from svg_attention import SVG2, Dense, Method, Schedule
 from svg_models import sparsify
+from svg_models.families import family_of, transformers_of
 
-STOCK = "diffusers"
-SHORT = 3  # steps of a run whose steps all cost the same
 DENSITY = 0.25
-PAGE = ROOT / "docs" / "speed.md"
+PAGES = (ROOT / "docs" / "speed.md", ROOT / "README.md")
 PICTURE = ROOT / "docs" / "assets" / "video-seconds.png"
-PARTS = ("start", "dense steps", "first sparse step", "sparse steps", "decoding")
-COLOURS = ("#8c8c8c", "#4477aa", "#ee8866", "#66aa77", "#bbbbbb")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to run a pipeline.
-
-    Attributes:
-        name: for people.
-        method: what attention computes; None leaves the pipeline as it is.
-        options: what else `sparsify` is given.
-        compiled: whether the blocks are compiled first.
-        quantised: whether the linear layers are converted to fp8 by torchao first, for good.
-    """
-
-    name: str
-    method: Callable[[Video], Method] | None = None
-    options: Mapping[str, Any] | None = None
-    compiled: bool = False
-    quantised: bool = False
+STOCK, DENSE, FIRST, SPARSE = KINDS = ("stock", "dense", "first sparse", "sparse")
+# What a step of a kind is expected to take, relative to one of diffusers.
+EXPECTED = {STOCK: 1.0, DENSE: 0.8, FIRST: 0.85, SPARSE: 0.43}
+COMPILING = 60.0
+QUANTISING = 8.0
+WARMING = 3.0
+BUILDING = 10.0
+LONG = 20.0
+COLOURS = {
+    "start": "#8c8c8c",
+    "dense steps": "#4477aa",
+    "first sparse step": "#ee8866",
+    "sparse steps": "#66aa77",
+    "decoding": "#bbbbbb",
+}
 
 
 def svg2(video: Video) -> Method:
@@ -67,26 +77,159 @@ def svg2(video: Video) -> Method:
     return SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY)
 
 
-# What changes the pipeline for good stands last.
-VARIANTS = (
-    Variant(name=STOCK),
-    Variant(name="dense steps", method=lambda video: Dense()),
-    Variant(name="SVG2", method=svg2),
-    Variant(name="SVG2, fp8 products", method=svg2, options={"linears": "fp8"}),
-    Variant(name=f"{STOCK}, compiled", compiled=True),
-    Variant(name="SVG2, compiled", method=svg2, compiled=True),
-    Variant(name=f"{STOCK}, torchao fp8", quantised=True),
-    Variant(name="SVG2, torchao fp8", method=svg2, quantised=True),
+def corrected(video: Video) -> Method:
+    """Return SVG2 with every correction that pays, for runs without a dense step."""
+    queries, keys = video.clusters
+    # Of a toy, probes and exact rows read more than a quarter.
+    density = DENSITY if math.prod(video.grid) > 5000 else 0.9
+    return SVG2.corrected(density, q_clusters=queries, k_clusters=keys)
+
+
+def dense(video: Video) -> Method:
+    """Return dense attention by our kernels."""
+    return Dense()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A short run that shows what kinds of steps cost.
+
+    Attributes:
+        name: under which it is stored.
+        kinds: of its steps, in order.
+        method: what attention computes; None leaves the pipeline as it is.
+        linears: whether products are in fp8.
+        attention: whether attention is, where heads have 128 channels.
+        compiled: whether the blocks are compiled first.
+        quantised: whether torchao converts the linear layers first, for good.
+        guided: whether its steps are guided, since its branches do not compute the same.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    method: Callable[[Video], Method] | None = None
+    linears: bool = False
+    attention: bool = False
+    compiled: bool = False
+    quantised: bool = False
+    guided: bool = False
+
+    def steps(self, video: Video) -> tuple[str, ...]:
+        """Return the kinds of the steps of a run; a pass of half a minute is its own average."""
+        return tuple(dict.fromkeys(self.kinds)) if video.pass_s > LONG else self.kinds
+
+    def expected(self, video: Video, factor: float) -> float:
+        """Return the seconds that this part is expected to take."""
+        passes = video.passes if self.guided else 1
+        work = passes * sum(EXPECTED[kind] for kind in self.steps(video)) * video.pass_s * factor
+        seconds = WARMING + work + (video.decode_s if self.method is None else 0.0)
+        if self.compiled:  # the same run compiles
+            seconds += COMPILING + work
+        return seconds + (QUANTISING if self.quantised else 0.0)
+
+
+# In the order of their worth; what changes the pipeline for good stands last.
+PARTS = (
+    Part(name="diffusers", kinds=(STOCK, STOCK)),
+    Part(name="SVG2", kinds=(DENSE, FIRST, SPARSE, SPARSE), method=svg2),
+    Part(
+        name="SVG2, fp8",
+        kinds=(DENSE, FIRST, SPARSE, SPARSE),
+        method=svg2,
+        linears=True,
+        attention=True,
+    ),
+    Part(name="SVG2, fp8 products", kinds=(FIRST, SPARSE, SPARSE), method=svg2, linears=True),
+    Part(
+        name="SVG2 corrected, fp8",
+        kinds=(FIRST, SPARSE),
+        method=corrected,
+        linears=True,
+        attention=True,
+        guided=True,
+    ),
+    Part(name="diffusers, compiled", kinds=(STOCK,), compiled=True),
+    Part(name="diffusers, torchao fp8", kinds=(STOCK,), quantised=True),
 )
+# Asked for by name; stands before what changes the pipeline for good.
+MORE = (Part(name="SVG2, compiled", kinds=(FIRST, SPARSE), method=svg2, compiled=True),)
+ALL_PARTS = (*PARTS[:-1], *MORE, PARTS[-1])
 
 
-class Steps:
-    """Stamp the end of every denoising step, and time decoding, from outside of a pipeline."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run that is put together from parts.
 
-    def __init__(self, pipe: Any, device: str) -> None:
+    Attributes:
+        name: for people.
+        dense: part whose steps run before attention is sparse, and their kind.
+        sparse: part whose steps run after; None if none is sparse.
+        steps: denoising steps; None for the published number.
+        warm: share of the steps that stay dense; None for the published one.
+        fp8: for people: what is in fp8.
+    """
+
+    name: str
+    dense: tuple[str, str] | None
+    sparse: str | None = None
+    steps: int | None = None
+    warm: float | None = None
+    fp8: str = ""
+
+    @property
+    def stock(self) -> str:
+        """Name of the row of diffusers with as many steps."""
+        return "diffusers" if self.steps is None else f"diffusers, {self.steps} steps"
+
+
+FP8, FEW = "SVG2, fp8", "SVG2 corrected, fp8"
+BOTH = "products and attention"
+ROWS = (
+    Row(name="diffusers", dense=("diffusers", STOCK)),
+    Row(name="diffusers, compiled", dense=("diffusers, compiled", STOCK)),
+    Row(name="diffusers, torchao fp8", dense=("diffusers, torchao fp8", STOCK), fp8="products"),
+    Row(name="dense", dense=("SVG2", DENSE)),
+    Row(name="SVG2", dense=("SVG2", DENSE), sparse="SVG2"),
+    Row(name="SVG2, compiled", dense=("SVG2", DENSE), sparse="SVG2, compiled"),
+    Row(
+        name="SVG2, fp8 products",
+        dense=("SVG2", DENSE),
+        sparse="SVG2, fp8 products",
+        fp8="products of sparse steps",
+    ),
+    Row(name="SVG2, fp8", dense=("SVG2", DENSE), sparse=FP8, fp8=f"{BOTH} of sparse steps"),
+    Row(name="SVG2, fp8 from the start", dense=(FP8, DENSE), sparse=FP8, fp8=f"{BOTH}, all steps"),
+    Row(name="no dense step, fp8", dense=None, sparse=FEW, warm=0.0, fp8=f"{BOTH}, all steps"),
+    Row(name="diffusers, 8 steps", dense=("diffusers", STOCK), steps=8),
+    Row(name="8 sparse steps, fp8", dense=None, sparse=FEW, steps=8, warm=0.0, fp8=BOTH),
+    Row(name="diffusers, 4 steps", dense=("diffusers", STOCK), steps=4),
+    Row(name="4 sparse steps, fp8", dense=None, sparse=FEW, steps=4, warm=0.0, fp8=BOTH),
+)
+WHOLE = ("diffusers", "SVG2", "SVG2, fp8")
+"""Rows that `--every-step` runs."""
+
+
+class Watch:
+    """Time every forward pass, step and decoding of a pipeline, from outside of it.
+
+    Args:
+        pipe: the pipeline.
+        device: where it runs.
+        schedule: which steps stay dense; None if nothing else than stock runs.
+        method: what attention computes.
+        steps: denoising steps of the run.
+    """
+
+    def __init__(
+        self, pipe: Any, device: str, schedule: Schedule | None, method: Method | None, steps: int
+    ) -> None:
         self.pipe, self.device = pipe, device
-        self.ends: list[float] = []
-        self.decoding = 0.0
+        self.schedule, self.method, self.num_steps = schedule, method, steps
+        self.steps: list[dict[str, Any]] = [{"passes": []}]
+        self.first_began = self.last_ended = self.decoding = 0.0
+        self._began = 0.0
+        self._seen: set[str] = set()
+        self._undo = ExitStack()
 
     def now(self) -> float:
         """Return the time after everything on the device is done."""
@@ -94,121 +237,224 @@ class Steps:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def __enter__(self) -> Steps:
-        self._step, self._decode = self.pipe.scheduler.step, self.pipe.vae.decode
+    def __enter__(self) -> Watch:
+        for name, model in transformers_of(self.pipe).items():
+            self._undo.callback(model.register_forward_pre_hook(self._before, prepend=True).remove)
+            self._undo.callback(model.register_forward_hook(self._after(name)).remove)
+        step, decode = self.pipe.scheduler.step, self.pipe.vae.decode
 
-        def step(*args: Any, **kwargs: Any) -> Any:
-            done = self._step(*args, **kwargs)
-            self.ends.append(self.now())
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            done = step(*args, **kwargs)
+            self.last_ended = self.now()
+            self.steps.append({"passes": []})
             return done
 
-        def decode(*args: Any, **kwargs: Any) -> Any:
-            begin = self.now()
-            done = self._decode(*args, **kwargs)
-            self.decoding = self.now() - begin
+        def decoded(*args: Any, **kwargs: Any) -> Any:
+            began = self.now()
+            done = decode(*args, **kwargs)
+            self.decoding += self.now() - began
             return done
 
-        self.pipe.scheduler.step, self.pipe.vae.decode = step, decode
+        self.pipe.scheduler.step, self.pipe.vae.decode = stepped, decoded
+        self._undo.callback(delattr, self.pipe.scheduler, "step")
+        self._undo.callback(delattr, self.pipe.vae, "decode")
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.pipe.scheduler.step, self.pipe.vae.decode
+        self._undo.close()
+
+    def _before(self, *_: Any) -> None:
+        self._began = self.now()
+        self.first_began = self.first_began or self._began
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def after(*_: Any) -> None:
+            step = self.steps[-1]
+            step["passes"].append(self.now() - self._began)
+            step["transformer"] = name
+            if len(step["passes"]) == 1:
+                step["kind"] = self._kind(name, len(self.steps) - 1)
+
+        return after
+
+    def _kind(self, name: str, step: int) -> str:
+        """Return the kind of a step in which a transformer runs."""
+        if self.method is None or self.schedule is None:
+            return STOCK
+        if isinstance(self.method, Dense) or self.schedule.is_dense(
+            step=step, num_steps=self.num_steps, layer=1, num_layers=1
+        ):
+            return DENSE
+        first = name not in self._seen
+        self._seen.add(name)
+        return FIRST if first else SPARSE
+
+    def taken(self, video: Video) -> dict[str, Any]:
+        """Return the seconds of every step, and of a guided step of each kind."""
+        steps = [step for step in self.steps if step["passes"]]
+        by_kind: dict[str, list[float]] = {}
+        for step in steps:
+            guided = video.passes / len(step["passes"])
+            by_kind.setdefault(step["kind"], []).append(guided * sum(step["passes"]))
+        passed = sum(sum(step["passes"]) for step in steps)
+        return {
+            "steps": steps,
+            "seconds_per_step": {k: statistics.median(v) for k, v in by_kind.items()},
+            # What a step takes beside its passes: the scheduler, guidance.
+            "between": max(0.0, self.last_ended - self.first_began - passed) / len(steps),
+        }
 
 
-def schedule_of(video: Video) -> Schedule:
-    """Return the published schedule."""
-    return Schedule(dense_steps=video.dense_steps, dense_layers=video.dense_layers)
+class Bench:
+    """One video, built when it is first needed.
+
+    Args:
+        video: what to time.
+        device: where.
+    """
+
+    def __init__(self, video: Video, device: str) -> None:
+        self.video, self.device = video, device
+        self.built = 0.0
+        self._pipe: Any = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, with random weights."""
+        if self._pipe is None:
+            begin = time.perf_counter()
+            self._pipe = self.video.build(self.device)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.built = time.perf_counter() - begin
+        return self._pipe
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._pipe = None
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def wide_heads(self) -> bool:
+        """Whether attention can gain from fp8: its kernel computes 128 channels."""
+        return self.device == "cpu" or int(self.pipe.transformer.config.attention_head_dim) == 128
+
+    def options(self, part: Part) -> dict[str, Any]:
+        """Return what `sparsify` is given beside method and schedule."""
+        given: dict[str, Any] = {"seed": SEED}
+        if part.linears:
+            given["linears"] = "fp8"
+        if part.attention and self.wide_heads:
+            given["attention"] = "fp8"
+            if self.device == "cpu":
+                given["backend"] = "reference"
+        if "linears" in given or "attention" in given:
+            given["fp8_from"] = "start"
+        return given
+
+    def run(
+        self,
+        part: Part,
+        steps: int,
+        schedule: Schedule,
+        *,
+        guided: bool,
+        decode: bool,
+        frames: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Run a clip and return the seconds of its parts."""
+        video, pipe, device = self.video, self.pipe, self.device
+        arguments = dict(video.arguments) | video.embeddings(device)
+        guider = getattr(pipe, "guider", None)
+        with ExitStack() as stack:
+            if not guided and video.unguided is not None:
+                changes = dict(video.unguided)
+                scale = changes.pop("guider", None)
+                arguments |= changes
+                if scale is not None:
+                    pipe.guider = guider.new(guidance_scale=scale)
+                    stack.callback(setattr, pipe, "guider", guider)
+            if frames is not None:
+                arguments["num_frames"] = frames
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            stack.enter_context(torch.no_grad())
+            method = None if part.method is None else part.method(video)
+            run = None
+            if method is not None:
+                given = self.options(part) if options is None else dict(options)
+                run = stack.enter_context(sparsify(pipe, method, schedule, **given))
+            watch = stack.enter_context(Watch(pipe, device, schedule, method, steps))
+            begin = watch.now()
+            out = pipe(
+                **arguments,
+                num_inference_steps=steps,
+                generator=torch.Generator("cpu").manual_seed(SEED),
+                output_type="pt" if decode else "latent",
+            ).frames
+            end = watch.now()
+            if not torch.isfinite(torch.as_tensor(out)).all():
+                raise RuntimeError(f"{video.name}, {part.name}: the video is not finite")
+            stats = None if run is None else run.stats()
+            messages = [] if run is None else list(run.messages)
+        return watch.taken(video) | {
+            "guided": guided,
+            "start": watch.first_began - begin,
+            "decoding": end - watch.last_ended if decode else None,
+            "vae": watch.decoding if decode else None,
+            "whole": end - begin,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+            "density": None if stats is None else stats.mean_density,
+            "fp8_calls": None if stats is None else stats.fp8_calls,
+            "calls": None if stats is None else stats.calls,
+            "messages": messages,
+        }
+
+    def measure(self, part: Part) -> dict[str, Any]:
+        """Warm up and time a part."""
+        video, kinds = self.video, part.steps(self.video)
+        count = len(kinds)
+        schedule = Schedule(dense_steps=kinds.count(DENSE) / count, dense_layers=video.dense_layers)
+        prepare(self.pipe, part, self.device)
+        guided = part.guided or video.unguided is None
+        how: dict[str, Any] = {"guided": guided}
+        if part.compiled:  # at the size that is measured, since shapes are compiled in
+            began = time.perf_counter()
+            self.run(part, count, schedule, decode=False, **how)
+            compiled = {"compiling": time.perf_counter() - began}
+        else:
+            decode = part.method is None and not part.quantised
+            self.run(part, 2, schedule, decode=decode, frames=video.brief, **how)
+            compiled = {}
+        decode = part.method is None and not part.compiled and not part.quantised
+        return self.run(part, count, schedule, decode=decode, **how) | compiled
+
+    def measure_whole(self, row: Row) -> dict[str, Any]:
+        """Run every step of a row, guided, as published."""
+        video = self.video
+        part = next(p for p in PARTS if p.name == (row.sparse or (row.dense or ("",))[0]))
+        prepare(self.pipe, part, self.device)
+        options = self.options(part)
+        options.pop("fp8_from", None)  # dense steps are not in fp8
+        schedule = Schedule(dense_steps=video.dense_steps, dense_layers=video.dense_layers)
+        return self.run(part, video.steps, schedule, guided=True, decode=True, options=options)
 
 
-@contextmanager
-def running(pipe: Any, video: Video, variant: Variant) -> Iterator[Any]:
-    """Make a pipeline sparse for a while, as a variant says."""
-    if variant.method is None:
-        yield None
-        return
-    options = dict(variant.options or {})
-    with sparsify(pipe, variant.method(video), schedule_of(video), seed=SEED, **options) as run:
-        yield run
-
-
-def take(pipe: Any, video: Video, variant: Variant, steps: int, device: str) -> dict[str, Any]:
-    """Run a clip of `steps` steps and return the seconds of its parts."""
-    arguments = dict(video.arguments) | video.embeddings(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        run = stack.enter_context(running(pipe, video, variant))
-        stamps = stack.enter_context(Steps(pipe, device))
-        begin = stamps.now()
-        out = pipe(
-            **arguments,
-            num_inference_steps=steps,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type="pt",
-        ).frames
-        end = stamps.now()
-        if not torch.isfinite(torch.as_tensor(out)).all():
-            raise RuntimeError(f"{video.name}, {variant.name}: the video is not finite")
-        messages = [] if run is None else list(run.messages)
-        density = None if run is None else run.stats().mean_density
-    lasted = [b - a for a, b in zip(stamps.ends, stamps.ends[1:], strict=False)]
-    dense = math.floor(video.dense_steps * steps) if variant.method is not None else steps
-    if variant.method is not None and isinstance(variant.method(video), Dense):
-        dense = steps
-    # The first step has start-up in it (the pipeline's own, and a first launch of every kernel), so
-    # a run has at least two dense steps and the first is left out where there is another.
-    first = stamps.ends[0] - begin
-    kinds: dict[str, list[float]] = {"dense": lasted[: dense - 1] or [first]}
-    if dense < steps:
-        kinds["first sparse"] = [lasted[dense - 1] if dense else first]
-        kinds["sparse"] = lasted[dense:] or kinds["first sparse"]
-    seconds = {kind: statistics.median(values) for kind, values in kinds.items()}
-    return {
-        "steps": steps,
-        "dense_steps": dense,
-        "start": max(0.0, first - seconds["dense"]),
-        "seconds_of_steps": [first, *lasted],
-        "seconds_per_step": seconds,
-        "decoding": stamps.decoding,
-        "whole": end - begin,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
-        "density": density,
-        "messages": messages,
-    }
-
-
-def published(video: Video, variant: Variant, taken: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of the parts of a published run, from what steps cost."""
-    step = taken["seconds_per_step"]
-    dense = video.steps
-    if "sparse" in step:
-        dense = math.floor(video.dense_steps * video.steps)
-    rest = max(0, video.steps - dense - 1)
-    sparse = "sparse" in step
-    return {
-        # The first step of a process has the start of every kernel in it, whatever runs.
-        "start": taken["start"],
-        "dense steps": dense * step["dense"],
-        "first sparse step": step["first sparse"] if sparse else 0.0,
-        "sparse steps": rest * step["sparse"] if sparse else 0.0,
-        "decoding": taken["decoding"],
-    }
-
-
-def prepare(pipe: Any, variant: Variant, device: str) -> None:
-    """Compile or quantise the transformers, where a variant asks for it."""
-    for name in ("transformer", "transformer_2"):
-        model = getattr(pipe, name, None)
-        if model is None:
-            continue
-        if variant.compiled:
+def prepare(pipe: Any, part: Part, device: str) -> None:
+    """Compile or quantise the transformers, where a part asks for it."""
+    for model in transformers_of(pipe).values():
+        if part.compiled:
+            torch._dynamo.reset()
             compiler = "inductor" if device == "cuda" else "aot_eager"
-            model.compile_repeated_blocks(fullgraph=True, backend=compiler)
+            for block in family_of(model).blocks_of(model):  # some models name none as repeated
+                block.compile(fullgraph=True, backend=compiler)
         else:
             for module in model.modules():
                 module._compiled_call_impl = None
-        if variant.quantised and not getattr(model, "_bench_quantised", False):
+        if part.quantised:
             from torchao.quantization import (
                 Float8DynamicActivationFloat8WeightConfig,
                 PerRow,
@@ -217,7 +463,6 @@ def prepare(pipe: Any, variant: Variant, device: str) -> None:
 
             config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
             quantize_(model, config, filter_fn=_in_a_block)
-            model._bench_quantised = True
 
 
 def _in_a_block(module: torch.nn.Module, path: str) -> bool:
@@ -229,167 +474,407 @@ def _in_a_block(module: torch.nn.Module, path: str) -> bool:
     )
 
 
-def measure(
-    video: Video, names: Sequence[str], args: argparse.Namespace, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """Time a video in every variant; yield what is known after each."""
-    device = "cpu" if args.tiny else "cuda"
-    begin = time.perf_counter()
-    pipe = video.build(device)
-    built = time.perf_counter() - begin
-    billions = sum(p.numel() for p in pipe.transformer.parameters()) / 1e9
-    say(f"{video.name}: built in {built:.0f} s, {billions:.1f} B parameters a transformer")
-    row: dict[str, Any] = {
+def seconds_of(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
+    """Return the seconds of the parts of a row, or None if a part of it is not measured.
+
+    Args:
+        stored: what is known of a video.
+        row: which run.
+    """
+    parts = stored["parts"]
+    steps = row.steps or stored["published_steps"]
+    first = parts.get("diffusers", {})
+    if "seconds_per_step" not in first:
+        return None
+
+    def cost(part: str, kind: str) -> float | None:
+        taken = parts.get(part, {})
+        seconds = taken.get("seconds_per_step", {}).get(kind)
+        return None if seconds is None else float(seconds + taken["between"])
+
+    warm = stored["dense_steps"] if row.warm is None else row.warm
+    before = steps if row.sparse is None else math.floor(warm * steps)
+    starts = 0 if row.sparse is None else min(stored["transformers"], steps - before)
+    after = steps - before - starts
+    amounts = [(before, *row.dense) if row.dense else (0, "", "")]
+    amounts += [(starts, row.sparse, FIRST), (after, row.sparse, SPARSE)] if row.sparse else []
+    found = []
+    for count, part, kind in amounts:
+        one = cost(part, kind) if count else 0.0
+        if one is None:
+            return None
+        found.append(count * one)
+    found += [0.0] * (3 - len(found))
+    return {
+        "start": first["start"],
+        "dense steps": found[0],
+        "first sparse step": found[1],
+        "sparse steps": found[2],
+        "decoding": first["decoding"],
+    }
+
+
+def known(stored: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of every row of which all parts are measured."""
+    sums = {row.name: seconds_of(stored, row) for row in ROWS}
+    return {name: sum(parts.values()) for name, parts in sums.items() if parts is not None}
+
+
+def describe(video: Video) -> dict[str, Any]:
+    """Return what a video is, for the stored result."""
+    return {
         "name": video.name,
         "published_steps": video.steps,
+        "passes": video.passes,
+        "transformers": 1,
         "grid": video.grid,
         "arguments": dict(video.arguments),
         "dense_steps": video.dense_steps,
         "dense_layers": video.dense_layers,
         "clusters": video.clusters,
-        "built_s": built,
-        "variants": {},
+        "parts": {},
+        "whole": {},
     }
-    for variant in [v for v in VARIANTS if v.name in names]:
-        prepare(pipe, variant, device)
-        if variant.compiled:  # the first clip compiles
-            warm = take(pipe, video, variant, 3, device)["whole"]
-            say(f"{video.name}, {variant.name}: compiled in a clip of {warm:.0f} s")
-        steps = video.steps if args.every_step else args.steps
-        if variant.method is None and not args.every_step:
-            steps = min(steps, SHORT)
-        taken = take(pipe, video, variant, steps, device)
-        parts = published(video, variant, taken)
-        row["variants"][variant.name] = taken | {"published": parts}
-        shown = {kind: round(s, 2) for kind, s in taken["seconds_per_step"].items()}
-        say(
-            f"{video.name}, {variant.name}: {shown} s a step, decoding {taken['decoding']:.1f} s, "
-            f"{video.steps} steps {sum(parts.values()):.0f} s"
-        )
-        yield row
-    del pipe
+
+
+def is_measured(taken: Mapping[str, Any] | None) -> bool:
+    """Return whether a part is stored and had not failed."""
+    return taken is not None and "unavailable" not in taken
+
+
+def factor_of(stored: Mapping[str, Any], video: Video) -> float:
+    """Return how much slower than expected this machine is, as far as it has been seen."""
+    step = stored["parts"].get("diffusers", {}).get("seconds_per_step", {}).get(STOCK)
+    return 1.0 if step is None else step / (video.passes * video.pass_s)
+
+
+def whole_seconds(stored: Mapping[str, Any], video: Video, row: str) -> float:
+    """Return what all steps of a row are expected to take."""
+    share = 1.0 if row == "diffusers" else 0.55
+    guess = share * video.steps * video.passes * video.pass_s * factor_of(stored, video)
+    return known(stored).get(row, guess + video.decode_s)
+
+
+@dataclass
+class Budget:
+    """Seconds that may be used.
+
+    Attributes:
+        seconds: in all; infinity for as long as it takes.
+        began: when.
+    """
+
+    seconds: float
+    began: float = field(default_factory=time.perf_counter)
+
+    def say(self, text: str) -> None:
+        """Print a line with the time."""
+        print(f"{time.perf_counter() - self.began:6.1f} s  {text}", flush=True)
+
+    def has(self, expected: float, what: str) -> bool:
+        """Return whether something may still begin; say so if not."""
+        left = self.seconds - (time.perf_counter() - self.began)
+        if expected <= left:
+            self.say(f"{what}: {expected:.0f} s expected")
+            return True
+        self.say(f"{what}: left out, {expected:.0f} s expected and {left:.0f} s are left")
+        return False
+
+
+def attempt(work: Callable[[], dict[str, Any]], budget: Budget, what: str) -> dict[str, Any]:
+    """Return what a measurement gives, or why there is none."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
+        why = reason(error)
     gc.collect()
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    budget.say(f"{what}: {why}")
+    return {"unavailable": why}
+
+
+def measure(
+    video: Video, stored: dict[str, Any], args: argparse.Namespace, budget: Budget
+) -> Iterator[None]:
+    """Time what is not known of a video; yield after each part."""
+    bench = Bench(video, "cpu" if args.tiny else "cuda")
+    env = {} if args.tiny else environment(args.commit)
+
+    def missing(known: Mapping[str, Any], name: str) -> bool:
+        return args.again or not is_measured(known.get(name))
+
+    def keep(place: dict[str, Any], name: str, work: Callable[[], dict[str, Any]]) -> None:
+        what = f"{video.name}, {name}"
+        taken = attempt(work, budget, what)
+        place[name] = taken | {"environment": env}
+        if not is_measured(taken):
+            return
+        stored["transformers"] = len(transformers_of(bench.pipe))
+        shown = {kind: round(s, 3) for kind, s in taken["seconds_per_step"].items()}
+        peak = "" if taken["peak_gb"] is None else f", peak {taken['peak_gb']:.1f} GB"
+        budget.say(f"{what}: {shown} s a guided step{peak}")
+
+    todo = [p for p in ALL_PARTS if p.name in args.parts and missing(stored["parts"], p.name)]
+    whole = [row for row in ROWS if row.name in WHOLE and args.every_step]
+    todo = [] if args.every_step else todo
+    if todo or whole:
+        try:
+            _ = bench.pipe
+        except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
+            budget.say(f"{video.name}: {reason(error)}")
+            bench.close()
+            return
+        stored["built_s"] = bench.built
+        billions = sum(p.numel() for p in bench.pipe.transformer.parameters()) / 1e9
+        budget.say(f"{video.name}: built in {bench.built:.1f} s, {billions:.1f} B a transformer")
+    for part in todo:
+        expected = part.expected(video, factor_of(stored, video))
+        if budget.has(expected, f"{video.name}, {part.name}"):
+            keep(stored["parts"], part.name, lambda part=part: bench.measure(part))
+            yield
+    for row in whole:
+        if not missing(stored["whole"], row.name):
+            continue
+        expected = whole_seconds(stored, video, row.name)
+        if budget.has(expected, f"{video.name}, {row.name}, every step"):
+            keep(stored["whole"], row.name, lambda row=row: bench.measure_whole(row))
+            sums = known(stored)
+            if row.name in sums and "whole" in stored["whole"][row.name]:
+                stored["whole"][row.name]["predicted"] = sums[row.name]
+                budget.say(
+                    f"{video.name}, {row.name}: {stored['whole'][row.name]['whole']:.1f} s, "
+                    f"{sums[row.name]:.1f} s from its parts"
+                )
+            yield
+    sums = known(stored)
+    for row in (row for row in ROWS if row.name in sums):
+        faster = sums[row.stock] / sums[row.name]
+        budget.say(f"{video.name}, {row.name}: {sums[row.name]:,.0f} s, {faster:.2f} times")
+    bench.close()
+
+
+def chosen(args: argparse.Namespace) -> list[Video]:
+    """Return the videos that were asked for."""
+    words = [word.lower() for word in args.models]
+    videos = TINY if args.tiny else VIDEOS
+    return [v for v in videos if not words or any(word in v.name.lower() for word in words)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the stored result; an empty one if there is none."""
+    if path.exists():
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return result
+    return {"density": DENSITY, "videos": []}
+
+
+def plan(args: argparse.Namespace) -> float:
+    """Print what a run is expected to take, part by part; return the seconds."""
+    result = read(args.output / f"{args.name}.json")
+    total = 0.0
+    for video in chosen(args):
+        stored = next((v for v in result["videos"] if v["name"] == video.name), describe(video))
+        factor = factor_of(stored, video)
+        lines = {
+            part.name: part.expected(video, factor)
+            for part in ALL_PARTS
+            if part.name in args.parts and not args.every_step
+            if args.again or not is_measured(stored["parts"].get(part.name))
+        }
+        if args.every_step:
+            lines = {
+                f"{name}, every step": whole_seconds(stored, video, name)
+                for name in WHOLE
+                if args.again or not is_measured(stored["whole"].get(name))
+            }
+        if not lines:
+            continue
+        lines = {"building": BUILDING} | lines
+        total += sum(lines.values())
+        told = ", ".join(f"{name} {seconds:.0f}" for name, seconds in lines.items())
+        print(f"{video.name}: {sum(lines.values()):.0f} s ({told})", flush=True)
+    print(f"{total:.0f} s expected in all", flush=True)
+    return total
 
 
 def run(args: argparse.Namespace) -> None:
-    began = time.perf_counter()
-    result: dict[str, Any] = {} if args.tiny else {"environment": environment(args.commit)}
-    result |= {"density": DENSITY, "every_step": args.every_step, "videos": []}
+    """Measure and store."""
+    budget = Budget(seconds=args.seconds)
+    path = args.output / f"{args.name}.json"
+    plan(args)
+    if args.tiny:
+        let_a_cpu_have_fp8()
+    result = read(path)
+    for video in chosen(args):
+        stored = next((v for v in result["videos"] if v["name"] == video.name), None)
+        if stored is None:
+            stored = describe(video)
+            result["videos"].append(stored)
+        for _ in measure(video, stored, args, budget):
+            store(path, result)
+    store(path, result)
+    budget.say("done")
 
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
 
-    for video in TINY if args.tiny else VIDEOS:
-        if args.models and not any(word.lower() in video.name.lower() for word in args.models):
-            continue
-        others = list(result["videos"])
-        for row in measure(video, args.variants, args, say):
-            result["videos"] = [*others, row]
-            store(args.output / f"{args.name}.json", result)
-    say("done")
+def let_a_cpu_have_fp8() -> None:
+    """Have toys compute in fp8, too: torch multiplies e4m3 on a CPU."""
+    from svg_models.sparse import layers, linears
+
+    layers.refuse_device = lambda device: None  # type: ignore[assignment]
+    linears.LEAST_ROWS = 1
 
 
 def rows_of(video: Mapping[str, Any]) -> list[list[str]]:
-    """Return the lines of one video, in the order in which its variants ran."""
-    lines = []
-    stock = video["variants"].get(STOCK)
-    for name, taken in video["variants"].items():
-        step = taken["seconds_per_step"]
-        whole = sum(taken["published"].values())
-        faster = sum(stock["published"].values()) / whole if stock else None
+    """Return the lines of one video."""
+    lines, sums = [], known(video)
+    for row in ROWS:
+        if row.name not in sums:
+            continue
+        seconds = sums[row.name]
+        part = video["parts"][row.sparse or (row.dense or ("diffusers", ""))[0]]
+        step = part["seconds_per_step"]
+        before = video["parts"][row.dense[0]]["seconds_per_step"][row.dense[1]] if row.dense else 0
+        ran = video["whole"].get(row.name, {}).get("whole") if row.steps is None else None
         lines.append(
             [
-                f"{video['name']}, {video['published_steps']} steps",
-                name,
-                *(f"{step[kind]:.2f}" if kind in step else "" for kind in step_kinds()),
-                f"{taken['decoding']:.1f}",
-                f"{whole:,.0f}",
-                f"{faster:.2f}" if faster else "",
-                f"{taken['peak_gb']:.0f}" if taken["peak_gb"] else "",
+                f"{video['name']}, {row.steps or video['published_steps']} steps",
+                row.name,
+                row.fp8 if part["fp8_calls"] else row.fp8.replace(BOTH, "products"),
+                f"{before:.2f}" if before else "",
+                f"{step[FIRST]:.2f}" if row.sparse else "",
+                f"{step[SPARSE]:.2f}" if row.sparse else "",
+                f"{seconds:,.0f}",
+                f"{ran:,.0f}" if ran else "",
+                f"{sums[row.stock] / seconds:.2f}",
+                f"{part['peak_gb']:.0f}" if part["peak_gb"] else "",
             ]
         )
     return lines
 
 
-def step_kinds() -> tuple[str, str, str]:
-    """Return the kinds of steps in the order in which they come."""
-    return "dense", "first sparse", "sparse"
+def machines(result: Mapping[str, Any]) -> str:
+    """Return the sentences about machine and software; one for each that is in the result."""
+    told = [part["environment"] for video in result["videos"] for part in video["parts"].values()]
+    return " ".join(dict.fromkeys(conditions(env) for env in told if env))
 
 
 def written(result: Mapping[str, Any]) -> str:
     """Return the table and its conditions."""
     head = [
-        *("video", "attention", "s a dense step", "first sparse step", "sparse step"),
-        *("s decoding", "s in all", "times faster", "peak GB"),
+        *("video", "run", "in fp8", "s a dense step", "first sparse step", "sparse step"),
+        *("s in all", "every step really run", "times faster", "peak GB"),
     ]
     lines = [line for video in result["videos"] for line in rows_of(video)]
+    shares = "; ".join(
+        f"{video['name']} {video['dense_steps']:.0%} of the steps and {video['dense_layers']:.1%} "
+        "of the layers"
+        for video in result["videos"]
+        if known(video)
+    )
     return table(head, lines) + (
-        f"\nSparse attention at {result['density']:.0%} density; the first "
-        f"{result['videos'][0]['dense_steps']:.0%} of the steps and "
-        f"{result['videos'][0]['dense_layers']:.0%} of the layers dense, as published. Random "
-        "weights, prompt embeddings given, guidance as published. Seconds in all are "
-        + ("measured.\n" if result["every_step"] else "those of the steps, as often as they run.\n")
+        f"\nSparse attention at {result['density']:.0%} density. Dense as published: {shares}. "
+        "Random weights, prompt embeddings given, decoding included. Seconds in all are those of "
+        "the steps, as often as they run; where every step was run as well, both stand there. "
+        "Steps are guided where the model is.\n"
     )
 
 
+def short(result: Mapping[str, Any]) -> str:
+    """Return the table of the README: seconds of a video, one line a model."""
+    names = ("diffusers", "SVG2", "SVG2, fp8 products", "SVG2, fp8", "no dense step, fp8")
+    lines = []
+    for video in result["videos"]:
+        sums = known(video)
+        if "SVG2" not in sums:
+            continue
+        base = sums["diffusers"]
+        cells = [
+            f"{sums[n]:,.0f} s" + ("" if n == "diffusers" else f" ({base / sums[n]:.2f}x)")
+            if n in sums
+            else ""
+            for n in names
+        ]
+        lines.append([f"{video['name']}, {video['published_steps']} steps", *cells])
+    return table(["video", *names], lines)
+
+
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw one bar for each way of making each video, its parts stacked."""
+    """Draw the seconds of each video, stock and by us, their parts stacked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    bars = [
-        (f"{video['name']}\n{name}", taken["published"])
-        for video in result["videos"]
-        for name, taken in video["variants"].items()
-    ]
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.55 * len(bars)))
-    for place, (_, parts) in enumerate(bars):
+    names = ("diffusers", "SVG2", "SVG2, fp8")
+    bars: list[tuple[str, dict[str, float], float, bool]] = []
+    for video in result["videos"]:
+        found = [(row.name, seconds_of(video, row)) for row in ROWS if row.name in names]
+        stock = sum((found[0][1] or {}).values())
+        ready = [(name, parts) for name, parts in found if parts is not None]
+        for place, (name, parts) in enumerate(ready):
+            bars.append((name, parts, stock, place == 0))
+        if ready:
+            bars[-len(ready)] = (f"{video['name']}\n{ready[0][0]}", *bars[-len(ready)][1:])
+    heights, place = [], 0.0
+    for bar in bars:
+        place += 0.7 if bar[3] and heights else 0.0
+        heights.append(place)
+        place += 1.0
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.36 * place))
+    longest = max(sum(parts.values()) for _, parts, _, _ in bars)
+    for index, (height, (_, parts, stock, _)) in enumerate(zip(heights, bars, strict=True)):
         left = 0.0
-        for part, colour in zip(PARTS, COLOURS, strict=True):
-            axes.barh(place, parts[part], left=left, color=colour, label=None if place else part)
+        for part, colour in COLOURS.items():
+            label = None if index else part
+            axes.barh(height, parts[part], left=left, color=colour, label=label, height=0.86)
             left += parts[part]
-        axes.text(left, place, f" {left:,.0f} s", va="center")
-    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set_xlabel("seconds for the whole video")
-    axes.legend(loc="lower right", frameon=False)
+        faster = "" if left == stock else f", {stock / left:.2f}x"
+        axes.text(left + 0.01 * longest, height, f"{left:,.0f} s{faster}", va="center", fontsize=8)
+    axes.set_yticks(heights, [label for label, *_ in bars], fontsize=8)
+    axes.set_ylim(place, -1.0)
+    axes.set_xlim(0, 1.17 * longest)
+    axes.set_xlabel("seconds for the whole video, one GPU")
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def write_table(gpu: str, name: str) -> None:
-    result = load(gpu, name)
-    replace_between(PAGE, "videos", f"{conditions(result['environment'])}\n\n{written(result)}")
+def write_table(args: argparse.Namespace) -> None:
+    """Fill the tables and draw the picture; nothing is there while nothing is stored."""
+    path = RESULTS / args.gpu / f"{args.name}.json"
+    result = load(args.gpu, args.name) if path.exists() else {"videos": []}
+    if not any(known(video) for video in result["videos"]):
+        for page in PAGES:
+            replace_between(page, "videos", "")
+        return
+    picture = f"![Seconds of a video, stock and sparse](assets/{PICTURE.name})"
+    text = f"{picture}\n\n{machines(result)}\n\n{written(result)}"
+    replace_between(PAGES[0], "videos", text)
+    replace_between(PAGES[1], "videos", f"{short(result)}\n{machines(result)}")
     draw(result, PICTURE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h100")
-    parser.add_argument("--gpu", default="h100", help="folder of the stored result")
-    parser.add_argument("--name", default="video", help="name of the stored result")
-    parser.add_argument("--models", nargs="*", default=[], help="words in the names of the videos")
-    names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--variants", nargs="*", default=names, choices=names)
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps of a sparse run")
+    parser.add_argument("action", choices=["run", "plan", "table"])
+    parser.add_argument("--output", type=Path, default=RESULTS / "h100")
+    parser.add_argument("--name", default="videos", help="of the stored file")
+    parser.add_argument("--gpu", default="h100", help="whose result becomes the table")
+    parser.add_argument("--models", nargs="*", default=[], help="words of the names to run")
+    usual, names = ([part.name for part in parts] for parts in (PARTS, ALL_PARTS))
+    parser.add_argument("--parts", nargs="*", default=usual, choices=names)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="leave out what takes more")
     parser.add_argument("--every-step", action="store_true", help="run all published steps")
-    parser.add_argument(
-        "--tiny", action="store_true", help="toy models on the CPU, to try the code"
-    )
+    parser.add_argument("--again", action="store_true", help="measure what is stored, too")
+    parser.add_argument("--tiny", action="store_true", help="toys on the CPU, to try the code")
     parser.add_argument("--commit", help="recorded where there is no git")
     args = parser.parse_args(arguments)
-    if args.action == "run":
-        run(args)
-    else:
-        write_table(args.gpu, args.name)
+    {"run": run, "plan": plan, "table": write_table}[args.action](args)
 
 
 if __name__ == "__main__":
