@@ -58,6 +58,7 @@ FLOORS = {
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
         ("spelling", "numeric", "plain_json", "files", "stats", "families", "launch"),
+        ("caching",),
         ("recipe", "video", "loading", "model_names", "parallel"),
         ("presets",),
         ("method_names",),

@@ -42,6 +42,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIFT = dict(zip(CORRECTIONS, (-6.0, 0.0, 1.0, 3.0, 4.0, 7.5, 6.0), strict=True))
 DENSE = {"dense for 10 %": 0.1, "dense for 20 %": 0.2, "dense for 30 %": 0.3}
+# What a cache spares, and what it costs in dB.
+CACHES = dict(
+    zip(AXES["cache"], ((1.0, 0.0), (0.9, 0.2), (0.7, 3.0), (0.5, 9.0), (0.6, 14.0)), strict=True)
+)
 SUITS = dict(zip(SCHEDULES, (2.0, 0.5, 0.0, 0.5, 0.0, -1.0), strict=True))
 
 
@@ -57,10 +61,13 @@ class Model:
         quality = 40 + 5 * math.log2(point.density) + LIFT[point.corrections]
         quality += SUITS[point.schedule] + (0.3 if point.metric == "response" else 0.0)
         quality -= 0.5 if point.probe_rows == 32 else 0.0
+        spared, lost = CACHES[point.cache]
+        quality -= lost
         quality += sum(self._spread[:count]) / count
         dense = DENSE.get(point.schedule, 0.0)
         probes = 0.5 / point.probe_rows if point.routed else 0.0
-        return Outcome(psnr=quality, cost=dense + (1 - dense) * (point.density + probes))
+        cost = spared * (dense + (1 - dense) * (point.density + probes))
+        return Outcome(psnr=quality, cost=cost)
 
     def __call__(self, point: Point, count: int) -> Outcome:
         if (point, count) not in self.asked:
@@ -256,11 +263,19 @@ def test_journal_refuses_what_is_none(content: str, tmp_path: Path) -> None:
         Journal(path)
 
 
+def test_axes_have_caches_where_there_are_steps_to_spare() -> None:
+    assert axes_for(20)["cache"] == AXES["cache"]
+    assert axes_for(8)["cache"] == axes_for(20, cached=False)["cache"] == ("none",)
+
+
 def test_cost_is_claimed_from_times_or_else_from_counted_work() -> None:
     assert TRIAL.cost == 0.3
     assert dataclasses.replace(TRIAL, share=0.5).cost == pytest.approx(1 - 0.5 * 0.7)
     timed = dataclasses.replace(TRIAL, share=0.5, seconds=2.0, dense_seconds=5.0)
     assert timed.cost == 0.4
+    # Of half of the blocks, half of the time is attention, of which less than half is computed.
+    cached = dataclasses.replace(TRIAL, share=0.5, computed=0.5, work=0.2)
+    assert cached.cost == pytest.approx(0.5 * 0.5 + 0.5 * 0.2)
 
 
 # --- on a model -----------------------------------------------------------------------------------
@@ -278,7 +293,7 @@ PROMPTS = ["a red circle", "a blue square"]
 def few_axes() -> Iterator[None]:
     """Search less: on a model, what counts here is what happens to each trial."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tuning_run, "axes_for", lambda steps: FEW_AXES)
+        patched.setattr(tuning_run, "axes_for", lambda steps, cached: FEW_AXES)
         yield
 
 
@@ -490,3 +505,30 @@ def test_request_has_no_option_for_what_only_programs_give() -> None:
     text = CliRunner().invoke(app, ["tune", "--help"]).stdout
     assert "--journal" not in text
     assert "What happens" in text
+
+
+@pytest.mark.parametrize("time_by", ["density", "seconds"])
+def test_tune_counts_the_blocks_that_a_cache_leaves_out(
+    loaded: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, time_by: str
+) -> None:
+    only = {"cache": ("none", "first-block@1")}
+    monkeypatch.setattr(tuning_run, "axes_for", lambda steps, cached: only if cached else {})
+    clip = {**CLIP, "steps": 6}
+    found = tune(psnr=80, model=loaded, prompts=PROMPTS[:1], time_by=time_by, **clip)
+    trials = {t.point: t for t in found.trials}
+    cached = [t for t in trials.values() if t.point.cache == "first-block@1"]
+    assert cached
+    for trial in cached:
+        # Of 6 steps the first computes 3 blocks, the others one.
+        assert trial.computed == pytest.approx((3 + 5) / 18)
+        without = trials.get(trial.point.replace(cache="none"))
+        if without is not None:
+            assert trial.work < 0.6 * without.work
+            assert trial.psnr < without.psnr
+        if time_by == "seconds":
+            assert without is not None, "what a cache spares is counted from the time without it"
+            assert trial.doubt == without.doubt
+            assert (trial.seconds is None) == (without.seconds is None)
+            assert trial.cost < without.cost
+        else:
+            assert trial.cost == trial.work

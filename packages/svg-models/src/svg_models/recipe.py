@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from svg_models.caching import NO_CACHE, read_cache
 from svg_models.errors import SettingError, first_line, printable, shortened
 from svg_models.files import atomic_path, regular_file
 from svg_models.numeric import as_number, as_whole, written
@@ -46,6 +47,7 @@ class Layers:
         linears: precision of the matrix products.
         attention: precision of self-attention.
         fp8_from: the first step in which what is to be in fp8 is.
+        cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 
     exact_dense: bool = False
@@ -53,6 +55,7 @@ class Layers:
     linears: Precision = "bf16"
     attention: Precision = "bf16"
     fp8_from: From = "sparse"
+    cache: str = NO_CACHE
 
     def __post_init__(self) -> None:
         for name in ("exact_dense", "fuse"):
@@ -67,6 +70,7 @@ class Layers:
                     f"{name} must be one of {', '.join(known)}, got {written(value)}"
                     f"{did_you_mean(str(value), known)}"
                 )
+        read_cache(self.cache)
         if self.exact_dense and self.attention == "fp8" and self.fp8_from == "start":
             raise SettingError(
                 "exact_dense=True computes dense calls by the model's own kernel, attention='fp8' "

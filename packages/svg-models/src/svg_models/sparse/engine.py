@@ -26,6 +26,7 @@ from svg_attention import (
     dense_backend,
 )
 from svg_models import attention_op
+from svg_models.caching import NO_CACHE
 from svg_models.method_names import MethodSpec
 from svg_models.parallel import attend_over_ranks, share_of
 from svg_models.recipe import Layers, Recipe
@@ -135,6 +136,11 @@ class Engine:
     def asked(self) -> dict[str, Any]:
         """Return what the call that made the last video was asked for."""
         return {} if self._latest is None else dict(self._latest.asked)
+
+    @property
+    def caches(self) -> bool:
+        """Return whether a cache leaves out the blocks of some steps."""
+        return self._layers.cache != NO_CACHE
 
     @property
     def method_words(self) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import nn
 
 from svg_attention import UnsupportedError
+from svg_models.caching import read_cache
 from svg_models.errors import SettingError
 from svg_models.families import Family
+from svg_models.families.base import unwrap
 from svg_models.families.blocks import FusedForward
 from svg_models.recipe import Layers
 from svg_models.sparse.checks import why_not
@@ -94,12 +99,22 @@ class FastLayers:
         installed = [FusedForward.install(block, rule) for block, rule in joined]
         self._forwards = [forward for forward in installed if forward is not None]
         self.linears: Fp8Linears | None = None
-        if layers.linears == "fp8":
-            try:
+        self._cached: weakref.ref[Any] | None = None
+        try:
+            if layers.linears == "fp8":
                 self.linears = Fp8Linears(family.blocks_of(transformer))
-            except BaseException:
-                self.remove()
-                raise
+            self._enable_cache(transformer, layers.cache)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _enable_cache(self, transformer: nn.Module, name: str) -> None:
+        """Put a cache over the blocks as they are now: it goes first when they are left."""
+        cache = read_cache(name)
+        if cache is not None:
+            inner = unwrap(transformer)
+            cache.enable(inner)
+            self._cached = weakref.ref(inner)
 
     def begin_forward(self, *, fp8: bool) -> None:
         """Choose the precision of the products of a forward pass that starts.
@@ -112,6 +127,10 @@ class FastLayers:
 
     def remove(self) -> None:
         """Leave every layer as it was found."""
+        cached = None if self._cached is None else self._cached()
+        self._cached = None
+        if cached is not None and cached.is_cache_enabled:
+            cached.disable_cache()
         forwards, self._forwards = self._forwards, []
         for forward in forwards:
             forward.remove()

@@ -55,6 +55,7 @@ def sparsify(
     linears: Precision | None = None,
     attention: Precision | None = None,
     fp8_from: From | None = None,
+    cache: str | None = None,
     seed: int = 0,
     profile: bool = True,
 ) -> SparseRun:
@@ -103,6 +104,9 @@ def sparsify(
         fp8_from: "sparse" leaves dense steps, which decide the picture, as they are; "start"
             computes all steps in fp8. For `linears` and `attention` alike. "sparse", unless the
             recipe says otherwise.
+        cache: "first-block@0.1" or "taylor@2" has diffusers leave out the blocks of steps that
+            change little, see `svg_models.caching`; they compute neither attention nor anything
+            else. It changes the picture. "none", unless the recipe says otherwise.
         seed: seed of every random choice; each video starts from it again.
         profile: time each attention call: on a GPU by two events a call, which take microseconds,
             and a synchronisation when they are read.
@@ -125,6 +129,7 @@ def sparsify(
         linears=linears,
         attention=attention,
         fp8_from=fp8_from,
+        cache=cache,
     )
     options = {
         "backend": backend,
@@ -239,9 +244,13 @@ class SparseRun(Summarised):
         Args:
             now: returns the time once the device has finished.
             leave_out: is told the seconds of each dense pass.
+
+        With a cache it times none: a second pass would be a step to the cache.
         """
         held = ((one.name, one.transformer) for one in self._engine.installations)
         transformers = {name: module for name, module in held if module is not None}
+        if self._engine.caches:
+            transformers = {}
         return DensePairs(self._engine, transformers, now=now, leave_out=leave_out)
 
     def stats(self) -> RunStats:

@@ -37,6 +37,7 @@ class Trial:
         dense_seconds: of the same loop dense; None if no time can be claimed.
         doubt: why no time can be claimed; empty if one can, or none was asked for.
         share: of a dense step that is attention; None if it was not timed.
+        computed: attention calls as a share of those without a cache, which are also the blocks.
     """
 
     point: Point | None
@@ -50,6 +51,7 @@ class Trial:
     dense_seconds: float | None = None
     doubt: str = ""
     share: float | None = None
+    computed: float = 1.0
 
     @property
     def cost(self) -> float:
@@ -60,7 +62,9 @@ class Trial:
         """
         if self.seconds is not None and self.dense_seconds:
             return self.seconds / self.dense_seconds
-        return self.work if self.share is None else 1 - self.share * (1 - self.work)
+        if self.share is None:
+            return self.work
+        return self.computed * (1 - self.share) + self.share * self.work
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -75,7 +79,9 @@ class Trial:
         """
         point = values["point"]
         trial = cls(**{**values, "point": None if point is None else Point(**point)})
-        numbers = (trial.ssim, trial.flip, trial.flicker, trial.work, trial.prompt)
+        numbers = (
+            *(trial.ssim, trial.flip, trial.flicker, trial.work, trial.prompt, trial.computed),
+        )
         optional = (trial.psnr, trial.seconds, trial.dense_seconds, trial.share)
         if not all(isinstance(x, int | float) for x in numbers) or not all(
             isinstance(x, int | float | None) for x in optional

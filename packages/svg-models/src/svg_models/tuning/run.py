@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from svg_models.caching import NO_CACHE, can_cache
 from svg_models.comparison.machine import CoreTimes, machine_facts, others_at_work
 from svg_models.comparison.timing import judge
+from svg_models.families import transformers_of
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import Media
 from svg_models.generation.other_kernel import other_dense_kernel
@@ -91,7 +93,7 @@ class _Tuner:
             target,
             self._evaluate,
             prompts=len(self._prompts),
-            axes=axes_for(steps),
+            axes=axes_for(steps, cached=self._can_cache()),
         )
         point = search.run()
         floor = self._noise_floor()
@@ -111,6 +113,12 @@ class _Tuner:
             machine=self._machine,
             time_by=request.time_by,
         )
+
+    def _can_cache(self) -> bool:
+        """Return whether caches are among what is tried: not where one was asked for already."""
+        if self._layers.cache != NO_CACHE:
+            return False
+        return all(can_cache(model) for model in transformers_of(self._loaded.pipe).values())
 
     @property
     def _tokens(self) -> int:
@@ -157,7 +165,12 @@ class _Tuner:
     def _measure(self, point: Point, index: int) -> Trial:
         dense = self._dense(index)
         spec = MethodSpec.of_recipe(point.recipe(self._layers))
+        # A step is not timed twice beside a cache, to which it would be two: blocks that are left
+        # out are counted, and those that are not take the time that they take without it.
+        without = None
         timed = self._request.time_by == "seconds"
+        if timed and point.cache != NO_CACHE:
+            without, timed = self._trial(point.replace(cache=NO_CACHE), index), False
         if timed:
             self._warm_up(point)
         clip, speed, doubt = self._timed(spec, index, str(point), timed=timed)
@@ -165,12 +178,18 @@ class _Tuner:
             clip, speed, doubt = self._timed(spec, index, str(point), timed=timed)
         close = similarity(clip.frames, dense.frames, device=self._loaded.device)
         stats, seconds = clip.stats, None
+        computed = stats.calls / dense.stats.calls
+        work = computed * (stats.mean_density_with_dense_calls + stats.mean_probe_density)
         share = None
         if clip.paired_steps:
             part = sum(step.dense_attention for step in clip.paired_steps)
             share = part / sum(step.dense_seconds for step in clip.paired_steps)
         if speed is not None:
             seconds = len(clip.step_seconds) * speed.dense_step
+        took = None if seconds is None or speed is None else seconds / speed.speedup
+        if without is not None:
+            seconds, share, doubt = without.dense_seconds, without.share, without.doubt
+            took = None if without.seconds is None else computed * without.seconds
         return Trial(
             point=point,
             prompt=index,
@@ -178,11 +197,12 @@ class _Tuner:
             ssim=close.mean_ssim,
             flip=close.mean_flip,
             flicker=close.mean_flicker,
-            work=stats.mean_density_with_dense_calls + stats.mean_probe_density,
-            seconds=None if seconds is None or speed is None else seconds / speed.speedup,
+            work=work,
+            seconds=took,
             dense_seconds=seconds,
             doubt=doubt,
             share=share,
+            computed=computed,
         )
 
     def _timed(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svg_attention import SVG2, Schedule
+from svg_models.caching import NO_CACHE
 from svg_models.recipe import Layers, Recipe
 
 __all__ = [
@@ -25,6 +26,8 @@ LEAST, MOST = 0.02, 0.95
 """Densities that are tried."""
 FIRST_ROUNDS = 10
 """Of k-means in the first sparse step; ten were as good as fifty on the embedded model."""
+FEWEST_CACHED = 12
+"""Denoising steps of a video in which caches are tried."""
 _WARM_UP = 0.3
 _START = 0.6
 
@@ -73,6 +76,7 @@ class Point:
         schedule: a key of `SCHEDULES`.
         probe_rows: see `svg_attention.SVG2`; means nothing unless routed by error.
         metric: see there.
+        cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 
     density: float
@@ -80,6 +84,7 @@ class Point:
     schedule: str
     probe_rows: int = 16
     metric: str = "euclidean"
+    cache: str = NO_CACHE
 
     @property
     def routed(self) -> bool:
@@ -101,7 +106,7 @@ class Point:
                 **CORRECTIONS[self.corrections],
             ),
             schedule=self._schedule(),
-            layers=layers,
+            layers=layers if self.cache == NO_CACHE else layers.changed(cache=self.cache),
             source="svg tune",
         )
 
@@ -124,6 +129,8 @@ class Point:
             words.append(f"probes of {self.probe_rows} rows")
         if self.metric != "euclidean":
             words.append(f"{self.metric} metric")
+        if self.cache != NO_CACHE:
+            words.append(f"cache {self.cache}")
         return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,20 +146,27 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "schedule": tuple(SCHEDULES),
     "probe_rows": (16, 32),
     "metric": ("euclidean", "response"),
+    "cache": (NO_CACHE, "first-block@0.05", "first-block@0.1", "first-block@0.2", "taylor@2"),
 }
 """What is tried one after the other, each at the best of those before; density is apart."""
 
 
-def axes_for(steps: int) -> dict[str, tuple[Any, ...]]:
+def axes_for(steps: int, *, cached: bool = True) -> dict[str, tuple[Any, ...]]:
     """Return the axes of a video of so many steps, without schedules that come to the same there.
 
-    With 4 steps, two in ten are none, and three in ten are one.
+    With 4 steps, two in ten are none, and three in ten are one. Few steps have none that is like
+    the one before, so there is no cache among them.
+
+    Args:
+        steps: denoising steps.
+        cached: whether the model can have a cache, and was not given one.
     """
     schedules: dict[int | str, str] = {}
     for name in SCHEDULES:
         dense = math.floor(_DENSE[name] * steps) if name in _DENSE else name
         schedules.setdefault("flat" if dense == 0 else dense, name)
-    return {**AXES, "schedule": tuple(schedules.values())}
+    caches = AXES["cache"] if cached and steps >= FEWEST_CACHED else (NO_CACHE,)
+    return {**AXES, "schedule": tuple(schedules.values()), "cache": caches}
 
 
 def rounded(density: float) -> float:
