@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from processes import children, gone
+from processes import children, gone, run_two
 from typer.testing import CliRunner
 
 import svg_models
@@ -55,8 +55,16 @@ def test_generate_gpus_makes_the_clip_of_one_process(folder: str) -> None:
     assert children(os.getpid()) == set()
 
 
+@pytest.mark.slow
+def test_clips_are_shared_however_their_model_is_placed() -> None:
+    distances = json.loads(run_two("placed.py").splitlines()[-1])
+    assert set(distances) == {"whole", "model", "group", "compiled"}
+    for name, found in distances.items():
+        assert max(found) < 1e-4, name
+
+
 def test_generate_gpus_raises_what_a_process_refuses(folder: str) -> None:
-    with pytest.raises(SettingError, match="has 2 heads of attention, which 3 GPUs cannot share"):
+    with pytest.raises(SettingError, match=r"3 ranks cannot share the 2 heads .* use fewer --gpus"):
         svg_models.generate(model=folder, device="cpu", gpus=3, **SMALL)
     assert children(os.getpid()) == set()
 

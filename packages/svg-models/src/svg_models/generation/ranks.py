@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from svg_models.errors import SettingError
 from svg_models.generation.request import GenerateRequest
@@ -93,25 +93,18 @@ def _meet(rank: Rank, device: str) -> None:
 
 
 def _share(loaded: LoadedPipeline, ranks: int) -> None:
-    """Give each rank a share of the sequence and of the heads.
+    """Have the ranks compute a share of each clip.
 
     Raises:
-        SettingError: if the heads cannot be dealt evenly.
+        SettingError: if so many cannot.
     """
-    import torch
-    from diffusers import ContextParallelConfig
+    from svg_attention import UnsupportedError
+    from svg_models.parallel import parallelize
 
-    from svg_models.families import transformers_of
-
-    for transformer in transformers_of(loaded.pipe).values():
-        network: Any = transformer
-        heads = network.config.num_attention_heads
-        if heads % ranks:
-            fitting = [str(n) for n in range(2, heads + 1) if heads % n == 0]
-            raise SettingError(
-                f"{loaded.name} has {heads} heads of attention, which {ranks} GPUs cannot share "
-                f"evenly; use {', '.join(fitting)}"
-            )
-        if loaded.device == "cpu":  # diffusers divides by the number of accelerators
-            torch.accelerator.device_count = lambda: 1
-        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    try:
+        parallelize(loaded.pipe)
+    except UnsupportedError as error:
+        raise SettingError(
+            f"{loaded.name} cannot be made by {ranks} processes together "
+            f"({'; '.join(error.reasons.values())}); use fewer --gpus"
+        ) from error
