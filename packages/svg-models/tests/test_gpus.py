@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from processes import children, gone, run_two
+from processes import children, gone, run_ranks
 from typer.testing import CliRunner
 
 import svg_models
@@ -57,7 +57,7 @@ def test_generate_gpus_makes_the_clip_of_one_process(folder: str) -> None:
 
 @pytest.mark.slow
 def test_clips_are_shared_however_their_model_is_placed() -> None:
-    distances = json.loads(run_two("placed.py").splitlines()[-1])
+    distances = json.loads(run_ranks("placed.py").splitlines()[-1])
     assert set(distances) == {"whole", "model", "group", "compiled"}
     for name, found in distances.items():
         assert max(found) < 1e-4, name
