@@ -230,7 +230,7 @@ class Measurement:
         """Measure what is not stored yet, until the seconds are over."""
         left = 0
         for case in cases(tuple(sizes)):
-            if self.args.no_times and not isinstance(case, Case):
+            if self.args.only == ("times" if isinstance(case, Case) else "clips"):
                 continue
             key = case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}"
             stored = self.results["cases" if isinstance(case, Case) else "times"]
@@ -357,7 +357,9 @@ def main() -> None:
     runner = commands.add_parser("run", help="measure and store")
     add_options(runner)
     runner.add_argument("--seconds", type=float, default=240.0, help="time to stop after")
-    runner.add_argument("--no-times", action="store_true", help="for a machine that is busy")
+    runner.add_argument(
+        "--only", choices=["clips", "times"], help="clips on a machine that is too busy for times"
+    )
     runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=["default", "large"])
     runner.add_argument("--frames", type=int, default=FRAMES)
     runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
