@@ -272,6 +272,16 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         config=FIRST_IMAGE,
     ),
     Checkpoint(
+        names=("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers",),
+        family="anyflow",
+        task="t2v",
+        transformer="AnyFlowTransformer3DModel",
+        layers=40,
+        heads=40,
+        head_dim=128,
+        source="class defaults",
+    ),
+    Checkpoint(
         names=("rhymes-ai/Allegro",),
         family="allegro",
         task="t2v",

@@ -39,6 +39,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
     "allegro": ("AllegroPipeline",),
     "framepack": ("HunyuanVideoFramepackPipeline",),
     "easyanimate": ("EasyAnimatePipeline",),
+    "anyflow": ("AnyFlowPipeline",),
     "consisid": (),  # its pipeline reads faces that other packages prepare, and needs OpenCV
     "ltx": ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
 }

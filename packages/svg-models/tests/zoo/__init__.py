@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from zoo import (
     allegro,
+    anyflow,
     chronoedit,
     cogvideox,
     consisid,
@@ -42,6 +43,7 @@ MODULES = (
     consisid,
     easyanimate,
     framepack,
+    anyflow,
 )
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from svg_models.families.allegro import ALLEGRO
+from svg_models.families.anyflow import ANYFLOW
 from svg_models.families.base import Family, unwrap
 from svg_models.families.chronoedit import CHRONOEDIT
 from svg_models.families.cogvideox import COGVIDEOX
@@ -50,6 +51,7 @@ _families: list[Family] = [
     CONSISID,
     EASYANIMATE,
     FRAMEPACK,
+    ANYFLOW,
 ]
 
 
