@@ -297,13 +297,13 @@ class Recipe(Summarised):
 
     def _summary(self) -> tuple[str, list[tuple[str, str]]]:
         rows = [
-            ("settings", described(self.method.to_dict()) or "none"),
+            ("method", f"{self.method}"),
             ("schedule", described(self.schedule.to_dict())),
         ]
         rows += [(name, described(one.to_dict())) for name, one in self.schedules.items()]
         if self.layers != Layers():
             rows.append(("layers", described(dataclasses.asdict(self.layers))))
-        rows.append(("source", self.source))
+        rows.append(("source", shortened(self.source, 100)))
         if self.note:
             rows.append(("note", self.note))
         rows += [("measured", str(one)) for one in self.measured]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
 from svg_attention import CallRecord
+from svg_attention.methods import METHODS
+from svg_models.errors import shortened
 from svg_models.summary import Summarised, described
 
 __all__ = ["Grids", "RunStats"]
@@ -170,7 +172,7 @@ class RunStats(Summarised):
         title = f"RunStats: {self.calls:,} attention calls, {self.sparse_calls:,} of them sparse"
         if not self.records:
             return title, [("no video yet", "run the pipeline")]
-        method = f"{self.recipe.get('method')} ({self.recipe.get('source')})"
+        method = f"{self.recipe.get('method')} ({shortened(str(self.recipe.get('source')), 90)})"
         size = "" if self.grid is None else ", {} x {} x {} tokens".format(*self.grid)
         steps, layers = len(self.density_by_step), len(self.density_by_layer)
         seconds = self.seconds
@@ -178,7 +180,7 @@ class RunStats(Summarised):
         probed = f"{probes:.1%} more by probes; " if probes else ""
         return title, [
             ("method", method),
-            ("settings", described(self.recipe.get("settings", {})) or "none"),
+            ("settings", self._settings()),
             (
                 "density",
                 f"{self.mean_density:.1%} of sparse calls, "
@@ -188,6 +190,13 @@ class RunStats(Summarised):
             *self._in_fp8(),
             ("time", "not timed" if seconds is None else f"{seconds:.2f} s"),
         ]
+
+    def _settings(self) -> str:
+        """Return the settings of the method that differ from its defaults."""
+        kind = METHODS.get(str(self.recipe.get("method")))
+        entries = () if kind is None else fields(kind)  # type: ignore[arg-type]
+        usual = {entry.name: entry.default for entry in entries}
+        return described(self.recipe.get("settings", {}), usual) or "the defaults"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

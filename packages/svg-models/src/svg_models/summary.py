@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 
 __all__ = ["Summarised", "described"]
@@ -29,7 +30,15 @@ class Summarised:
         return f"<table><caption style='text-align:left'>{escape(title)}</caption>{cells}</table>"
 
 
-def described(settings: dict[str, object]) -> str:
-    """Return settings as `name=value`, those that are off or unset left out."""
-    shown = {k: v for k, v in settings.items() if k != "name" and v is not None and v is not False}
+def described(settings: Mapping[str, object], usual: Mapping[str, object] | None = None) -> str:
+    """Return settings as `name=value`, without those that are off, unset or as usual."""
+    usual = usual or {}
+    shown = {
+        name: value
+        for name, value in settings.items()
+        if name != "name"
+        and value is not None
+        and value is not False
+        and not (name in usual and usual[name] == value)
+    }
     return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -15,6 +15,7 @@ from torch import nn
 
 from svg_attention import Method, Schedule
 from svg_models import attention_op, embedded
+from svg_models.errors import shortened
 from svg_models.families import family_of, transformers_of
 from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
@@ -313,7 +314,7 @@ class SparseRun(Summarised):
             stats = self.stats()
             rows += [
                 ("method", f"{self.recipe.method}"),
-                ("source", self.recipe.source),
+                ("source", shortened(self.recipe.source, 100)),
                 (
                     "last video",
                     f"{stats.sparse_calls:,} of {stats.calls:,} attention calls sparse, at "
