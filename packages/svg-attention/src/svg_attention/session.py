@@ -17,7 +17,7 @@ from svg_attention.backends import check_backend
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
-from svg_attention.methods import Dense, Method
+from svg_attention.methods import Dense, HeadShare, Method
 from svg_attention.plan import SparsePlan
 from svg_attention.ring import Ring, attend_in_ring
 from svg_attention.schedule import Schedule
@@ -152,6 +152,7 @@ class Session:
         text_lengths: Tensor | None = None,
         scale: float | None = None,
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        head_share: HeadShare | None = None,
         out_layout: Layout = "BHSD",
         ring: Ring | None = None,
         backend: str | None = None,
@@ -170,6 +171,7 @@ class Session:
             scale: factor of the logits, `D ** -0.5` when None.
             dense: what computes dense calls, for results equal to the last bit with a model's own
                 kernel; it must know about text padding itself.
+            head_share: which of the layer's heads these are, if others are on other devices.
             out_layout: how the output lies in memory; with "BSHD" `out.transpose(1, 2)` is
                 contiguous. Its shape is `[B, H, S, D]` either way.
             ring: processes that share the video tokens of the call; see `attend_in_ring` for what
@@ -227,6 +229,7 @@ class Session:
                 text_lengths=text_lengths,
                 generator=site.generator,
                 scale=scale,
+                head_share=head_share,
             )
             # torch's dense kernel chooses its own layout, which is mostly that of the queries.
             computed_by = backend or ("auto" if plan.is_full else self.backend)

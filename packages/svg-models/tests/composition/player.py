@@ -37,12 +37,13 @@ class Player:
     Attributes:
         transformer: the model; a copy may be put in its place.
         steps: how many of the recorded steps to play.
+        calls: what the transformer is given in each of them.
     """
 
     def __init__(self, transformer: Any, calls: list[dict[str, Any]], branch: str) -> None:
         self.transformer = transformer
         self.steps = len(calls)
-        self._calls, self._branch = calls, branch
+        self.calls, self._branch = calls, branch
         self._current_timestep: float | None = None
         self.scheduler = SimpleNamespace(timesteps=[900.0 - 100.0 * n for n in range(len(calls))])
 
@@ -57,12 +58,12 @@ class Player:
 
     def fresh(self, steps: int) -> Player:
         """Return a player with a model of its own."""
-        return Player(copy.deepcopy(self.transformer), self._calls[:steps], self._branch)
+        return Player(copy.deepcopy(self.transformer), self.calls[:steps], self._branch)
 
     def play(self) -> Tensor:
         """Return what the model answers to each call, stacked."""
         outputs = []
-        for step, call in enumerate(self._calls):
+        for step, call in enumerate(self.calls):
             self._current_timestep = self.scheduler.timesteps[step]
             with torch.no_grad(), self._announce(step):
                 outputs.append(self.transformer(**call)[0])
@@ -79,16 +80,20 @@ class Player:
 @cache
 def recorded(family: str) -> Player:
     """Record the first guidance branch of a pipeline of the zoo, once for each family."""
-    case = zoo.case(CASES[family])
+    return record(zoo.case(CASES[family]), STEPS)
+
+
+def record(case: zoo.Case, steps: int) -> Player:
+    """Record the first guidance branch of a case, over so many steps."""
     pipe = case.build()
     calls: list[dict[str, Any]] = []
     transformer = transformers_of(pipe)["transformer"]
 
-    def record(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def keep(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)
         calls.append(dict(zip(names, arguments, strict=False)) | named)
 
-    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
-    case.run(pipe, num_inference_steps=STEPS)
+    hook = transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    case.run(pipe, num_inference_steps=steps)
     hook.remove()
     return Player(transformer, calls[:: len(case.branches)], case.branches[0])

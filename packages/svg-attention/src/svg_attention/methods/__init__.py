@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_attention.methods.base import Method
+from svg_attention.methods.call import HeadShare
 from svg_attention.methods.dense import Dense
 from svg_attention.methods.random_blocks import RandomBlocks
 from svg_attention.methods.svg1 import SVG1
@@ -42,6 +43,7 @@ __all__ = [
     "SVG2",
     "SVGEAR",
     "Dense",
+    "HeadShare",
     "Method",
     "RandomBlocks",
     "cluster_counts",

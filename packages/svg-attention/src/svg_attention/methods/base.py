@@ -13,7 +13,7 @@ from torch import Tensor
 from svg_attention.config import settings
 from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
-from svg_attention.methods.call import AttentionCall
+from svg_attention.methods.call import AttentionCall, HeadShare
 from svg_attention.plan import SparsePlan
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Method(ABC):
         text_lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
         scale: float | None = None,
+        head_share: HeadShare | None = None,
     ) -> SparsePlan:
         """Return the plan of one call, built on the device without a host synchronisation.
 
@@ -54,6 +55,7 @@ class Method(ABC):
             text_lengths: integers `[B]` on the device, valid text tokens; None for all.
             generator: source of all random draws; torch's own when None.
             scale: factor of the logits, `D ** -0.5` when None.
+            head_share: which of the layer's heads these are; None for all.
 
         Raises:
             ValueError: if the tensors are not one self-attention call over the layout, or the
@@ -69,6 +71,7 @@ class Method(ABC):
             text_lengths=text_lengths,
             generator=generator,
             scale=scale or 0.0,
+            head_share=head_share,
         )
         return self.plan_call(call)
 

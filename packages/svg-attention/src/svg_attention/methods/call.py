@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,25 @@ from svg_attention.layout import TokenLayout
 from svg_attention.memory import LayerMemory
 from svg_attention.plan import SparsePlan
 from svg_attention.tiles import TILE_ROWS, count_tiles
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadShare:
+    """Tell a call that it is made for some heads of a layer, whose others are on other devices.
+
+    Heads are planned one by one, but where they share keys or random draws, a plan must be the same
+    however many devices there are.
+
+    Attributes:
+        first: number of the call's first head in the layer.
+        heads: how many the layer has.
+        gather: returns `[B, H, ...]` of all heads of the layer, given it of the call's heads; all
+            devices call it alike.
+    """
+
+    first: int
+    heads: int
+    gather: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +52,7 @@ class AttentionCall:
         text_lengths: integers `[B]` on the device, valid text tokens; None for all.
         generator: source of all random draws.
         scale: factor of the logits; `D ** -0.5` if it was not given.
+        head_share: which of the layer's heads these are; None for all.
     """
 
     query: Tensor
@@ -43,6 +64,7 @@ class AttentionCall:
     text_lengths: Tensor | None = None
     generator: torch.Generator | None = None
     scale: float = 0.0
+    head_share: HeadShare | None = None
 
     def __post_init__(self) -> None:
         query, key, value = (

@@ -41,7 +41,11 @@ class RandomBlocks(Method):
         first = torch.arange(tiles, device=device) * TILE_ROWS
         sizes = (layout.video_tokens - first).clamp(max=TILE_ROWS)
         # One draw for the whole batch: an item's plan does not depend on its company.
-        draw = torch.rand((heads, tiles, tiles + 1), generator=call.generator, device=device)
+        share = call.head_share
+        shape = (heads if share is None else share.heads, tiles, tiles + 1)
+        draw = torch.rand(shape, generator=call.generator, device=device)
+        if share is not None:
+            draw = draw[share.first : share.first + heads]
         order = draw[..., :-1].argsort(dim=-1)
         ranked = sizes.expand_as(order).gather(-1, order)
         # The block that crosses the budget is kept as often as meets the budget on average.

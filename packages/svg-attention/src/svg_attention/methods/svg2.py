@@ -356,6 +356,7 @@ class SVG2(Method):
             Selection(
                 budget=budget,
                 shared=self.spend == "call",
+                gather_heads=None if call.head_share is None else call.head_share.gather,
                 top_p=self.top_p,
                 min_clusters=int(self.min_keep * key_clusters.sizes.shape[-1]),
                 by_error=self.route == "error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,8 @@ class Selection:
         budget: fp32 `[B or 1]`, keys that a tile may read; None to choose by `top_p`.
         shared: let the budget be what tiles of a batch item read on average, spent where errors
             are largest. Needs `by_error`.
+        gather_heads: for a shared budget, makes values of the call's heads those of the layer's, if
+            others are elsewhere; see `share_budget`.
         top_p: share of the estimated attention that a tile reads.
         min_clusters: clusters that a tile reads at least, where it chooses by `top_p`.
         by_error: read the clusters that their centroid would replace worst.
@@ -39,6 +42,7 @@ class Selection:
 
     budget: Tensor | None = None
     shared: bool = False
+    gather_heads: Callable[[Tensor], Tensor] | None = None
     top_p: float = 1.0
     min_clusters: int = 1
     by_error: bool = False
@@ -289,7 +293,7 @@ def select_clusters(
         bias, exact = bias if selection.correct_bias else None, tuple(found) if wanted else None
     if error is not None and budget is not None:
         if selection.shared:
-            room = share_budget(error, sizes, budget, length)
+            room = share_budget(error, sizes, budget, length, selection.gather_heads)
         else:
             room = budget[:, None, None].expand(error.shape[:3])
         return planner.keep_budget(error, sizes, room), bias, exact

@@ -11,17 +11,18 @@ other what came out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svg_attention import UnsupportedError
+from svg_attention import HeadShare, UnsupportedError
 from svg_models.families import Family
 from svg_models.parallel.share import Share, part_sizes
 
-__all__ = ["attend_over_ranks", "context_config", "refuse_parallel"]
+__all__ = ["attend_over_ranks", "context_config", "head_share", "refuse_parallel"]
 
 
 def context_config(holder: Any) -> Any:
@@ -35,6 +36,17 @@ def context_config(holder: Any) -> Any:
     """
     config = getattr(holder, "_parallel_config", None)
     return getattr(config, "context_parallel_config", None)
+
+
+def head_share(share: Share, heads: int) -> HeadShare:
+    """Return which heads of a layer this rank computes, for methods that look at all of them.
+
+    Args:
+        share: what this rank holds of the sequence.
+        heads: of the layer.
+    """
+    of_heads = replace(share, tokens=heads)
+    return HeadShare(first=of_heads.place.start, heads=heads, gather=lambda x: of_heads.whole(x, 1))
 
 
 def attend_over_ranks(

@@ -19,6 +19,7 @@ from svg_attention import (
     Call,
     CallRecord,
     Dense,
+    HeadShare,
     Schedule,
     Session,
     SparsePlan,
@@ -28,7 +29,7 @@ from svg_attention import (
 from svg_models import attention_op
 from svg_models.caching import NO_CACHE
 from svg_models.method_names import MethodSpec
-from svg_models.parallel import attend_over_ranks, share_of
+from svg_models.parallel import attend_over_ranks, head_share, share_of
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
@@ -360,14 +361,16 @@ class Engine:
         """
         place = self.slots[slot]
         share = share_of(place.processor.original, query.shape[1])
-        attend = partial(self._attend, place)
         if share is None:
-            return attend(query, key, value)
+            return self._attend(place, None, query, key, value)
+        attend = partial(self._attend, place, head_share(share, query.shape[2]))
         position = place.family.text_position
         return attend_over_ranks(share, query, key, value, attend, text_position=position)
 
-    def _attend(self, place: Slot, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute attention over the whole sequence, `[B, S, H, D]`."""
+    def _attend(
+        self, place: Slot, heads_here: HeadShare | None, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Compute attention over the whole sequence, `[B, S, H, D]`, of all heads or some."""
         generation: Generation | None = getattr(self._here, "generation", None)
         context = None if generation is None else generation.contexts.get(place.transformer)
         if generation is None or context is None or generation.session is None:
@@ -417,6 +420,7 @@ class Engine:
                 else context.text_lengths
             ),
             dense=dense if self._asks_original(place, *heads, fp8=fp8 is not None) else None,
+            head_share=heads_here,
             out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
             backend=fp8,
         )

@@ -1,0 +1,141 @@
+"""What else a shared transformer has to bear, in a team of two."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from composition.player import Player
+from torch.overrides import TorchFunctionMode
+
+from sharing.checks import EVERYWHERE, METHODS
+from svg_attention import Dense, UnsupportedError
+from svg_models import parallelize, restore, sparsify
+from svg_models.families import fused
+
+SPARSE = METHODS["SVG2"]
+
+
+class Doubled(TorchFunctionMode):
+    """Doubles what torch's attention returns, as some kinds of guidance do something to it."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.nn.functional.scaled_dot_product_attention else out
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0.0, atol=1e-5)
+
+
+def either_order(player: Player, team: Any) -> None:
+    """Sparsify first or last, restore first or last: what is left is what is said."""
+    plain = player.play()
+    with sparsify(player, SPARSE, EVERYWHERE):
+        sparse = player.play()
+    first = parallelize(player, group=team)
+    second = sparsify(player, SPARSE, EVERYWHERE)
+    close(player.play(), sparse)
+    first.restore()
+    assert torch.equal(player.play(), sparse)  # on one rank each
+    first = parallelize(player, group=team)  # after sparsify
+    close(player.play(), sparse)
+    second.restore()
+    close(player.play(), plain)
+    with sparsify(player, Dense(), EVERYWHERE) as run:
+        close(player.play(), plain)
+        assert run.messages == ()
+    restore(player)  # of sparsify; the share stays
+    first.restore()
+    assert torch.equal(player.play(), plain)
+
+
+def copies(player: Player, team: Any) -> None:
+    """A copy of a shared transformer has the whole sequence."""
+    plain = player.play()
+    with parallelize(player, group=team):
+        for copied in (copy.deepcopy(player), pickle.loads(pickle.dumps(player))):
+            if dist.get_rank() == 0:  # it asks no other rank
+                assert torch.equal(copied.play(), plain)
+
+
+def watched(player: Player, team: Any) -> None:
+    """Under a mode of torch the model's own processor computes the whole sequence."""
+    with Doubled():
+        doubled = player.play()
+    assert not torch.allclose(doubled, player.play(), atol=1e-3)
+    with parallelize(player, group=team):
+        with Doubled():
+            close(player.play(), doubled)
+            with sparsify(player, SPARSE, EVERYWHERE):
+                close(player.play(), doubled)
+
+
+def fused_blocks(player: Player, team: Any) -> None:
+    """Blocks computed by fewer kernels, here by their reference, take shares as others do."""
+    real = fused.serves
+    fused.serves = lambda device: True
+    try:
+        with sparsify(player, SPARSE, EVERYWHERE):
+            alone = player.play()
+        with parallelize(player, group=team), sparsify(player, SPARSE, EVERYWHERE):
+            close(player.play(), alone)
+    finally:
+        fused.serves = real
+
+
+def compiled(player: Player, team: Any) -> None:
+    """Compiled blocks exchange heads inside the operator, so that their graphs stay whole."""
+    with sparsify(player, SPARSE, EVERYWHERE):
+        alone = player.play()
+    with parallelize(player, group=team), sparsify(player, SPARSE, EVERYWHERE):
+        player.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        close(player.play(), alone)
+
+
+def own_latents(player: Player, team: Any) -> None:
+    """Whatever the latents of other ranks, those of the first are denoised."""
+    plain = player.play()
+    if dist.get_rank() != 0:
+        for call in player.calls:
+            call["hidden_states"] = torch.randn_like(call["hidden_states"])
+    with parallelize(player, group=team):
+        close(player.play(), plain)
+
+
+def refusals(player: Player, team: Any) -> None:
+    """What cannot be shared is refused before anything is changed."""
+    with parallelize(player, group=team), pytest.raises(ValueError, match="shared already"):
+        parallelize(player, group=team)
+    with pytest.raises(ValueError, match="ulysses must divide the 2 ranks"):
+        parallelize(player, ulysses=3, group=team)
+    for _, module in player.transformer.named_modules():
+        if hasattr(module, "heads"):
+            module.heads = 1
+    with pytest.raises(UnsupportedError, match="2 ranks cannot share the 1 heads"):
+        parallelize(player, group=team)
+
+
+CHECKS: dict[str, tuple[Callable[[Player, Any], None], str]] = {
+    f"{name}: {check.__name__}": (check, name)
+    for check, names in {
+        either_order: ("wan t2v", "hunyuan_video t2v"),
+        copies: ("wan t2v", "cogvideox 1.5 i2v"),
+        watched: ("wan t2v", "hunyuan_video t2v", "allegro t2v", "ltx2 t2v"),
+        fused_blocks: (
+            *("wan t2v", "wan 2.2 ti2v, image", "wan vace", "hunyuan_video t2v"),
+            *("hunyuan_video15 i2v", "cosmos predict2 v2w", "cogvideox 1.5 i2v", "ltx t2v"),
+        ),
+        compiled: ("wan t2v", "hunyuan_video t2v"),
+        own_latents: ("wan t2v",),
+        refusals: ("wan t2v",),
+    }.items()
+    for name in names
+}
