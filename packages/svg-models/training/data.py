@@ -44,6 +44,11 @@ class Batch(NamedTuple):
     ids: Tensor
     mask: Tensor
 
+    @property
+    def label(self) -> str:
+        """Name the size in a log."""
+        return f"{self.size.frames}x{self.size.side}"
+
 
 def choose_size(sizes: tuple[Size, ...], *, step: int, steps: int, seed: int) -> Size:
     """Draw the clip size of a step among those active at this point of the run."""

@@ -75,7 +75,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(values, list(update.unbind(0)), alpha=-group["lr"] * scale)
 
 
-def learning_rate(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.01) -> float:
+def learning_rate(
+    step: int, steps: float, *, peak: float, warmup: int, floor: float = 0.01
+) -> float:
     """Warm up linearly, then follow half a cosine down to `floor * peak`."""
     ramp = min(1.0, (step + 1) / max(1, warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
@@ -83,10 +85,12 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: int, floor: flo
 
 
 def make_optimisers(model: nn.Module, *, lr: float, fused: bool) -> list[torch.optim.Optimizer]:
-    """Split a model's parameters: 2D weights inside `blocks` to Muon, everything else to AdamW."""
+    """Split what is trained: 2D weights inside `blocks` to Muon, everything else to AdamW."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         inside = "blocks." in name and param.ndim == 2
         (matrices if inside else others).append(param)
     optimisers: list[torch.optim.Optimizer] = []

