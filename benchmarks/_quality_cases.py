@@ -19,6 +19,7 @@ from svg_attention import (
     cluster_counts,
 )
 
+# Sides of the embedded model's clips; another judge names its own size.
 SIDES = {"tiny": 64, "default": 128, "large": 256}
 # Three denoising steps in ten stay dense, as in the published settings of SVG2.
 SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
@@ -193,6 +194,15 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
     telling.remove("SVG-EAR")
     most = [BASELINE, "error, bias, residual", "error, bias, response, repair", BEST]
     most += [f"{BEST}, spent by error", PRESET]
+    if first not in SIDES:
+        # Another judge: which density equals 25 % of compensation alone, and whether no step
+        # need be dense.
+        yield from some(first, 20, "dense for 30 %", 0.25, ["compensation", PRESET])
+        yield from some(first, 20, "dense for 30 %", 0.12, [PRESET, BASELINE])
+        for total in (0.25, 0.35):
+            yield from some(first, 8, "no dense step", total, [PRESET, BASELINE])
+        yield from some(first, 20, "dense for 30 %", 0.05, [PRESET, BASELINE, "compensation"])
+        yield from some(first, 20, "dense for 30 %", 0.40, [PRESET, BASELINE, "compensation"])
     for size in sizes:
         for steps, totals in ((20, (0.15, 0.25, 0.35)), (8, (0.25, 0.35, 0.5)), (4, (0.5, 0.65))):
             for total in totals:

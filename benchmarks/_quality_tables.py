@@ -13,25 +13,29 @@ from _harness import ROOT, replace_between, table
 from _quality_cases import BASELINE
 from _quality_times import milliseconds
 
-PAGE = ROOT / "docs" / "embedded-model.md"
-PLOT = ROOT / "docs" / "assets" / "quality.png"
+DOCS = ROOT / "docs"
+# Judge -> page with the marker `quality`, and plot.
+PAGES = {
+    "embedded": (DOCS / "embedded-model.md", DOCS / "assets" / "quality.png"),
+    "footage": (DOCS / "footage-model.md", DOCS / "assets" / "quality-footage.png"),
+}
 HEAD: tuple[str, ...] = (
     *("density", "method", "PSNR, dB", "over routing by error, dB", "SSIM", "flicker"),
     *("all calls", "ms a step's call"),
 )
 
 
-def write(path: Path, page: Path = PAGE, plot: Path = PLOT) -> None:
-    """Write the tables and the plot of stored results.
+def write(path: Path) -> None:
+    """Write the tables and the plot of stored results into the page of their judge.
 
     Args:
         path: what `quality.py run` stored.
-        page: Markdown file with the marker `quality`.
-        plot: PNG to write.
     """
     results = json.loads(path.read_text("utf-8"))
+    page, plot = PAGES[results.get("judge", "embedded")]
     draw(results, plot)
-    replace_between(page, "quality", tables(results))
+    picture = f"![PSNR against time, for every method](assets/{plot.name})\n\n"
+    replace_between(page, "quality", picture + tables(results))
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -40,7 +44,7 @@ def tables(results: dict[str, Any]) -> str:
     rows = [*results["cases"].values(), *results["times"].values()]
     commits = dict.fromkeys([env["commit"], *(row.get("commit", env["commit"]) for row in rows)])
     parts = [
-        f"{len(results['prompts'])} held-out prompts that no setting was chosen on, guidance "
+        f"{len(results['prompts'])} prompts that no setting was chosen on, guidance "
         f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
         f"{', '.join(commits)}. Mean ± standard deviation over prompts; differences to routing by "
         "error are of the same prompts at the same density, with their standard error. All calls "

@@ -1,8 +1,11 @@
-"""Measure how close sparse clips of the embedded model come to dense ones, and what a call costs.
+"""Measure how close sparse clips of a judge come to dense ones, and what a call costs.
 
     export PYTHONPATH=packages/svg-models  # for the scenes of the training script
     python benchmarks/quality.py run --seconds 240 --output benchmarks/results/h100/quality.json
     python benchmarks/quality.py table benchmarks/results/h100/quality.json
+
+The judge is the embedded model, or with `--model` the folder that `training.train_footage export`
+wrote: its clips have the size, the guidance and the prompts that its card names.
 
 `run` measures as much as it has seconds for, the most telling first, and stores after each case.
 Run again, it goes on where the file ends. On an H100 the first 240 s should hold every correction
@@ -32,32 +35,30 @@ from typing import Any
 import _quality_tables
 import torch
 from _harness import store
-from _quality_cases import SCHEDULE, SIDES, Case, build, cases
+from _judges import Judge, find_judge
+from _quality_cases import SCHEDULE, Case, build, cases
 from _quality_times import Times
 from torch import Tensor
-from training.clips import caption
-from training.evaluate import held_out_scenes
 
 from svg_attention import TokenLayout
 from svg_models import embedded_path, sparsify
-from svg_models.embedded.defaults import FRAMES
 from svg_models.generation.other_kernel import other_dense_kernel
 from svg_models.loading import Geometry
 
-__all__ = ["SCHEDULE", "SIDES", "add_options", "closeness", "decibels", "environment", "load"]
+__all__ = ["SCHEDULE", "add_options", "closeness", "decibels", "environment", "load"]
 __all__ += ["sample", "summary"]
 
 STARTED = time.monotonic()
 # Settings were chosen on held-out prompts before these.
 FIRST_PROMPT = 32
 # Seconds that 16 clips take on an H100, a step, and that comparing them takes; for a start.
-STEP_SECONDS = {"tiny": 0.1, "default": 0.15, "large": 0.8}
+STEP_SECONDS = {"tiny": 0.1, "default": 0.15, "large": 0.8, "footage": 0.8}
 
 
 def sample(
     pipe: Any,
     prompts: Sequence[str],
-    side: int,
+    size: tuple[int, int],
     args: argparse.Namespace,
     *,
     steps: int | None = None,
@@ -70,8 +71,8 @@ def sample(
     Args:
         pipe: the pipeline.
         prompts: what to show.
-        side: pixels.
-        args: guidance, and steps and frames if they are not given.
+        size: height and width in pixels.
+        args: guidance and frames, and steps if they are not given.
         steps: denoising steps.
         first: number of the first prompt, which its noise follows from.
     """
@@ -79,9 +80,9 @@ def sample(
     try:
         clips: Tensor = pipe(
             list(prompts),
-            height=side,
-            width=side,
-            num_frames=getattr(args, "frames", FRAMES),
+            height=size[0],
+            width=size[1],
+            num_frames=args.frames,
             num_inference_steps=steps or args.steps,
             guidance_scale=args.guidance,
             generator=generators,
@@ -95,7 +96,7 @@ def sample(
     torch.cuda.empty_cache()
     half = len(prompts) // 2
     parts = ((prompts[:half], first), (prompts[half:], first + half))
-    return torch.cat([sample(pipe, p, side, args, steps=steps, first=n) for p, n in parts])
+    return torch.cat([sample(pipe, p, size, args, steps=steps, first=n) for p, n in parts])
 
 
 def closeness(clips: Tensor, dense: Tensor) -> dict[str, list[float]]:
@@ -165,16 +166,22 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(args: argparse.Namespace, first: int = 0) -> tuple[Any, list[str]]:
-    """Load the model; return its pipeline and the held-out prompts from number `first` on."""
+def load(args: argparse.Namespace, first: int = 0) -> tuple[Any, Judge]:
+    """Load the model; return its pipeline and what it is asked for, prompts from `first` on.
+
+    Guidance and frames that the command line leaves open become the judge's.
+    """
     from diffusers import WanPipeline
 
+    judge = find_judge(args.model, first=first, prompts=args.prompts)
+    for name in ("guidance", "frames"):
+        if getattr(args, name, None) is None:
+            setattr(args, name, getattr(judge, name))
     dtype = getattr(torch, args.dtype)
     pipe = WanPipeline.from_pretrained(args.model or embedded_path(), torch_dtype=dtype)
     pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(first + args.prompts)
-    return pipe, [caption(scene) for scene in scenes[first:]]
+    return pipe, judge
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +192,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--backend", default="auto", help="see `svg doctor`")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, help="the judge's own if not given")
     parser.add_argument("--commit", default="", help="stored where there is no git")
 
 
@@ -202,20 +209,23 @@ class Measurement:
         self._dense: dict[tuple[str, int], Tensor] = {}
         self._seconds: dict[tuple[str, int], float] = {}
         self.commit: str | None = None
+        self.pipe, self.judge = load(args, FIRST_PROMPT)
         header = {
             "environment": environment(args),
+            "judge": self.judge.name,
             "guidance": args.guidance,
             "frames": args.frames,
-            "prompts": [],
+            "prompts": list(self.judge.prompts),
         }
-        self.pipe, header["prompts"] = load(args, FIRST_PROMPT)
         self.results: dict[str, Any] = {
             **header, "noise_floor": {}, "cases": {}, "times": {}, "failures": {},
         }  # fmt: skip
         if args.output.exists():
             found = json.loads(args.output.read_text("utf-8"))
             # Rows added to a file name the commit that measured them.
-            stored = {**found, "environment": dict(found.get("environment", {}))}
+            stored = {
+                "judge": "embedded", **found, "environment": dict(found.get("environment", {}))
+            }  # fmt: skip
             self.commit = header["environment"]["commit"]
             stored["environment"]["commit"] = self.commit
             differs = [name for name in header if stored.get(name) != header[name]]
@@ -226,10 +236,18 @@ class Measurement:
                 )
             self.results = {**found, "failures": {}}
 
-    def run(self, sizes: Sequence[str]) -> None:
-        """Measure what is not stored yet, until the seconds are over."""
+    def run(self, sizes: Sequence[str] | None) -> None:
+        """Measure what is not stored yet, until the seconds are over.
+
+        Raises:
+            SystemExit: if the judge has no such size.
+        """
         left = 0
-        for case in cases(tuple(sizes)):
+        for size in sizes or ():
+            if size not in self.judge.sizes:
+                known = ", ".join(self.judge.sizes)
+                raise SystemExit(f"--sizes of {self.judge.name} are {known}, not {size}")
+        for case in cases(tuple(sizes or self.judge.measured)):
             if self.args.only == ("times" if isinstance(case, Case) else "clips"):
                 continue
             key = case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}"
@@ -274,14 +292,16 @@ class Measurement:
         return seconds * (1.0 if clip in self._dense else 3.0)
 
     def _layout(self, size: str) -> TokenLayout:
-        side, frames = SIDES[size], self.args.frames
-        tokens = Geometry.of(self.pipe).tokens(height=side, width=side, frames=frames)
+        height, width = self.judge.sizes[size]
+        tokens = Geometry.of(self.pipe).tokens(
+            height=height, width=width, frames=self.args.frames
+        )  # fmt: skip
         return TokenLayout(grid=(1, 1, tokens))
 
     def _sample(self, size: str, steps: int) -> Tensor:
-        prompts = self.results["prompts"]
         return sample(
-            self.pipe, prompts, SIDES[size], self.args, steps=steps, first=FIRST_PROMPT
+            self.pipe, self.judge.prompts, self.judge.sizes[size], self.args, steps=steps,
+            first=FIRST_PROMPT,
         )  # fmt: skip
 
     def _dense_clips(self, size: str, steps: int) -> Tensor:
@@ -360,8 +380,8 @@ def main() -> None:
     runner.add_argument(
         "--only", choices=["clips", "times"], help="clips on a machine that is too busy for times"
     )
-    runner.add_argument("--sizes", nargs="+", choices=list(SIDES), default=["default", "large"])
-    runner.add_argument("--frames", type=int, default=FRAMES)
+    runner.add_argument("--sizes", nargs="+", help="of clips, by name: all that matter if none")
+    runner.add_argument("--frames", type=int, help="the judge's own if not given")
     runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
     tables = commands.add_parser("table", help="write the tables and the plots")
     tables.add_argument("results", type=Path)

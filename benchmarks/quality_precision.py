@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> None:
     cpu = args.device == "cpu"
     if cpu:
         let_a_cpu_have_fp8_products()
-    pipe, prompts = quality.load(args)
-    dense = quality.sample(pipe, prompts, args.side, args)
+    pipe, judge = quality.load(args)
+    prompts, size = judge.prompts, (args.side, args.side)
+    dense = quality.sample(pipe, prompts, size, args)
     with other_dense_kernel(pipe):
-        again = quality.sample(pipe, prompts, args.side, args)
+        again = quality.sample(pipe, prompts, size, args)
     floor = quality.summary(quality.closeness(again, dense)["psnr"])
     print(f"noise floor {quality.decibels(floor)}", flush=True)
     tokens = Geometry.of(pipe).tokens(height=args.side, width=args.side, frames=FRAMES)
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
                 continue  # a dense run has no sparse step
             given = options | ({"backend": "reference"} if cpu and "attention" in options else {})
             with sparsify(pipe, method, quality.SCHEDULE, **given) as run:
-                clips = quality.sample(pipe, prompts, args.side, args)
+                clips = quality.sample(pipe, prompts, size, args)
             plain = clips if plain is None else plain
             close = quality.closeness(clips, dense)
             itself = quality.closeness(clips, plain)

@@ -70,14 +70,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=128)
     args = parser.parse_args()
-    pipe, prompts = quality.load(args)
-    dense = quality.sample(pipe, prompts, args.side, args)
-    size = {"height": args.side, "width": args.side, "frames": quality.FRAMES}
-    tokens = Geometry.of(pipe).tokens(**size)
+    pipe, judge = quality.load(args)
+    prompts, size = judge.prompts, (args.side, args.side)
+    dense = quality.sample(pipe, prompts, size, args)
+    shape = {"height": args.side, "width": args.side, "frames": args.frames}
+    tokens = Geometry.of(pipe).tokens(**shape)
     rows: list[dict[str, Any]] = []
     for chosen in SUBJECTS[args.which](tokens):
         with sparsify(pipe, SVG2(**chosen), SCHEDULE, backend=args.backend) as run:
-            close = quality.closeness(quality.sample(pipe, prompts, args.side, args), dense)
+            close = quality.closeness(quality.sample(pipe, prompts, size, args), dense)
             density = round(run.stats().mean_density, 3)
         means = {name: round(sum(values) / len(values), 2) for name, values in close.items()}
         rows.append({"settings": chosen, "density": density, **means})

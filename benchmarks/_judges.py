@@ -1,0 +1,72 @@
+"""The models that quality is judged by, and what each was made to show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from _quality_cases import SIDES
+from training.clips import caption
+from training.evaluate import held_out_scenes
+from training.train_footage import CARD
+
+from svg_models.embedded.defaults import FRAMES, GUIDANCE
+
+__all__ = ["Judge", "find_judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Say what a model is asked for.
+
+    Attributes:
+        name: in results and on pages.
+        sizes: name of a clip's size -> height and width.
+        measured: those of the sizes that are measured if none is chosen.
+        frames: of a clip.
+        guidance: scale.
+        prompts: in their order.
+    """
+
+    name: str
+    sizes: dict[str, tuple[int, int]]
+    measured: tuple[str, ...]
+    frames: int
+    guidance: float
+    prompts: tuple[str, ...]
+
+
+def find_judge(model: Path | None, *, first: int, prompts: int) -> Judge:
+    """Return the judge that a folder holds: the embedded model, or one with a card of its own.
+
+    Args:
+        model: folder; None for the embedded model.
+        first: number of the first prompt. A model with a card has no prompts that a setting was
+            chosen on, so all of them count.
+        prompts: how many.
+
+    Raises:
+        SystemExit: if the card has fewer prompts.
+    """
+    if model is None or not (model / CARD).exists():
+        scenes = held_out_scenes(first + prompts)
+        return Judge(
+            name="embedded",
+            sizes={name: (side, side) for name, side in SIDES.items()},
+            measured=("default", "large"),
+            frames=FRAMES,
+            guidance=GUIDANCE,
+            prompts=tuple(caption(scene) for scene in scenes[first:]),
+        )
+    card = json.loads((model / CARD).read_text("utf-8"))
+    if len(card["prompts"]) < prompts:
+        raise SystemExit(f"{model / CARD} has {len(card['prompts'])} prompts; ask for no more")
+    return Judge(
+        name=card["name"],
+        sizes={card["name"]: (card["height"], card["width"])},
+        measured=(card["name"],),
+        frames=card["frames"],
+        guidance=card["guidance"],
+        prompts=tuple(card["prompts"][:prompts]),
+    )
