@@ -24,7 +24,7 @@ LINES = {
     "pip install svg-compat": "the names that SGLang imports of the published package `svg`",
 }
 # What error messages advise besides.
-HINTS = ('pip install "svg-attention[triton]"',)
+HINTS = ('pip install "svg-attention[triton]"', 'pip install "svg-models[ray]"')
 # What is on the main branch, from a checkout of it.
 CHECKOUT = (
     "pip install ./packages/flash-kmeans ./packages/svg-kernels "

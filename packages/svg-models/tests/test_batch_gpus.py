@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from svg_models.cli import app
 from svg_models.errors import ModelUnavailableError, SvgModelsError
 from svg_models.generation.batch import BatchClip
-from svg_models.generation.makers import groups_of, make_on_groups
+from svg_models.generation.makers import check_groups, groups_of, make_on_groups
 from svg_models.generation.request import GenerateRequest
 from svg_models.launch import Group
 from svg_models.loading import quiet
@@ -106,7 +106,7 @@ def test_groups_are_dealt_evenly() -> None:
     groups = groups_of(GenerateRequest(gpus=6, device="cpu"), 2)
     assert [group.size for group in groups] == [2, 2, 2]
     with pytest.raises(SvgModelsError, match="3 GPUs cannot be dealt in groups of 2"):
-        groups_of(GenerateRequest(gpus=3, device="cpu"), 2)
+        check_groups(3, 2)
 
 
 SMALL = ["--size", "48x48", "--frames", "5", "--steps", "2", "--guidance", "2", "--device", "cpu"]

@@ -55,32 +55,53 @@ def batch(
             rich_help_panel=WHERE,
         ),
     ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="A Ray cluster whose machines make the clips: auto, HOST:PORT, or local.",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate a clip of each line of a file; the same line again goes on where it stopped."""
     from svg_models.files import check_folder, writable_folder
     from svg_models.generation.batch import SHEET, plan_batch, read_lines, run_batch, write_sheet
-    from svg_models.generation.makers import groups_of, make_here, make_on_groups
+    from svg_models.generation.makers import (
+        check_groups,
+        groups_of,
+        make_here,
+        make_on_groups,
+    )
 
     clips = plan_batch(file, read_lines(file), request, _fields)
     folder = check_folder(output)
     results: list[BatchResult] = []
+    check_groups(request.gpus, gpus_per_clip)
     with ExitStack() as ended:
-        several = max(request.gpus, gpus_per_clip) > 1
-        groups = groups_of(request, gpus_per_clip) if several else []
+        alone = request.gpus == 1 and ray is None
+        groups = [] if alone or ray is not None else groups_of(request, gpus_per_clip)
         progress = ended.enter_context(progress_bars(silent=quiet, as_json=as_json))
         interrupts = ended.enter_context(unwinding(folder / SHEET))
         writable_folder(folder)
-        shown = [progress, *(progress.another() for _ in groups[1:])]
+        shown = [progress]
+        shown += [progress.another() for _ in range(request.gpus // gpus_per_clip - 1)]
 
         def reports(clip: BatchClip, maker: int) -> Any:
             title = f"{clips.index(clip) + 1} of {len(clips)}"
             return shown[maker].named(f"{title}  {clip.request.prompt or 'example'}"[:60])
 
         def make(missing: Sequence[BatchClip]) -> Any:
-            if not groups:
+            if alone:
                 return make_here(missing, reports)
+            if ray is not None:
+                from svg_models.generation.on_ray import make_on_ray, ray_cluster
+
+                module = ended.enter_context(ray_cluster(ray, request))
+                return make_on_ray(module, missing, request, gpus_per_clip, reports)
             for group in groups:
                 ended.enter_context(group)
             return make_on_groups(missing, groups, reports)

@@ -14,7 +14,7 @@ import typer
 
 from svg_models.cli.config import option_names, read_config
 from svg_models.cli.output import spoken_errors
-from svg_models.generation.request import GenerateRequest, Request
+from svg_models.generation.request import Request
 from svg_models.generation.settings import WHAT, WHERE, Option
 
 __all__ = ["AsJson", "Quiet", "SaveConfig", "SaveRecipe", "has_options_of", "read_size"]
@@ -224,7 +224,7 @@ def check_where(request: Request) -> None:
     """
     from svg_models.embedded import embedded_path
     from svg_models.files import regular_file
-    from svg_models.loading.device import check_device, check_dtype, gpu_names
+    from svg_models.loading.device import check_device, check_dtype
     from svg_models.loading.folder import check_components, read_index
     from svg_models.loading.hub import local_folder
     from svg_models.loading.lora import Lora
@@ -232,8 +232,6 @@ def check_where(request: Request) -> None:
 
     check_device(request.device)
     check_dtype(request.dtype)
-    if isinstance(request, GenerateRequest) and request.gpus > 1 and request.device != "cpu":
-        gpu_names(request.gpus)
     check_offload(request.offload, request.device, compiled=request.compiled)
     for lora in request.loras:
         Lora.parse(lora)

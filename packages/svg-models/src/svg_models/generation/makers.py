@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from svg_models.errors import (
     LostRankError,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
     from svg_models.loading import Progress
 
-__all__ = ["Reports", "groups_of", "make_here", "make_on_groups"]
+__all__ = ["Reports", "check_groups", "concerns_all", "groups_of", "make_here", "make_on_groups"]
 
 Reports = Callable[[BatchClip, int], "Progress"]
 """Returns what hears how far a clip is, given who makes it, from 0."""
@@ -52,22 +52,29 @@ def make_here(
         yield clip, found
 
 
+def check_groups(gpus: int, per_clip: int) -> None:
+    """Refuse GPUs that cannot be dealt in groups.
+
+    Raises:
+        SettingError: says so.
+    """
+    if gpus % per_clip:
+        raise SettingError(
+            f"{gpus} GPUs cannot be dealt in groups of {per_clip}; make --gpus a multiple of "
+            "--gpus-per-clip"
+        )
+
+
 def groups_of(request: GenerateRequest, per_clip: int) -> list[Group]:
     """Return the groups of processes that make clips side by side, none of them started.
 
     Args:
         request: says how many GPUs there are for all.
-        per_clip: how many make one clip together.
+        per_clip: how many make one clip together; divides them.
 
     Raises:
-        SettingError: if they cannot be dealt evenly.
         MachineError: if there are fewer GPUs than were asked for.
     """
-    if request.gpus % per_clip:
-        raise SettingError(
-            f"{request.gpus} GPUs cannot be dealt in groups of {per_clip}; make --gpus a multiple "
-            "of --gpus-per-clip"
-        )
     places = places_of(request)
     return [
         Group(places[first : first + per_clip], clip_maker)
@@ -115,8 +122,8 @@ class _SideBySide:
             self._feed()  # before the clip is written, which takes seconds
             if again:
                 continue
-            if not proven and _concerns_all(result.error):
-                raise result.error  # type: ignore[misc]  # an error, as `_concerns_all` says
+            if not proven and concerns_all(result.error):
+                raise result.error
             proven = proven or result.error is None
             yield clip, _worded(result)
         for clip in self._waiting:
@@ -156,9 +163,10 @@ class _SideBySide:
                     break
 
 
-def _concerns_all(error: Exception | None) -> bool:
+def concerns_all(found: object) -> TypeGuard[SvgModelsError]:
+    """Return whether what became of the first clip will become of all."""
     kinds = (ModelUnavailableError, MachineError)
-    return isinstance(error, kinds) and not isinstance(error, LostRankError)
+    return isinstance(found, kinds) and not isinstance(found, LostRankError)
 
 
 def _worded(result: Finished) -> Clip | SvgModelsError:
