@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from svg_models.errors import MachineError, SettingError, SvgModelsError, first_line
@@ -77,7 +78,8 @@ def ray_cluster(address: str, request: GenerateRequest) -> Iterator[Any]:
             '--ray needs the package ray; pip install "svg-models[ray]", or leave it out'
         ) from error
     started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    with _own_signals():
+    # Ray says on the standard output what happens to its workers, and results go there.
+    with _own_signals(), redirect_stdout(sys.stderr):
         try:
             ray.init(
                 address,
@@ -92,14 +94,15 @@ def ray_cluster(address: str, request: GenerateRequest) -> Iterator[Any]:
                 "start --head, or use --ray local"
             ) from error
     try:
-        kind = "CPU" if request.device == "cpu" else "GPU"
-        there = int(ray.cluster_resources().get(kind, 0))
-        if there < request.gpus:
-            raise MachineError(
-                f"{request.gpus} {kind}s were asked for, and the Ray cluster has {there}; lower "
-                "--gpus, or add machines to it"
-            )
-        yield ray
+        with redirect_stdout(sys.stderr):
+            kind = "CPU" if request.device == "cpu" else "GPU"
+            there = int(ray.cluster_resources().get(kind, 0))
+            if there < request.gpus:
+                raise MachineError(
+                    f"{request.gpus} {kind}s were asked for, and the Ray cluster has {there}; "
+                    "lower --gpus, or add machines to it"
+                )
+            yield ray
     finally:
         ray.shutdown()
 
