@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ def run(
             `label`.
         compute: returns a batch's loss and further means to log; it backpropagates nothing.
         decay: of the average of the weights.
+
+    Raises:
+        FloatingPointError: if a loss is not finite; the last checkpoint stays as it is.
     """
     clock = Clock(options)
     path = options.out / f"{name}.pt"
@@ -136,7 +140,12 @@ def run(
         clock.step += 1
         recent.append((batch.label, loss.detach(), extra))
         if clock.step % LOG_EVERY == 0 or clock.step == options.steps:
-            log.append(_summary(clock, recent))
+            entry = _summary(clock, recent)
+            if not all(math.isfinite(value) for value in entry.values()):
+                raise FloatingPointError(
+                    f"a loss is not finite: {entry}; go on from the last checkpoint with a lower lr"
+                )
+            log.append(entry)
             recent = []
             print(json.dumps(log[-1]), flush=True)
     state = {

@@ -77,7 +77,7 @@ class Options:
         work: folder of the whole checkpoints.
         vae_seconds: for the autoencoder.
         seconds: for the transformer, over all slices.
-        max_seconds: of this slice, from the start of the program.
+        max_seconds: of this slice, once the program's imports are done.
         vae_steps: that the autoencoder takes at most.
         steps: that the transformer takes at most.
         vae_lr: peak of the autoencoder's learning rate.
@@ -99,7 +99,7 @@ class Options:
     vae_steps: int = 10**6
     steps: int = 10**6
     vae_lr: float = 1e-3
-    lr: float = 1e-3
+    lr: float = 8e-4
     seed: int = 0
     device: str = "cpu"
     compiled: bool = False
@@ -520,7 +520,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae-seconds", type=float, default=75.0)
     parser.add_argument("--seconds", type=float, default=600.0, help="of the transformer, in all")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="of this slice")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")

@@ -9,11 +9,11 @@ import torch
 from training import footage, train_footage
 from training.build import make_tokenizer, make_transformer
 from training.compact import STEPS_PER_RMS, pack, quantise, unpack
-from training.loop import Clock, Slice
+from training.loop import Clock, Slice, run
 from training.optim import make_optimisers
 from training.train import TOY_SHAPE
 from training.train_footage import TOY_PLAN, Options, export, fix_cross_attention, train
-from training.windows import Footage, Window, prompt, windows
+from training.windows import Footage, Latents, Window, prompt, windows
 
 from svg_models.loading import load_pipeline
 
@@ -95,6 +95,24 @@ def test_clock_follows_whichever_of_steps_and_seconds_is_spent_faster(tmp_path):
     clock.step = 10
     assert clock.over
     assert Clock(Slice(out=tmp_path, steps=10, lr=1.0, max_seconds=-1.0)).over
+
+
+def test_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_checkpoint(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    batch = Latents(*[torch.ones(1, 2)] * 3, 64, "size")
+
+    def go(steps, factor):
+        options = Slice(out=tmp_path, steps=steps, lr=1e-3)
+        run(
+            model, "stage", options, lambda clock: [batch] * (steps - clock.step),
+            lambda batch, generator: (factor * model(batch.latents).square().mean(), {}), decay=0.9,
+        )  # fmt: skip
+
+    go(2, 1.0)
+    kept = (tmp_path / "stage.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        go(3, float("nan"))
+    assert (tmp_path / "stage.pt").read_bytes() == kept
 
 
 def test_quantise_keeps_2_percent_of_noise_and_large_entries():
