@@ -36,6 +36,9 @@ class Video:
         dense_layers: share of the layers that it keeps dense.
         pass_s: seconds that a forward pass of diffusers is expected to take on an H100.
         decode_s: seconds that decoding is.
+        checkpoints: hub ids of what has these shapes.
+        text: parameters of its text encoders, which are not built.
+        few: what makes the transformer one of three layers.
     """
 
     name: str
@@ -51,6 +54,15 @@ class Video:
     dense_layers: float = 0.03
     pass_s: float = 0.05
     decode_s: float = 0.1
+    checkpoints: tuple[str, ...] = ()
+    text: int = 0
+    few: Mapping[str, int] = field(default_factory=lambda: {"num_layers": 3})
+
+    @property
+    def short(self) -> Video:
+        """The same with three layers: a layer needs no memory that another does not give back."""
+        build: Any = self.build
+        return replace(self, build=replace(build, config={**build.config, **self.few}))
 
     @property
     def passes(self) -> int:
@@ -272,6 +284,9 @@ WAN_1_3B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 HD = dict(height=720, width=1280, num_frames=81)
 SD = dict(height=480, width=832, num_frames=81)
 
+# Parameters of text encoders, from their published configurations.
+UMT5, T5_XXL, T5_11B = 5_680_910_336, 4_762_310_656, 4_864_791_552
+LLAMA, CLIP, QWEN, BYT5 = 7_505_186_816, 123_060_480, 7_070_619_136, 219_314_944
 UNGUIDED = dict(guidance_scale=1.0)
 
 VIDEOS = (
@@ -286,6 +301,8 @@ VIDEOS = (
         clusters=(300, 1000),
         pass_s=12.6,
         decode_s=5.0,
+        checkpoints=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+        text=UMT5,
     ),
     Video(
         name="HunyuanVideo, 720p, 129 frames",
@@ -298,6 +315,9 @@ VIDEOS = (
         dense_steps=0.1,
         pass_s=32.0,
         decode_s=30.0,
+        checkpoints=("hunyuanvideo-community/HunyuanVideo",),
+        text=LLAMA + CLIP,
+        few=dict(num_layers=1, num_single_layers=2),
     ),
     Video(
         name="Wan 2.1 1.3B, 480p, 81 frames",
@@ -310,6 +330,8 @@ VIDEOS = (
         clusters=(200, 1000),
         pass_s=0.75,
         decode_s=2.5,
+        checkpoints=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+        text=UMT5,
     ),
     Video(
         name="Wan 2.2 A14B, 720p, 81 frames",
@@ -322,6 +344,8 @@ VIDEOS = (
         clusters=(300, 1000),
         pass_s=12.6,
         decode_s=5.0,
+        checkpoints=("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
+        text=UMT5,
     ),
     Video(
         name="HunyuanVideo 1.5, 720p, 121 frames",
@@ -335,6 +359,8 @@ VIDEOS = (
         dense_steps=0.1,
         pass_s=11.6,
         decode_s=30.0,
+        checkpoints=("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",),
+        text=QWEN + BYT5,
     ),
     Video(
         name="Cosmos 1.0 14B, 704p, 121 frames",
@@ -349,6 +375,8 @@ VIDEOS = (
         dense_steps=0.3,
         pass_s=7.2,
         decode_s=10.0,
+        checkpoints=("nvidia/Cosmos-1.0-Diffusion-14B-Text2World",),
+        text=T5_11B,
     ),
     Video(
         name="CogVideoX 1.5, 768p, 81 frames",
@@ -372,6 +400,8 @@ VIDEOS = (
         dense_layers=0.025,
         pass_s=6.3,
         decode_s=40.0,
+        checkpoints=("zai-org/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B"),
+        text=T5_XXL,
     ),
     Video(
         name="Wan 2.1 14B, 480p, 81 frames",
@@ -384,6 +414,8 @@ VIDEOS = (
         clusters=(200, 1000),
         pass_s=3.4,
         decode_s=2.5,
+        checkpoints=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+        text=UMT5,
     ),
 )
 
@@ -463,6 +495,7 @@ TINY = (
         steps=10,
         grid=(3, 8, 8),
         clusters=(4, 12),
+        few=dict(num_layers=1, num_single_layers=2),
     ),
     Video(
         name="tiny HunyuanVideo 1.5",

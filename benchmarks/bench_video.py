@@ -370,8 +370,9 @@ class Bench:
         decode: bool,
         frames: int | None = None,
         options: Mapping[str, Any] | None = None,
+        watch: Callable[..., Watch] = Watch,
     ) -> dict[str, Any]:
-        """Run a clip and return the seconds of its parts."""
+        """Run a clip and return the seconds of its parts, and what `watch` sees besides."""
         video, pipe, device = self.video, self.pipe, self.device
         arguments = dict(video.arguments) | video.embeddings(device)
         guider = getattr(pipe, "guider", None)
@@ -393,24 +394,24 @@ class Bench:
             if method is not None:
                 given = self.options(part) if options is None else dict(options)
                 run = stack.enter_context(sparsify(pipe, method, schedule, **given))
-            watch = stack.enter_context(Watch(pipe, device, schedule, method, steps))
-            begin = watch.now()
+            seen = stack.enter_context(watch(pipe, device, schedule, method, steps))
+            begin = seen.now()
             out = pipe(
                 **arguments,
                 num_inference_steps=steps,
                 generator=torch.Generator("cpu").manual_seed(SEED),
                 output_type="pt" if decode else "latent",
             ).frames
-            end = watch.now()
+            end = seen.now()
             if not torch.isfinite(torch.as_tensor(out)).all():
                 raise RuntimeError(f"{video.name}, {part.name}: the video is not finite")
             stats = None if run is None else run.stats()
             messages = [] if run is None else list(run.messages)
-        return watch.taken(video) | {
+        return seen.taken(video) | {
             "guided": guided,
-            "start": watch.first_began - begin,
-            "decoding": end - watch.last_ended if decode else None,
-            "vae": watch.decoding if decode else None,
+            "start": seen.first_began - begin,
+            "decoding": end - seen.last_ended if decode else None,
+            "vae": seen.decoding if decode else None,
             "whole": end - begin,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
             "density": None if stats is None else stats.mean_density,

@@ -57,7 +57,7 @@ FLOORS = {
     ),
     "svg_models": (
         ("errors", "attention_op", "embedded", "interrupts", "summary"),
-        ("spelling", "numeric", "plain_json", "files", "stats", "families", "launch"),
+        ("spelling", "numeric", "plain_json", "files", "stats", "families", "launch", "needs"),
         ("caching",),
         ("recipe", "video", "loading", "model_names", "parallel"),
         ("presets",),

@@ -16,6 +16,7 @@ import torch
 
 from svg_attention import backend_status
 from svg_models.loading.memory import GIB, machine_memory
+from svg_models.needs import needs_of
 
 _PACKAGES = (
     "svg-models",
@@ -31,6 +32,8 @@ _PACKAGES = (
     "flash-attn-4",
     "flashinfer-python",
 )
+CONTEXT_BYTES = 600 * 2**20
+"""What the driver and libraries take of a GPU beside torch."""
 OPTIONAL = ("flash-attn", "flash-attn-4", "flashinfer-python", "flashinfer", "flash_attn", "nvcc")
 """What is another way to do what this project does itself, or needed to build it only."""
 
@@ -68,13 +71,14 @@ class Conclusion:
     command: str = ""
 
 
-def diagnose(device: str | None = None) -> list[Check]:
+def diagnose(device: str | None = None, model: str | None = None) -> list[Check]:
     """Check everything this project can use.
 
     Asking about a GPU loads the compiled kernels, or builds them where nvcc is found.
 
     Args:
         device: the GPU if there is one, else the CPU, by default.
+        model: a hub id, to say how it fits as well, if that was measured.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checks = [
@@ -84,8 +88,9 @@ def diagnose(device: str | None = None) -> list[Check]:
         *_kmeans(place),
         *_fused_kernels(place),
         *_models(place),
+        *([] if model is None else _needs(model, place)),
     ]
-    return [replace(check, matters=_matters(check, place)) for check in checks]
+    return [replace(c, matters=c.matters and _matters(c, place)) for c in checks]
 
 
 def _matters(check: Check, device: str) -> bool:
@@ -276,6 +281,31 @@ def _fused_kernels(device: str) -> list[Check]:
     detail = f"normalised and rotated by {who}"
     heads = Check(part="fused kernels", name="queries and keys", works=works, detail=detail)
     return [*backends, heads]
+
+
+def _needs(model: str, device: str) -> list[Check]:
+    """Return how a model fits, way by way; nothing if that was not measured."""
+    checks = []
+    have = None
+    if device != "cpu":
+        have = torch.cuda.get_device_properties(device).total_memory
+    for need in needs_of(model):
+        if need.steps == "diffusers":
+            continue
+        options = f"--offload {need.offload}"
+        options += " --linears fp8" if "fp8" in need.steps else ""
+        stored = ", weights stored in fp8" if need.weights == "fp8" else ""
+        cards = "no card of 80 GB" if need.card is None else f"cards from {need.card} GB on"
+        checks.append(
+            Check(
+                part=f"memory of {model}",
+                name=f"{options}{stored}",
+                works=None if have is None else need.bytes + CONTEXT_BYTES <= have,
+                detail=f"{need.clip}: {need.bytes / GIB:.1f} GiB, {cards}",
+                matters=False,
+            )
+        )
+    return checks
 
 
 def _models(device: str) -> list[Check]:

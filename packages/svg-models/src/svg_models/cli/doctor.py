@@ -18,6 +18,10 @@ def doctor(
         bool, typer.Option("--json", help="Print JSON for a program to read.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A hub id: also how it fits, if that was measured."),
+    ] = None,
 ) -> None:
     """List what this machine can run, and why not."""
     with spoken_errors():
@@ -28,7 +32,7 @@ def doctor(
         from svg_models.loading import pick_device
 
         place = pick_device(device)
-        checks = diagnose(place)
+        checks = diagnose(place, model)
         if as_json:
             say_json(to_dict(checks, place))
             return

@@ -146,6 +146,10 @@ class Fp8Linear(Fp8Forward):
         module, switch = self._module(), self.switch
         if module is None or switch is None:
             raise RuntimeError("an fp8 layer was called after its run had ended")
+        if self._weight.device != quantised.device:  # type: ignore[union-attr]
+            # The model came to the GPU after its run began; the copies stay there until its end.
+            self._weight = self._weight.to(quantised.device)  # type: ignore[union-attr]
+            self._scale = self._scale.to(quantised.device)  # type: ignore[union-attr]
         # torch adds a bias only in the dtype of the output.
         within = module.bias is not None and module.bias.dtype == dtype
         out = torch._scaled_mm(

@@ -1,0 +1,479 @@
+"""Measure what fits on which card: peaks of a step and of decoding, and runs under a memory cap.
+
+    python benchmarks/bench_memory.py run --seconds 180 --output benchmarks/results/h100/memory.json
+    python benchmarks/bench_memory.py table --output benchmarks/results/h100/memory.json
+    python benchmarks/bench_memory.py run --tiny --output tiny.json    # toys on a CPU, no numbers
+
+A forward pass keeps nothing of a layer but its weights and, while attention is sparse, the
+centroids of its clusters. So each model is built with three layers, what a pass and decoding take
+beside the weights is measured, and the weights of the other layers are counted. What is said to fit
+is then run once more with a tensor in the place of what is missing, under a cap as low as the
+card's memory. Text encoders are counted, not built.
+
+`run` goes on where the file ends and begins nothing that would not be done in `--seconds`. `table`
+fills the documentation and the table that `svg doctor -m MODEL` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import UNAVAILABLE, conditions, environment, reason, replace_between, store, table
+from _video_subjects import TINY, VIDEOS, Video
+from bench_video import (
+    DENSE,
+    FIRST,
+    FP8,
+    PAGES,
+    PARTS,
+    SPARSE,
+    STOCK,
+    Bench,
+    Budget,
+    Part,
+    Watch,
+    let_a_cpu_have_fp8,
+    svg2,
+)
+
+from svg_attention import Schedule
+from svg_models.families import family_of, transformers_of
+from svg_models.loading.placement import place
+from svg_models.needs import TABLE
+from svg_models.sparse.linears import is_plain_linear
+
+GIB = 1024**3
+# Memory that torch sees of a card, and what the driver and libraries take of it, GiB.
+CARDS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1}
+CONTEXT = 0.6
+# Seconds that a model is expected to take, and those of a pass of 14 billion parameters.
+SECONDS, MORE_SECONDS = 20.0, 40.0
+KINDS = (DENSE, FIRST, SPARSE)
+PRODUCTS = next(part for part in PARTS if part.name == "SVG2, fp8 products")
+STEPS = {
+    "diffusers": Part(name="diffusers", kinds=(STOCK,)),
+    "SVG2": Part(name="SVG2", kinds=KINDS, method=svg2),
+    "SVG2, fp8 products": Part(name=PRODUCTS.name, kinds=KINDS, method=svg2, linears=True),
+    FP8: Part(name=FP8, kinds=KINDS, method=svg2, linears=True, attention=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to hold a model.
+
+    Attributes:
+        offload: see `svg generate --offload`.
+        weights: how the transformer's are stored.
+        steps: what runs, a name of `STEPS`.
+    """
+
+    offload: str
+    weights: str
+    steps: str
+
+    @property
+    def name(self) -> str:
+        """For people and in the stored result."""
+        return f"{self.steps}, offload {self.offload}, {self.weights}"
+
+
+WAYS = (
+    Way(offload="none", weights="bf16", steps="diffusers"),
+    Way(offload="none", weights="bf16", steps="SVG2"),
+    Way(offload="none", weights="bf16", steps="SVG2, fp8 products"),
+    Way(offload="none", weights="fp8", steps="SVG2"),
+    Way(offload="model", weights="bf16", steps="diffusers"),
+    Way(offload="model", weights="bf16", steps="SVG2"),
+    Way(offload="model", weights="fp8", steps="SVG2"),
+    Way(offload="group", weights="bf16", steps="diffusers"),
+    Way(offload="group", weights="bf16", steps="SVG2"),
+)
+
+
+class Memory:
+    """The memory of the GPU; nothing on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device == "cuda"
+
+    def allocated(self) -> int:
+        """Return the bytes that tensors take."""
+        return torch.cuda.memory_allocated() if self.gpu else 0
+
+    def peak(self) -> int:
+        """Return the most bytes since `forget`."""
+        return torch.cuda.max_memory_allocated() if self.gpu else 0
+
+    def forget(self) -> None:
+        """Count peaks from now on."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def free(self) -> None:
+        """Give back what nothing holds."""
+        gc.collect()
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+    def cap(self, gib: float | None) -> None:
+        """Let torch take so much at most; None for all."""
+        if self.gpu:
+            total = torch.cuda.get_device_properties(0).total_memory
+            share = 1.0 if gib is None else min(1.0, gib * GIB / total)
+            torch.cuda.set_per_process_memory_fraction(share)
+
+    def ballast(self, size: float) -> torch.Tensor:
+        """Return a tensor of so many bytes."""
+        count = int(size) if self.gpu else 0
+        return torch.empty(max(0, count), dtype=torch.uint8, device="cuda" if self.gpu else "cpu")
+
+
+class PeakWatch(Watch):
+    """Take the peaks of denoising and of decoding apart, and what is held after each pass."""
+
+    memory: Memory
+    found: dict[str, Any]
+
+    def __enter__(self) -> PeakWatch:
+        decode = self.pipe.vae.decode
+
+        def decoded(*args: Any, **kwargs: Any) -> Any:
+            self.found["denoising"] = self.memory.peak()
+            before = self.memory.allocated()
+            self.memory.forget()
+            done = decode(*args, **kwargs)
+            self.found["decoding"] = self.memory.peak() - before
+            return done
+
+        self.pipe.vae.decode = decoded
+        super().__enter__()
+        for model in transformers_of(self.pipe).values():
+            hook = model.register_forward_hook(
+                lambda *_: self.found["held"].append(self.memory.allocated())
+            )
+            self._undo.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.pipe.vae.__dict__.pop("decode", None)
+
+
+def measure_steps(bench: Bench, part: Part, memory: Memory, *, decode: bool) -> dict[str, Any]:
+    """Run a part and return its peaks in bytes: denoising, decoding beside what is held, held."""
+    memory.free()
+    memory.forget()
+    found: dict[str, Any] = {"before": memory.allocated(), "held": []}
+    kinds = part.kinds
+
+    def watch(*args: Any) -> PeakWatch:
+        made = PeakWatch(*args)
+        made.memory, made.found = memory, found
+        return made
+
+    schedule = Schedule(
+        dense_steps=kinds.count(DENSE) / len(kinds), dense_layers=bench.video.dense_layers
+    )
+    guided = bench.video.unguided is None
+    bench.run(part, len(kinds), schedule, guided=guided, decode=decode, watch=watch)
+    found.setdefault("denoising", memory.peak())
+    return found
+
+
+def copied(pipe: Any, *, each: bool = False) -> int:
+    """Return the bytes that the fp8 copies of weights take; of one transformer with `each`."""
+    sizes = []
+    for model in transformers_of(pipe).values():
+        blocks = list(family_of(model).blocks_of(model))[1:-1]
+        layers = (m for b in blocks for path, m in b.named_modules() if is_plain_linear(path, m))
+        sizes.append(sum(layer.weight.numel() for layer in layers))
+    return max(sizes) if each else sum(sizes)
+
+
+def weights(module: torch.nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def layers_of(pipe: Any) -> int:
+    """Return the layers of all transformers."""
+    return sum(len(list(family_of(m).blocks_of(m))) for m in transformers_of(pipe).values())
+
+
+def describe(video: Video) -> dict[str, Any]:
+    """Return the sizes of a whole model, which is not built: bytes of weights, layers."""
+    pipe = video.build("meta")
+    return {
+        "transformers": [weights(m) for m in transformers_of(pipe).values()],
+        "vae": weights(pipe.vae),
+        "text": 2 * video.text,
+        "copies": copied(pipe),
+        "copies_each": copied(pipe, each=True),
+        "layers": layers_of(pipe),
+    }
+
+
+def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str, Any]:
+    """Measure one model and run what fits under caps."""
+    whole = describe(video)
+    short = video.short
+    bench = Bench(short, device)
+    pipe = bench.pipe
+    built = {
+        "transformers": [weights(m) for m in transformers_of(pipe).values()],
+        "copies": copied(pipe),
+        "layers": layers_of(pipe),
+    }
+    branches = video.passes
+    found: dict[str, Any] = {}
+    for name, part in STEPS.items():
+        if part.attention and not bench.wide_heads:
+            continue
+        taken = measure_steps(bench, part, memory, decode=name == "diffusers")
+        copies = built["copies"] if part.linears else 0
+        held = taken["held"]
+        state = max(0, held[-1] - held[0]) if part.method is not None else 0
+        found[name] = {
+            # Beside weights, copies of them, and what lasts from step to step.
+            "activations": taken["denoising"] - taken["before"] - copies - state,
+            "state": state * whole["layers"] / built["layers"] * branches,
+            "decoding": taken.get("decoding"),
+        }
+        budget.say(f"{video.name}, {name}: activations {gib(found[name]['activations'])}")
+    decoding = found["diffusers"]["decoding"]
+    bench.close()
+    grouped = measure_grouped(short, memory, device)
+    needs = {}
+    for way in WAYS:
+        needs[way.name] = need(way, whole, built, found, decoding, grouped)
+    above = {
+        name: total - total_of(found["diffusers"])
+        for name, total in ((n, total_of(f)) for n, f in found.items())
+    }
+    result = {
+        "name": video.name,
+        "checkpoints": video.checkpoints,
+        "clip": clip_of(video),
+        "weights": whole,
+        "activations": found,
+        "grouped": grouped,
+        "above_stock": above,
+        "ways": {},
+    }
+    for way in WAYS:
+        fits = smallest(needs[way.name])
+        checked = None
+        if fits is not None and way.offload != "group":
+            checked = run_capped(short, way, fits, needs[way.name], memory, device)
+            if checked is not None and not checked["ran"]:
+                fits = next((card for card in CARDS if card > fits), None)
+        result["ways"][way.name] = {
+            "offload": way.offload,
+            "weights": way.weights,
+            "steps": way.steps,
+            "bytes": needs[way.name],
+            "card": fits,
+            "capped": checked,
+        }
+        budget.say(f"{video.name}, {way.name}: {gib(needs[way.name])}, fits {fits} GB {checked}")
+    return result
+
+
+def total_of(found: Mapping[str, Any]) -> float:
+    """Return what a step takes beside weights and their copies."""
+    return float(found["activations"] + found["state"])
+
+
+def need(
+    way: Way,
+    whole: Mapping[str, Any],
+    built: Mapping[str, Any],
+    found: Mapping[str, Any],
+    decoding: float,
+    grouped: Mapping[str, Any],
+) -> float:
+    """Return the bytes that a way of holding a model needs at its highest."""
+    taken = found[way.steps]
+    if way.offload == "group":
+        return max(grouped[way.steps] + taken["state"], decoding)
+    sizes = whole["transformers"]
+    if way.weights == "fp8":  # what is stored in fp8 is half of what layers add
+        sizes = [
+            full - (full - few) / 2 - few / 4
+            for full, few in zip(sizes, built["transformers"], strict=True)
+        ]
+    linears = STEPS[way.steps].linears
+    if way.offload == "model":
+        copies = whole["copies"] if linears else 0
+        denoising = max(sizes) + total_of(taken) + copies
+        return float(max(denoising, whole["vae"] + decoding + copies, whole["text"]))
+    resident = sum(sizes) + whole["vae"] + whole["text"] + (whole["copies"] if linears else 0)
+    return float(resident + max(total_of(taken), decoding))
+
+
+def smallest(size: float) -> int | None:
+    """Return the smallest card that so many bytes fit on."""
+    return next((c for c, total in CARDS.items() if size <= (total - CONTEXT) * GIB), None)
+
+
+def measure_grouped(video: Video, memory: Memory, device: str) -> dict[str, float]:
+    """Return the peaks of steps whose layers come to the GPU when they are needed."""
+    found: dict[str, float] = {}
+    for name in ("diffusers", "SVG2"):
+        bench = Bench(video, device)
+        if device == "cuda":
+            bench.pipe.to("cpu")
+            place(bench.pipe, "cuda", "group")
+        taken = measure_steps(bench, STEPS[name], memory, decode=False)
+        held = taken["held"]
+        found[name] = taken["denoising"] - max(0, held[-1] - held[0])
+        bench.close()
+        memory.free()
+    return found
+
+
+def run_capped(
+    video: Video, way: Way, card: int, size: float, memory: Memory, device: str
+) -> dict[str, Any] | None:
+    """Run a model of three layers, and a tensor for the rest, in the memory of a card."""
+    if not memory.gpu:
+        return None
+    part = STEPS[way.steps]
+    bench = Bench(video, device)
+    pipe = bench.pipe
+    if way.weights == "fp8":
+        for model in transformers_of(pipe).values():
+            model.enable_layerwise_casting(
+                storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+            )
+    decode = way.offload == "none"
+    if not decode:
+        pipe.vae.to("cpu")
+    memory.free()
+    taken = measure_steps(bench, part, memory, decode=decode)
+    own = max(taken["denoising"], taken.get("decoding", 0) + taken["before"])
+    memory.free()
+    ran, why = True, ""
+    memory.cap(CARDS[card] - CONTEXT)
+    try:
+        kept = memory.ballast(size - own)
+        measure_steps(bench, part, memory, decode=decode)
+        del kept
+    except torch.OutOfMemoryError as error:
+        ran, why = False, reason(error)
+    finally:
+        memory.cap(None)
+        bench.close()
+        memory.free()
+    return {"card": card, "ran": ran, "reason": why}
+
+
+def clip_of(video: Video) -> str:
+    """Return size and frames of a clip, for people."""
+    given = video.arguments
+    return f"{given['width']}x{given['height']}, {given['num_frames']} frames"
+
+
+def gib(size: float) -> str:
+    """Return bytes for people."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and store."""
+    budget = Budget(seconds=args.seconds)
+    device = "cpu" if args.tiny else "cuda"
+    if args.tiny:
+        let_a_cpu_have_fp8()
+    memory = Memory(device)
+    result: dict[str, Any] = {"models": []}
+    if args.output.exists():
+        result = json.loads(args.output.read_text("utf-8"))
+    if not args.tiny:
+        result["environment"] = environment(args.commit)
+    words = [word.lower() for word in args.models]
+    for video in TINY if args.tiny else VIDEOS:
+        known = [one["name"] for one in result["models"]]
+        if video.name in known or (words and not any(w in video.name.lower() for w in words)):
+            continue
+        expected = SECONDS + MORE_SECONDS * min(1.5, video.pass_s / 12.6) + video.decode_s
+        if not budget.has(expected, video.name):
+            continue
+        try:
+            result["models"].append(measure(video, memory, device, budget))
+        except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
+            budget.say(f"{video.name}: {reason(error)}")
+        store(args.output, result)
+    budget.say("done")
+
+
+def write_table(path: Path) -> None:
+    """Fill the documentation and the table of the package; nothing while nothing is stored."""
+    page = PAGES[0].parent / "guide" / "low-memory.md"
+    if not path.exists():
+        replace_between(page, "memory", "")
+        return
+    result = json.loads(path.read_text("utf-8"))
+    lines = []
+    for model in result["models"]:
+        ways = list(model["ways"].values())
+        for way in ways:
+            fits = [f"{card}" for card in CARDS if way["card"] is not None and card >= way["card"]]
+            lines.append(
+                [
+                    f"{model['name']}",
+                    f"`--offload {way['offload']}`",
+                    way["weights"],
+                    way["steps"],
+                    gib(way["bytes"]),
+                    ", ".join(fits) or "none of these",
+                ]
+            )
+    head = ["model", "offload", "weights", "steps", "needs", "cards of 24, 40, 48, 80 GB"]
+    told = "\n".join(
+        f"- {model['name']}: a step of SVG2 takes {gib(model['above_stock']['SVG2'])} more than "
+        f"one of diffusers, centroids of all layers included."
+        for model in result["models"]
+    )
+    text = f"{conditions(result['environment'])}\n\n{table(head, lines)}\n{told}"
+    replace_between(page, "memory", text)
+    keep = ("offload", "weights", "steps", "bytes", "card")
+    needs = [
+        {
+            "checkpoints": model["checkpoints"],
+            "clip": model["clip"],
+            "ways": [{name: way[name] for name in keep} for way in model["ways"].values()],
+        }
+        for model in result["models"]
+    ]
+    store(TABLE, {"format": "svg-needs/1", "gpu": result["environment"]["gpu"], "models": needs})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--models", nargs="*", default=[], help="words of the names to run")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--tiny", action="store_true", help="toys on the CPU, to try the code")
+    parser.add_argument("--commit", help="recorded where there is no git")
+    args = parser.parse_args(arguments)
+    actions: dict[str, Callable[[], None]] = {
+        "run": lambda: run(args),
+        "table": lambda: write_table(args.output),
+    }
+    actions[args.action]()
+
+
+if __name__ == "__main__":
+    main()
