@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import record_terminal
 from distributions import ROOT
-from record_terminal import LONGEST, READING, Terminal, draw, joined, record, thinned
+from record_terminal import LONGEST, READING, Terminal, draw, joined, record, thinned, without_times
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,6 +37,18 @@ def test_terminal_paints_as_it_is_told():
     assert (error[0], error[1].bold, error[1].colour) == ("error:", True, "#f87171")
     assert (no[0], no[1].bold) == (" no ", False)
     assert colour[1].colour == record_terminal.MUTED
+
+
+def test_without_times_says_nothing_of_how_long_it_took():
+    terminal = Terminal()
+    terminal.write(
+        "sampling \x1b[32m 4/20\x1b[0m \x1b[33m0:00:38\x1b[0m \x1b[36m9.7 s/step, 2:36 left\x1b[0m"
+    )
+    terminal.write("\r\n49 frames of 128 x 128 in 346.9 s with SVG2, density 30%")
+    assert text(without_times(terminal.screen())) == [
+        "sampling  4/20",
+        "49 frames of 128 x 128 with SVG2, density 30%",
+    ]
 
 
 def test_joined_shortens_pauses_and_keeps_time_to_read():
@@ -87,6 +99,7 @@ def test_the_recording_is_of_the_commands_and_stands_on_both_first_pages():
             re.sub(r"^\$ ?", "$", line) for line in lines
         }
     assert any("sampling" in line for line in lines), "the wait is shown, too"
+    assert not any(re.search(r"\d s\b|s/step|\d:\d\d", line) for line in lines)
     assert any(line.startswith("page:") for line in lines)
     for page, address in (("README.md", f"docs/assets/{path.name}"), ("docs/index.md", path.name)):
         assert address in (ROOT / page).read_text(encoding="utf-8"), page

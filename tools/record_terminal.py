@@ -2,8 +2,8 @@
 
     python tools/record_terminal.py
 
-The commands below run for real in a pseudo-terminal, and every line that it showed is in the
-picture; only pauses are shortened. How fast it plays says nothing of how long the commands take.
+The commands below run for real in a pseudo-terminal, and the picture has what it showed, with
+pauses shortened and times left out: they are those of one machine at one moment.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def record(commands: Sequence[str]) -> list[tuple[Screen, float]]:
             frames.append((terminal.screen(), READING))
             terminal.write("\r\n")
     frames.append((frames[-1][0], READING))
-    return joined(frames)
+    return joined([(without_times(screen), seconds) for screen, seconds in frames])
 
 
 def thinned(frames: Sequence[tuple[Screen, float]], most: int = MOST) -> list[tuple[Screen, float]]:
@@ -210,6 +210,30 @@ def thinned(frames: Sequence[tuple[Screen, float]], most: int = MOST) -> list[tu
         return list(frames)
     step = (len(frames) - 1) / (most - 1)
     return [frames[round(index * step)] for index in range(most)]
+
+
+_TIMES = (
+    re.compile(r"\d:\d\d:\d\d$"),  # since a stage began
+    re.compile(r"^[\d.]+ (s/step|steps/s).*|^\d+:\d\d left$"),
+    re.compile(r" in [\d.]+ s(?= with )"),
+)
+
+
+def without_times(screen: Screen) -> Screen:
+    """Return a screen without the seconds that anything took or will take."""
+    lines = []
+    for line in screen:
+        kept = [(_leave_out(text), style) for text, style in line]
+        while kept and not kept[-1][0].strip():
+            kept.pop()
+        lines.append(tuple(kept))
+    return tuple(lines)
+
+
+def _leave_out(text: str) -> str:
+    for times in _TIMES:
+        text = times.sub("", text)
+    return text
 
 
 def joined(frames: Sequence[tuple[Screen, float]]) -> list[tuple[Screen, float]]:

@@ -75,7 +75,7 @@ def test_find_family_refuses_a_name_nobody_knows(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "name", ["stable-diffusion", "Wan", "", "[", '"', "transformer\0", "a" * 10**6]
+    "name", ["stable-diffusion", "Wan", "WAN", "", "[", '"', "transformer\0", "a" * 10**6]
 )
 def test_check_model_name_refuses_what_no_family_names(name: str) -> None:
     with pytest.raises(SettingError, match="the families are wan, "):

@@ -327,6 +327,21 @@ def test_generate_into_a_pipe_says_how_far_it_is_but_not_to_a_program(tmp_path: 
         assert "sampling" not in silent.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "typed", "says"),
+    [
+        ("--seed", "1e3", "expected a whole number, got '1e3'"),
+        ("--steps", "3.5", "expected a whole number, got '3.5'"),
+        ("--density", "", "expected a number, got ''"),
+        ("-o", "", "name it clip.mp4"),
+    ],
+)
+def test_generate_says_what_a_number_must_be(option: str, typed: str, says: str) -> None:
+    result = CliRunner().invoke(app, ["generate", option, typed])
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
+
+
 def test_latent_frame_reads_the_folder(tmp_path: Path) -> None:
     assert latent_frame(embedded_path()) == 4
     assert latent_frame(tmp_path) == 1

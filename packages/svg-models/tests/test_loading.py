@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def test_load_pipeline_words_are_those_of_generate(tmp_path: Path) -> None:
         load_pipeline(device="cpu", loras=[str(tmp_path / "style.safetensors:0.8")])
     with pytest.raises(SettingError, match="loras must be a list"):
         load_pipeline(device="cpu", loras="style.safetensors")
+    with pytest.raises(SettingError, match="a path or a hub id, got 5"):
+        load_pipeline(device="cpu", loras=[5])  # type: ignore[list-item]
+    with pytest.raises(SettingError, match="got 'float64'"):
+        load_pipeline(device="cpu", dtype=torch.float64)
+    half = load_pipeline(device="cpu", torch_dtype=torch.bfloat16)  # type: ignore[call-arg]
+    assert half.pipe.transformer.dtype is half.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [generate, load_pipeline])
+def test_load_pipeline_what_is_no_name_is_told_what_to_give(make: Callable[..., Any]) -> None:
+    with pytest.raises(SettingError, match="got a WanPipeline; sparsify"):
+        make(model=tiny.pipeline(), device="cpu")
+    with pytest.raises(SettingError, match="what load_pipeline returned, got a int"):
+        make(model=3, device="cpu")
 
 
 def test_load_pipeline_frames_that_the_vae_would_change_are_refused() -> None:

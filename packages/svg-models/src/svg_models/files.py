@@ -241,7 +241,9 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         SettingError: says what to write instead.
     """
     if Path(path).suffix.lower() != ".mp4":
-        raise SettingError(f"clips are written as mp4, got '{path}'; name it {Path(path).stem}.mp4")
+        raise SettingError(
+            f"clips are written as mp4, got '{path}'; name it {Path(path).stem or 'clip'}.mp4"
+        )
 
 
 def sweep(folder: Path) -> None:

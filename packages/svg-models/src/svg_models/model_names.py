@@ -46,6 +46,9 @@ PIPELINES: dict[str, tuple[str, ...]] = {
 """Family -> the pipelines of diffusers that run its transformers."""
 
 
+_EXPORTS = re.compile(r"^__all__ = \[.*?\]", re.DOTALL | re.MULTILINE)
+
+
 def check_model_name(name: str) -> None:
     """Refuse what no family of this package names: itself, a checkpoint or a transformer.
 
@@ -55,16 +58,16 @@ def check_model_name(name: str) -> None:
     Raises:
         SettingError: it lists the families, and names the nearest.
     """
-    files = Path(__file__).with_name("families").glob("*.py")
+    files = Path(__file__).with_name("families").glob("[!_]*.py")
     if not re.fullmatch(r"[\w./-]+", name) or not any(
-        f'"{name}"' in file.read_text(encoding="utf-8") for file in files
+        f'"{name}"' in _EXPORTS.sub("", file.read_text(encoding="utf-8")) for file in files
     ):
         raise unknown(name, list(PIPELINES))
 
 
 def unknown(name: str, families: Sequence[str]) -> SettingError:
     """Return the error for a name that is none of a family or checkpoint."""
+    near = did_you_mean(name.strip().lower(), families)
     return SettingError(
-        f"no family or checkpoint is called '{name}'{did_you_mean(name, families)}; the families "
-        f"are {', '.join(families)}"
+        f"no family or checkpoint is called '{name}'{near}; the families are {', '.join(families)}"
     )

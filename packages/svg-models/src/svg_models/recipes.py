@@ -16,6 +16,7 @@ from svg_attention import SVG1, SVG2, Dense, Method, Schedule, cluster_counts
 from svg_models.families import Family, family_of, transformers_of
 from svg_models.families.published import SHARED, Published
 from svg_models.method_names import MethodSpec
+from svg_models.numeric import as_whole
 from svg_models.presets import PresetRow, find_row
 from svg_models.recipe import Recipe
 from svg_models.spelling import checks_names
@@ -138,6 +139,7 @@ def recipe_for(
     Raises:
         ValueError: if the family or the method is unknown, or `tokens` is not positive.
     """
+    tokens = as_whole("tokens", tokens)
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
     if method not in ("svg1", "svg2"):

@@ -105,6 +105,7 @@ def _parameter(name: str, about: Option, default: Any) -> inspect.Parameter:
             *about.names,
             help=about.help,
             metavar=about.metavar or {int: "N", float: "X"}.get(about.kind),
+            parser=_reading(about.kind),
             autocompletion=_completing(about),
             rich_help_panel=about.panel,
         )
@@ -112,6 +113,21 @@ def _parameter(name: str, about: Option, default: Any) -> inspect.Parameter:
         default = None
     optional: Any = kind | None if default is None else kind
     return _keyword(name, default, Annotated[optional, says])
+
+
+def _reading(kind: type) -> Callable[[Any], Any] | None:
+    """Return what reads a number as it is typed; None for what is no number."""
+    if kind not in (int, float):
+        return None
+
+    def read(text: Any) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise typer.BadParameter(f"expected {what}, got '{text}'") from None
+
+    return read
 
 
 def _completing(about: Option) -> Callable[[str], list[str]] | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 from svg_models.errors import SettingError
 from svg_models.generation.settings import HOW, WHERE, Settings, option
 from svg_models.loading.device import DTYPES, check_gpus
+from svg_models.loading.hub import no_model
 from svg_models.loading.placement import OFFLOAD
 from svg_models.method_names import (
     METHODS,
@@ -176,6 +177,8 @@ class Request(Settings):
             raise SettingError(f"loras must be a list, such as ['{self.loras}']")
         if self.model is None or isinstance(self.model, str | os.PathLike):
             return
+        if not hasattr(self.model, "geometry"):
+            raise no_model(self.model)
         for f in fields(Request):
             if f.name in FOR_LOADING:
                 value = getattr(self, f.name)

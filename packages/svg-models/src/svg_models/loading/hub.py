@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from svg_models.errors import ModelUnavailableError, first_line, shortened
+from svg_models.errors import ModelUnavailableError, SettingError, first_line, shortened
 from svg_models.files import user_path
 from svg_models.loading.progress import Progress, quiet
 
@@ -40,7 +41,10 @@ def locate(
 
     Raises:
         ModelUnavailableError: in one sentence, what is missing.
+        SettingError: if it is no name.
     """
+    if not isinstance(model, str | os.PathLike | None):
+        raise no_model(model)
     if model is None or str(model) == "embedded":
         from svg_models.embedded import embedded_path
 
@@ -50,6 +54,15 @@ def locate(
         return str(model), folder, False
     progress("looking for the model", 0, 0)
     return str(model), fetch_configuration(str(model)), True
+
+
+def no_model(value: Any) -> SettingError:
+    """Return the error for what was given as a model and is none."""
+    hint = "; sparsify(pipe) makes it sparse" if hasattr(value, "transformer") else ""
+    return SettingError(
+        "model must be a folder, a hub id or what load_pipeline returned, got a "
+        f"{type(value).__name__}{hint}"
+    )
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path | None:
@@ -79,7 +92,10 @@ def fetch_configuration(model: str) -> Path:
 
     Raises:
         ModelUnavailableError: in one sentence, what is missing.
+        SettingError: if it is no name.
     """
+    if not isinstance(model, str | os.PathLike | None):
+        raise no_model(model)
     from huggingface_hub import snapshot_download
 
     with hub_errors(model) as offline:
@@ -93,7 +109,10 @@ def fetch_weights(model: str) -> Path:
 
     Raises:
         ModelUnavailableError: in one sentence, what is missing.
+        SettingError: if it is no name.
     """
+    if not isinstance(model, str | os.PathLike | None):
+        raise no_model(model)
     from diffusers import DiffusionPipeline
 
     with hub_errors(model) as offline:
@@ -114,7 +133,10 @@ def hub_errors(model: str) -> Iterator[bool]:
 
     Raises:
         ModelUnavailableError: in one sentence, what is missing.
+        SettingError: if it is no name.
     """
+    if not isinstance(model, str | os.PathLike | None):
+        raise no_model(model)
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

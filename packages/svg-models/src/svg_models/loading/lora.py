@@ -50,6 +50,8 @@ class Lora:
         Raises:
             SettingError: as the class.
         """
+        if not isinstance(text, str):
+            return cls(source=text)  # says what is wrong with it
         source, colon, weight = text.rpartition(":")
         try:
             return cls(source=source, weight=float(weight)) if colon else cls(source=text)

@@ -35,7 +35,7 @@ from svg_models.loading.memory import check_memory
 from svg_models.loading.placement import check_offload, compile_transformers, place
 from svg_models.loading.progress import Progress, quiet
 from svg_models.numeric import as_whole
-from svg_models.spelling import DIFFUSERS_NAMES, checks_names
+from svg_models.spelling import checks_names
 
 __all__ = ["LoadedPipeline", "load_pipeline"]
 
@@ -83,12 +83,12 @@ class LoadedPipeline:
         return {"height": rows, "width": columns}
 
 
-@checks_names(DIFFUSERS_NAMES)
+@checks_names({"num_frames": "frames", "torch_dtype": "dtype"})
 def load_pipeline(
     model: str | os.PathLike[str] | None = None,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     offload: str = "none",
     image: bool = False,
     video: bool = False,
@@ -105,7 +105,8 @@ def load_pipeline(
         model: `None` or "embedded" for the model in this package, a folder in diffusers' format,
             or a hub id such as `Wan-AI/Wan2.1-T2V-14B-Diffusers`.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16", "float16".
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16", "float16", or
+            torch's; `torch_dtype` is understood, too.
             The VAE stays in float32.
         offload: what waits in CPU memory until it is needed: "none", "model" (components),
             "group" or "sequential" (layers), see `svg_models.loading.placement`.
@@ -132,11 +133,11 @@ def load_pipeline(
     started = time.perf_counter()
     if isinstance(loras, str):
         raise SettingError(f"loras must be a list, such as ['{loras}']")
-    adapters = tuple(Lora.parse(lora) if isinstance(lora, str) else lora for lora in loras)
+    adapters = tuple(lora if isinstance(lora, Lora) else Lora.parse(lora) for lora in loras)
     given = {"height": height, "width": width, "frames": frames}
     chosen = {name: as_whole(name, size) for name, size in given.items() if size is not None}
     target = pick_device(device)
-    kind = pick_dtype(dtype, target)
+    kind = pick_dtype(str(dtype).removeprefix("torch."), target)
     check_offload(offload, target, compiled=compiled)
     name, folder, on_hub = locate(model, progress=progress)
     index = read_index(folder)
