@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_compare_takes_objects_and_tells_equal_budgets_apart() -> None:
 
 def test_a_loaded_pipeline_is_not_loaded_again_with_other_options() -> None:
     with pytest.raises(SettingError, match="dtype 'float16' was given beside a pipeline"):
-        GenerateRequest(model=object(), dtype="float16")  # type: ignore[arg-type]
+        GenerateRequest(model=SimpleNamespace(geometry=None), dtype="float16")  # type: ignore[arg-type]
 
 
 def test_every_option_of_the_command_line_says_what_it_is() -> None:
