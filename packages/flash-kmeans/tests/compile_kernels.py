@@ -84,8 +84,7 @@ def hopper() -> Any:
     shapes = {"points": assign_sm90.BLOCK_N, "directions": assign_sm90.BLOCK_K}
     layouts = {n: assign_sm90.shared_layout(r, assign_sm90.gl.bfloat16) for n, r in shapes.items()}
     types = {n: f"tensordesc<bf16[{r},128],{layouts[n]!r}>" for n, r in shapes.items()}
-    bias = f"tensordesc<fp32[{assign_sm90.BLOCK_K}],{assign_sm90.bias_layout()!r}>"
-    types |= {"bias": bias, "labels": "*i32"}
+    types |= {"bias": "*fp32", "labels": "*i32"}
     sizes = ("N", "row_step", "column_step", "n_tiles", "k_tiles", "total")
     types |= dict.fromkeys(sizes, "i32")
     constants = {

@@ -88,7 +88,9 @@ def test_gate_residual_norm_of_a_batch_reads_chunks_in_place(backend, mixed, dev
             *tensors, scale=scale[one].contiguous(), shift=shift[one].contiguous(), backend=backend
         )
         for part, every in zip(alone, whole, strict=True):
-            torch.testing.assert_close(part, every[one], rtol=0, atol=0)
+            # Rows that lie apart are added up in another order.
+            unit = torch.finfo(every.dtype).eps
+            torch.testing.assert_close(part, every[one], rtol=2 * unit, atol=4 * unit)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -224,13 +224,12 @@ class HopperAssigner(_Assigner):
         source = Described.from_tensor(
             self.directions.view(-1, dim), [block_k, dim], kernel.shared_layout(block_k, dtype)
         )
-        shift = Described.from_tensor(self.bias.view(-1), [block_k], kernel.bias_layout())
         n_tiles = triton.cdiv(n_points, block_n * kernel.GROUPS)
         total = batch * n_tiles
         chips = torch.cuda.get_device_properties(x.device).multi_processor_count
         self.grid = (min(chips, total),)
         self.arguments = (
-            points, source, shift, self.labels, n_points, place.row_step, place.column_step,
+            points, source, self.bias, self.labels, n_points, place.row_step, place.column_step,
             n_tiles, self.k_tiles, total,
         )  # fmt: skip
 
