@@ -188,14 +188,14 @@ def measure_steps(bench: Bench, part: Part, memory: Memory, *, decode: bool) -> 
     return found
 
 
-def copied(pipe: Any, *, each: bool = False) -> int:
-    """Return the bytes that the fp8 copies of weights take; of one transformer with `each`."""
+def copied(pipe: Any) -> int:
+    """Return the bytes that fp8 copies of weights take: those of the transformer that runs."""
     sizes = []
     for model in transformers_of(pipe).values():
         blocks = list(family_of(model).blocks_of(model))[1:-1]
         layers = (m for b in blocks for path, m in b.named_modules() if is_plain_linear(path, m))
         sizes.append(sum(layer.weight.numel() for layer in layers))
-    return max(sizes) if each else sum(sizes)
+    return max(sizes)
 
 
 def weights(module: torch.nn.Module) -> int:
@@ -217,7 +217,6 @@ def describe(video: Video) -> dict[str, Any]:
         "vae": weights(pipe.vae),
         "text": 2 * video.text,
         "copies": copied(pipe),
-        "copies_each": copied(pipe, each=True),
         "layers": layers_of(pipe),
     }
 
@@ -311,12 +310,11 @@ def need(
             full - (full - few) / 2 - few / 4
             for full, few in zip(sizes, built["transformers"], strict=True)
         ]
-    linears = STEPS[way.steps].linears
+    copies = whole["copies"] if STEPS[way.steps].linears else 0
     if way.offload == "model":
-        copies = whole["copies"] if linears else 0
         denoising = max(sizes) + total_of(taken) + copies
         return float(max(denoising, whole["vae"] + decoding + copies, whole["text"]))
-    resident = sum(sizes) + whole["vae"] + whole["text"] + (whole["copies"] if linears else 0)
+    resident = sum(sizes) + whole["vae"] + whole["text"] + copies
     return float(resident + max(total_of(taken), decoding))
 
 

@@ -10,6 +10,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
-from svg_models import sparsify
+from svg_models import SparseRun, sparsify
 from svg_models.errors import SettingError
 from svg_models.sparse import linears
 from svg_models.sparse.linears import Fp8Linear, Fp8Linears
@@ -201,9 +202,9 @@ def test_fp8_feed_forward_quantises_what_its_activation_gives(
     if hooked:
         whole.net[2].register_forward_hook(lambda module, args, out: seen.append(1))
     taken = Fp8Linears(block)
-    asked.clear()
     with torch.no_grad():
-        taken.on = True
+        taken.on = True  # converts the weights
+        asked.clear()
         assert relative(whole(x), exact) < 0.08
         assert asked == (["none"] if hooked else ["none", "gelu_tanh"])
         assert seen == [1] * hooked
@@ -250,3 +251,36 @@ def test_sparsify_in_fp8_can_be_pickled() -> None:
         copied = pickle.loads(pickle.dumps(pipe.transformer.blocks[1].ffn))
     with torch.no_grad():
         assert torch.equal(copied(x), pipe.transformer.blocks[1].ffn(x))
+
+
+def test_sparsify_holds_converted_weights_of_the_transformer_that_runs() -> None:
+    pipe = tiny.pipeline(model(), model(), boundary_ratio=0.9)
+    seen: list[tuple[str, list[int]]] = []
+
+    def held(run: SparseRun) -> list[int]:
+        layers = [run._engine.fast_layers[n].linears for n in ("transformer", "transformer_2")]
+        assert all(one is not None for one in layers)
+        return [
+            sum(getattr(f, "_weight", None) is not None for f in one._forwards)
+            for one in layers
+            if one is not None
+        ]
+
+    with sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from="start") as run:
+        assert held(run) == [0, 0]
+        for name in ("transformer", "transformer_2"):
+            getattr(pipe, name).register_forward_hook(
+                lambda *_, name=name: seen.append((name, held(run)))
+            )
+        first = tiny.generate(pipe)
+        assert {(name, *counts) for name, counts in seen} == {
+            ("transformer", 20, 0),
+            ("transformer_2", 0, 20),
+        }
+        assert torch.equal(tiny.generate(pipe), first)
+    assert not any("_weight" in f.__dict__ and f._weight is not None for f in forwards_of(pipe))
+
+
+def forwards_of(pipe: Any) -> list[Fp8Linear]:
+    found = (m.__dict__.get("forward") for m in pipe.transformer.modules())
+    return [one for one in found if isinstance(one, Fp8Linear)]

@@ -234,7 +234,12 @@ class Engine:
         generation.contexts[transformer] = context
         if transformer in self.fast_layers:
             _, sparse = self.where(transformer)
-            self.fast_layers[transformer].begin_forward(fp8=self._layers.in_fp8(sparse=sparse))
+            fp8 = self._layers.in_fp8(sparse=sparse)
+            if fp8:  # two transformers take turns, and both with copies would not fit on a GPU
+                for name, others in self.fast_layers.items():
+                    if name != transformer:
+                        others.release()
+            self.fast_layers[transformer].begin_forward(fp8=fp8)
 
     def where(self, transformer: str) -> tuple[Moment, bool]:
         """Return where the forward pass of a transformer stands, and whether its step is sparse."""

@@ -125,6 +125,11 @@ class FastLayers:
         if self.linears is not None:
             self.linears.on = fp8
 
+    def release(self) -> None:
+        """Let go of memory that only a pass in fp8 needs."""
+        if self.linears is not None:
+            self.linears.release()
+
     def remove(self) -> None:
         """Leave every layer as it was found."""
         cached = None if self._cached is None else self._cached()

@@ -123,13 +123,21 @@ class Fp8Linear(Fp8Forward):
         super().__init__(module, switch)
         self._weight: Tensor | None = None
         self._scale: Tensor | None = None
-        if switch is not None:
-            self.convert(module)
 
-    def convert(self, module: nn.Linear) -> None:
-        """Convert the layer's weight; the layer keeps its own."""
-        quantised, scale = quantise_rows(module.weight.detach())
-        self._weight, self._scale = quantised.t(), scale.t()
+    def convert(self) -> tuple[Tensor, Tensor]:
+        """Return the layer's weight converted, and its scales; the layer keeps its own."""
+        weight, scale = self._weight, self._scale
+        if weight is None or scale is None:
+            module = self._module()
+            if module is None or self.switch is None:
+                raise RuntimeError("an fp8 layer was called after its run had ended")
+            quantised, scales = quantise_rows(module.weight.detach())  # type: ignore[union-attr, operator]
+            weight, scale = self._weight, self._scale = quantised.t(), scales.t()
+        return weight, scale
+
+    def release(self) -> None:
+        """Let the converted weight go; the next call in fp8 converts it again."""
+        self._weight = self._scale = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""
@@ -146,17 +154,14 @@ class Fp8Linear(Fp8Forward):
         module, switch = self._module(), self.switch
         if module is None or switch is None:
             raise RuntimeError("an fp8 layer was called after its run had ended")
-        if self._weight.device != quantised.device:  # type: ignore[union-attr]
-            # The model came to the GPU after its run began; the copies stay there until its end.
-            self._weight = self._weight.to(quantised.device)  # type: ignore[union-attr]
-            self._scale = self._scale.to(quantised.device)  # type: ignore[union-attr]
+        weight, weight_scale = self.convert()
         # torch adds a bias only in the dtype of the output.
         within = module.bias is not None and module.bias.dtype == dtype
         out = torch._scaled_mm(
             quantised.flatten(0, -2),
-            self._weight,  # type: ignore[arg-type]
+            weight,
             scale_a=scale.flatten(0, -2),
-            scale_b=self._scale,  # type: ignore[arg-type]
+            scale_b=weight_scale,
             bias=module.bias if within else None,
             out_dtype=dtype,
             use_fast_accum=switch.fast,
@@ -207,12 +212,13 @@ class Fp8Linears:
         blocks: of one transformer, in order.
         fast: let the tensor cores add in their own, shorter precision.
 
-    `on` is set before each forward pass.
+    `on` is set before each forward pass. Weights are converted where the first pass in fp8 needs
+    them, and converted again after `release`.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, fast: bool = True) -> None:
         self._here = threading.local()
-        self._latest = False
+        self._latest = self._converted = False
         self.fast = fast
         self.inputs = Inputs()
         self._forwards: list[Fp8Linear | Fp8FeedForward] = []
@@ -241,6 +247,27 @@ class Fp8Linears:
     @on.setter
     def on(self, on: bool) -> None:
         self._here.on = self._latest = on
+        if on and not self._converted:
+            self._convert()
+
+    def _convert(self) -> None:
+        """Convert every weight, outside of what is compiled.
+
+        Those in host memory are on their way to the GPU, where their layers convert them.
+        """
+        for forward in self._forwards:
+            module = forward._module() if isinstance(forward, Fp8Linear) else None
+            if module is not None and (module.weight.is_cuda or not torch.cuda.is_available()):
+                forward.convert()  # type: ignore[union-attr]
+        self._converted = True
+
+    def release(self) -> None:
+        """Let all converted weights go until a pass in fp8 needs them again."""
+        if self._converted:
+            self._converted = False
+            for forward in self._forwards:
+                if isinstance(forward, Fp8Linear):
+                    forward.release()
 
     @property
     def layers(self) -> int:
