@@ -9,8 +9,8 @@ then again and again in the same folder until so many runs were killed by a sign
 or SIGKILL). Of three moments in turn one lies anywhere in the run, one in its last fifth, and one
 behind a change of its files. The former are counted in seconds of the processor, which other work
 on the machine does not stretch. Of two processes that work together every second time only one gets
-the signal. After the last an undisturbed run must succeed and leave nothing but its results. The
-exit code is 1 if anything was lost.
+the signal, be it one that the command has started. After the last an undisturbed run must succeed
+and leave nothing but its results. The exit code is 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class Victim:
         leftovers: returns what is there beside the results.
         ready: called before each run.
         writes: the folder in which its files appear, if it writes any.
+        starts: whether it starts processes, of which every second time one is killed in its place.
     """
 
     words: Callable[[], Sequence[Sequence[str]]]
@@ -118,6 +119,7 @@ class Victim:
     leftovers: Callable[[], list[str]]
     ready: Callable[[], None] = lambda: None
     writes: Path | None = None
+    starts: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Effort:
     pauses: list[float] = field(default_factory=list)
 
 
-def generate(place: Path) -> Victim:
+def generate(place: Path, *more: str) -> Victim:
     """Return `svg generate` over a clip that is there already."""
     clip = place / "out" / "clip.mp4"
     clip.parent.mkdir()
@@ -175,13 +177,19 @@ def generate(place: Path) -> Victim:
 
     return Victim(
         words=lambda: [
-            [sys.executable, "-m", "svg_models", "generate", *GENERATE, "-o", str(clip)]
+            [sys.executable, "-m", "svg_models", "generate", *GENERATE, *more, "-o", str(clip)]
         ],
         check=check,
         leftovers=lambda: others(clip.parent, {"clip.mp4"}) + others(place / "tmp", set()),
         ready=ready,
         writes=clip.parent,
+        starts="--gpus" in more,
     )
+
+
+def ranks(place: Path) -> Victim:
+    """Return `svg generate` by two processes."""
+    return generate(place, "--gpus", "2")
 
 
 def compare(place: Path) -> Victim:
@@ -281,6 +289,7 @@ def cluster(place: Path) -> Victim:
 
 VICTIMS: dict[str, Callable[[Path], Victim]] = {
     "generate": generate,
+    "ranks": ranks,
     "compare": compare,
     "build": build,
     "kmeans": cluster,
@@ -316,7 +325,7 @@ def torment(name: str, times: int, seed: int) -> Tally:
             early = number == signal.SIGINT and not moment.change and moment.computed < 0.25
             # At first Python itself starts. A program that calls the library is Python's to end;
             # the command `svg` is ours.
-            if "Traceback" in said and name in ("generate", "compare") and not early:
+            if "Traceback" in said and name in ("generate", "ranks", "compare") and not early:
                 faults.append(("tracebacks", said.strip().splitlines()[-1]))
             if "did not end" in said:
                 faults.append(("hung", said.strip().splitlines()[-1]))
@@ -392,7 +401,14 @@ def run(
     with ended(processes):
         if moment is not None and number is not None:
             wait_until(moment, processes, victim.writes, before)
-            for process in processes[-1:] if lonely else processes:
+            started = started_by(processes[0].pid) if lonely and victim.starts else []
+            if started:  # these heed nothing else
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(started[-1], signal.SIGKILL)
+                processes_told = processes[:0]
+            else:
+                processes_told = processes[-1:] if lonely else processes
+            for process in processes_told:
                 if process.poll() is None:
                     # A terminal sends Ctrl-C to every process of the group, `kill` to one.
                     send = os.killpg if number == signal.SIGINT else os.kill
@@ -466,6 +482,17 @@ def computed(process: int) -> float:
         return 0.0
     own = sum(int(ticks) for ticks in fields.split()[11:15])  # of children that ended, too
     return own / os.sysconf("SC_CLK_TCK") + sum(computed(int(child)) for child in children.split())
+
+
+def started_by(process: int) -> list[int]:
+    """Return the processes that a process has started to work for it."""
+    found = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in path.read_text(encoding="ascii").split():
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
 
 
 def state_of(folder: Path | None) -> list[tuple[str, int, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from processes import children, gone, run_ranks
 from typer.testing import CliRunner
 
@@ -25,7 +26,7 @@ from svg_models.errors import MachineError, SettingError
 from svg_models.generation.ranks import places_of
 from svg_models.generation.request import GenerateRequest
 from svg_models.loading import LoadedPipeline, device
-from svg_models.video import mp4, similarity
+from svg_models.video import mp4, read_video, similarity
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 SMALL: dict[str, Any] = {"height": 48, "width": 48, "frames": 9, "steps": 3, "guidance": 2}
@@ -149,6 +150,82 @@ def test_svg_generate_gpus_keeps_a_clip_that_finds_no_room(
     assert Path(kept[1]).is_file()
     assert list(disk.iterdir()) == []
     assert children(os.getpid()) == set()
+
+
+def test_svg_generate_gpus_goes_with_the_other_options(folder: str, tmp_path: Path) -> None:
+    config, out = tmp_path / "config.toml", tmp_path / "out"
+    config.write_text(
+        f'model = "{folder}"\ngpus = 2\ndevice = "cpu"\nsteps = 2\nframes = 5\nsize = "48x48"\n'
+    )
+    words = ["--method", "svg2@0.5", "--seed", "3", "-o", str(out / "clip.mp4"), "--json", "-q"]
+    words += ["--save-config", str(out / "used.toml"), "--save-recipe", str(out / "recipe.json")]
+    result = CliRunner().invoke(app, ["generate", "--config", str(config), *words])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["gpus"], facts["settings"]["seed"]) == (2, 3)
+    assert facts["attention"]["mean_density"] < 1
+    assert result.stderr == ""
+    assert "gpus = 2" in (out / "used.toml").read_text().splitlines()
+    again = ["--config", str(out / "used.toml"), "--gpus", "1", "-o", str(out / "again.mp4"), "-q"]
+    assert CliRunner().invoke(app, ["generate", *again]).exit_code == 0
+    one, two = (read_video(out / name)[0] for name in ("again.mp4", "clip.mp4"))
+    assert similarity(one, two).worst_psnr > 40, "after the codec"
+    from svg_models import Recipe
+
+    assert Recipe.read(out / "recipe.json").method.density == 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
+def test_generate_gpus_on_two_gpus(offload: str) -> None:
+    asked: dict[str, Any] = {"method": "svg2@0.5", "steps": 10, "seed": 1, "offload": offload}
+    alone = svg_models.generate(**asked, device="cuda")
+    both = svg_models.generate(**asked, gpus=2)
+    assert both.gpus == 2
+    found = similarity(alone.frames, both.frames)
+    print(f"{offload}: {found.mean_psnr:.1f} dB, {alone.seconds:.2f} s and {both.seconds:.2f} s")
+    assert found.mean_psnr > 30  # bf16 sums in another order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_svg_batch_on_two_gpus(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a red circle\na green square\na blue circle\n")
+    words = [str(lines), "--steps", "4", "-o", str(tmp_path / "out"), "--json", "-q"]
+    for more in (["--gpus", "2"], ["--gpus", "2", "--gpus-per-clip", "2", "--seed", "1"]):
+        result = CliRunner().invoke(app, ["batch", *words, *more])
+        assert result.exit_code == 0, result.output
+        assert [value["made"] for value in json.loads(result.stdout)] == [True] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_svg_generate_a_killed_rank_of_two_gpus_is_told_within_seconds(tmp_path: Path) -> None:
+    words = ["generate", "--gpus", "2", "--steps", "9000", "-o", str(tmp_path / "clip.mp4")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAMPLING, str(tmp_path / "marker"), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (tmp_path / "marker").exists() and process.poll() is None:
+            time.sleep(0.05)
+        processes = children(process.pid)
+        began = time.monotonic()
+        os.kill(max(processes), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=60)
+        took = time.monotonic() - began
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    print(f"{took:.1f} s: {stderr.strip().splitlines()[-1]}")
+    assert process.returncode == 2
+    assert re.search(r"the process of GPU \d+ \(rank \d of 2\) was ended by SIGKILL", stderr)
+    assert took < 10
+    assert gone(processes, within=0)
 
 
 SAMPLING = """

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from svg_models.errors import SettingError
+from svg_models.errors import MachineError, SettingError
 from svg_models.generation.request import GenerateRequest
 from svg_models.launch import Place, Rank
 from svg_models.loading.device import gpu_names
@@ -26,8 +27,10 @@ def places_of(request: GenerateRequest) -> tuple[Place, ...]:
     """Return where the processes of a request run.
 
     Raises:
-        MachineError: if there are fewer GPUs than were asked for.
+        MachineError: if there are fewer GPUs than were asked for, or this is Windows.
     """
+    if sys.platform == "win32":
+        raise MachineError("several processes are started on Linux and macOS alone; use --gpus 1")
     if request.device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = str(max(1, (cores or 1) // request.gpus))
@@ -82,13 +85,17 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
 
 def _meet(rank: Rank, device: str) -> None:
     """Join the process group of all ranks."""
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
-    store = dist.TCPStore("127.0.0.1", rank.store_port, is_master=False)
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl", store=store, rank=rank.number, world_size=rank.size
+        "gloo" if device == "cpu" else "nccl",
+        store=dist.TCPStore("127.0.0.1", rank.store_port, is_master=False),
+        rank=rank.number,
+        world_size=rank.size,
+        device_id=None if device == "cpu" else torch.device("cuda", 0),
     )
 
 
