@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from svg_models.cli import app
 from svg_models.errors import MachineError, SettingError
 from svg_models.generation.ranks import places_of
 from svg_models.generation.request import GenerateRequest
-from svg_models.loading import LoadedPipeline, device
+from svg_models.loading import device
 from svg_models.video import mp4, read_video, similarity
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
@@ -74,7 +75,7 @@ def test_generate_gpus_refuses_beside_what_it_cannot_share() -> None:
     with pytest.raises(SettingError, match="device cuda:1 is one GPU, and 2 were asked for"):
         GenerateRequest(gpus=2, device="cuda:1")
     with pytest.raises(SettingError, match="gpus 2 was given beside a pipeline that is loaded"):
-        GenerateRequest(gpus=2, model=LoadedPipeline.__new__(LoadedPipeline))
+        GenerateRequest(gpus=2, model=SimpleNamespace(geometry=None))  # as a LoadedPipeline
     with pytest.raises(SettingError, match="gpus must be 1 or more"):
         GenerateRequest(gpus=0)
 
