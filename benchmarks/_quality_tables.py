@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import ROOT, replace_between, table
-from _quality_cases import BASELINE
+from _quality_cases import BASELINE, BEST, PRESET
 from _quality_times import milliseconds
 
 DOCS = ROOT / "docs"
@@ -19,6 +19,11 @@ PAGES = {
     "embedded": (DOCS / "embedded-model.md", DOCS / "assets" / "quality.png"),
     "footage": (DOCS / "footage-model.md", DOCS / "assets" / "quality-footage.png"),
 }
+# What the picture shows: as many methods as there are colours that can be told apart.
+DRAWN = (
+    *("SVG2", "SVG1", "compensation", BASELINE, "error, bias", "error, bias, residual"),
+    *("error, bias, response, repair", BEST, PRESET),
+)
 HEAD: tuple[str, ...] = (
     *("density", "method", "PSNR, dB", "over routing by error, dB", "SSIM", "flicker"),
     *("all calls", "ms a step's call"),
@@ -42,14 +47,20 @@ def tables(results: dict[str, Any]) -> str:
     """Return Markdown: the conditions, then a table for each size, number of steps and schedule."""
     env = results["environment"]
     rows = [*results["cases"].values(), *results["times"].values()]
-    commits = dict.fromkeys([env["commit"], *(row.get("commit", env["commit"]) for row in rows)])
+    commits, devices = (
+        dict.fromkeys([env[name], *(row.get(name, env[name]) for row in rows)])
+        for name in ("commit", "device")
+    )
+    clocks = {row.get("device", env["device"]) for row in results["times"].values()}
+    timed = f", on {' and '.join(sorted(clocks))}" if clocks else ""
     parts = [
         f"{len(results['prompts'])} prompts that no setting was chosen on, guidance "
-        f"{results['guidance']}, {env['dtype']} on {env['device']}, torch {env['torch']}, commit "
-        f"{', '.join(commits)}. Mean ± standard deviation over prompts; differences to routing by "
-        "error are of the same prompts at the same density, with their standard error. All calls "
-        "counts dense steps and what probes read. The last column is what the attention of a step "
-        "and layer would take at Wan 720p, dense steps included, on the same GPU.\n"
+        f"{results['guidance']}, {env['dtype']} on {' and '.join(devices)}, torch {env['torch']}, "
+        f"commit {', '.join(commits)}. Mean ± standard deviation over prompts; differences to "
+        "routing by error are of the same prompts at the same density, with their standard error. "
+        "All calls counts dense steps and what probes read. The last column is what the attention "
+        "of a step and layer would take at Wan 720p, dense steps included"
+        f"{timed}.\n"
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["cases"].values():
@@ -118,7 +129,8 @@ def _spread(numbers: dict[str, float | None], digits: int) -> str:
 def draw(results: dict[str, Any], target: Path) -> None:
     """Draw PSNR against time at Wan 720p; where nothing was timed, against the pairs of all calls.
 
-    A panel for each size of clip and number of steps; colours are methods, markers schedules.
+    `DRAWN` says which methods. A panel for each size of clip and number of steps; colours are
+    methods, markers schedules.
     """
     import matplotlib
 
@@ -126,9 +138,13 @@ def draw(results: dict[str, Any], target: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    rows = [row for row in results["cases"].values() if row["psnr"]["mean"] is not None]
+    rows = [
+        row
+        for row in results["cases"].values()
+        if row["psnr"]["mean"] is not None and row["method"] in DRAWN
+    ]
     panels = list(dict.fromkeys((row["size"], row["steps"]) for row in rows))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(_distinct(rows, "method"))}
+    colours = {name: f"C{i}" for i, name in enumerate(DRAWN)}
     markers = dict(zip(_distinct(rows, "schedule"), "os^Dv*", strict=False))
     timed = "dense" in results["times"]
     columns = min(3, len(panels))
@@ -152,13 +168,14 @@ def draw(results: dict[str, Any], target: Path) -> None:
         axis.set_xlabel("ms a call at Wan 720p, mean of steps" if timed else "pairs, %")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PSNR against dense, dB")
-    handles = [Line2D([], [], color=c, label=name) for name, c in colours.items()]
+    shown = {row["method"] for row in rows}
+    handles = [Line2D([], [], color=c, label=name) for name, c in colours.items() if name in shown]
     handles += [
         Line2D([], [], color="grey", ls="", marker=m, label=name) for name, m in markers.items()
     ]
-    room = 0.07 * -(-len(handles) // 4) / lines
+    room = 0.07 * -(-len(handles) // 3) / lines
     figure.tight_layout(rect=(0, room, 1, 1))
-    figure.legend(handles=handles, fontsize=8, ncols=4, loc="lower center")
+    figure.legend(handles=handles, fontsize=8, ncols=3, loc="lower center")
     figure.savefig(target, dpi=130)
     plt.close(figure)
 

@@ -162,7 +162,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "backend": args.backend,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "commit": commit or args.commit,
+        "commit": args.commit or commit,
     }
 
 
