@@ -133,8 +133,10 @@ class SharedTransformer:
         else:
             frames, rows, columns = family.grid(transformer, arguments)
             tokens = frames * rows * columns + family.condition_tokens(transformer, arguments)
-        if tokens < self.share.ranks:
-            raise ValueError(f"{self.share.ranks} ranks cannot share {tokens} video tokens")
+        if tokens < 2 * self.share.ranks:  # of a single token no rank could tell the memory layout
+            raise ValueError(
+                f"{self.share.ranks} ranks cannot share {tokens} video tokens; they need two each"
+            )
         self.share = Share.of(group, tokens)
         lengths = family.text_lengths(transformer, arguments)
         self._text_counts = None if lengths is None else tuple(lengths.tolist())

@@ -10,8 +10,9 @@ other what came out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,11 @@ from svg_attention import HeadShare, UnsupportedError
 from svg_models.families import Family
 from svg_models.parallel.share import Share, part_sizes
 
-__all__ = ["attend_over_ranks", "context_config", "head_share", "refuse_parallel"]
+__all__ = ["attend_over_ranks", "context_config", "exchange", "head_share", "refuse_parallel"]
+
+
+PIECEWISE = False
+"""Whether ranks exchange whole heads, each a message, which saves copies but costs messages."""
 
 
 def context_config(holder: Any) -> Any:
@@ -78,79 +83,114 @@ def attend_over_ranks(
     video, words = _slices(first, text, query.shape[1])
     all_video, all_words = _slices(first, text, text + share.tokens)
 
-    exchanges = [_Exchange(share.group) for _ in range(3)]
-    whole = []
-    for exchange, x in zip(exchanges, (query, key, value), strict=True):
-        joined = x.new_empty(x.shape[0], mine.stop - mine.start, text + share.tokens, x.shape[3])
-        joined[:, :, all_words] = x[:, words, mine].transpose(1, 2)
-        by_head = x[:, video].transpose(1, 2)
-        exchange.start(
-            [by_head[:, start:stop] for start, stop in _bounds(heads)],
-            [joined[:, :, all_video][:, :, start:stop] for start, stop in _bounds(share.sizes)],
-        )
-        whole.append(joined.transpose(1, 2))
-    for exchange in exchanges:
-        exchange.finish()
-    local = attend(*whole) if mine.stop > mine.start else whole[0]
+    # All three are on their way before the first is waited for.
+    exchanges, whole = [], []
+    for x in (query, key, value):
+        batch, _, _, width = x.shape
+        shape = (batch, text + share.tokens, mine.stop - mine.start, width)
+        # What the fused kernels make lies head by head; it stays so, and whole heads are received
+        # in place. What a projection makes lies token by token, and whole shares are.
+        by_head = x.transpose(1, 2).is_contiguous()
+        joined = _empty_by_head(x, shape) if by_head else x.new_empty(shape)
+        joined[:, all_words] = x[:, words, mine]
+        sent = [x[:, video, start:stop] for start, stop in _bounds(heads)]
+        received = [joined[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)]
+        if by_head:
+            sent, received = ([y.transpose(1, 2) for y in z] for z in (sent, received))
+        exchanges.append(exchange(sent, received, share.group, by_head=by_head))
+        whole.append(joined)
+    for finish in exchanges:
+        finish()
+    local = attend(*whole)
 
-    out = query.new_empty(query.shape).to(local.dtype)
-    back = _Exchange(share.group)
-    back.start(
-        [local[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)],
-        [out[:, video, start:stop] for start, stop in _bounds(heads)],
-    )
+    out = local.new_empty(query.shape)
+    shares = [local[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)]
+    back = [exchange(shares, [out[:, video, i:k] for i, k in _bounds(heads)], share.group)]
     if text:
-        words_back = _Exchange(share.group)
-        words_back.start(
-            [local[:, all_words]] * share.ranks,
-            [out[:, words, start:stop] for start, stop in _bounds(heads)],
-        )
-        words_back.finish()
-    back.finish()
+        spoken = [local[:, all_words]] * share.ranks
+        back.append(exchange(spoken, [out[:, words, i:k] for i, k in _bounds(heads)], share.group))
+    for finish in back:
+        finish()
     return out
 
 
-class _Exchange:
-    """One tensor for each rank sent, one from each received, into memory of any layout.
+def exchange(
+    sent: Sequence[Tensor], received: Sequence[Tensor], group: Any, *, by_head: bool = False
+) -> Callable[[], None]:
+    """Begin to send a tensor to each rank and to receive one from each, into any memory.
+
+    A tensor that is not contiguous is copied into a parcel, or out of one; with `PIECEWISE` its
+    contiguous parts are messages of their own instead.
 
     Args:
+        sent: what each rank gets.
+        received: where what comes from each rank is written.
         group: the ranks.
+        by_head: whether they are `[B, H, S, D]`, head by head in memory, not `[B, S, H, D]`.
+
+    Returns:
+        What has to be called before others read what is received, or write what is sent.
     """
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self._work: Any = None
-        self._unpack: list[tuple[Tensor, Tensor]] = []
-
-    def start(self, sent: list[Tensor], received: list[Tensor]) -> None:
-        """Begin to exchange.
-
-        Args:
-            sent: what each rank gets.
-            received: what it came from each rank is written to, once `finish` is called.
-        """
-        boxes = [x if x.is_contiguous() else x.new_empty(x.shape) for x in received]
-        self._unpack = [(x, box) for x, box in zip(received, boxes, strict=True) if x is not box]
-        parcels = [x.contiguous() for x in sent]
-        if dist.get_backend(self._group) != "gloo":
-            self._work = dist.all_to_all(boxes, parcels, group=self._group, async_op=True)
-            return
-        # Gloo exchanges parts of one tensor only.
-        flat = torch.cat([x.flatten() for x in parcels])
+    if PIECEWISE:
+        return _exchange_pieces(sent, received, group, by_head)
+    parcels = [x.contiguous() for x in sent]
+    boxes = [x if x.is_contiguous() else x.new_empty(x.shape) for x in received]
+    if dist.get_backend(group) == "gloo":  # it exchanges the parts of one tensor only
         sizes = [x.numel() for x in boxes]
-        incoming = flat.new_empty(sum(sizes))
-        dist.all_to_all_single(
-            incoming, flat, sizes, [x.numel() for x in parcels], group=self._group
+        flat = torch.cat([x.flatten() for x in parcels])
+        came = flat.new_empty(sum(sizes))
+        work = dist.all_to_all_single(
+            came, flat, sizes, [x.numel() for x in parcels], group=group, async_op=True
         )
-        for box, came in zip(boxes, incoming.split(sizes), strict=True):
-            box.copy_(came.view(box.shape))
+        boxes = [x.view(box.shape) for x, box in zip(came.split(sizes), boxes, strict=True)]
+    else:
+        work = dist.all_to_all(boxes, parcels, group=group, async_op=True)
+    return partial(_finish, [work], received, boxes, parcels)
 
-    def finish(self) -> None:
-        """Have what came where it was asked for, as far as the device's stream can tell."""
-        if self._work is not None:
-            self._work.wait()
-        for out, box in self._unpack:
-            out.copy_(box)
+
+def _exchange_pieces(
+    sent: Sequence[Tensor], received: Sequence[Tensor], group: Any, by_head: bool
+) -> Callable[[], None]:
+    """Exchange each part of memory that is contiguous, or may be, as a message of its own."""
+    rank, calls, came, boxes, kept = dist.get_rank(group), [], [], [], []
+    for other, (outgoing, incoming) in enumerate(zip(sent, received, strict=True)):
+        if other == rank:
+            incoming.copy_(outgoing)
+            continue
+        peer = other if group is None else dist.get_global_rank(group, other)
+        for piece in _pieces(outgoing, by_head):
+            kept.append(piece.contiguous())
+            calls.append(dist.P2POp(dist.isend, kept[-1], peer, group))
+        for piece in _pieces(incoming, by_head):
+            came.append(piece)
+            boxes.append(piece if piece.is_contiguous() else piece.new_empty(piece.shape))
+            calls.append(dist.P2POp(dist.irecv, boxes[-1], peer, group))
+    return partial(_finish, dist.batch_isend_irecv(calls), came, boxes, kept)
+
+
+def _pieces(x: Tensor, by_head: bool) -> list[Tensor]:
+    items = x.unbind()
+    return [head for item in items for head in item.unbind()] if by_head else list(items)
+
+
+def _finish(
+    works: Sequence[Any],
+    received: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    kept: Sequence[Tensor],
+) -> None:
+    """Wait for what is under way, whose tensors had to be kept, and unpack what came in boxes."""
+    for work in works:
+        work.wait()
+    for x, box in zip(received, boxes, strict=True):
+        if x is not box:
+            x.copy_(box)
+
+
+def _empty_by_head(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return `[B, S, H, D]` in memory head by head."""
+    batch, tokens, heads, width = shape
+    return like.new_empty(batch, heads, tokens, width).transpose(1, 2)
 
 
 def _slices(first: int, text: int, length: int) -> tuple[slice, slice]:
