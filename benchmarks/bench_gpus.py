@@ -1,0 +1,416 @@
+"""Time a forward pass of real transformers on 1, 2 and 4 GPUs: as diffusers has them, and sparse.
+
+    python benchmarks/bench_gpus.py run --gpus 4 --output benchmarks/results/h100/gpus.json
+    python benchmarks/bench_gpus.py table --gpu h100
+    python benchmarks/bench_gpus.py run --gpus 2 --tiny --output tiny.json    # two processes, a CPU
+
+It starts a process for each GPU. Models, inputs and settings are those of `bench_models.py`. Each
+way is first checked against the same way on one GPU, then all are timed in turns; a time is that of
+the slowest rank. Rows of `EXTRA` are added by who has another way to share a forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _harness import ROOT, conditions, environment, load, replace_between, store, summary, table
+from _model_subjects import SUBJECTS, TINY, Subject
+from bench_models import DENSITY, EVERY_STEP, build, forwards, make_inputs
+from torch import Tensor, nn
+
+from svg_attention import SVG2, Dense
+from svg_models import parallelize, sparsify
+from svg_models.parallel import ulysses
+from svg_models.parallel.share import Share
+
+PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
+STOCK = "diffusers' attention"
+SPARSE = "SVG2"
+# Relative distance to one GPU, in bf16: rounding of sums in another order, and of other plans.
+CLOSE = {STOCK: 2e-2}
+CLOSE_PLANS = 5e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to compute a forward pass on several GPUs.
+
+    Attributes:
+        name: for people.
+        method: of `sparsify`, given the subject; None leaves the model's own attention.
+        share: makes a model share its forward pass with the ranks of a group for a while; gives the
+            model to call, if it is another.
+        one: the way on one GPU that its result and its time are held against.
+        suits: whether it is for a model and a number of GPUs.
+    """
+
+    name: str
+    method: Callable[[Subject], Any]
+    share: Callable[[Any, Any], AbstractContextManager[Any]]
+    one: str
+    suits: Callable[[Any, int], bool] = lambda model, gpus: True
+
+
+def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
+    """Share the sequence by `parallelize`; on one GPU it stays whole."""
+    return nullcontext() if team is None else parallelize(model, group=team)
+
+
+@contextmanager
+def shared_by_pieces(model: Any, team: Any) -> Iterator[None]:
+    """Share it so, each head a message of its own."""
+    ulysses.PIECEWISE = True
+    try:
+        with shared(model, team):
+            yield
+    finally:
+        ulysses.PIECEWISE = False
+
+
+@contextmanager
+def shared_by_diffusers(model: Any, team: Any) -> Iterator[Any]:
+    """Give a copy that diffusers itself shares, which it cannot undo."""
+    from diffusers import ContextParallelConfig
+
+    copied = copy.deepcopy(model)
+    config = ContextParallelConfig(ulysses_degree=dist.get_world_size(team))
+    copied.enable_parallelism(config=config)
+    yield copied
+
+
+def diffusers_shares(model: Any, gpus: int) -> bool:
+    """Return whether diffusers has a plan for a model, and all ranks are there to carry it out."""
+    planned = type(model)._cp_plan is not None and torch.cuda.is_available()
+    return planned and gpus > 1 and gpus == dist.get_world_size()
+
+
+def svg2(subject: Subject) -> SVG2:
+    """Return the method of the sparse rows."""
+    queries, keys = subject.clusters
+    return SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY)
+
+
+WAYS = (
+    Way(name=STOCK, method=lambda subject: None, share=shared, one=STOCK),
+    Way(name="dense steps", method=lambda subject: Dense(), share=shared, one="dense steps"),
+    Way(name=SPARSE, method=svg2, share=shared, one=SPARSE),
+    Way(
+        name="SVG2, a message for each head",
+        method=svg2,
+        share=shared_by_pieces,
+        one=SPARSE,
+        suits=lambda model, gpus: gpus > 1,
+    ),
+    Way(
+        name="diffusers' own Ulysses",
+        method=lambda subject: None,
+        share=shared_by_diffusers,
+        one=STOCK,
+        suits=diffusers_shares,
+    ),
+)
+EXTRA: list[Way] = []
+"""More ways: ring attention, guidance in parallel. `share` gets the model and the ranks."""
+
+
+class Member:
+    """One of the processes, and what it has of the measurement.
+
+    Args:
+        subject: what is timed.
+        device: "cuda" or "cpu".
+        counts: numbers of GPUs.
+        teams: the ranks of each number of GPUs above 1.
+        control: a group over gloo, by which ranks wait that have nothing to do.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        device: str,
+        counts: Sequence[int],
+        teams: Mapping[int, Any],
+        control: Any,
+    ) -> None:
+        self.subject, self.device, self.counts = subject, device, counts
+        self.teams, self.control = teams, control
+        self.model = build(subject, device)
+        torch.manual_seed(1)
+        self.inputs = make_inputs(subject, subject.latents[1:], device)
+        self.times: dict[str, dict[int, list[float]]] = {}
+        self.distance: dict[str, dict[int, float]] = {}
+        self.exchange: dict[str, dict[int, float]] = {}
+        self.density: dict[str, float] = {}
+        self._alone: dict[str, Tensor] = {}
+
+    def take(self, way: Way, gpus: int, *, samples: int, warmup: int) -> None:
+        """Time forward passes of one way, and hold the last one before against one GPU."""
+        dist.barrier(self.control)
+        if dist.get_rank() >= gpus:
+            return
+        team = self.teams.get(gpus)
+        method = way.method(self.subject)
+        with ExitStack() as stack:
+            given = stack.enter_context(way.share(self.model, team))
+            model = given if isinstance(given, nn.Module) else self.model
+            if method is not None:
+                run = stack.enter_context(sparsify(model, method, EVERY_STEP))
+            forward = forwards(model, self.inputs)
+            for _ in range(warmup):
+                out = forward()
+            self._hold(way, gpus, out)
+            times = [self._time(forward, team) for _ in range(samples)]
+            if method is not None:
+                self.density[way.name] = run.stats().mean_density_with_dense_calls
+        self.times.setdefault(way.name, {}).setdefault(gpus, []).extend(times)
+
+    def _hold(self, way: Way, gpus: int, out: Tensor) -> None:
+        """Keep what one GPU makes, and measure how far from it others are."""
+        if dist.get_rank():
+            return
+        if not torch.isfinite(out).all():
+            raise RuntimeError(f"{self.subject.name}, {way.name}, {gpus} GPUs: not finite")
+        if gpus == 1:
+            self._alone.setdefault(way.name, out)
+        elif way.one in self._alone:
+            one = self._alone[way.one].float()
+            found = ((out.float() - one).norm() / one.norm()).item()
+            self.distance.setdefault(way.name, {})[gpus] = found
+            if not found <= CLOSE.get(way.one, CLOSE_PLANS):
+                raise RuntimeError(
+                    f"{self.subject.name}, {way.name}: {gpus} GPUs are {found:.2e} from one"
+                )
+
+    def _time(self, forward: Callable[[], Tensor], team: Any) -> float:
+        """Return milliseconds until the slowest rank has its output."""
+        self._meet(team)
+        start = time.perf_counter()
+        forward()
+        self._meet(team)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _meet(self, team: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        if team is not None:
+            dist.barrier(team)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+    def time_exchange(self, gpus: int, *, samples: int) -> None:
+        """Time what a layer exchanges, without its attention, in both ways to send it."""
+        dist.barrier(self.control)
+        if dist.get_rank() >= gpus:
+            return
+        config, text = self.model.config, self.subject.text[0] if self.subject.pooled else 0
+        share = Share.of(self.teams[gpus], self.subject.tokens)
+        local = share.sizes[share.rank] + text
+        shape = (1, local, config.num_attention_heads, config.attention_head_dim)
+        with torch.device(self.device):
+            by_token = torch.randn(shape, dtype=torch.bfloat16)
+            by_head = by_token.transpose(1, 2).contiguous().transpose(1, 2)
+        position = "last" if text else None
+
+        def forward() -> Tensor:
+            return ulysses.attend_over_ranks(
+                share, by_head, by_head, by_token, lambda q, k, v: v, text_position=position
+            )
+
+        for name, pieces in (("a message for each rank", False), ("for each head", True)):
+            ulysses.PIECEWISE = pieces
+            for _ in range(3):
+                forward()
+            times = [self._time(forward, self.teams[gpus]) for _ in range(samples)]
+            self.exchange.setdefault(name, {})[gpus] = summary(times)["median"]
+        ulysses.PIECEWISE = False
+
+    def result(self) -> dict[str, Any]:
+        """Return what was found so far, as plain data."""
+        return {
+            "name": self.subject.name,
+            "tokens": self.subject.tokens,
+            "layers": self.subject.layers,
+            "ms_per_forward": {
+                name: {str(gpus): summary(times) for gpus, times in found.items()}
+                for name, found in self.times.items()
+            },
+            "samples": {
+                name: {str(gpus): len(times) for gpus, times in found.items()}
+                for name, found in self.times.items()
+            },
+            "held_against": {way.name: way.one for way in (*WAYS, *EXTRA)},
+            "distance_to_one_gpu": self.distance,
+            "ms_of_exchange_per_layer": self.exchange,
+            "density": self.density,
+        }
+
+
+def toys(gpus: int) -> list[Subject]:
+    """Return toy models with a head for each process."""
+    heads = {"num_attention_heads": max(2, gpus)}
+    return [replace(toy, config={**toy.config, **heads}) for toy in TINY]
+
+
+def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) -> None:
+    """Time all subjects, as far as the seconds last; the first rank stores after each round."""
+    began, rank = time.perf_counter(), dist.get_rank()
+    device = "cpu" if args.tiny else "cuda"
+    counts = (1, *teams)
+    alone = args.tiny or rank
+    result: dict[str, Any] = {} if alone else {"environment": environment(args.commit)}
+    result |= {"density": DENSITY, "gpus": args.gpus, "models": []}
+    subjects = [
+        subject
+        for subject in (toys(args.gpus) if args.tiny else SUBJECTS)
+        if not args.models or any(word in subject.name.lower() for word in args.models)
+    ]
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
+
+    for place, subject in enumerate(subjects):
+        member = Member(subject, device, counts, teams, control)
+        say(f"{subject.name}: built")
+        until = args.seconds * (place + 1) / len(subjects)
+        for turn in range(args.rounds):
+            for way in (*WAYS, *EXTRA):
+                for gpus in counts:
+                    if not way.suits(member.model, gpus):
+                        continue
+                    # Each way starts from nothing: twice, and a forward pass is as all later ones.
+                    member.take(way, gpus, samples=args.samples, warmup=2)
+                    if rank == 0:
+                        layer = member.times[way.name][gpus][-args.samples :]
+                        ms = [round(t / subject.layers, 1) for t in layer]
+                        say(f"{subject.name}: {way.name}, on {gpus}: {ms} ms a layer")
+            if turn == 0:
+                for gpus in teams:
+                    member.time_exchange(gpus, samples=5)
+            if rank == 0:
+                found = [one for one in result["models"] if one["name"] != subject.name]
+                result["models"] = [*found, member.result()]
+                store(args.output, result)
+            over = torch.tensor([time.perf_counter() - began > until])
+            dist.broadcast(over, 0, group=control)
+            if over.item():
+                say(f"{subject.name}: {turn + 1} of {args.rounds} rounds, for lack of time")
+                break
+        del member
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    say("done")
+
+
+def member(rank: int, args: argparse.Namespace, port: int) -> None:
+    """Be one of the processes."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NCCL_NVLS_ENABLE": "0"}
+    torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
+    if not args.tiny:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if args.tiny else "nccl",
+        rank=rank,
+        world_size=args.gpus,
+        timeout=datetime.timedelta(seconds=180),
+    )
+    control = dist.new_group(backend="gloo")
+    sizes = [n for n in (2, 4, 8) if n <= args.gpus]
+    teams = {n: dist.new_group(list(range(n))) for n in sizes}
+    try:
+        measure(args, control, teams)
+    except BaseException:  # noqa: BLE001 - others wait for this rank; who started them ends them
+        traceback.print_exc()
+        os._exit(1)
+    dist.barrier(control)
+    dist.destroy_process_group()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Start the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(member, (args, port), nprocs=args.gpus)
+
+
+def rows_of(model: Mapping[str, Any]) -> list[list[str]]:
+    """Return the lines of one model: milliseconds a layer, and times faster than one GPU."""
+    lines = []
+    for name, found in model["ms_per_forward"].items():
+        one = model["ms_per_forward"][model["held_against"][name]]["1"]["median"]
+        cells = []
+        for gpus in ("1", "2", "4", "8"):
+            ms = found.get(gpus)
+            if ms is None:
+                cells.append("")
+                continue
+            faster = "" if gpus == "1" else f" ({one / ms['median']:.2f}x)"
+            cells.append(f"{ms['median'] / model['layers']:.1f}{faster}")
+        if any(cells):
+            lines.append([model["name"], name, *cells])
+    return lines
+
+
+def written(result: Mapping[str, Any]) -> str:
+    """Return the table and what was checked."""
+    head = ["model", "attention", *(f"{n} GPU{'s' * (n > 1)}" for n in (1, 2, 4, 8))]
+    lines = [line for model in result["models"] for line in rows_of(model)]
+    filled = [n for n in range(len(head)) if n < 2 or any(line[n] for line in lines)]
+    text = "Milliseconds a layer, and how many times faster than the same on one GPU:\n\n"
+    text += table([head[n] for n in filled], [[line[n] for n in filled] for line in lines])
+    for model in result["models"]:
+        far = "; ".join(
+            f"{name} " + ", ".join(f"{d:.1e} on {n}" for n, d in found.items())
+            for name, found in model["distance_to_one_gpu"].items()
+        )
+        text += f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
+        sent = "; ".join(
+            f"{name} " + ", ".join(f"{ms:.2f} ms on {n}" for n, ms in found.items())
+            for name, found in model["ms_of_exchange_per_layer"].items()
+        )
+        text += f"The exchange of a layer alone takes, with {sent}.\n"
+    return text
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """Write the stored numbers into the page about several GPUs."""
+    result = load(args.gpu, "gpus")
+    replace_between(PAGE, "gpus", f"{written(result)}\n{conditions(result['environment'])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time transformers on several GPUs.")
+    commands = parser.add_subparsers(required=True)
+    timed = commands.add_parser("run", help="start a process for each GPU and time")
+    timed.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
+    timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    timed.add_argument("--models", nargs="*", default=[], help="only those with such a name")
+    timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn")
+    timed.add_argument("--rounds", type=int, default=3, help="turns of all ways")
+    timed.add_argument("--seconds", type=float, default=170.0, help="after which no round begins")
+    timed.add_argument("--commit", help="of the code, where it is no repository")
+    timed.add_argument("--tiny", action="store_true", help="toy models, on the CPU")
+    timed.set_defaults(do=run)
+    shown = commands.add_parser("table", help="write the stored numbers into the documentation")
+    shown.add_argument("--gpu", default="h100")
+    shown.set_defaults(do=write_table)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
