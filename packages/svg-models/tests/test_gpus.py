@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import svg_models
 from svg_models.cli import app
 from svg_models.errors import MachineError, SettingError
+from svg_models.generation import ranks
 from svg_models.generation.ranks import places_of
 from svg_models.generation.request import GenerateRequest
 from svg_models.loading import device
@@ -78,6 +79,17 @@ def test_generate_gpus_refuses_beside_what_it_cannot_share() -> None:
         GenerateRequest(gpus=2, model=SimpleNamespace(geometry=None))  # as a LoadedPipeline
     with pytest.raises(SettingError, match="gpus must be 1 or more"):
         GenerateRequest(gpus=0)
+
+
+def test_memory_that_is_not_enough_names_the_gpu_as_people_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(request: GenerateRequest) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has 79 GiB\nand more lines")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(MachineError, match=r"GPU 3 was not enough \(CUDA out of .* 79 GiB\); take"):
+        ranks._naming_its_gpu(full)(GenerateRequest())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from svg_models.errors import MachineError, SettingError
+from svg_models.errors import MachineError, SettingError, first_line
 from svg_models.generation.request import GenerateRequest
 from svg_models.launch import Place, Rank
 from svg_models.loading.device import gpu_names
@@ -80,7 +80,26 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
         )
         return dataclasses.replace(clip, gpus=rank.size) if rank.number == 0 else None
 
-    return make
+    return _naming_its_gpu(make)
+
+
+def _naming_its_gpu(
+    make: Callable[[GenerateRequest], Clip | None],
+) -> Callable[[GenerateRequest], Clip | None]:
+    """Have the sentence about memory say which GPU it is of; for its process each is GPU 0."""
+
+    def told(request: GenerateRequest) -> Clip | None:
+        import torch
+
+        try:
+            return make(request)
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"the memory of GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '0')} was not enough "
+                f"({first_line(error)}); take fewer frames, a smaller size, or --offload"
+            ) from error
+
+    return told
 
 
 def _meet(rank: Rank, device: str) -> None:
