@@ -34,14 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Start a cluster of two machines with a CPU each."""
+    """Start a cluster of two machines, of one CPU and of two."""
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     machine = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
     try:
-        cluster.add_node(**machine)
+        cluster.add_node(**machine | {"num_cpus": 2})
         yield cluster.address
     finally:
         cluster.shutdown()
@@ -70,9 +70,12 @@ def test_svg_batch_ray_makes_clips_on_two_machines(
 
     rows[1]["frames"] = 5
     lines.write_text("\n".join(map(json.dumps, rows)))
-    result = CliRunner().invoke(app, words)  # the same batch goes on without Ray
+    words += ["--gpus-per-clip", "2", "--ray", address]
+    result = CliRunner().invoke(app, words)  # the same batch goes on, by two processes of a worker
     assert result.exit_code == 0, result.output
-    assert [value["made"] for value in json.loads(result.stdout)] == [False, True, False]
+    values = json.loads(result.stdout)
+    assert [value["made"] for value in values] == [False, True, False]
+    assert [value["gpus"] for value in values] == [1, 2, 1]
 
 
 def test_svg_batch_ray_makes_the_clip_of_a_lost_worker_again(
@@ -109,7 +112,11 @@ def test_svg_batch_ray_refuses_what_the_cluster_has_not(
     lines.write_text("a red circle\n")
     words = ["batch", str(lines), "-m", folder, "--ray", address, "-o", str(tmp_path / "out")]
     for more, sentence in (
-        (["--gpus", "3", "--device", "cpu"], "3 CPUs were asked for, and the Ray cluster has 2"),
+        (["--gpus", "4", "--device", "cpu"], "4 CPUs were asked for, and the Ray cluster has 3"),
+        (
+            ["--gpus", "4", "--gpus-per-clip", "2", "--device", "cpu"],
+            "4 CPUs in groups of 2 were asked for, and the Ray cluster has 2 in groups of 2",
+        ),
         (["--gpus", "1"], "1 GPUs were asked for, and the Ray cluster has 0"),
         (["--gpus", "3", "--gpus-per-clip", "2"], "3 GPUs cannot be dealt in groups of 2"),
     ):

@@ -100,7 +100,7 @@ def batch(
             if ray is not None:
                 from svg_models.generation.on_ray import make_on_ray, ray_cluster
 
-                module = ended.enter_context(ray_cluster(ray, request))
+                module = ended.enter_context(ray_cluster(ray, request, gpus_per_clip))
                 return make_on_ray(module, missing, request, gpus_per_clip, reports)
             for group in groups:
                 ended.enter_context(group)

@@ -55,13 +55,14 @@ class ClipWorker:
 
 
 @contextmanager
-def ray_cluster(address: str, request: GenerateRequest) -> Iterator[Any]:
+def ray_cluster(address: str, request: GenerateRequest, per_clip: int = 1) -> Iterator[Any]:
     """Connect with a Ray cluster, and disconnect at the end.
 
     Args:
         address: "auto" for the one that runs on this machine, HOST:PORT, or "local" to start one
             that ends with the block.
         request: says how many GPUs, or CPUs, are wanted.
+        per_clip: how many of them have to be on one machine.
 
     Yields:
         The module `ray`.
@@ -95,16 +96,27 @@ def ray_cluster(address: str, request: GenerateRequest) -> Iterator[Any]:
             ) from error
     try:
         with redirect_stdout(sys.stderr):
-            kind = "CPU" if request.device == "cpu" else "GPU"
-            there = int(ray.cluster_resources().get(kind, 0))
-            if there < request.gpus:
-                raise MachineError(
-                    f"{request.gpus} {kind}s were asked for, and the Ray cluster has {there}; "
-                    "lower --gpus, or add machines to it"
-                )
+            _check_room(ray.nodes(), request, per_clip)
             yield ray
     finally:
         ray.shutdown()
+
+
+def _check_room(machines: Sequence[Any], request: GenerateRequest, per_clip: int) -> None:
+    """Refuse what would wait for ever: Ray takes it that machines may be added.
+
+    Raises:
+        MachineError: says what there is.
+    """
+    kind = "CPU" if request.device == "cpu" else "GPU"
+    have = [int(one["Resources"].get(kind, 0)) for one in machines if one["Alive"]]
+    room = sum(number // per_clip for number in have)
+    if room * per_clip < request.gpus:
+        groups = f" in groups of {per_clip}" if per_clip > 1 else ""
+        raise MachineError(
+            f"{request.gpus} {kind}s{groups} were asked for, and the Ray cluster has "
+            f"{room * per_clip}{groups}; lower --gpus, or add machines to it"
+        )
 
 
 def make_on_ray(
