@@ -290,7 +290,17 @@ def check_refusals(ring: Ring) -> None:
         attend_in_ring(SPARSE, query, query, query, ring=ring, layout=layout)
 
 
+def check_shares(ring: Ring) -> None:
+    """Shares are those of `torch.tensor_split`, or as many of its parts in a row as are asked."""
+    for tokens in (1, 7, 48, 1000):
+        for parts in (1, 2, 3):
+            split = torch.arange(tokens).tensor_split(ring.size * parts)
+            expected = [sum(map(len, split[n : n + parts])) for n in range(0, len(split), parts)]
+            assert list(Ring(ring.group, parts=parts).shares(tokens)) == expected
+
+
 CHECKS = (
+    check_shares,
     check_merge,
     check_dense,
     check_text,

@@ -37,28 +37,33 @@ class Ring:
 
     Args:
         group: the processes; the default group when None.
+        parts: of how many parts that are dealt out in turn a share consists, where others, too,
+            hold some of it.
 
     Attributes:
         group: the processes.
         rank: this process's place among them.
         size: how many there are.
+        parts: as given.
 
     Raises:
         RuntimeError: if torch.distributed is not initialised.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, parts: int = 1) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "a ring needs torch.distributed; call init_process_group, or start the script "
                 "with torchrun"
             )
-        self.group = group
+        self.group, self.parts = group, parts
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def shares(self, tokens: int) -> tuple[int, ...]:
-        """Return how many of some tokens each process holds, the first ones one more at most."""
-        return tuple(tokens // self.size + (rank < tokens % self.size) for rank in range(self.size))
+        """Return how many of some tokens each process holds: of equal parts, larger ones first."""
+        size, more = divmod(tokens, self.size * self.parts)
+        first = range(0, self.size * self.parts, self.parts)
+        return tuple(self.parts * size + min(max(more - n, 0), self.parts) for n in first)
 
     def holder(self, passes: int) -> int:
         """Return whose share is here after some passes."""

@@ -5,23 +5,33 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from svg_attention import UnsupportedError
 from svg_models.families import Family, family_of, transformers_of
+from svg_models.parallel.crew import Crew
+from svg_models.parallel.guidance import SplitGuidance
+from svg_models.parallel.share import Share
 from svg_models.parallel.sharing import SharedTransformer, is_shared
 from svg_models.parallel.ulysses import context_config
 
 __all__ = ["SharedRun", "parallelize"]
 
 
-def parallelize(pipe: Any, *, ulysses: int | None = None, group: Any = None) -> SharedRun:
+def parallelize(
+    pipe: Any,
+    *,
+    ulysses: int | None = None,
+    ring: int = 1,
+    guidance: int | None = None,
+    group: Any = None,
+) -> SharedRun:
     """Have several ranks make each video together, each computing a share of its tokens.
 
-    Every rank runs the same script with the same arguments, and gets the same video. Before each
-    attention ranks exchange their shares for whole sequences of some heads (Ulysses), so it may be
-    dense or, with `sparsify` before or after this, sparse, with the plan of one GPU.
+    Every rank runs the same script with the same arguments, and gets the same video. Of a guided
+    pipeline two teams of ranks compute a branch each. In a team, before each attention, ranks
+    exchange their shares for whole sequences of some heads (Ulysses), so it may be dense or, with
+    `sparsify` before or after this, sparse, with the plan of one GPU.
 
     ```python
     torch.distributed.init_process_group("nccl")            # torchrun --nproc-per-node 4 clip.py
@@ -33,12 +43,18 @@ def parallelize(pipe: Any, *, ulysses: int | None = None, group: Any = None) -> 
     ```
 
     Neither the tokens nor the heads need to be a multiple of the ranks. Latents are those of the
-    first rank, so that a missing seed does no harm there.
+    first rank, so that a missing seed does no harm there. What is not guided is computed by both
+    teams together.
 
     Args:
         pipe: a diffusers pipeline, or its transformer, the same on every rank.
-        ulysses: how many ranks share a video; all of the group by default. With more ranks in all
-            each so many in a row make a video of their own.
+        ulysses: how many ranks exchange heads; by default as many as there are. With more ranks in
+            all than `ulysses * ring * guidance`, each so many in a row make a video of their own.
+        ring: how many so large groups of ranks keep their queries and pass keys and values on: for
+            more ranks than heads. Sparse attention is then that of SVG2 with top_p or density
+            alone, and each rank chooses for its own queries what they read.
+        guidance: 2 for two teams, 1 for one; by default 2 for a pipeline and an even number of
+            ranks.
         group: the ranks; by default all.
 
     Returns:
@@ -47,20 +63,31 @@ def parallelize(pipe: Any, *, ulysses: int | None = None, group: Any = None) -> 
     Raises:
         TypeError: if `pipe` has no transformer.
         ValueError: if no family covers it, it is shared already, by this function or by diffusers,
-            or the ranks are no multiple of `ulysses`.
-        UnsupportedError: if there is no group of ranks, or there are more than heads.
+            or the ranks are no multiple of those of a video.
+        UnsupportedError: if there is no group of ranks, or more of them exchange heads than there
+            are.
     """
     found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
     for _, transformer, family in found:
         _refuse_shared(transformer, family)
-    group, ranks = _group(ulysses, group)
-    run = SharedRun(ranks)
-    if ranks == 1:
+    crew = Crew.of(group, ulysses, ring, guidance, whole=isinstance(pipe, nn.Module))
+    run = SharedRun(crew.ranks)
+    if crew.ranks == 1:
         return run
+    heads = [
+        (module.heads, path)
+        for _, transformer, family in found
+        for path, module in family.find_attentions(transformer)
+    ]
+    _refuse_few_heads(heads, crew.ulysses)
+    together = crew.together(ulysses, min(heads)[0])
     try:
-        for _, transformer, family in found:
-            _refuse_few_heads(transformer, family, ranks)
-            run.share(transformer, family, group)
+        if together is not None or crew.team.ranks > 1:
+            for _, transformer, family in found:
+                run.share(transformer, family, crew.team)
+        if crew.pair is not None:
+            models = {name: getattr(pipe, name, model) for name, model, _ in found}
+            run.split(pipe, models, crew, together)
     except BaseException:
         run.restore()
         raise
@@ -77,6 +104,7 @@ class SharedRun:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self._shared: list[SharedTransformer] = []
+        self._split: SplitGuidance | None = None
 
     def __enter__(self) -> SharedRun:
         return self
@@ -90,53 +118,57 @@ class SharedRun:
         self.restore()
 
     def __repr__(self) -> str:
-        state = f"{self.ranks} ranks" if self._shared else "restored"
+        active = self._shared or self._split is not None
+        state = f"{self.ranks} ranks" if active else "restored"
         return f"SharedRun({state})"
 
-    def share(self, transformer: nn.Module, family: Family, group: Any) -> None:
+    def share(self, transformer: nn.Module, family: Family, share: Share) -> None:
         """Share one transformer more.
 
         Args:
             transformer: the transformer.
             family: its family.
-            group: the ranks.
+            share: the ranks.
         """
         if family.sharing is None:
             raise ValueError(
                 f"family {family.name!r} does not say how ranks share the sequence of its "
                 "transformers; give it a sharing"
             )
-        self._shared.append(SharedTransformer(transformer, family, family.sharing, group))
+        self._shared.append(SharedTransformer(transformer, family, family.sharing, share))
+
+    def split(
+        self, pipe: Any, transformers: dict[str, nn.Module], crew: Crew, together: Share | None
+    ) -> None:
+        """Have two teams compute a branch of guidance each.
+
+        Args:
+            pipe: the pipeline.
+            transformers: its transformers.
+            crew: the ranks of a video.
+            together: share of a sequence that both teams share; None if they cannot.
+        """
+
+        def use(everyone: bool) -> None:
+            for shared in self._shared:
+                if together is not None:
+                    shared.share = together if everyone else crew.team
+
+        self._split = SplitGuidance(
+            pipe,
+            transformers,
+            pair=crew.pair,
+            team=crew.number,
+            gather=None if together is None else use,
+        )
 
     def restore(self) -> None:
         """Have each rank compute whole sequences again; calling it twice does no harm."""
+        if self._split is not None:
+            self._split.restore()
+            self._split = None
         while self._shared:
             self._shared.pop().restore()
-
-
-def _group(ulysses: int | None, group: Any) -> tuple[Any, int]:
-    """Return the ranks that share with this one, and their number."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if ulysses == 1:
-            return None, 1
-        raise UnsupportedError(
-            {
-                "ulysses": "there is no group of processes; start one for each GPU, for example by "
-                "torchrun, and call torch.distributed.init_process_group first"
-            }
-        )
-    ranks = dist.get_world_size(group)
-    if ulysses is None or ulysses == ranks:
-        return group, ranks
-    if ulysses < 1 or ranks % ulysses:
-        raise ValueError(
-            f"ulysses must divide the {ranks} ranks, so that each makes part of a video; "
-            f"got {ulysses}"
-        )
-    everyone = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
-    teams = [everyone[n : n + ulysses] for n in range(0, ranks, ulysses)]
-    own, _ = dist.new_subgroups_by_enumeration(teams)
-    return own, ulysses
 
 
 def _refuse_shared(transformer: nn.Module, family: Family) -> None:
@@ -151,9 +183,12 @@ def _refuse_shared(transformer: nn.Module, family: Family) -> None:
             raise ValueError(f"{type(transformer).__name__} is shared already (at {path})")
 
 
-def _refuse_few_heads(transformer: Any, family: Family, ranks: int) -> None:
-    for path, module in family.find_attentions(transformer):
-        if module.heads < ranks:
+def _refuse_few_heads(heads: list[tuple[int, str]], ranks: int) -> None:
+    for count, path in heads:
+        if count < ranks:
             raise UnsupportedError(
-                {"ulysses": f"{ranks} ranks cannot share the {module.heads} heads of {path}"}
+                {
+                    "ulysses": f"{ranks} ranks cannot share the {count} heads of {path}; let some "
+                    "of them pass keys on, by ring"
+                }
             )

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svg_attention import Ring
+
 __all__ = ["Share", "part_sizes"]
 
 
@@ -32,22 +34,44 @@ class Share:
         ranks: how many they are.
         rank: which of them this one is.
         tokens: of the whole sequence.
+        ring: of ranks that keep their queries and pass on keys and values; None where all exchange
+            heads.
+        heads: the ranks that exchange heads, each so many in a row, where there is a ring.
     """
 
     group: Any
     ranks: int
     rank: int
     tokens: int
+    ring: Ring | None = None
+    heads: Any = None
 
     @classmethod
-    def of(cls, group: Any, tokens: int) -> Share:
+    def of(cls, group: Any, tokens: int, ring: Ring | None = None, heads: Any = None) -> Share:
         """Return this process's share of a sequence of so many tokens.
 
         Args:
             group: the ranks; None for all.
             tokens: of the whole sequence.
+            ring: see the class.
+            heads: see the class.
         """
-        return cls(group, dist.get_world_size(group), dist.get_rank(group), tokens)
+        return cls(group, dist.get_world_size(group), dist.get_rank(group), tokens, ring, heads)
+
+    @classmethod
+    def alone(cls) -> Share:
+        """Return the share of a rank that has the whole sequence."""
+        return cls(None, 1, 0, 0)
+
+    @property
+    def of_heads(self) -> Share:
+        """Return this rank's share of what those it exchanges heads with have of the sequence."""
+        if self.ring is None:
+            return self
+        ranks = self.ring.parts
+        first = self.rank - self.rank % ranks
+        tokens = sum(self.sizes[first : first + ranks])
+        return Share(self.heads, ranks, self.rank % ranks, tokens)
 
     @property
     def sizes(self) -> list[int]:
@@ -76,6 +100,8 @@ class Share:
             x: this rank's part.
             axis: of the tokens.
         """
+        if self.ranks == 1:
+            return x
         sizes = self.sizes
         most = sizes[0]
         sent = x.movedim(axis, 0)

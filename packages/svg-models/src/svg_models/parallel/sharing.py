@@ -6,6 +6,7 @@ import copy
 import re
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from svg_models.families import Family
 from svg_models.families.base import parameter_names, plain_path
 from svg_models.families.processors import SparseProcessor, put_processor
 from svg_models.families.sharing import Axis, Sharing
+from svg_models.parallel.ring import dense_in_ring
 from svg_models.parallel.share import Share
 from svg_models.parallel.ulysses import attend_over_ranks, context_config
 
@@ -37,13 +39,17 @@ class SharedTransformer:
         transformer: the transformer, held weakly.
         family: its family.
         sharing: where its tokens are dealt out.
-        group: the ranks; None for all.
+        share: the ranks, of a sequence of any number of tokens.
+
+    Attributes:
+        share: what this rank has of the sequence of the running forward pass. Between two of them
+            it may be given another one.
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Family, sharing: Sharing, group: Any
+        self, transformer: nn.Module, family: Family, sharing: Sharing, share: Share
     ) -> None:
-        self.share = Share.of(group, 0)
+        self.share = share
         self._family, self._sharing = family, sharing
         self._text_counts: tuple[int, ...] | None = None
         self._undo: list[Callable[[], None]] = []
@@ -68,14 +74,16 @@ class SharedTransformer:
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute dense attention over what all ranks hold, `[B, S, H, D]`."""
         backend = getattr(self._processors[slot].original, "_attention_backend", None)
-        counts, tokens = self._text_counts, self.share.tokens
-        lengths = None if counts is None else tuple(tokens + count for count in counts)
+        counts, share = self._text_counts, self.share
+        lengths = None if counts is None else tuple(share.tokens + count for count in counts)
+        position = self._family.text_position
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if share.ring is not None:
+                return dense_in_ring(share, q, k, v, text_position=position, text_counts=counts)
             return self._family.dense(q, k, v, backend=backend, key_lengths=lengths)
 
-        position = self._family.text_position
-        return attend_over_ranks(self.share, query, key, value, dense, text_position=position)
+        return attend_over_ranks(share.of_heads, query, key, value, dense, text_position=position)
 
     def _place_processor(self, module: Any, handle: Tensor) -> None:
         """Put a processor in front of the model's own, behind that of a sparse run."""
@@ -127,7 +135,7 @@ class SharedTransformer:
 
     def _begin_forward(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """Count the tokens; return the latents of the first rank, which all have to denoise."""
-        family, group = self._family, self.share.group
+        family, latents = self._family, arguments["hidden_states"]
         if self._sharing.tokens is not None:
             tokens = self._sharing.tokens(transformer, arguments)
         else:
@@ -137,11 +145,12 @@ class SharedTransformer:
             raise ValueError(
                 f"{self.share.ranks} ranks cannot share {tokens} video tokens; they need two each"
             )
-        self.share = Share.of(group, tokens)
+        self.share = replace(self.share, tokens=tokens)
         lengths = family.text_lengths(transformer, arguments)
         self._text_counts = None if lengths is None else tuple(lengths.tolist())
-        latents: Tensor = arguments["hidden_states"].clone(memory_format=torch.contiguous_format)
-        dist.broadcast(latents, group=group, group_src=0)
+        if self.share.ranks > 1:
+            latents = latents.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(latents, group=self.share.group, group_src=0)
         return latents
 
     def _deal(self, x: Any, axis: Axis) -> Any:

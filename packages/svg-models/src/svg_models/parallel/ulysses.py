@@ -76,6 +76,8 @@ def attend_over_ranks(
     Returns:
         As `query`, contiguous.
     """
+    if share.ranks == 1:
+        return attend(query, key, value)
     heads = part_sizes(query.shape[2], share.ranks)
     mine = slice(sum(heads[: share.rank]), sum(heads[: share.rank + 1]))
     text = query.shape[1] - share.sizes[share.rank]

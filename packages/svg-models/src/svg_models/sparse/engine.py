@@ -24,12 +24,13 @@ from svg_attention import (
     Session,
     SparsePlan,
     TokenLayout,
+    UnsupportedError,
     dense_backend,
 )
 from svg_models import attention_op
 from svg_models.caching import NO_CACHE
 from svg_models.method_names import MethodSpec
-from svg_models.parallel import attend_over_ranks, head_share, share_of
+from svg_models.parallel import Share, attend_over_ranks, head_share, share_of
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
@@ -367,15 +368,23 @@ class Engine:
         place = self.slots[slot]
         share = share_of(place.processor.original, query.shape[1])
         if share is None:
-            return self._attend(place, None, query, key, value)
-        attend = partial(self._attend, place, head_share(share, query.shape[2]))
+            return self._attend(place, query, key, value)
+        heads_here = head_share(share.of_heads, query.shape[2])
+        attend = partial(self._attend, place, share=share, heads_here=heads_here)
         position = place.family.text_position
-        return attend_over_ranks(share, query, key, value, attend, text_position=position)
+        return attend_over_ranks(share.of_heads, query, key, value, attend, text_position=position)
 
     def _attend(
-        self, place: Slot, heads_here: HeadShare | None, query: Tensor, key: Tensor, value: Tensor
+        self,
+        place: Slot,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        share: Share | None = None,
+        heads_here: HeadShare | None = None,
     ) -> Tensor:
-        """Compute attention over the whole sequence, `[B, S, H, D]`, of all heads or some."""
+        """Compute attention of all heads or some, over all tokens or, in a ring, a part of them."""
         generation: Generation | None = getattr(self._here, "generation", None)
         context = None if generation is None else generation.contexts.get(place.transformer)
         if generation is None or context is None or generation.session is None:
@@ -383,7 +392,18 @@ class Engine:
                 f"{place.path} ran outside of a forward pass of {place.transformer}; call the "
                 "transformer itself, transformer(...), not one of its parts or its forward method"
             )
-        layout = _layout(place, context.grid, query.shape[1])
+        tokens, ring = query.shape[1], None if share is None else share.ring
+        if share is not None and ring is not None:
+            if share.tokens != math.prod(context.grid):
+                raise UnsupportedError(
+                    {
+                        "ring": f"{place.family.title} has tokens of conditions among those of the "
+                        "clip, of which no sparse plan is made where each rank has a part of them; "
+                        "use ulysses alone"
+                    }
+                )
+            tokens += share.tokens - ring.shares(share.tokens)[ring.rank]
+        layout = _layout(place, context.grid, tokens)
         session: Session = getattr(self._here, "session", None) or generation.session
         fp8 = None
         if session is generation.session and self._fp8_backend is not None:
@@ -427,6 +447,7 @@ class Engine:
             dense=dense if self._asks_original(place, *heads, fp8=fp8 is not None) else None,
             head_share=heads_here,
             out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
+            ring=ring,
             backend=fp8,
         )
         return _swapped(out.transpose(1, 2), video, before)
