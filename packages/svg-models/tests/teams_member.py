@@ -96,6 +96,11 @@ def check_guidance_and_ulysses() -> None:
                 close(shared, alone)
                 all_alike(shared)
                 assert count == expected
+            if taken:
+                stats = run.merged(taken[0].stats())
+                branches = {record.branch for record in stats.records}
+                assert (branches, stats.calls) == ({"cond", "uncond"}, 2 * 2 * STEPS)
+                assert [r.step for r in stats.records] == sorted(r.step for r in stats.records)
             # Without guidance all four share the sequence.
             _, count = passes(pipe, lambda: generate(pipe, guidance_scale=1.0))
             assert count == STEPS

@@ -37,7 +37,7 @@ def check(player: Player, teams: dict[int, Any]) -> dict[str, str]:
             continue
         team = teams[ranks]
         shared = copy.deepcopy(player)
-        with parallelize(shared, group=team) as run:
+        with parallelize(shared, group=team, guidance=1) as run:
             assert run.ranks == ranks
             for way, method in ways.items():
                 seen: list[Seen | None] = [None] * ranks

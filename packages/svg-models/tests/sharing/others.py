@@ -41,12 +41,12 @@ def either_order(player: Player, team: Any) -> None:
     plain = player.play()
     with sparsify(player, SPARSE, EVERYWHERE):
         sparse = player.play()
-    first = parallelize(player, group=team)
+    first = parallelize(player, group=team, guidance=1)
     second = sparsify(player, SPARSE, EVERYWHERE)
     close(player.play(), sparse)
     first.restore()
     assert torch.equal(player.play(), sparse)  # on one rank each
-    first = parallelize(player, group=team)  # after sparsify
+    first = parallelize(player, group=team, guidance=1)  # after sparsify
     close(player.play(), sparse)
     second.restore()
     close(player.play(), plain)
@@ -61,7 +61,7 @@ def either_order(player: Player, team: Any) -> None:
 def copies(player: Player, team: Any) -> None:
     """A copy of a shared transformer has the whole sequence."""
     plain = player.play()
-    with parallelize(player, group=team):
+    with parallelize(player, group=team, guidance=1):
         for copied in (copy.deepcopy(player), pickle.loads(pickle.dumps(player))):
             if dist.get_rank() == 0:  # it asks no other rank
                 assert torch.equal(copied.play(), plain)
@@ -72,7 +72,7 @@ def watched(player: Player, team: Any) -> None:
     with Doubled():
         doubled = player.play()
     assert not torch.allclose(doubled, player.play(), atol=1e-3)
-    with parallelize(player, group=team):
+    with parallelize(player, group=team, guidance=1):
         with Doubled():
             close(player.play(), doubled)
             with sparsify(player, SPARSE, EVERYWHERE):
@@ -86,7 +86,7 @@ def fused_blocks(player: Player, team: Any) -> None:
     try:
         with sparsify(player, SPARSE, EVERYWHERE):
             alone = player.play()
-        with parallelize(player, group=team), sparsify(player, SPARSE, EVERYWHERE):
+        with parallelize(player, group=team, guidance=1), sparsify(player, SPARSE, EVERYWHERE):
             close(player.play(), alone)
     finally:
         fused.serves = real
@@ -105,7 +105,7 @@ def compiled(player: Player, team: Any) -> None:
     """Compiled blocks exchange heads inside the operator, so that their graphs stay whole."""
     with sparsify(player, SPARSE, EVERYWHERE):
         alone = player.play()
-    with parallelize(player, group=team), sparsify(player, SPARSE, EVERYWHERE):
+    with parallelize(player, group=team, guidance=1), sparsify(player, SPARSE, EVERYWHERE):
         player.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
         close(player.play(), alone)
 
@@ -116,21 +116,24 @@ def own_latents(player: Player, team: Any) -> None:
     if dist.get_rank() != 0:
         for call in player.calls:
             call["hidden_states"] = torch.randn_like(call["hidden_states"])
-    with parallelize(player, group=team):
+    with parallelize(player, group=team, guidance=1):
         close(player.play(), plain)
 
 
 def refusals(player: Player, team: Any) -> None:
     """What cannot be shared is refused before anything is changed."""
-    with parallelize(player, group=team), pytest.raises(ValueError, match="shared already"):
-        parallelize(player, group=team)
-    with pytest.raises(ValueError, match="ulysses must divide the 2 ranks"):
+    with (
+        parallelize(player, group=team, guidance=1),
+        pytest.raises(ValueError, match="shared already"),
+    ):
+        parallelize(player, group=team, guidance=1)
+    with pytest.raises(ValueError, match="2 ranks are no multiple"):
         parallelize(player, ulysses=3, group=team)
     for _, module in player.transformer.named_modules():
         if hasattr(module, "heads"):
             module.heads = 1
     with pytest.raises(UnsupportedError, match="2 ranks cannot share the 1 heads"):
-        parallelize(player, group=team)
+        parallelize(player, group=team, guidance=1)
 
 
 CHECKS: dict[str, tuple[Callable[[Player, Any], None], str]] = {

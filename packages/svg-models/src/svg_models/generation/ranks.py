@@ -19,6 +19,7 @@ from svg_models.loading.device import gpu_names
 if TYPE_CHECKING:
     from svg_models.generation.clip import Clip
     from svg_models.loading import LoadedPipeline
+    from svg_models.parallel import SharedRun
 
 __all__ = ["clip_maker", "places_of"]
 
@@ -51,9 +52,10 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
     The model is loaded for the first clip and kept. Only rank 0 returns a clip.
     """
     loaded: LoadedPipeline | None = None
+    shared: SharedRun | None = None
 
     def make(request: GenerateRequest) -> Clip | None:
-        nonlocal loaded
+        nonlocal loaded, shared
         from svg_models.generation.sample import prepare, sample
 
         device = "cpu" if request.device == "cpu" else "cuda"
@@ -67,7 +69,7 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
         ready, settings, media = prepare(wanted, spec)
         if loaded is None:
             if rank.size > 1:
-                _share(ready, rank.size)
+                shared = _share(ready, rank.size)
             loaded = ready
         clip = sample(
             ready,
@@ -78,6 +80,8 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
             profile=wanted.profile,
             progress=rank.report,
         )
+        if shared is not None and clip.stats is not None:
+            clip = dataclasses.replace(clip, stats=shared.merged(clip.stats))
         return dataclasses.replace(clip, gpus=rank.size) if rank.number == 0 else None
 
     return _naming_its_gpu(make)
@@ -118,8 +122,11 @@ def _meet(rank: Rank, device: str) -> None:
     )
 
 
-def _share(loaded: LoadedPipeline, ranks: int) -> None:
+def _share(loaded: LoadedPipeline, ranks: int) -> SharedRun:
     """Have the ranks compute a share of each clip.
+
+    Returns:
+        What they share.
 
     Raises:
         SettingError: if so many cannot.
@@ -128,7 +135,7 @@ def _share(loaded: LoadedPipeline, ranks: int) -> None:
     from svg_models.parallel import parallelize
 
     try:
-        parallelize(loaded.pipe)
+        return parallelize(loaded.pipe)
     except UnsupportedError as error:
         raise SettingError(
             f"{loaded.name} cannot be made by {ranks} processes together "

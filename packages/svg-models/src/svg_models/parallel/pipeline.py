@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
-from svg_attention import UnsupportedError
+from svg_attention import CallRecord, UnsupportedError
 from svg_models.families import Family, family_of, transformers_of
 from svg_models.parallel.crew import Crew
 from svg_models.parallel.guidance import SplitGuidance
 from svg_models.parallel.share import Share
 from svg_models.parallel.sharing import SharedTransformer, is_shared
 from svg_models.parallel.ulysses import context_config
+from svg_models.stats import RunStats
 
 __all__ = ["SharedRun", "parallelize"]
 
@@ -105,6 +108,7 @@ class SharedRun:
         self.ranks = ranks
         self._shared: list[SharedTransformer] = []
         self._split: SplitGuidance | None = None
+        self._pair: Any = None
 
     def __enter__(self) -> SharedRun:
         return self
@@ -154,6 +158,7 @@ class SharedRun:
                 if together is not None:
                     shared.share = together if everyone else crew.team
 
+        self._pair = crew.pair
         self._split = SplitGuidance(
             pipe,
             transformers,
@@ -162,6 +167,24 @@ class SharedRun:
             gather=None if together is None else use,
         )
 
+    def merged(self, stats: RunStats) -> RunStats:
+        """Return statistics with the calls of both teams; every rank has to ask for them.
+
+        Without guidance in two teams they are those that were given.
+
+        Args:
+            stats: of a sparse run, which knows the calls of this rank.
+        """
+        if self._pair is None:
+            return stats
+        teams: list[Any] = [None, None]
+        dist.all_gather_object(teams, stats.records, group=self._pair)
+        known = {_name(record) for record in teams[0]}
+        records = [*teams[0], *(one for one in teams[1] if _name(one) not in known)]
+        # A step without a number, of a pipeline that does not say it, stands in front.
+        records.sort(key=lambda one: -1 if one.step is None else one.step)
+        return dataclasses.replace(stats, records=tuple(records))
+
     def restore(self) -> None:
         """Have each rank compute whole sequences again; calling it twice does no harm."""
         if self._split is not None:
@@ -169,6 +192,11 @@ class SharedRun:
             self._split = None
         while self._shared:
             self._shared.pop().restore()
+
+
+def _name(record: CallRecord) -> tuple[Any, ...]:
+    """Return which call of a generation a record is of."""
+    return record.step, record.branch, record.transformer, record.layer
 
 
 def _refuse_shared(transformer: nn.Module, family: Family) -> None:
