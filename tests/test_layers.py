@@ -51,7 +51,7 @@ FLOORS = {
         ("plan",),
         ("methods", "backends", "metrics", "corrections"),
         ("attention", "status"),
-        ("ring",),
+        ("ring", "heads"),
         ("session",),
         ("__init__",),
     ),

@@ -5,12 +5,14 @@ Each check compares with the same pipeline on one process. Started by `test_team
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -162,6 +164,41 @@ def check_ring() -> None:
         assert torch.equal(run(pipe), alone)
 
 
+def skewed(heads: int) -> Any:
+    """Return a pipeline whose later heads are less peaked, and cost more than the earlier ones."""
+    pipe = wan(heads)
+    factors = torch.linspace(1.2, 0.4, heads).repeat_interleave(12)
+    for block in pipe.transformer.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.mul_(factors)
+    return pipe
+
+
+def check_balance() -> None:
+    """Heads are dealt by what they cost in the step before: the same video, in equal shares."""
+    pipe, videos, imbalances = skewed(16), [], []
+    method = replace(SPARSE, k_clusters=54, first_iterations=8)
+    with sparsify(pipe, method, ALWAYS_SPARSE) as sparse:
+        alone = generate(pipe)
+        heads = sparse.stats().head_density
+        assert set(sparse.stats().imbalance_by_step.values()) == {1.0}
+        for balance in (False, True):
+            with parallelize(pipe, guidance=1, balance=balance):
+                videos.append(generate(pipe))
+                all_alike(videos[-1])
+                imbalances.append(sparse.stats().imbalance_by_step)
+                # Whoever computes a head, its density is that of one process.
+                assert np.abs(sparse.stats().head_density - heads).max() < 0.02
+        close(videos[0], alone)
+        close(videos[1], videos[0])
+    plain, dealt = imbalances
+    assert min(plain.values()) > 1.3, plain
+    assert dealt[0] == pytest.approx(plain[0])
+    assert max(dealt[step] for step in range(1, STEPS)) <= 1.05, dealt
+    if dist.get_rank() == 0:
+        print("balance", plain, dealt, file=sys.stderr)
+
+
 def check_ring_refusals() -> None:
     pipe = wan()
     with parallelize(pipe, ring=2), sparsify(pipe, SVG1(), ALWAYS_SPARSE):
@@ -179,6 +216,7 @@ CHECKS = (
     check_guidance_and_ulysses,
     check_guidance_of_few_heads,
     check_batched_guidance,
+    check_balance,
     check_ring,
     check_ring_refusals,
 )
@@ -188,7 +226,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    for check in CHECKS:
+    for check in CHECKS if len(sys.argv) < 2 else [globals()[sys.argv[1]]]:
         check()
         print(check.__name__, flush=True)
     dist.destroy_process_group()

@@ -50,6 +50,8 @@ class CallRecord:
         probe_density: what the method's probes took beside it; see `SparsePlan`.
         head_density: density of each head, mean over the batch; empty where all heads are alike.
         backend: who was asked to compute it; empty for a model's own dense kernel.
+        imbalance: pairs of the device that computed most of them, over the mean of all devices; 1
+            on one device and for a dense call.
     """
 
     step: int | None
@@ -64,6 +66,7 @@ class CallRecord:
     probe_density: float = 0.0
     head_density: tuple[float, ...] = ()
     backend: str = ""
+    imbalance: float = 1.0
 
 
 class Stopwatch:
@@ -116,11 +119,12 @@ class _Entry:
     finite: bool = True
     head_density: tuple[float, ...] = ()
     backend: str = ""
+    imbalance: float = 1.0
 
 
 @dataclass
 class _Batch:
-    """Numbers on their way from the device: `[density, broken, *heads]` of each entry."""
+    """Numbers on their way from the device: `[density, broken, imbalance, *heads]` of each."""
 
     entries: list[_Entry]
     numbers: Tensor
@@ -134,7 +138,7 @@ class _Batch:
         if self.arrived is not None:
             self.arrived.synchronize()
         for entry, row in zip(self.entries, self.numbers.tolist(), strict=True):
-            density, broken, *heads = row
+            density, broken, entry.imbalance, *heads = row
             entry.density, entry.finite = density, not broken
             heads = [head for head in heads if head == head]  # NaN fills up what has fewer heads
             if heads and max(heads) - min(heads) > HEADS_ALIKE:
@@ -169,6 +173,7 @@ class CallLog:
         probe_density: float = 0.0,
         *,
         backend: str = "",
+        imbalance: Tensor | None = None,
     ) -> None:
         """Take note of a call.
 
@@ -181,15 +186,17 @@ class CallLog:
             stopwatch: stopped, or None.
             probe_density: see `CallRecord`.
             backend: see there.
+            imbalance: scalar on the device, see there; None on one device.
         """
         entry = _Entry(call, method, tokens, stopwatch, probe_density, backend=backend)
         new_step = bool(self._fresh) and self._fresh[-1][0].call.step != call.step
         if new_step or len(self._fresh) >= TOGETHER:
             self._send()
         if density is not None:
-            none = torch.zeros((), device=density.device)
+            none, one = density.new_zeros(()), density.new_ones(())
             flag = none if broken is None else broken.to(density.dtype)
-            self._fresh.append((entry, torch.cat([density.mean()[None], flag[None], density])))
+            first = torch.stack([density.mean(), flag, one if imbalance is None else imbalance])
+            self._fresh.append((entry, torch.cat([first, density])))
             if density.device.type == "cpu":
                 self._send()
         self._entries.append(entry)
@@ -213,6 +220,7 @@ class CallLog:
                 probe_density=entry.probe_density,
                 head_density=entry.head_density,
                 backend=entry.backend,
+                imbalance=entry.imbalance,
             )
             for entry in self._entries
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from svg_attention import config
 from svg_attention.attention import dense_backend, sparse_attention
 from svg_attention.backends import check_backend
+from svg_attention.heads import by_head, deal_again, imbalance
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
@@ -33,6 +34,7 @@ class _Site:
 
     memory: LayerMemory
     generator: torch.Generator
+    dealt: tuple[int, Tensor] | None = None  # devices, and the order in which they have the heads
 
 
 class Session:
@@ -193,7 +195,7 @@ class Session:
             raise ValueError("where are the tokens? pass layout=TokenLayout(...) to the session")
         stopwatch = Stopwatch(query.device) if self.profile and not _capturing(query) else None
         method = self._method_for(call)
-        density = broken = plan = None
+        density = broken = plan = unequal = None
         probe_density, computed_by = 0.0, ""
         if ring is not None and ring.size > 1:
             site = self._site_for(call, query.device)
@@ -244,6 +246,12 @@ class Session:
             )
             if not plan.is_full:
                 density = plan.density().mean(dim=0)
+                if head_share is not None and head_share.devices > 1:
+                    density = by_head(density, head_share)
+                    unequal = imbalance(density, head_share)
+                    if head_share.deals and method.heads_differ:
+                        order = deal_again(density, head_share, site.memory)
+                        site.dealt = head_share.devices, order
                 probe_density = plan.probe_density
                 broken = None if plan.broken is None else plan.broken.any()
         if out_layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
@@ -261,8 +269,23 @@ class Session:
             stopwatch,
             probe_density,
             backend=computed_by,
+            imbalance=unequal,
         )
         return out
+
+    def head_order(self, call: Call, devices: int, device: torch.device) -> Tensor | None:
+        """Return the order in which devices have the heads of a layer, int64 `[H]`.
+
+        Args:
+            call: which call comes next.
+            devices: how many share the heads.
+            device: of its tensors.
+
+        Returns:
+            None for the order of their numbers. See `HeadShare`.
+        """
+        dealt = self._site_for(call, device).dealt
+        return None if dealt is None or dealt[0] != devices else dealt[1]
 
     def reset(self) -> None:
         """Begin a new video: forget what was remembered and the log, keep the configuration."""

@@ -109,6 +109,16 @@ class RunStats(Summarised):
 
     @property
     @statistic
+    def imbalance_by_step(self) -> dict[int, float]:
+        """Return how unequally devices share the pairs of each step: the most over the mean.
+
+        Mean over the calls of a step, dense ones included, which are shared equally; 1 on one
+        device.
+        """
+        return self._by(lambda record: record.step, lambda record: record.imbalance)
+
+    @property
+    @statistic
     def seconds(self) -> float | None:
         """Return the time spent in attention, or None if the run was not timed."""
         times = [record.seconds for record in self.records if record.seconds is not None]
@@ -160,12 +170,16 @@ class RunStats(Summarised):
             told.append(f"linear layers from {first[self.recipe['fp8_from']]} step on")
         return [("fp8", ", ".join(told))] if told else []
 
-    def _by(self, key: Callable[[CallRecord], int | None]) -> dict[int, float]:
+    def _by(
+        self,
+        key: Callable[[CallRecord], int | None],
+        number: Callable[[CallRecord], float] = lambda record: record.density,
+    ) -> dict[int, float]:
         groups: dict[int, list[float]] = defaultdict(list)
         for record in self.records:
             value = key(record)
             if value is not None:
-                groups[value].append(record.density)
+                groups[value].append(number(record))
         return {value: _mean(group) for value, group in sorted(groups.items())}
 
     def _summary(self) -> tuple[str, list[tuple[str, str]]]:

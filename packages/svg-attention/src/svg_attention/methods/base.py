@@ -84,6 +84,14 @@ class Method(ABC):
         """Whether these settings have every query read every key."""
         return False
 
+    @property
+    def heads_differ(self) -> bool:
+        """Whether heads cost what they need, so that devices have more or less to compute.
+
+        What is remembered of a head is then in the centroids of a `LayerMemory` alone.
+        """
+        return False
+
     def probe_density(self, layout: TokenLayout) -> float:
         """Return what this method reads of every key to choose, counted as in `SparsePlan`."""
         return 0.0

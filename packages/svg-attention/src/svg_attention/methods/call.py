@@ -27,11 +27,24 @@ class HeadShare:
         heads: how many the layer has.
         gather: returns `[B, H, ...]` of all heads of the layer, given it of the call's heads; all
             devices call it alike.
+        count: the call's heads.
+        devices: how many there are.
+        order: int64 `[H]`, the heads of the first device, then those of the second, and so on;
+            `first` is then a place in it. None for the order of their numbers.
+        deals: whether a layer may be dealt out anew once it is known what its heads cost.
     """
 
     first: int
     heads: int
     gather: Callable[[Tensor], Tensor]
+    count: int = 0
+    devices: int = 1
+    order: Tensor | None = None
+    deals: bool = False
+
+    def here(self, order: Tensor) -> Tensor:
+        """Return the entries of an order of all heads that are of this device."""
+        return order[self.first : self.first + self.count]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

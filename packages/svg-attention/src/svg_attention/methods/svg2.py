@@ -239,6 +239,11 @@ class SVG2(Method):
         """Whether the density, or without one `top_p`, is 1."""
         return (self.top_p if self.density is None else self.density) >= 1.0
 
+    @property
+    def heads_differ(self) -> bool:
+        """Whether tiles choose by `top_p`, and each call for itself."""
+        return self.density is None and not self.shares
+
     def build(self, call: AttentionCall) -> SparsePlan:
         """Cluster, choose and build the plan, or read as an earlier call chose.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ def parallelize(
     ulysses: int | None = None,
     ring: int = 1,
     guidance: int | None = None,
+    balance: bool = True,
     group: Any = None,
 ) -> SharedRun:
     """Have several ranks make each video together, each computing a share of its tokens.
@@ -58,6 +59,8 @@ def parallelize(
             alone, and each rank chooses for its own queries what they read.
         guidance: 2 for two teams, 1 for one; by default 2 for a pipeline and an even number of
             ranks.
+        balance: deal the heads of sparse layers to ranks by what they cost in the step before,
+            where a method lets them cost what they need (`run.stats()` tells the imbalance).
         group: the ranks; by default all.
 
     Returns:
@@ -84,13 +87,16 @@ def parallelize(
     ]
     _refuse_few_heads(heads, crew.ulysses)
     together = crew.together(ulysses, min(heads)[0])
+    team = replace(crew.team, balanced=balance)
+    if together is not None:
+        together = replace(together, balanced=balance)
     try:
         if together is not None or crew.team.ranks > 1:
             for _, transformer, family in found:
-                run.share(transformer, family, crew.team)
+                run.share(transformer, family, team)
         if crew.pair is not None:
             models = {name: getattr(pipe, name, model) for name, model, _ in found}
-            run.split(pipe, models, crew, together)
+            run.split(pipe, models, crew, (team, together))
     except BaseException:
         run.restore()
         raise
@@ -142,7 +148,11 @@ class SharedRun:
         self._shared.append(SharedTransformer(transformer, family, family.sharing, share))
 
     def split(
-        self, pipe: Any, transformers: dict[str, nn.Module], crew: Crew, together: Share | None
+        self,
+        pipe: Any,
+        transformers: dict[str, nn.Module],
+        crew: Crew,
+        shares: tuple[Share, Share | None],
     ) -> None:
         """Have two teams compute a branch of guidance each.
 
@@ -150,13 +160,15 @@ class SharedRun:
             pipe: the pipeline.
             transformers: its transformers.
             crew: the ranks of a video.
-            together: share of a sequence that both teams share; None if they cannot.
+            shares: this rank's of a sequence that its team shares, and of one that both do; None
+                if they cannot.
         """
+        apart, together = shares
 
         def use(everyone: bool) -> None:
             for shared in self._shared:
                 if together is not None:
-                    shared.share = together if everyone else crew.team
+                    shared.share = together if everyone else apart
 
         self._pair = crew.pair
         self._split = SplitGuidance(
@@ -183,7 +195,7 @@ class SharedRun:
         records = [*teams[0], *(one for one in teams[1] if _name(one) not in known)]
         # A step without a number, of a pipeline that does not say it, stands in front.
         records.sort(key=lambda one: -1 if one.step is None else one.step)
-        return dataclasses.replace(stats, records=tuple(records))
+        return replace(stats, records=tuple(records))
 
     def restore(self) -> None:
         """Have each rank compute whole sequences again; calling it twice does no harm."""

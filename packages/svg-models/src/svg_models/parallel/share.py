@@ -37,6 +37,7 @@ class Share:
         ring: of ranks that keep their queries and pass on keys and values; None where all exchange
             heads.
         heads: the ranks that exchange heads, each so many in a row, where there is a ring.
+        balanced: whether heads of a sparse run are dealt to ranks by what they cost.
     """
 
     group: Any
@@ -45,6 +46,7 @@ class Share:
     tokens: int
     ring: Ring | None = None
     heads: Any = None
+    balanced: bool = False
 
     @classmethod
     def of(cls, group: Any, tokens: int, ring: Ring | None = None, heads: Any = None) -> Share:

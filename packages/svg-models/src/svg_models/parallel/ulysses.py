@@ -43,15 +43,28 @@ def context_config(holder: Any) -> Any:
     return getattr(config, "context_parallel_config", None)
 
 
-def head_share(share: Share, heads: int) -> HeadShare:
+def head_share(
+    share: Share, heads: int, *, order: Tensor | None = None, deals: bool = False
+) -> HeadShare:
     """Return which heads of a layer this rank computes, for methods that look at all of them.
 
     Args:
         share: what this rank holds of the sequence.
         heads: of the layer.
+        order: in which ranks have them; None for that of their numbers.
+        deals: whether they may be dealt out anew.
     """
     of_heads = replace(share, tokens=heads)
-    return HeadShare(first=of_heads.place.start, heads=heads, gather=lambda x: of_heads.whole(x, 1))
+    place = of_heads.place
+    return HeadShare(
+        first=place.start,
+        heads=heads,
+        gather=lambda x: of_heads.whole(x, 1),
+        count=place.stop - place.start,
+        devices=share.ranks,
+        order=order,
+        deals=deals,
+    )
 
 
 def attend_over_ranks(

@@ -369,10 +369,24 @@ class Engine:
         share = share_of(place.processor.original, query.shape[1])
         if share is None:
             return self._attend(place, query, key, value)
-        heads_here = head_share(share.of_heads, query.shape[2])
+        exchanged, position = share.of_heads, place.family.text_position
+        order = self._head_order(place, exchanged.ranks, query.device)
+        heads_here = head_share(exchanged, query.shape[2], order=order, deals=share.balanced)
         attend = partial(self._attend, place, share=share, heads_here=heads_here)
-        position = place.family.text_position
-        return attend_over_ranks(share.of_heads, query, key, value, attend, text_position=position)
+        if order is not None:
+            query, key, value = (x.index_select(2, order) for x in (query, key, value))
+        out = attend_over_ranks(exchanged, query, key, value, attend, text_position=position)
+        return out if order is None else out.index_select(2, order.argsort())
+
+    def _head_order(self, place: Slot, ranks: int, device: torch.device) -> Tensor | None:
+        """Return the order in which ranks have the heads of a layer; None for their numbers'."""
+        generation: Generation | None = getattr(self._here, "generation", None)
+        context = None if generation is None else generation.contexts.get(place.transformer)
+        if ranks == 1 or generation is None or context is None:
+            return None
+        session: Session | None = getattr(self._here, "session", None) or generation.session
+        call = _call(place, context)
+        return None if session is None else session.head_order(call, ranks, device)
 
     def _attend(
         self,
@@ -431,14 +445,7 @@ class Engine:
         out = session.attend(
             *heads,
             layout=layout,
-            call=Call(
-                step=context.moment.step,
-                num_steps=context.moment.num_steps,
-                layer=place.layer,
-                num_layers=place.num_layers,
-                branch=context.moment.branch,
-                transformer=place.transformer,
-            ),
+            call=_call(place, context),
             text_lengths=(
                 context.text_lengths + before
                 if context.text_lengths is not None and before
@@ -459,6 +466,18 @@ class Engine:
         chosen = getattr(place.processor.original, "_attention_backend", None)
         faster = fp8 or dense_backend(query, key, value) != "sdpa"
         return self._layers.exact_dense or chosen is not None or not faster
+
+
+def _call(place: Slot, context: ForwardContext) -> Call:
+    """Return which call of the generation an attention computes."""
+    return Call(
+        step=context.moment.step,
+        num_steps=context.moment.num_steps,
+        layer=place.layer,
+        num_layers=place.num_layers,
+        branch=context.moment.branch,
+        transformer=place.transformer,
+    )
 
 
 def _swapped(x: Tensor, first: int, second: int) -> Tensor:
