@@ -297,6 +297,7 @@ def test_lines_of_what_is_quick_are_left_out() -> None:
     lines.named("[2]")("tuning", 0, 8)  # another stage: its own clock
     clock[0] += 5.0
     lines.named("[2]")("tuning", 2, 8)
+    lines.named("1 of 2")("decoding", 0, 0)
     assert said == ["[2]: tuning: 25%, 0:15 left"]
 
 
@@ -325,6 +326,14 @@ def test_generate_into_a_pipe_says_how_far_it_is_but_not_to_a_program(tmp_path: 
         silent = CliRunner().invoke(app, [*words, option])
         assert silent.exit_code == 0, silent.output
         assert "sampling" not in silent.stderr
+
+
+def test_generate_says_that_a_clip_stays_dense_before_it_samples(tmp_path: Path) -> None:
+    words = ["--steps", "2", "--frames", "9", "--size", "32x32", "-o", str(tmp_path / "clip.mp4")]
+    lines = CliRunner().invoke(app, ["generate", *words]).stderr.splitlines()
+    (note,) = [number for number, line in enumerate(lines) if line.startswith("note: ")]
+    (step,) = [number for number, line in enumerate(lines) if "step 1 of 2" in line]
+    assert note < step
 
 
 @pytest.mark.parametrize(

@@ -334,3 +334,15 @@ def test_family_of_every_file_of_the_package_is_compared() -> None:
 def test_family_of_no_family_file_repeats_another(first: Path, second: Path) -> None:
     shared = longest_shared_run(first, second)
     assert len(shared) <= 6, "\n".join(["write this once:", *shared])
+
+
+FIRST_OF_THEIR_KIND = {"wan", "hunyuan_video", "cogvideox", "cosmos", "ltx", "ltx2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({f.name for f in families.known_families()} - FIRST_OF_THEIR_KIND - {"skyreels_v2"}),
+)
+def test_a_further_family_takes_less_than_sixty_lines(name: str) -> None:
+    source = Path(families.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    assert sum(bool(line.strip()) for line in source.splitlines()) < 60

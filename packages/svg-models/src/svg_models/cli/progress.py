@@ -151,7 +151,7 @@ class Lines(_Reports):
             self._stage, self._began, self._pause = stage, now, self.FIRST
             steps = stage.endswith("sampling")  # the first says how long the others will take
             self._due = now if steps else now + self._pause
-            if not total and stage not in self.QUICK:
+            if not total and stage not in self.QUICK and ": " not in stage:  # of many clips
                 self._say(stage)
         if not done or not total or now < self._due:
             return
