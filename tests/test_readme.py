@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shlex
 from pathlib import Path
 
+import closeness_table
 import pytest
-import speed_table
 from distributions import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,76 +16,23 @@ PYTHON, SHELL = (
 )
 
 
-MODELS, QUALITY = speed_table.stored("models"), speed_table.stored("quality")
+def test_the_table_is_the_stored_run():
+    assert closeness_table.fill(README, closeness_table.render(closeness_table.stored())) == README
 
 
-def test_the_tables_are_the_stored_runs():
-    assert speed_table.wanted(README) == README
+def test_the_table_changes_with_the_stored_run():
+    run = closeness_table.stored()
+    for case in run["cases"].values():
+        case["psnr"]["mean"] += 1
+    assert closeness_table.fill(README, closeness_table.render(run)) != README
 
 
-@pytest.mark.parametrize("name", ["models", "quality"])
-def test_the_tables_change_with_the_stored_runs(name):
-    runs = {"models": copy.deepcopy(MODELS), "videos": None, "quality": copy.deepcopy(QUALITY)}
-    before = speed_table.render(**runs)
-    if name == "models":
-        runs["models"]["models"][0]["ms_per_forward"]["SVG2"]["median"] /= 2
-    else:
-        for case in runs["quality"]["cases"].values():
-            case["psnr"]["mean"] += 1
-    assert speed_table.render(**runs) != before
-
-
-ENVIRONMENT = {"gpu": "G", "torch": "T", "date": "D"}
-
-
-def test_render_compares_within_a_row_only():
-    times = {"diffusers": 400.0, "SVG2": 100.0, "diffusers, compiled": 300.0, "SVG1": 200.0}
-    model = {
-        "name": "Toy",
-        "layers": 2,
-        "ms_per_forward": {name: {"median": time} for name, time in times.items()},
-    }
-    run = {
-        "environment": ENVIRONMENT,
-        "density": 0.25,
-        "band_density": 0.3,
-        "models": [model],
-    }
-    rows = speed_table.render(run, None, QUALITY).splitlines()[2:4]
-    assert rows == [
-        "| Toy | 200 ms | 50 ms, **4.00x faster** | 100 ms, **2.00x faster** |",
-        "| Toy, compiled | 150 ms |  |  |",
-    ]
-
-
-def test_render_whole_videos_take_the_place_of_layers():
-    video = {
-        "name": "Toy, 720p",
-        "published_steps": 50,
-        "dense_steps": 0.2,
-        "dense_layers": 0.03,
-        "variants": {
-            "diffusers": {"published": {"start": 5.0, "dense steps": 1990.0, "decoding": 5.0}},
-            "SVG2": {"published": {"start": 5.0, "sparse steps": 790.0, "decoding": 5.0}},
-        },
-    }
-    run = {"environment": ENVIRONMENT, "density": 0.25, "every_step": False, "videos": [video]}
-    text = speed_table.render(MODELS, run, QUALITY)
-    assert text.splitlines()[2] == (
-        "| Toy, 720p, 50 steps | 2,000 s | 800 s, **2.50x faster** |  |"
-    )
-    assert "a forward pass of" not in text
-    assert "the first 20% of the steps and 3% of the layers dense" in text
-
-
-def test_render_closeness_has_the_cases_that_are_stored():
-    mean = {"psnr": {"mean": 31.26}}
-    key = speed_table.GROUP.format(clip="large", density=0.1, method="error")
-    run = QUALITY | {"cases": {key: mean}}
-    lines = speed_table.render(MODELS, None, run).splitlines()
-    (row,) = [number for number, line in enumerate(lines) if line.startswith("| PSNR")]
-    assert lines[row] == "| PSNR against dense | 256 x 256, 10% |"
-    assert lines[row + 2 : row + 5] == [
+def test_render_has_the_cases_that_are_stored():
+    key = closeness_table.GROUP.format(clip="large", density=0.1, method="error")
+    run = closeness_table.stored() | {"cases": {key: {"psnr": {"mean": 31.26}}}}
+    lines = closeness_table.render(run).splitlines()
+    assert lines[0] == "| PSNR against dense | 256 x 256, 10% |"
+    assert lines[2:5] == [
         "| `svg2-comp` |  |",
         "| `svg2-error` | 31.3 dB |",
         "| `SVG2.corrected` |  |",
@@ -94,8 +40,8 @@ def test_render_closeness_has_the_cases_that_are_stored():
 
 
 def test_fill_wants_its_marks():
-    with pytest.raises(ValueError, match="expected <!-- speed -->"):
-        speed_table.fill("no marks", "text")
+    with pytest.raises(ValueError, match="expected <!-- closeness -->"):
+        closeness_table.fill("no marks", "text")
 
 
 def test_the_first_thing_is_a_picture_that_moves():
@@ -139,7 +85,7 @@ def test_the_site_opens_with_the_first_screen_of_the_readme():
     assert PYTHON[0] in first
     tables, laptop, install, snippet = (
         first.index(part)
-        for part in ("<!-- speed -->", "svg generate", "svg-models[kernels]", "```python")
+        for part in ("<!-- videos -->", "svg generate", "svg-models[kernels]", "```python")
     )
     assert tables < laptop < install < snippet
     assert "```python" not in rest
