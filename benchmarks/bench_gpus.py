@@ -2,11 +2,12 @@
 
     python benchmarks/bench_gpus.py run --gpus 4 --output benchmarks/results/h100/gpus.json
     python benchmarks/bench_gpus.py table --gpu h100
+    python benchmarks/bench_gpus.py run --gpus 2 --ways svg2 --output two.json    # ring on two, too
     python benchmarks/bench_gpus.py run --gpus 2 --tiny --output tiny.json    # two processes, a CPU
 
 It starts a process for each GPU. Models, inputs and settings are those of `bench_models.py`. Each
 way is first checked against the same way on one GPU, then all are timed in turns; a time is that of
-the slowest rank. Rows of `EXTRA` are added by who has another way to share a forward pass.
+the slowest rank. A guided step is two forward passes, of both branches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import inspect
+import itertools
 import os
 import socket
 import time
@@ -38,10 +41,7 @@ from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
 STOCK = "diffusers' attention"
-SPARSE = "SVG2"
-# Relative distance to one GPU, in bf16: rounding of sums in another order, and of other plans.
-CLOSE = {STOCK: 2e-2}
-CLOSE_PLANS = 5e-2
+SPARSE, GUIDED = "SVG2", "SVG2, guided"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class Way:
             model to call, if it is another.
         one: the way on one GPU that its result and its time are held against.
         suits: whether it is for a model and a number of GPUs.
+        guided: whether it is timed by guided steps.
+        close: how far it may be from one GPU.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Way:
     share: Callable[[Any, Any], AbstractContextManager[Any]]
     one: str
     suits: Callable[[Any, int], bool] = lambda model, gpus: True
+    guided: bool = False
+    close: float = 5e-2
 
 
 def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
@@ -92,9 +96,19 @@ def shared_by_diffusers(model: Any, team: Any) -> Iterator[Any]:
 
 
 def diffusers_shares(model: Any, gpus: int) -> bool:
-    """Return whether diffusers has a plan for a model, and all ranks are there to carry it out."""
+    """Return whether diffusers has a plan for a model."""
     planned = type(model)._cp_plan is not None and torch.cuda.is_available()
-    return planned and gpus > 1 and gpus == dist.get_world_size()
+    return planned and everyone(gpus)
+
+
+def everyone(gpus: int) -> bool:
+    """Return whether no rank is idle: a way may make groups of ranks, for which torch wants all."""
+    return gpus > 1 and gpus == dist.get_world_size()
+
+
+def can_be(option: str) -> bool:
+    """Return whether `parallelize` has an option."""
+    return option in inspect.signature(parallelize).parameters
 
 
 def svg2(subject: Subject) -> SVG2:
@@ -103,9 +117,16 @@ def svg2(subject: Subject) -> SVG2:
     return SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY)
 
 
+# Relative distances in bf16: rounding of sums in another order, and of plans made from them.
 WAYS = (
-    Way(name=STOCK, method=lambda subject: None, share=shared, one=STOCK),
-    Way(name="dense steps", method=lambda subject: Dense(), share=shared, one="dense steps"),
+    Way(name=STOCK, method=lambda subject: None, share=shared, one=STOCK, close=2e-2),
+    Way(
+        name="dense steps",
+        method=lambda subject: Dense(),
+        share=shared,
+        one="dense steps",
+        close=2e-2,
+    ),
     Way(name=SPARSE, method=svg2, share=shared, one=SPARSE),
     Way(
         name="SVG2, a message for each head",
@@ -120,10 +141,30 @@ WAYS = (
         share=shared_by_diffusers,
         one=STOCK,
         suits=diffusers_shares,
+        close=2e-2,
+    ),
+    Way(name=GUIDED, method=svg2, share=shared, one=GUIDED, guided=True),
+    Way(
+        name="SVG2, guided, a team for each branch",
+        method=svg2,
+        share=lambda model, team: parallelize(model, guidance=2, group=team),
+        one=GUIDED,
+        suits=lambda model, gpus: everyone(gpus) and can_be("guidance"),
+        guided=True,
+        close=1e-1,
+    ),
+    # Each rank of a ring chooses for its own queries what they read, so plans are others.
+    Way(
+        name="SVG2, ring",
+        method=svg2,
+        share=lambda model, team: parallelize(
+            model, ring=dist.get_world_size(team), ulysses=1, guidance=1, group=team
+        ),
+        one=SPARSE,
+        suits=lambda model, gpus: everyone(gpus) and can_be("ring"),
+        close=float("inf"),
     ),
 )
-EXTRA: list[Way] = []
-"""More ways: ring attention, guidance in parallel. `share` gets the model and the ranks."""
 
 
 class Member:
@@ -168,7 +209,7 @@ class Member:
             model = given if isinstance(given, nn.Module) else self.model
             if method is not None:
                 run = stack.enter_context(sparsify(model, method, EVERY_STEP))
-            forward = forwards(model, self.inputs)
+            forward = self._guided(model) if way.guided else forwards(model, self.inputs)
             for _ in range(warmup):
                 out = forward()
             self._hold(way, gpus, out)
@@ -176,6 +217,23 @@ class Member:
             if method is not None:
                 self.density[way.name] = run.stats().mean_density_with_dense_calls
         self.times.setdefault(way.name, {}).setdefault(gpus, []).extend(times)
+
+    def _guided(self, model: Any) -> Callable[[], Tensor]:
+        """Return a function that makes both passes of one denoising step after the other."""
+        steps = itertools.count()
+        other = {"encoder_hidden_states": self.inputs["encoder_hidden_states"].flip(1)}
+
+        def forward() -> Tensor:
+            moment = dict(step_index=next(steps), num_inference_steps=1000)
+            # A pipeline makes a timestep of its own for each step, and one for both passes.
+            inputs = self.inputs | {"timestep": self.inputs["timestep"].clone()}
+            made = []
+            for branch, given in (("cond", inputs), ("uncond", inputs | other)):
+                with torch.no_grad(), model.cache_context(branch, **moment):
+                    made.append(model(**given)[0])
+            return torch.stack(made)
+
+        return forward
 
     def _hold(self, way: Way, gpus: int, out: Tensor) -> None:
         """Keep what one GPU makes, and measure how far from it others are."""
@@ -189,7 +247,7 @@ class Member:
             one = self._alone[way.one].float()
             found = ((out.float() - one).norm() / one.norm()).item()
             self.distance.setdefault(way.name, {})[gpus] = found
-            if not found <= CLOSE.get(way.one, CLOSE_PLANS):
+            if not found <= way.close:
                 raise RuntimeError(
                     f"{self.subject.name}, {way.name}: {gpus} GPUs are {found:.2e} from one"
                 )
@@ -251,7 +309,7 @@ class Member:
                 name: {str(gpus): len(times) for gpus, times in found.items()}
                 for name, found in self.times.items()
             },
-            "held_against": {way.name: way.one for way in (*WAYS, *EXTRA)},
+            "held_against": {way.name: way.one for way in WAYS},
             "distance_to_one_gpu": self.distance,
             "ms_of_exchange_per_layer": self.exchange,
             "density": self.density,
@@ -278,6 +336,8 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
         if not args.models or any(word in subject.name.lower() for word in args.models)
     ]
 
+    ways = [way for way in WAYS if not args.ways or any(w in way.name.lower() for w in args.ways)]
+
     def say(text: str) -> None:
         if rank == 0:
             print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
@@ -287,7 +347,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
         say(f"{subject.name}: built")
         until = args.seconds * (place + 1) / len(subjects)
         for turn in range(args.rounds):
-            for way in (*WAYS, *EXTRA):
+            for way in ways:
                 for gpus in counts:
                     if not way.suits(member.model, gpus):
                         continue
@@ -399,6 +459,7 @@ def main() -> None:
     timed.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
     timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
     timed.add_argument("--models", nargs="*", default=[], help="only those with such a name")
+    timed.add_argument("--ways", nargs="*", default=[], help="only those with such a name")
     timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn")
     timed.add_argument("--rounds", type=int, default=3, help="turns of all ways")
     timed.add_argument("--seconds", type=float, default=170.0, help="after which no round begins")
