@@ -235,6 +235,10 @@ ROWS = (
     Row(name="diffusers, 4 steps", dense=("diffusers", STOCK), steps=4),
     Row(name="4 sparse steps, fp8", dense=None, sparse=FEW, steps=4, warm=0.0, fp8=BOTH),
 )
+MASKED = (
+    " HunyuanVideo 1.5 in diffusers masks the padding of its text in every layer, for which torch "
+    "has no fast kernel; sparsify cuts the padding off, in dense steps too."
+)
 WHOLE = ("diffusers", "SVG2", "SVG2, fp8")
 """Rows that `--every-step` runs."""
 
@@ -257,6 +261,7 @@ class Watch:
         self.schedule, self.method, self.num_steps = schedule, method, steps
         self.steps: list[dict[str, Any]] = [{"passes": []}]
         self.first_began = self.last_ended = self.decoding = 0.0
+        self.peak_denoising = 0
         self._began = 0.0
         self._seen: set[str] = set()
         self._undo = ExitStack()
@@ -281,6 +286,8 @@ class Watch:
 
         def decoded(*args: Any, **kwargs: Any) -> Any:
             began = self.now()
+            if self.device == "cuda" and not self.decoding:
+                self.peak_denoising = torch.cuda.max_memory_allocated()
             done = decode(*args, **kwargs)
             self.decoding += self.now() - began
             return done
@@ -322,17 +329,31 @@ class Watch:
     def taken(self, video: Video) -> dict[str, Any]:
         """Return the seconds of every step, and of a guided step of each kind."""
         steps = [step for step in self.steps if step["passes"]]
-        by_kind: dict[str, list[float]] = {}
-        for step in steps:
-            guided = video.passes / len(step["passes"])
-            by_kind.setdefault(step["kind"], []).append(guided * sum(step["passes"]))
         passed = sum(sum(step["passes"]) for step in steps)
-        return {
-            "steps": steps,
-            "seconds_per_step": {k: statistics.median(v) for k, v in by_kind.items()},
-            # What a step takes beside its passes: the scheduler, guidance.
-            "between": max(0.0, self.last_ended - self.first_began - passed) / len(steps),
-        }
+        # What a step takes beside its passes: the scheduler, guidance.
+        between = max(0.0, self.last_ended - self.first_began - passed) / len(steps)
+        found = {"steps": steps, "between": between}
+        return found | {"seconds_per_step": step_seconds(found, video.passes)}
+
+
+def step_seconds(taken: Mapping[str, Any], passes: int) -> dict[str, float]:
+    """Return the seconds of a guided step of each kind.
+
+    The first step of a run has the start of a process at a new size in it, so it does not count
+    where there is another of its kind.
+
+    Args:
+        taken: of a run.
+        passes: of a guided step.
+    """
+    by_kind: dict[str, list[float]] = {}
+    for step in taken["steps"]:
+        seconds = passes / len(step["passes"]) * sum(step["passes"])
+        by_kind.setdefault(step["kind"], []).append(seconds)
+    first = by_kind[taken["steps"][0]["kind"]]
+    if len(first) > 1:
+        del first[0]
+    return {kind: statistics.median(seconds) for kind, seconds in by_kind.items()}
 
 
 class Bench:
@@ -445,6 +466,7 @@ class Bench:
             "vae": seen.decoding if decode else None,
             "whole": end - begin,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+            "peak_denoising_gb": seen.peak_denoising / 1e9 or None,
             "density": None if stats is None else stats.mean_density,
             "fp8_calls": None if stats is None else stats.fp8_calls,
             "calls": None if stats is None else stats.calls,
@@ -529,13 +551,15 @@ def seconds_of(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
     """
     parts = stored["parts"]
     steps = row.steps or stored["published_steps"]
-    first = parts.get("diffusers", {})
-    if "seconds_per_step" not in first:
+    first = parts.get("diffusers")
+    if not is_measured(first):
         return None
 
     def cost(part: str, kind: str) -> float | None:
-        taken = parts.get(part, {})
-        seconds = taken.get("seconds_per_step", {}).get(kind)
+        taken = parts.get(part)
+        if not is_measured(taken):
+            return None
+        seconds = step_seconds(taken, stored["passes"]).get(kind)
         return None if seconds is None else float(seconds + taken["between"])
 
     warm = stored["dense_steps"] if row.warm is None else row.warm
@@ -574,6 +598,23 @@ def is_left_out(step: int) -> bool:
     return step >= 3 and step % 2 == 1
 
 
+def run_whole(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
+    """Return the seconds of the parts of a row whose every step was run; None for another."""
+    taken = stored["whole"].get(row.name)
+    if row.steps is not None or not is_measured(taken):
+        return None
+    sums = dict.fromkeys((STOCK, DENSE, FIRST, SPARSE), 0.0)
+    for step in taken["steps"]:
+        sums[step["kind"]] += sum(step["passes"]) + taken["between"]
+    return {
+        "start": taken["start"],
+        "dense steps": sums[STOCK] + sums[DENSE],
+        "first sparse step": sums[FIRST],
+        "sparse steps": sums[SPARSE],
+        "decoding": taken["decoding"],
+    }
+
+
 def known(stored: Mapping[str, Any]) -> dict[str, float]:
     """Return the seconds of every row of which all parts are measured."""
     sums = {row.name: seconds_of(stored, row) for row in ROWS}
@@ -604,8 +645,10 @@ def is_measured(taken: Mapping[str, Any] | None) -> bool:
 
 def factor_of(stored: Mapping[str, Any], video: Video) -> float:
     """Return how much slower than expected this machine is, as far as it has been seen."""
-    step = stored["parts"].get("diffusers", {}).get("seconds_per_step", {}).get(STOCK)
-    return 1.0 if step is None else step / (video.passes * video.pass_s)
+    taken = stored["parts"].get("diffusers")
+    if not is_measured(taken):
+        return 1.0
+    return step_seconds(taken, video.passes)[STOCK] / (video.passes * video.pass_s)
 
 
 def whole_seconds(stored: Mapping[str, Any], video: Video, row: str) -> float:
@@ -787,35 +830,52 @@ def let_a_cpu_have_fp8() -> None:
 
 def rows_of(video: Mapping[str, Any]) -> list[list[str]]:
     """Return the lines of one video."""
-    lines, sums = [], known(video)
+    lines, sums, passes = [], known(video), video["passes"]
     for row in ROWS:
-        if row.name not in sums:
+        whole = run_whole(video, row)
+        ran = None if whole is None else sum(whole.values())
+        if row.name not in sums and ran is None:
             continue
-        seconds = sums[row.name]
-        part = video["parts"][row.sparse or (row.dense or ("diffusers", ""))[0]]
-        step = part["seconds_per_step"]
-        before = video["parts"][row.dense[0]]["seconds_per_step"][row.dense[1]] if row.dense else 0
-        ran = video["whole"].get(row.name, {}).get("whole") if row.steps is None else None
+        if row.name in sums:
+            source = video["parts"][row.sparse or (row.dense or ("diffusers", ""))[0]]
+            before = video["parts"][row.dense[0]] if row.dense else source
+            faster = sums[row.stock] / sums[row.name]
+        else:
+            source = before = video["whole"][row.name]
+            stock = run_whole(video, next(one for one in ROWS if one.name == row.stock))
+            faster = None if stock is None else sum(stock.values()) / (ran or 1.0)
+        step, dense_step = step_seconds(source, passes), step_seconds(before, passes)
+        early = dense_step.get(row.dense[1]) if row.dense else None
+        peak = source.get("peak_denoising_gb") or source["peak_gb"]
         lines.append(
             [
                 f"{video['name']}, {row.steps or video['published_steps']} steps",
                 row.name,
-                row.fp8 if part["fp8_calls"] else row.fp8.replace(BOTH, "products"),
-                f"{before:.2f}" if before else "",
+                row.fp8 if source["fp8_calls"] else row.fp8.replace(BOTH, "products"),
+                f"{early:.2f}" if early else "",
                 f"{step[FIRST]:.2f}" if row.sparse else "",
                 f"{step[SPARSE]:.2f}" if row.sparse else "",
-                f"{seconds:,.0f}",
+                f"{sums[row.name]:,.0f}" if row.name in sums else "",
                 f"{ran:,.0f}" if ran else "",
-                f"{sums[row.stock] / seconds:.2f}",
-                f"{part['peak_gb']:.0f}" if part["peak_gb"] else "",
+                f"{faster:.2f}" if faster else "",
+                f"{peak:.0f}" if peak else "",
             ]
         )
     return lines
 
 
+def shown(video: Mapping[str, Any], row: Row) -> dict[str, float] | None:
+    """Return the seconds of the parts of a row: as run where all steps were, else as counted."""
+    return run_whole(video, row) or seconds_of(video, row)
+
+
 def machines(result: Mapping[str, Any]) -> str:
     """Return the sentences about machine and software; one for each that is in the result."""
-    told = [part["environment"] for video in result["videos"] for part in video["parts"].values()]
+    told = [
+        part["environment"]
+        for video in result["videos"]
+        for part in (*video["parts"].values(), *video["whole"].values())
+    ]
     return " ".join(dict.fromkeys(conditions(env) for env in told if env))
 
 
@@ -830,23 +890,26 @@ def written(result: Mapping[str, Any]) -> str:
         f"{video['name']} {video['dense_steps']:.0%} of the steps and {video['dense_layers']:.1%} "
         "of the layers"
         for video in result["videos"]
-        if known(video)
+        if rows_of(video)
     )
     return table(head, lines) + (
         f"\nSparse attention at {result['density']:.0%} density. Dense as published: {shares}. "
         "Random weights, prompt embeddings given, decoding included. Seconds in all are those of "
         "the steps, as often as they run; where every step was run as well, both stand there. "
-        "Steps are guided where the model is.\n"
+        "Steps are guided where the model is. Peaks are those of denoising, but that runs of "
+        f"diffusers measured before the two were told apart have decoding in them.{MASKED}\n"
     )
 
 
 def short(result: Mapping[str, Any]) -> str:
     """Return the table of the README: seconds of a video, one line a model."""
     names = ("diffusers", "SVG2", "SVG2, fp8 products", "SVG2, fp8", "no dense step, fp8")
+    rows = [next(row for row in ROWS if row.name == name) for name in names]
     lines = []
     for video in result["videos"]:
-        sums = known(video)
-        if "SVG2" not in sums:
+        found = {row.name: shown(video, row) for row in rows}
+        sums = {name: sum(parts.values()) for name, parts in found.items() if parts is not None}
+        if "SVG2" not in sums or "diffusers" not in sums:
             continue
         base = sums["diffusers"]
         cells = [
@@ -856,11 +919,16 @@ def short(result: Mapping[str, Any]) -> str:
             for n in names
         ]
         lines.append([f"{video['name']}, {video['published_steps']} steps", *cells])
-    return table(["video", *names], lines)
+    masked = any("HunyuanVideo 1.5" in line[0] for line in lines)
+    told = (
+        "Seconds of a whole video, decoding included, and times faster than diffusers; SVG2 at "
+        f"{result['density']:.0%}, dense steps as published unless there are none.{MASKED * masked}"
+    )
+    return f"{table(['video', *names], lines)}\n{told}"
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the seconds of each video, stock and by us, their parts stacked."""
+    """Draw the seconds of each video, stock and by us, their parts stacked, each to its scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -869,7 +937,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     names = ("diffusers", "SVG2", "SVG2, fp8")
     bars: list[tuple[str, dict[str, float], float, bool]] = []
     for video in result["videos"]:
-        found = [(row.name, seconds_of(video, row)) for row in ROWS if row.name in names]
+        found = [(row.name, shown(video, row)) for row in ROWS if row.name in names]
         stock = sum((found[0][1] or {}).values())
         ready = [(name, parts) for name, parts in found if parts is not None]
         for place, (name, parts) in enumerate(ready):
@@ -882,20 +950,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         heights.append(place)
         place += 1.0
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.36 * place))
-    longest = max(sum(parts.values()) for _, parts, _, _ in bars)
     for index, (height, (_, parts, stock, _)) in enumerate(zip(heights, bars, strict=True)):
-        left = 0.0
+        left, whole = 0.0, sum(parts.values())
         for part, colour in COLOURS.items():
-            label = None if index else part
-            axes.barh(height, parts[part], left=left, color=colour, label=label, height=0.86)
-            left += parts[part]
-        faster = "" if left == stock else f", {stock / left:.2f}x"
-        axes.text(left + 0.01 * longest, height, f"{left:,.0f} s{faster}", va="center", fontsize=8)
+            label, share = None if index else part, parts[part] / stock
+            axes.barh(height, share, left=left, color=colour, label=label, height=0.86)
+            left += share
+        faster = "" if whole == stock else f", {stock / whole:.2f}x"
+        axes.text(left + 0.01, height, f"{whole:,.0f} s{faster}", va="center", fontsize=8)
     axes.set_yticks(heights, [label for label, *_ in bars], fontsize=8)
     axes.set_ylim(place, -1.0)
-    axes.set_xlim(0, 1.17 * longest)
-    axes.set_xlabel("seconds for the whole video, one GPU")
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.set_xlim(0, 1.12)
+    axes.set_xlabel("seconds of the whole video, relative to diffusers; one GPU")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(COLOURS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -907,14 +974,14 @@ def write_table(args: argparse.Namespace) -> None:
     """Fill the tables and draw the picture; nothing is there while nothing is stored."""
     path = RESULTS / args.gpu / f"{args.name}.json"
     result = load(args.gpu, args.name) if path.exists() else {"videos": []}
-    if not any(known(video) for video in result["videos"]):
+    if not any(rows_of(video) for video in result["videos"]):
         for page in PAGES:
             replace_between(page, "videos", "")
         return
     picture = f"![Seconds of a video, stock and sparse](assets/{PICTURE.name})"
     text = f"{picture}\n\n{machines(result)}\n\n{written(result)}"
     replace_between(PAGES[0], "videos", text)
-    replace_between(PAGES[1], "videos", f"{short(result)}\n{machines(result)}")
+    replace_between(PAGES[1], "videos", f"{short(result)}\n\n{machines(result)}")
     draw(result, PICTURE)
 
 
