@@ -37,7 +37,8 @@ def check(player: Player, teams: dict[int, Any]) -> dict[str, str]:
             continue
         team = teams[ranks]
         shared = copy.deepcopy(player)
-        with parallelize(shared, group=team, guidance=1) as run:
+        # Heads stay in the order of their numbers, in which their plans are compared.
+        with parallelize(shared, group=team, guidance=1, balance=False) as run:
             assert run.ranks == ranks
             for way, method in ways.items():
                 seen: list[Seen | None] = [None] * ranks
