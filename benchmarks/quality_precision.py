@@ -130,7 +130,7 @@ def write_table(path: Path) -> None:
             row["method"],
             row["precision"],
             quality.decibels(row["psnr"]),
-            lost(row),
+            lost(row, result["rows"]),
             "1" if row["ssim"]["mean"] is None else f"{row['ssim']['mean']:.4f}",
             quality.decibels(row["psnr_to_unfused"]),
         ]
@@ -140,20 +140,22 @@ def write_table(path: Path) -> None:
         f"{conditions(result['environment'])} {result['prompts']} held-out prompts, "
         f"{result['steps']} steps, {FRAMES} frames of {result['side']} x {result['side']}; "
         f"SVG2 at {result['density']:.0%}, compensated and routed by error. "
-        "Lost: PSNR to dense beside that of fused blocks in bf16, mean over the prompts and its "
-        "standard error. "
+        "Lost: PSNR to dense beside that of fused blocks in bf16, mean over the prompts. "
         f"Noise floor (another dense kernel): {quality.decibels(result['noise_floor'])}.\n\n"
     )
     replace_between(PAGE, "precision", text + table(head, lines))
 
 
-def lost(row: dict[str, Any]) -> str:
-    """Return the decibels that a row loses, with their standard error."""
-    found = row["lost"]
-    if not found or found["mean"] is None:
+def lost(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return the decibels that a sparse row loses, with their standard error if clips are known."""
+    if row["method"] == "dense" or "blocks" in row["precision"]:
         return ""
-    error = (found["std"] or 0.0) / len(row["psnrs"]) ** 0.5
-    return f"{found['mean']:.2f} ± {error:.2f} dB"
+    found = row.get("lost")
+    if found and found["mean"] is not None:
+        error = (found["std"] or 0.0) / len(row["psnrs"]) ** 0.5
+        return f"{found['mean']:.2f} ± {error:.2f} dB"
+    fused = next(r for r in rows if (r["method"], r["precision"]) == (row["method"], FUSED))
+    return f"{fused['psnr']['mean'] - row['psnr']['mean']:.2f} dB"
 
 
 def main() -> None:
