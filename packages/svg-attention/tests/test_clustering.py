@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
+from svg_attention import TokenLayout
+from svg_attention.methods.base import AttentionCall
 from svg_attention.planning.clustering import Clusters, cluster_rows, fits, neighbour_order
 
 
@@ -83,3 +87,25 @@ def test_neighbour_order_is_a_permutation_that_follows_a_line() -> None:
 def test_neighbour_order_survives_equal_centroids() -> None:
     order = neighbour_order(torch.ones(1, 2, 5, 3))
     assert torch.equal(order, torch.arange(5).expand(1, 2, 5))
+
+
+@pytest.mark.parametrize("text_position", ["first", "last"])
+@pytest.mark.parametrize("heads_apart", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_video_rows_beside_text_lie_as_the_copy_engine_wants_them(
+    batch: int, heads_apart: bool, text_position: Literal["first", "last"]
+) -> None:
+    """Hold what k-means is given to be one matrix, which its kernel for Hopper asks for.
+
+    Heads lie apart, or side by side in the rows of tokens as a projection leaves them.
+    """
+    assigner = pytest.importorskip("flash_kmeans.triton.assigner")
+    layout = TokenLayout(grid=(2, 4, 4), text_tokens=7, text_position=text_position)
+    x = torch.randn(batch, 3, layout.tokens, 8)
+    if not heads_apart:
+        x = torch.randn(batch, layout.tokens, 3, 8).transpose(1, 2)
+    rows = AttentionCall(query=x, key=x, value=x, layout=layout).video(x)
+    flat = rows.reshape(batch * 3, *rows.shape[2:])
+    assert assigner.sheet(flat) is not None
+    if batch == 1 or heads_apart:
+        assert flat.data_ptr() == x.data_ptr() + x.stride(2) * 4 * layout.video_start, "no copy"
