@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -25,8 +26,9 @@ from svg_models.tuning import run as tuning_run
 from svg_models.tuning.journal import Journal, Trial, key_of
 from svg_models.tuning.page import tune_page
 from svg_models.tuning.request import TuneRequest
-from svg_models.tuning.search import Outcome, OutOfTime, Search, Target, most_trials
+from svg_models.tuning.search import Outcome, OutOfTime, Search, Target, _sensible, most_trials
 from svg_models.tuning.space import (
+    ALIKE,
     AXES,
     CORRECTIONS,
     SCHEDULES,
@@ -42,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIFT = dict(zip(CORRECTIONS, (-6.0, 0.0, 1.0, 3.0, 4.0, 7.5, 6.0), strict=True))
 DENSE = {"dense for 10 %": 0.1, "dense for 20 %": 0.2, "dense for 30 %": 0.3}
+READ_ALIKE = dict(zip(ALIKE, (0.0, 1.0, -0.5, 0.2), strict=True))
 # What a cache spares, and what it costs in dB.
 CACHES = dict(
     zip(AXES["cache"], ((1.0, 0.0), (0.9, 0.2), (0.7, 3.0), (0.5, 9.0), (0.6, 14.0)), strict=True)
@@ -61,6 +64,7 @@ class Model:
         quality = 40 + 5 * math.log2(point.density) + LIFT[point.corrections]
         quality += SUITS[point.schedule] + (0.3 if point.metric == "response" else 0.0)
         quality -= 0.5 if point.probe_rows == 32 else 0.0
+        quality += READ_ALIKE[point.alike] + (0.2 if point.spend == "call" else 0.0)
         spared, lost = CACHES[point.cache]
         quality -= lost
         quality += sum(self._spread[:count]) / count
@@ -77,14 +81,16 @@ class Model:
         return self.outcome(point, count)
 
 
+@functools.cache
 def everything() -> list[Point]:
-    densities = sorted({rounded(0.01 * i) for i in range(2, 96)})
+    densities = sorted({rounded(0.01 * i) for i in range(2, 96, 3)})
     names = list(AXES)
-    return [
+    points = (
         Point(density=d, **dict(zip(names, values, strict=True)))
         for d in densities
         for values in itertools.product(*AXES.values())
-    ]
+    )
+    return [point for point in points if _sensible(point)]
 
 
 @pytest.mark.parametrize("psnr", [24.0, 30.0, 36.0, 41.0])
@@ -265,6 +271,7 @@ def test_journal_refuses_what_is_none(content: str, tmp_path: Path) -> None:
 
 def test_axes_have_caches_where_there_are_steps_to_spare() -> None:
     assert axes_for(20)["cache"] == AXES["cache"]
+    assert axes_for(20, guided=False)["alike"] == ("nothing", "two steps")
     assert axes_for(8)["cache"] == axes_for(20, cached=False)["cache"] == ("none",)
 
 
@@ -293,7 +300,7 @@ PROMPTS = ["a red circle", "a blue square"]
 def few_axes() -> Iterator[None]:
     """Search less: on a model, what counts here is what happens to each trial."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tuning_run, "axes_for", lambda steps, cached: FEW_AXES)
+        patched.setattr(tuning_run, "axes_for", lambda steps, cached, guided: FEW_AXES)
         yield
 
 
@@ -512,7 +519,9 @@ def test_tune_counts_the_blocks_that_a_cache_leaves_out(
     loaded: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, time_by: str
 ) -> None:
     only = {"cache": ("none", "first-block@1")}
-    monkeypatch.setattr(tuning_run, "axes_for", lambda steps, cached: only if cached else {})
+    monkeypatch.setattr(
+        tuning_run, "axes_for", lambda steps, cached, guided: only if cached else {}
+    )
     clip = {**CLIP, "steps": 6}
     found = tune(psnr=80, model=loaded, prompts=PROMPTS[:1], time_by=time_by, **clip)
     trials = {t.point: t for t in found.trials}

@@ -93,7 +93,7 @@ class _Tuner:
             target,
             self._evaluate,
             prompts=len(self._prompts),
-            axes=axes_for(steps, cached=self._can_cache()),
+            axes=axes_for(steps, cached=self._can_cache(), guided=self._settings.guidance > 1.0),
         )
         point = search.run()
         floor = self._noise_floor()

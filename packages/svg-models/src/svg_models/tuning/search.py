@@ -233,8 +233,9 @@ class Search:
                 return None
             a, b = self._target.excess(below), self._target.excess(above)
             part = min(0.9, max(0.1, a / (a - b))) if a != b else 0.5
-            between = math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
-            return next((d for d in (rounded(between),) if d not in tried), None)
+            # Where it should be, or in the middle if that was tried: rounding is coarse below 10 %.
+            places = (math.log(low) + p * (math.log(high) - math.log(low)) for p in (part, 0.5))
+            return next((d for d in map(rounded, map(math.exp, places)) if d not in tried), None)
         edge = min(tried) / 1.6 if enough else max(tried) * 1.6
         density = rounded(edge)
         return None if density in tried else density
@@ -283,8 +284,10 @@ def _rungs(prompts: int) -> tuple[int, ...]:
 
 def _sensible(point: Point) -> bool:
     """Return whether a point is unlike its neighbours."""
-    if not point.routed and point.probe_rows != 16:
+    if not point.routed and (point.probe_rows != 16 or point.spend != "tile"):
         return False
+    if "residual" in point.corrections and point.alike != "nothing":
+        return False  # whose probes those that read alike spare
     if point.schedule == "start at 60 %" and point.density >= 0.6:
         return False
     return LEAST <= point.density <= MOST

@@ -13,6 +13,7 @@ from svg_models.caching import NO_CACHE
 from svg_models.recipe import Layers, Recipe
 
 __all__ = [
+    "ALIKE",
     "AXES",
     "CORRECTIONS",
     "SCHEDULES",
@@ -43,6 +44,14 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "error+bias+repair": {**_BIAS, "repair_rows": 64},
 }
 """What stands in for the keys that are not read -> settings of SVG2."""
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "branches": {"share_branches": True},
+    "two steps": {"share_steps": 2},
+    "branches and two steps": {"share_branches": True, "share_steps": 2},
+}
+"""What reads the same keys -> settings of SVG2."""
 
 _DENSE = {"dense for 10 %": 0.1, "dense for 20 %": 0.2, "dense for 30 %": 0.3}
 _WORDS = {
@@ -76,6 +85,8 @@ class Point:
         schedule: a key of `SCHEDULES`.
         probe_rows: see `svg_attention.SVG2`; means nothing unless routed by error.
         metric: see there.
+        alike: a key of `ALIKE`.
+        spend: see `svg_attention.SVG2`; means nothing unless routed by error.
         cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 
@@ -84,6 +95,8 @@ class Point:
     schedule: str
     probe_rows: int = 16
     metric: str = "euclidean"
+    alike: str = "nothing"
+    spend: str = "tile"
     cache: str = NO_CACHE
 
     @property
@@ -102,8 +115,10 @@ class Point:
                 density=self.density,
                 probe_rows=self.probe_rows,
                 metric=self.metric,  # type: ignore[arg-type]  # checked there
+                spend=self.spend,  # type: ignore[arg-type]
                 first_iterations=FIRST_ROUNDS,
                 **CORRECTIONS[self.corrections],
+                **ALIKE[self.alike],
             ),
             schedule=self._schedule(),
             layers=layers if self.cache == NO_CACHE else layers.changed(cache=self.cache),
@@ -129,6 +144,10 @@ class Point:
             words.append(f"probes of {self.probe_rows} rows")
         if self.metric != "euclidean":
             words.append(f"{self.metric} metric")
+        if self.alike != "nothing":
+            words.append(f"{self.alike} alike")
+        if self.spend != "tile":
+            words.append("spent by error")
         if self.cache != NO_CACHE:
             words.append(f"cache {self.cache}")
         return ", ".join(words)
@@ -146,12 +165,14 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "schedule": tuple(SCHEDULES),
     "probe_rows": (16, 32),
     "metric": ("euclidean", "response"),
+    "alike": tuple(ALIKE),
+    "spend": ("tile", "call"),
     "cache": (NO_CACHE, "first-block@0.05", "first-block@0.1", "first-block@0.2", "taylor@2"),
 }
 """What is tried one after the other, each at the best of those before; density is apart."""
 
 
-def axes_for(steps: int, *, cached: bool = True) -> dict[str, tuple[Any, ...]]:
+def axes_for(steps: int, *, cached: bool = True, guided: bool = True) -> dict[str, tuple[Any, ...]]:
     """Return the axes of a video of so many steps, without schedules that come to the same there.
 
     With 4 steps, two in ten are none, and three in ten are one. Few steps have none that is like
@@ -160,13 +181,15 @@ def axes_for(steps: int, *, cached: bool = True) -> dict[str, tuple[Any, ...]]:
     Args:
         steps: denoising steps.
         cached: whether the model can have a cache, and was not given one.
+        guided: whether a step may have more than one guidance branch.
     """
     schedules: dict[int | str, str] = {}
     for name in SCHEDULES:
         dense = math.floor(_DENSE[name] * steps) if name in _DENSE else name
         schedules.setdefault("flat" if dense == 0 else dense, name)
     caches = AXES["cache"] if cached and steps >= FEWEST_CACHED else (NO_CACHE,)
-    return {**AXES, "schedule": tuple(schedules.values()), "cache": caches}
+    alike = tuple(name for name in ALIKE if guided or "branches" not in name)
+    return {**AXES, "schedule": tuple(schedules.values()), "alike": alike, "cache": caches}
 
 
 def rounded(density: float) -> float:
