@@ -518,26 +518,26 @@ def test_request_has_no_option_for_what_only_programs_give() -> None:
 def test_tune_counts_the_blocks_that_a_cache_leaves_out(
     loaded: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, time_by: str
 ) -> None:
-    only = {"cache": ("none", "first-block@1")}
-    monkeypatch.setattr(
-        tuning_run, "axes_for", lambda steps, cached, guided: only if cached else {}
-    )
+    cached = START.replace(cache="first-block@1")
+
+    class OnlyCached(Search):
+        def _search(self) -> None:
+            self._evaluate(cached, 1)
+            self._evaluate(START, 1)
+
+    monkeypatch.setattr(tuning_run, "Search", OnlyCached)
     clip = {**CLIP, "steps": 6}
     found = tune(psnr=80, model=loaded, prompts=PROMPTS[:1], time_by=time_by, **clip)
     trials = {t.point: t for t in found.trials}
-    cached = [t for t in trials.values() if t.point.cache == "first-block@1"]
-    assert cached
-    for trial in cached:
-        # Of 6 steps the first computes 3 blocks, the others one.
-        assert trial.computed == pytest.approx((3 + 5) / 18)
-        without = trials.get(trial.point.replace(cache="none"))
-        if without is not None:
-            assert trial.work < 0.6 * without.work
-            assert trial.psnr < without.psnr
-        if time_by == "seconds":
-            assert without is not None, "what a cache spares is counted from the time without it"
-            assert trial.doubt == without.doubt
-            assert (trial.seconds is None) == (without.seconds is None)
-            assert trial.cost < without.cost
-        else:
-            assert trial.cost == trial.work
+    assert len(found.trials) == 2, "the point without a cache is measured once"
+    trial, without = trials[cached], trials[START]
+    # Of 6 steps the first computes 3 blocks, the others one.
+    assert trial.computed == pytest.approx((3 + 5) / 18)
+    assert trial.work < 0.6 * without.work
+    assert trial.psnr < without.psnr
+    if time_by == "seconds":
+        assert trial.doubt == without.doubt
+        assert (trial.seconds is None) == (without.seconds is None)
+        assert trial.cost < without.cost
+    else:
+        assert trial.cost == trial.work
