@@ -50,7 +50,7 @@ from _video_subjects import SEED, TINY, VIDEOS, Video
 from svg_attention import SVG2, Dense, Method, Schedule
 from svg_models import sparsify
 from svg_models.families import family_of, transformers_of
-from svg_models.recipes import FIRST_ITERATIONS
+from svg_models.recipes import ROUNDS
 
 DENSITY = 0.25
 PAGES = (ROOT / "docs" / "speed.md", ROOT / "README.md")
@@ -80,7 +80,7 @@ def svg2(video: Video) -> Method:
         q_clusters=queries,
         k_clusters=keys,
         density=DENSITY,
-        first_iterations=FIRST_ITERATIONS,
+        **ROUNDS,
     )
 
 

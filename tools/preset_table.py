@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from _quality_cases import SCHEDULES, SIDES  # type: ignore[import-not-found]
 
+from svg_attention import SVG2
 from svg_models.presets import PRESETS, TABLE, read_table
 from svg_models.recipe import FORMAT, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guide" / "tune.md"
 MARKS = ("<!-- presets -->", "<!-- /presets -->")
+CORRECTIONS = ("route", "correct_bias", "repair_rows", "metric", "share_branches", "share_steps")
 TOKENS = {128: 3328, 256: 13312}
 """Side of an embedded clip of 49 frames -> its video tokens."""
 
@@ -48,6 +50,7 @@ def row_of_cases(
     if not found:
         raise SystemExit(f"no case {schedule!r}, {density:g}, {method!r}, {steps} steps was stored")
     environment = document["environment"]
+    found.sort(key=lambda case: SIDES[case["size"]])
     measured = []
     for case in found:
         side = SIDES[case["size"]]
@@ -67,7 +70,7 @@ def row_of_cases(
             "flicker": case["flicker"]["mean"],
             "noise_floor": None if floor is None else floor["psnr"]["mean"],
             "work": case["total_density"],
-            "machine": f"{environment['device']}, {environment['dtype']}",
+            "machine": f"{case.get('device', environment['device'])}, {environment['dtype']}",
             "versions": {name: environment[name] for name in ("torch", "diffusers")},
             "evidence": evidence,
         }
@@ -95,10 +98,15 @@ def row_of_recipe(document: dict[str, Any], evidence: str) -> dict[str, Any]:
 def put(table: dict[str, Any], preset: str, row: dict[str, Any]) -> dict[str, Any]:
     """Return a table in which a row takes the place of the one with the same conditions."""
     rows = [old for old in table["presets"][preset] if old["conditions"] != row["conditions"]]
-    rows = sorted([*rows, row], key=lambda r: r["conditions"].get("steps", [0, 0]))
+    rows = sorted([*rows, row], key=_place)
     changed = {**table, "presets": {**table["presets"], preset: rows}}
     read_table(changed)
     return changed
+
+
+def _place(row: dict[str, Any]) -> tuple[list[int], bool]:
+    """Return where a row stands: by steps, those for models of some widths before the others."""
+    return row["conditions"].get("steps", [0, 0]), "width" not in row["conditions"]
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -131,6 +139,10 @@ def markdown(table: dict[str, Any]) -> str:
 def _words(recipe: Recipe) -> list[str]:
     settings = recipe.method.to_dict()
     words = [f"density {settings['density']:g}"]
+    best = SVG2.corrected(0.5).to_dict()
+    if all(settings[name] == best[name] for name in CORRECTIONS):
+        words.append("all corrections")
+        settings = SVG2().to_dict()
     words += [
         text
         for text, there in (
@@ -140,6 +152,8 @@ def _words(recipe: Recipe) -> list[str]:
             ("residual", settings["correct_residual"]),
             ("repair", settings["repair_rows"] > 0),
             ("response metric", settings["metric"] == "response"),
+            ("branches alike", settings["share_branches"]),
+            (f"{settings['share_steps']} steps alike", settings["share_steps"] > 1),
         )
         if there
     ]

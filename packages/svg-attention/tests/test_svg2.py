@@ -313,7 +313,7 @@ def test_svg2_refuses_bad_settings(fields: dict[str, Any], message: str) -> None
 def test_count_probes_keeps_what_is_read_within_the_density() -> None:
     layout = TokenLayout(grid=(4, 16, 16))
     tensors = torch.randn(3, 1, 2, layout.tokens, 16, generator=torch.Generator().manual_seed(0))
-    residual = {"correct_residual": True, "share_branches": False}
+    residual = {"correct_residual": True, "share_branches": False, "share_steps": 1}
     for changes in ({}, residual, {"repair_rows": 0}):
         method = SVG2.corrected(0.35, **changes)
         plan = method.plan(*tensors, layout=layout)

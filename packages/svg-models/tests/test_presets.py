@@ -75,7 +75,7 @@ def test_presets_trade_quality_for_work() -> None:
     psnr, work = [m.psnr for m in measured], [m.work for m in measured]
     assert psnr == sorted(psnr, reverse=True)
     assert work == sorted(work, reverse=True)
-    conditions = {(m.model, m.tokens, m.steps, m.prompts, m.machine) for m in measured}
+    conditions = {(m.model, m.tokens, m.steps, m.prompts) for m in measured}
     assert len(conditions) == 1, "only equal conditions can be compared"
 
 
@@ -84,7 +84,7 @@ def test_choose_recipe_fills_the_counts_for_the_clip(name: str) -> None:
     recipe = choose_recipe(read_method(None, preset=name), wide(), 75_600, num_steps=50)
     assert isinstance(recipe.method, SVG2)
     assert (recipe.method.q_clusters, recipe.method.k_clusters) == (300, 1000)
-    row = find_row(name, steps=50, tokens=75_600)
+    row = find_row(name, steps=50, tokens=75_600, width=5120)
     assert row is not None
     assert recipe.schedule == row.recipe.schedule
     assert recipe.measured == row.recipe.measured
@@ -123,7 +123,6 @@ def test_few_steps_are_sparse_where_the_table_has_a_row_measured_on_models_as_sm
     assert sparse.source == "preset balanced"
     assert isinstance(recipe_for(wide(), 75_600, num_steps=8).method, Dense)
     assert isinstance(recipe_for(narrow(), 3_328, num_steps=8, latent_frames=1).method, Dense)
-    assert recipe_for(narrow(), 3_328, num_steps=9).source != "preset balanced"
     # Who asks for the preset gets it on any model.
     asked = choose_recipe(read_method(None, preset="balanced"), wide(), 75_600, num_steps=8)
     assert isinstance(asked.method, SVG2)

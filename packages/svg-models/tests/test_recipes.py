@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,12 +13,14 @@ from svg_attention import SVG1, SVG2, Dense, Schedule, cluster_counts
 from svg_models import recipe_for, sparsify
 from svg_models.families import Family, known_families
 from svg_models.families.wan import WAN
+from svg_models.presets import find_row
 from svg_models.recipes import FEW_STEPS, SHARED, nearest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-SMALL = {"density": 0.3, "compensate": True, "first_iterations": 10}
+ROUNDS = {"first_iterations": 10, "step_iterations": 1}
+SMALL = {"density": 0.3, "compensate": True, **ROUNDS}
 
 
 def published(**config: object) -> WanTransformer3DModel:
@@ -27,10 +31,8 @@ def published(**config: object) -> WanTransformer3DModel:
 
 def test_recipe_for_wan_14b_720p_gets_the_published_settings() -> None:
     recipe = recipe_for(published(num_layers=1), 75_600, num_steps=50)
-    # But for the rounds of k-means in the first sparse step, which 50 would make twice as long.
-    assert recipe.method == SVG2(
-        q_clusters=300, k_clusters=1000, top_p=0.9, min_keep=0.1, first_iterations=10
-    )
+    # But for the rounds of k-means: 50 would make the first sparse step twice as long.
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, top_p=0.9, min_keep=0.1, **ROUNDS)
     assert recipe.schedule == Schedule(dense_steps=0.2, dense_layers=0.03)
     assert "wan_t2v_720p" in recipe.source
     assert recipe.note == ""
@@ -51,7 +53,7 @@ def test_recipe_for_image_to_video_has_its_own_rows(
 
 def test_recipe_for_a_size_nobody_published_gets_the_nearest_row_and_a_note() -> None:
     recipe = recipe_for(published(num_layers=1), 60_000, num_steps=50)
-    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, first_iterations=10)
+    assert recipe.method == SVG2(q_clusters=300, k_clusters=1000, **ROUNDS)
     assert "720p" in recipe.note
     assert "60,000" in recipe.note
 
@@ -70,9 +72,22 @@ def test_recipe_for_a_smaller_model_of_the_published_size_is_compensated_and_tol
 
 
 def test_recipe_for_a_short_clip_gets_fewer_clusters_and_compensation() -> None:
-    tiny_width = published(num_layers=1, num_attention_heads=2)
-    recipe = recipe_for(tiny_width, 3_328, num_steps=50)
+    narrow = published(num_layers=1, num_attention_heads=6)
+    recipe = recipe_for(narrow, 3_328, num_steps=50)
     assert recipe.method == SVG2(q_clusters=52, k_clusters=208, **SMALL)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 50, None])
+def test_recipe_for_a_model_as_small_as_the_embedded_one_is_the_preset(steps: int | None) -> None:
+    embedded_width = published(num_layers=1, num_attention_heads=3)
+    recipe = recipe_for(embedded_width, 3_328, num_steps=steps)
+    row = find_row("balanced", steps=steps or 50, tokens=3_328, width=384)
+    assert row is not None
+    assert isinstance(row.recipe.method, SVG2)
+    assert recipe.method == replace(row.recipe.method, q_clusters=52, k_clusters=208)
+    assert recipe.schedule == Schedule.sparse()
+    assert recipe.source == "preset balanced"
+    assert recipe.measured[0].steps == min(steps or 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +165,9 @@ def test_sparsify_without_a_method_tells_why_a_short_clip_is_dense() -> None:
         assert run.recipe is None
         with pytest.warns(UserWarning, match="432 tokens is too short"):
             video = tiny.generate(pipe, num_inference_steps=9)
-        with pytest.warns(UserWarning, match="4 denoising steps are too few"):
-            tiny.generate(pipe, num_inference_steps=4)
     assert torch.equal(video, reference)
     assert run.stats().recipe["method"] == "Dense"
-    assert len(run.messages) == 2
+    assert len(run.messages) == 1
 
 
 def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
@@ -165,10 +178,10 @@ def test_sparsify_without_a_method_takes_the_recipe_of_the_clip() -> None:
     assert isinstance(run.recipe.method, SVG2)
     assert (run.recipe.method.q_clusters, run.recipe.method.k_clusters) == (18, 72)
     stats = run.stats()
-    assert "nearest published settings" in stats.recipe["note"]
+    assert stats.recipe["source"] == "preset balanced"
     assert stats.messages == ()
     sparse_steps = {record.step for record in stats.sparse_records}
-    assert sparse_steps == set(range(2, 10))
+    assert sparse_steps == set(range(10))
     assert stats.mean_density < 1.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from svg_models.spelling import checks_names
 __all__ = ["choose_recipe", "nearest", "recipe_for"]
 
 FEW_STEPS = 8
+# What most pipelines run with, where the number of steps is not known.
+USUAL_STEPS = 50
 SMALLEST_SEQUENCE = 1024
 SMALLEST_SHARE = 1.75
 SMALL = 0.75
@@ -31,6 +33,10 @@ SMALL_DENSITY = 0.3
 # Rounds of k-means of a layer's first sparse step. SVG2 was published with 50, which take as long
 # as the rest of that step; ten came as close to the dense clip on the embedded model.
 FIRST_ITERATIONS = 10
+# Rounds of later steps. SVG2 was published with 2; one came as close, within what 8 prompts tell,
+# and takes 3 ms less of 54 at Wan 720p (benchmarks/results/h200/quality_rounds.json).
+STEP_ITERATIONS = 1
+ROUNDS: dict[str, Any] = {"first_iterations": FIRST_ITERATIONS, "step_iterations": STEP_ITERATIONS}
 LARGEST_SVG1_DENSITY = 0.5
 
 
@@ -90,13 +96,11 @@ def _choose(
     if spec.method is not None and schedule is not None:
         return Recipe(method=spec.method, schedule=schedule, source="user")
     auto = spec.name == "auto"
-    recipe = recipe_for(
-        pipe,
-        tokens,
-        num_steps=num_steps if auto else None,
-        latent_frames=latent_frames if auto else None,
-        method="svg1" if spec.name == "svg1" else "svg2",
-    )
+    if auto:
+        recipe = recipe_for(pipe, tokens, num_steps=num_steps, latent_frames=latent_frames)
+    else:
+        kind: Literal["svg1", "svg2"] = "svg1" if spec.name == "svg1" else "svg2"
+        recipe = _nearest_published(pipe, tokens, kind)
     if spec.name == "svg2-published":
         recipe = _as_published(pipe, tokens)
     recipe = dataclasses.replace(recipe, schedule=schedule or recipe.schedule)
@@ -107,7 +111,7 @@ def _choose(
         not auto or spec.density or spec.top_p or spec.changes_clusters
     ):
         counts = cluster_counts(tokens, SHARED.q_clusters, SHARED.k_clusters)
-        base = SVG2(q_clusters=counts[0], k_clusters=counts[1], first_iterations=FIRST_ITERATIONS)
+        base = SVG2(q_clusters=counts[0], k_clusters=counts[1], **ROUNDS)
         return dataclasses.replace(recipe, method=spec.build(base), note="")
     return dataclasses.replace(recipe, method=spec.build(recipe.method))
 
@@ -133,8 +137,8 @@ def recipe_for(
     Returns:
         The method with the nearest published settings, adjusted where model or clip is smaller;
         `Dense()` with a note for single frames, clips too short and runs too few-stepped to gain.
-        Few steps are sparse where the preset `balanced` has settings for them that were measured on
-        models as small.
+        Models as small as those that the preset `balanced` was measured on get that, in runs of few
+        steps, too.
 
     Raises:
         ValueError: if the family or the method is unknown, or `tokens` is not positive.
@@ -146,13 +150,23 @@ def recipe_for(
         raise ValueError(f"recipes are for method 'svg1' or 'svg2', got {method!r}")
     family, task, width = _kind(pipe)
     row = nearest(family.recipes, task, tokens)
-    if num_steps is not None and num_steps <= FEW_STEPS and method == "svg2":
-        few = find_row("balanced", steps=num_steps, tokens=tokens, width=width)
-        if few is not None and 0 < width <= few.automatic:
-            num_steps = None  # is no reason to stay dense
-            if not _why_dense(tokens, width, None, latent_frames):
-                return _with_counts(few, row, tokens)
-    dense = _why_dense(tokens, width, num_steps, latent_frames)
+    preset = find_row("balanced", steps=num_steps or USUAL_STEPS, tokens=tokens, width=width)
+    if method == "svg1" or preset is None or not 0 < width <= preset.automatic:
+        preset = None
+    # Few steps are no reason to stay dense where they were measured.
+    dense = _why_dense(tokens, width, None if preset else num_steps, latent_frames)
+    if dense:
+        return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
+    if preset is not None:
+        return _with_counts(preset, row, tokens)
+    return _nearest_published(pipe, tokens, method)
+
+
+def _nearest_published(pipe: object, tokens: int, method: Literal["svg1", "svg2"]) -> Recipe:
+    """Return the nearest published settings, adjusted where model or clip is smaller."""
+    family, task, width = _kind(pipe)
+    row = nearest(family.recipes, task, tokens)
+    dense = _why_dense(tokens, width, None, None)
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
     adjusted, words = (_svg1 if method == "svg1" else _svg2)(row, tokens, width)
@@ -173,7 +187,7 @@ def _of_preset(
     """Return what a preset comes to for a clip; dense, with a note, where it has nothing for it."""
     family, task, width = _kind(pipe)
     published = nearest(family.recipes, task, tokens)
-    row = find_row(name, steps=num_steps, tokens=tokens, width=width)
+    row = find_row(name, steps=num_steps or USUAL_STEPS, tokens=tokens, width=width)
     note = _why_dense(tokens, width, None, latent_frames)
     if row is None and not note:
         note = (
@@ -237,7 +251,7 @@ def _published(row: Published, tokens: int) -> SVG2:
 
 
 def _svg2(row: Published, tokens: int, width: int) -> tuple[Method, str]:
-    method = dataclasses.replace(_published(row, tokens), first_iterations=FIRST_ITERATIONS)
+    method = dataclasses.replace(_published(row, tokens), **ROUNDS)
     words = f"{method.q_clusters} query and {method.k_clusters} key clusters"
     if tokens >= SMALL * row.tokens and (not width or width >= SMALL * row.width):
         return method, words

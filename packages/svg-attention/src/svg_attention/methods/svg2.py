@@ -206,8 +206,8 @@ class SVG2(Method):
         """Build SVG2 with every correction that pays, for sparse runs without a dense step.
 
         Compensated, routed by error, with the bias of centroids, repaired from 64 exact rows,
-        clustered in the response metric, and alike in the guidance branches of a step; probes and
-        exact rows count in the density.
+        clustered in the response metric, and alike in the guidance branches of a step and in every
+        two steps; probes and exact rows count in the density.
 
         ```python
         sparsify(pipe, SVG2.corrected(0.35), Schedule.sparse())     # 4 or 8 steps
@@ -224,6 +224,7 @@ class SVG2(Method):
             "repair_rows": 64,
             "metric": "response",
             "share_branches": True,
+            "share_steps": 2,
             "first_iterations": 10,
             "count_probes": True,
         }
