@@ -280,7 +280,8 @@ def _why_dense(tokens: int, width: int, num_steps: int | None, latent_frames: in
         )
     if num_steps is not None and num_steps <= FEW_STEPS:
         return (
-            f"{num_steps} denoising steps are too few to make sparse: each step of a few-step "
+            f"{num_steps} denoising step{' is' if num_steps == 1 else 's are'} too few to make "
+            "sparse: each step of a few-step "
             f"model decides too much (more than {FEW_STEPS} needed); pass a method to run it anyway"
         )
     # Per token and layer, attention costs 4 * tokens * width operations and the linear layers about
