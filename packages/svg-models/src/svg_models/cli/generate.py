@@ -75,8 +75,9 @@ def generate(
 def _tell_clip(clip: Clip, many: str) -> None:
     settings = clip.settings
     where = f" on {clip.gpus} {many}" if clip.gpus > 1 else ""
+    frames = len(clip.frames)
     text = (
-        f"{len(clip.frames)} frame{'s' * (len(clip.frames) > 1)} of {settings.width} x {settings.height} in "
+        f"{frames} frame{'s' * (frames > 1)} of {settings.width} x {settings.height} in "
         f"{clip.seconds:.1f} s{where} with {clip.method.label}"
     )
     if clip.stats.sparse_records:
