@@ -43,16 +43,6 @@ def generate(request: GenerateRequest) -> Clip:
         with Group(places_of(request), clip_maker) as group:
             clip: Clip = group.run(request.replace(progress=None), request.report)
             return clip
-    from svg_models.generation.sample import prepare, sample
+    from svg_models.generation.sample import clip_of, prepare
 
-    spec = request.spec
-    loaded, settings, media = prepare(request, spec)
-    return sample(
-        loaded,
-        settings,
-        spec,
-        media=media,
-        computed=request.computed,
-        profile=request.profile,
-        progress=request.report,
-    )
+    return clip_of(request, *prepare(request, request.spec))

@@ -56,7 +56,7 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
 
     def make(request: GenerateRequest) -> Clip | None:
         nonlocal loaded, shared
-        from svg_models.generation.sample import prepare, sample
+        from svg_models.generation.sample import clip_of, prepare
 
         device = "cpu" if request.device == "cpu" else "cuda"
         if loaded is None:
@@ -65,22 +65,13 @@ def clip_maker(rank: Rank) -> Callable[[GenerateRequest], Clip | None]:
             wanted = request.replace(device=device, gpus=1, progress=rank.report)
         else:
             wanted = request.with_model(loaded).replace(progress=rank.report)
-        spec = wanted.spec
-        ready, settings, media = prepare(wanted, spec)
+        ready, settings, media = prepare(wanted, wanted.spec)
         if loaded is None:
             if rank.size > 1:
                 shared = _share(ready, rank.size)
             loaded = ready
-        clip = sample(
-            ready,
-            settings,
-            spec,
-            media=media,
-            computed=wanted.computed,
-            profile=wanted.profile,
-            progress=rank.report,
-        )
-        if shared is not None and clip.stats is not None:
+        clip = clip_of(wanted, ready, settings, media)
+        if shared is not None:
             clip = dataclasses.replace(clip, stats=shared.merged(clip.stats))
         return dataclasses.replace(clip, gpus=rank.size) if rank.number == 0 else None
 

@@ -14,7 +14,7 @@ from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
 from svg_models.generation.memory import PeakMemory
-from svg_models.generation.request import Request
+from svg_models.generation.request import GenerateRequest, Request
 from svg_models.generation.settings import Settings
 from svg_models.generation.shift import check_flow_shift, shifted
 from svg_models.generation.timer import StepTimer
@@ -32,7 +32,7 @@ from svg_models.sparse.layers import check_layers
 from svg_models.sparse.run import sparsify
 from svg_models.video import to_frames
 
-__all__ = ["prepare", "sample"]
+__all__ = ["clip_of", "prepare", "sample"]
 
 
 def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Settings, Media]:
@@ -85,6 +85,21 @@ def prepare(request: Request, *specs: MethodSpec) -> tuple[LoadedPipeline, Setti
                 f"{loaded.name} takes no {name}, so it would change nothing; leave it out"
             )
     return loaded, request.complete(loaded.defaults, **media.shape(loaded, given)), media
+
+
+def clip_of(
+    request: GenerateRequest, loaded: LoadedPipeline, settings: Settings, media: Media
+) -> Clip:
+    """Return the clip that a request asks for, given what `prepare` returned of it."""
+    return sample(
+        loaded,
+        settings,
+        request.spec,
+        media=media,
+        computed=request.computed,
+        profile=request.profile,
+        progress=request.report,
+    )
 
 
 def sample(
