@@ -63,6 +63,11 @@ class _Pass:
         versions = {name: _version(x) for name, x in values.items() if isinstance(x, Tensor)}
         return cls(values=values, versions=versions, announced=announced)
 
+    @property
+    def step_index(self) -> int | None:
+        """Return the denoising step, if the pipeline has announced it."""
+        return None if self.announced is None else self.announced[1].get("step_index")
+
     def has(self, name: str, value: Any) -> bool:
         """Return whether a value is the one that was given, as it was then."""
         given = self.values[name]
@@ -83,11 +88,14 @@ class _Evaluation:
     passes: list[_Pass] = field(default_factory=list)
     foretold: tuple[_Pass, Any] | None = None
 
-    def continues_with(self, values: Mapping[str, Any]) -> bool:
-        """Return whether a pass with these inputs belongs to this evaluation."""
+    def continues_with(self, asked: _Pass) -> bool:
+        """Return whether a pass belongs to this evaluation."""
         if not self.passes:
             return True
-        first = self.passes[0].values
+        steps = [one.step_index for one in (self.passes[0], asked)]
+        if None not in steps:
+            return steps[0] == steps[1]
+        first, values = self.passes[0].values, asked.values
         if values.get("timestep") is first.get("timestep") is not None:
             return True
         names = ("timestep", "hidden_states")
@@ -166,7 +174,7 @@ class SplitGuidance:
             kwargs: as the pipeline gave them.
         """
         asked = call.named(args, kwargs, self._announced)
-        if not self._evaluation.continues_with(asked.values):
+        if not self._evaluation.continues_with(asked):
             self._last, self._evaluation = self._evaluation, _Evaluation()
         evaluation = self._evaluation
         place = len(evaluation.passes)

@@ -239,8 +239,9 @@ def refuse_parallel(transformer: nn.Module, family: Family) -> None:
     if (context.ring_degree or 1) > 1:
         raise UnsupportedError(
             {
-                "ring": "a sparse plan needs the keys of the whole sequence and ring attention "
-                "shows one part at a time; use ContextParallelConfig(ulysses_degree=...)"
+                "ring": "a sparse plan needs the keys of the whole sequence and diffusers' ring "
+                "shows one part at a time; use svg_models.parallelize(pipe, ring=...), or "
+                "ContextParallelConfig(ulysses_degree=...)"
             }
         )
     if family.text_position is not None:
