@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
     """What four processes, started once, say of each check; nothing where all is right."""
-    lines = processes.run_ranks("sharing/member.py", 4, seconds=480).splitlines()
+    lines = processes.run_ranks("sharing/member.py", 4, seconds=900).splitlines()
     return dict(json.loads(line) for line in lines)
 
 

@@ -75,7 +75,7 @@ def check_others(name: str, player: Player, team: Any) -> Iterator[tuple[str, st
 def main() -> None:
     """Check all subjects."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     teams = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
     wanted = sys.argv[1:]
     for name, subject in SUBJECTS.items():
