@@ -214,6 +214,22 @@ def test_fused_forward_leaves_a_block_with_a_hooked_norm_to_its_class(launches: 
     assert one.count("gate_residual_norm") == 2 * passes
 
 
+def test_install_within_hooks_of_torch(launches: list[str]) -> None:
+    case, pipe = wan()
+    block, seen = pipe.transformer.blocks[0], []
+    block.register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+    block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    before = case.run(pipe)
+    calls = len(seen)
+    with fused_pipe(pipe) as forwards:
+        launches.clear()
+        during = case.run(pipe)
+    assert len(forwards) == 2
+    assert len(seen) == 2 * calls > 0
+    assert launches.count("layer_norm_modulate") == 2 * len(case.branches) * case.steps
+    torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("first", ["hook", "fused"])
 def test_install_beside_hooks_over_forward(launches: list[str], first: str) -> None:
     case, pipe = wan()

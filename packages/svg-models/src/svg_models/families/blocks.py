@@ -94,11 +94,14 @@ class FusedForward(InstanceForward):
 
     @classmethod
     def install(cls, block: nn.Module, rule: BlockRule) -> FusedForward | None:
-        """Put one into a block; leave a block alone over which something else has put itself."""
+        """Put one into a block; leave a block alone over which something else has put itself.
+
+        Hooks of torch stay around it, as they are around the `forward` of the class.
+        """
         own = block.__dict__.get("forward")
         if isinstance(own, FusedForward) and own.rule is None:
             del block.forward  # of a run that has ended
-        if not fused.is_untouched(block):
+        if fused.is_wrapped(block) or "forward" in block.__dict__:
             return None
         forward = cls(block, rule)
         block.forward = forward  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ __all__ = [
     "Pairing",
     "is_hooked",
     "is_untouched",
+    "is_wrapped",
     "norm_rope",
     "rope",
     "serves",
@@ -164,13 +165,14 @@ def is_untouched(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether something wants to see a module called."""
+    hooked = bool(module._forward_pre_hooks or module._forward_hooks)
+    return hooked or is_wrapped(module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Return whether a hook of accelerate or diffusers stands over the `forward` of a module."""
     own = module.__dict__
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or "_hf_hook" in own
-        or "_diffusers_hook" in own
-    )
+    return "_hf_hook" in own or "_diffusers_hook" in own
 
 
 def _is_plain(norm: Any, size: int, x: Tensor) -> bool:
