@@ -73,8 +73,8 @@ def attend_in_ring(
     of the whole clip. Each process clusters its own queries, so its tiles are other ones than on
     one device, and choose what they read for themselves: the share of attention that a tile reads
     (or the density) is as asked, the plan is not the same. Keys and values travel in plan order,
-    each process's whole share: at the usual densities there is hardly a cluster that none of some
-    hundred tiles reads.
+    each process's whole share: to leave out clusters that no tile of a process reads, the host
+    would have to wait for their sizes.
 
     Args:
         method: `Dense`, or `SVG2` with settings that only read centroids to choose.
