@@ -163,7 +163,9 @@ def test_recipe_for_published_sizes_gives_their_own_settings(
     with torch.device("meta"):
         model = HunyuanVideoTransformer3DModel()
     recipe = recipe_for(model, tokens)
-    assert recipe.method == SVG2(q_clusters=clusters, k_clusters=1000)
+    assert recipe.method == SVG2(
+        q_clusters=clusters, k_clusters=1000, first_iterations=10, step_iterations=1
+    )
     assert recipe.schedule.dense_steps == dense_steps
     assert recipe.note == ""
     assert "hyvideo" in recipe.source
