@@ -177,9 +177,19 @@ def site(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["torch"])
 def demo(session: nox.Session) -> None:
-    """Generate one clip dense and sparse with the embedded model, and compare them."""
+    """Generate one clip dense, by SVG2 and by every preset with the embedded model; compare them."""
     install(session, *checkout(*PACKAGES))
-    session.run("svg", "compare", "--steps", "16", "--output", "demo", *session.posargs)
+    methods = (
+        "--method",
+        "svg2",
+        "--preset",
+        "fast",
+        "--preset",
+        "balanced",
+        "--preset",
+        "quality",
+    )
+    session.run("svg", "compare", "--steps", "16", *methods, "--output", "demo", *session.posargs)
 
 
 @nox.session(default=False, requires=["torch"])

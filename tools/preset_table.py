@@ -3,6 +3,7 @@
     python tools/preset_table.py docs
     python tools/preset_table.py put fast benchmarks/results/h100/quality.json \
         --case "no dense step" 0.25 "error, bias, repair" --steps 8 --for-steps 1 8 --automatic 512
+    python tools/preset_table.py put fast … --size large --for-tokens 6657 1000000
     python tools/preset_table.py put fast benchmarks/results/h100/tuned.json --for-steps 1 8
 
 `put` takes a case of `benchmarks/quality.py`, at each size that it was measured at, or a recipe
@@ -34,9 +35,17 @@ TOKENS = {128: 3328, 256: 13312}
 
 
 def row_of_cases(
-    document: dict[str, Any], schedule: str, density: float, method: str, steps: int, evidence: str
+    document: dict[str, Any],
+    schedule: str,
+    density: float,
+    method: str,
+    steps: int,
+    evidence: str,
+    size: str = "",
 ) -> dict[str, Any]:
     """Return the row of a preset that cases of `quality.py` give, one measurement for each size.
+
+    A density of all calls is another one of the sparse calls at each size: give each its own row.
 
     Raises:
         SystemExit: if no such case was stored.
@@ -46,6 +55,7 @@ def row_of_cases(
         for case in document["cases"].values()
         if (case["schedule"], case["density"], case["method"], case["steps"])
         == (schedule, density, method, steps)
+        and size in ("", case["size"])
     ]
     if not found:
         raise SystemExit(f"no case {schedule!r}, {density:g}, {method!r}, {steps} steps was stored")
@@ -104,9 +114,10 @@ def put(table: dict[str, Any], preset: str, row: dict[str, Any]) -> dict[str, An
     return changed
 
 
-def _place(row: dict[str, Any]) -> tuple[list[int], bool]:
-    """Return where a row stands: by steps, those for models of some widths before the others."""
-    return row["conditions"].get("steps", [0, 0]), "width" not in row["conditions"]
+def _place(row: dict[str, Any]) -> tuple[list[int], bool, list[int]]:
+    """Return where a row stands: by steps, those for models of some widths first, by tokens."""
+    conditions = row["conditions"]
+    return conditions.get("steps", [0]), "width" not in conditions, conditions.get("tokens", [0])
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -122,6 +133,11 @@ def markdown(table: dict[str, Any]) -> str:
             steps = f"{least:g} or more" if most >= 10_000 else steps
             if "width" in row.conditions:
                 steps += f", models of up to {row.conditions['width'][1]:g} channels"
+            if "tokens" in row.conditions:
+                fewest, most = row.conditions["tokens"]
+                steps += (
+                    f", up to {most:,g} tokens" if fewest <= 1 else f", from {fewest:,g} tokens"
+                )
             settings = ", ".join(_words(row.recipe))
             for one in row.recipe.measured:
                 where = (
@@ -182,6 +198,8 @@ def main() -> None:
     adder.add_argument("--steps", type=int, default=20, help="of the case")
     adder.add_argument("--for-steps", type=int, nargs=2, default=(9, 10_000))
     adder.add_argument("--for-width", type=int, nargs=2, help="channels of the transformer")
+    adder.add_argument("--for-tokens", type=int, nargs=2, help="video tokens")
+    adder.add_argument("--size", default="", choices=["", *SIDES], help="of the cases")
     adder.add_argument(
         "--automatic", type=int, default=0, help="widest model that takes it unasked"
     )
@@ -194,10 +212,13 @@ def main() -> None:
             row = row_of_recipe(document, evidence)
         else:
             schedule, density, method = args.case
-            row = row_of_cases(document, schedule, float(density), method, args.steps, evidence)
+            row = row_of_cases(
+                document, schedule, float(density), method, args.steps, evidence, args.size
+            )
         head: dict[str, Any] = {"conditions": {"steps": list(args.for_steps)}}
-        if args.for_width:
-            head["conditions"]["width"] = list(args.for_width)
+        for name in ("width", "tokens"):
+            if getattr(args, f"for_{name}"):
+                head["conditions"][name] = list(getattr(args, f"for_{name}"))
         if args.automatic:
             head["automatic"] = args.automatic
         table = put(table, args.preset, head | row)
