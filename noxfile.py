@@ -177,7 +177,7 @@ def site(session: nox.Session) -> None:
 
 @nox.session(default=False, requires=["torch"])
 def demo(session: nox.Session) -> None:
-    """Generate one clip dense, by SVG2 and by every preset with the embedded model; compare them."""
+    """Generate a clip by the embedded model, dense, by SVG2 and by presets, and compare them."""
     install(session, *checkout(*PACKAGES))
     methods = (
         "--method",
