@@ -74,17 +74,6 @@ def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def shared_by_pieces(model: Any, team: Any) -> Iterator[None]:
-    """Share it so, each head a message of its own."""
-    ulysses.PIECEWISE = True
-    try:
-        with shared(model, team):
-            yield
-    finally:
-        ulysses.PIECEWISE = False
-
-
-@contextmanager
 def shared_by_diffusers(model: Any, team: Any) -> Iterator[Any]:
     """Give a copy that diffusers itself shares, which it cannot undo."""
     from diffusers import ContextParallelConfig
@@ -128,13 +117,6 @@ WAYS = (
         close=2e-2,
     ),
     Way(name=SPARSE, method=svg2, share=shared, one=SPARSE),
-    Way(
-        name="SVG2, a message for each head",
-        method=svg2,
-        share=shared_by_pieces,
-        one=SPARSE,
-        suits=lambda model, gpus: gpus > 1,
-    ),
     Way(
         name="diffusers' own Ulysses",
         method=lambda subject: None,
@@ -193,7 +175,7 @@ class Member:
         self.inputs = make_inputs(subject, subject.latents[1:], device)
         self.times: dict[str, dict[int, list[float]]] = {}
         self.distance: dict[str, dict[int, float]] = {}
-        self.exchange: dict[str, dict[int, float]] = {}
+        self.exchange: dict[int, float] = {}
         self.density: dict[str, float] = {}
         self._alone: dict[str, Tensor] = {}
 
@@ -269,7 +251,7 @@ class Member:
                 torch.cuda.synchronize()
 
     def time_exchange(self, gpus: int, *, samples: int) -> None:
-        """Time what a layer exchanges, without its attention, in both ways to send it."""
+        """Time what a layer exchanges, without its attention."""
         dist.barrier(self.control)
         if dist.get_rank() >= gpus:
             return
@@ -287,13 +269,10 @@ class Member:
                 share, by_head, by_head, by_token, lambda q, k, v: v, text_position=position
             )
 
-        for name, pieces in (("a message for each rank", False), ("for each head", True)):
-            ulysses.PIECEWISE = pieces
-            for _ in range(3):
-                forward()
-            times = [self._time(forward, self.teams[gpus]) for _ in range(samples)]
-            self.exchange.setdefault(name, {})[gpus] = summary(times)["median"]
-        ulysses.PIECEWISE = False
+        for _ in range(3):
+            forward()
+        times = [self._time(forward, self.teams[gpus]) for _ in range(samples)]
+        self.exchange[gpus] = summary(times)["median"]
 
     def result(self) -> dict[str, Any]:
         """Return what was found so far, as plain data."""
@@ -438,11 +417,9 @@ def written(result: Mapping[str, Any]) -> str:
             for name, found in model["distance_to_one_gpu"].items()
         )
         text += f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
-        sent = "; ".join(
-            f"{name} " + ", ".join(f"{ms:.2f} ms on {n}" for n, ms in found.items())
-            for name, found in model["ms_of_exchange_per_layer"].items()
-        )
-        text += f"The exchange of a layer alone takes, with {sent}.\n"
+        alone = model["ms_of_exchange_per_layer"].items()
+        sent = ", ".join(f"{ms:.2f} ms on {n}" for n, ms in alone)
+        text += f"The exchange of a layer alone takes {sent}.\n"
     return text
 
 

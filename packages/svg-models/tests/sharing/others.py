@@ -17,7 +17,6 @@ from sharing.checks import EVERYWHERE, METHODS
 from svg_attention import Dense, UnsupportedError
 from svg_models import parallelize, restore, sparsify
 from svg_models.families import fused
-from svg_models.parallel import ulysses
 
 SPARSE = METHODS["SVG2"]
 
@@ -92,15 +91,6 @@ def fused_blocks(player: Player, team: Any) -> None:
         fused.serves = real
 
 
-def piecewise(player: Player, team: Any) -> None:
-    """Messages of whole heads bring what one message a rank brings."""
-    ulysses.PIECEWISE = True
-    try:
-        fused_blocks(player, team)
-    finally:
-        ulysses.PIECEWISE = False
-
-
 def compiled(player: Player, team: Any) -> None:
     """Compiled blocks exchange heads inside the operator, so that their graphs stay whole."""
     with sparsify(player, SPARSE, EVERYWHERE):
@@ -145,8 +135,8 @@ CHECKS: dict[str, tuple[Callable[[Player, Any], None], str]] = {
         fused_blocks: (
             *("wan t2v", "wan 2.2 ti2v, image", "wan vace", "hunyuan_video t2v"),
             *("hunyuan_video15 i2v", "cosmos predict2 v2w", "cogvideox 1.5 i2v", "ltx t2v"),
+            "hunyuan_video t2v, 5 heads, two texts",
         ),
-        piecewise: ("wan t2v", "hunyuan_video t2v, 5 heads, two texts", "cogvideox 1.5 i2v"),
         compiled: ("wan t2v", "hunyuan_video t2v"),
         own_latents: ("wan t2v",),
         refusals: ("wan t2v",),

@@ -26,10 +26,6 @@ from svg_models.parallel.share import Share, part_sizes
 __all__ = ["attend_over_ranks", "context_config", "exchange", "head_share", "refuse_parallel"]
 
 
-PIECEWISE = False
-"""Whether ranks exchange whole heads, each a message, which saves copies but costs messages."""
-
-
 def context_config(holder: Any) -> Any:
     """Return the `ContextParallelConfig` in force of a transformer or an attention processor.
 
@@ -112,7 +108,7 @@ def attend_over_ranks(
         received = [joined[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)]
         if by_head:
             sent, received = ([y.transpose(1, 2) for y in z] for z in (sent, received))
-        exchanges.append(exchange(sent, received, share.group, by_head=by_head))
+        exchanges.append(exchange(sent, received, share.group))
         whole.append(joined)
     for finish in exchanges:
         finish()
@@ -129,25 +125,20 @@ def attend_over_ranks(
     return out
 
 
-def exchange(
-    sent: Sequence[Tensor], received: Sequence[Tensor], group: Any, *, by_head: bool = False
-) -> Callable[[], None]:
+def exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any) -> Callable[[], None]:
     """Begin to send a tensor to each rank and to receive one from each, into any memory.
 
-    A tensor that is not contiguous is copied into a parcel, or out of one; with `PIECEWISE` its
-    contiguous parts are messages of their own instead.
+    A tensor that is not contiguous is copied into a parcel, or out of one. Messages of whole heads,
+    which need no parcel, took as long on 2 and 4 H200s.
 
     Args:
         sent: what each rank gets.
         received: where what comes from each rank is written.
         group: the ranks.
-        by_head: whether they are `[B, H, S, D]`, head by head in memory, not `[B, S, H, D]`.
 
     Returns:
         What has to be called before others read what is received, or write what is sent.
     """
-    if PIECEWISE:
-        return _exchange_pieces(sent, received, group, by_head)
     parcels = [x.contiguous() for x in sent]
     boxes = [x if x.is_contiguous() else x.new_empty(x.shape) for x in received]
     if sent[0].device.type == "cpu":  # gloo exchanges the parts of one tensor only
@@ -160,43 +151,17 @@ def exchange(
         boxes = [x.view(box.shape) for x, box in zip(came.split(sizes), boxes, strict=True)]
     else:
         work = dist.all_to_all(boxes, parcels, group=group, async_op=True)
-    return partial(_finish, [work], received, boxes, parcels)
-
-
-def _exchange_pieces(
-    sent: Sequence[Tensor], received: Sequence[Tensor], group: Any, by_head: bool
-) -> Callable[[], None]:
-    """Exchange each part of memory that is contiguous, or may be, as a message of its own."""
-    rank, calls, came, boxes, kept = dist.get_rank(group), [], [], [], []
-    for other, (outgoing, incoming) in enumerate(zip(sent, received, strict=True)):
-        if other == rank:
-            incoming.copy_(outgoing)
-            continue
-        peer = other if group is None else dist.get_global_rank(group, other)
-        for piece in _pieces(outgoing, by_head):
-            kept.append(piece.contiguous())
-            calls.append(dist.P2POp(dist.isend, kept[-1], peer, group))
-        for piece in _pieces(incoming, by_head):
-            came.append(piece)
-            boxes.append(piece if piece.is_contiguous() else piece.new_empty(piece.shape))
-            calls.append(dist.P2POp(dist.irecv, boxes[-1], peer, group))
-    return partial(_finish, dist.batch_isend_irecv(calls), came, boxes, kept)
-
-
-def _pieces(x: Tensor, by_head: bool) -> list[Tensor]:
-    items = x.unbind()
-    return [head for item in items for head in item.unbind()] if by_head else list(items)
+    return partial(_finish, work, received, boxes, parcels)
 
 
 def _finish(
-    works: Sequence[Any],
+    work: Any,
     received: Sequence[Tensor],
     boxes: Sequence[Tensor],
     kept: Sequence[Tensor],
 ) -> None:
     """Wait for what is under way, whose tensors had to be kept, and unpack what came in boxes."""
-    for work in works:
-        work.wait()
+    work.wait()
     for x, box in zip(received, boxes, strict=True):
         if x is not box:
             x.copy_(box)
