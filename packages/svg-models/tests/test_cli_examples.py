@@ -76,7 +76,7 @@ def test_example_the_notebook_runs_cell_by_cell(
     page = "\n".join(shown)
     for words in ("SparseRun", "RunStats", "Comparison with dense", "<video", "SVG2 @ 30%"):
         assert words in page
-    assert "100%  ####" in capsys.readouterr().out
+    assert "step  0   22%  #########" in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "comparison" / "index.html").is_file()
     assert 0.2 < names["run"].stats().mean_density <= 0.25

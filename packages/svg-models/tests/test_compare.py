@@ -163,7 +163,7 @@ def test_generate_auto_is_the_recipe_and_says_what_it_was(loaded: LoadedPipeline
     few = generate("a red circle", model=loaded, **SETTINGS)
     assert few.method == MethodSpec(name="dense")
     assert few.stats.sparse_records == ()
-    assert "5 denoising steps are too few" in few.stats.recipe["note"]
+    assert "432 tokens is too short" in few.stats.recipe["note"]
     asked = generate("a red circle", model=loaded, method="auto@0.5", **SETTINGS)
     assert asked.method == MethodSpec(name="svg2", density=0.5)
     assert 0.4 < asked.stats.mean_density <= 0.5
