@@ -13,9 +13,9 @@ from svg_attention import SVG2, Method, Schedule
 LEAST_STEPS = 9
 _SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
 PRESETS: Mapping[str, tuple[Method, Schedule]] = {
-    "quality": (SVG2(density=0.3, compensate=True, route="error"), _SCHEDULE),
-    "balanced": (SVG2(density=0.3, compensate=True), _SCHEDULE),
-    "fast": (SVG2(density=0.2, compensate=True), _SCHEDULE),
+    "quality": (SVG2.corrected(0.2, count_probes=False), _SCHEDULE),
+    "balanced": (SVG2.corrected(0.1, count_probes=False), _SCHEDULE),
+    "fast": (SVG2.corrected(0.05, count_probes=False), _SCHEDULE),
 }
 # Below about this many tokens planning costs more than it saves.
 MIN_TOKENS = 12_288
