@@ -208,7 +208,6 @@ class Measurement:
         self.times = Times(args.device)
         self._dense: dict[tuple[str, int], Tensor] = {}
         self._seconds: dict[tuple[str, int], float] = {}
-        self.commit: str | None = None
         self.pipe, self.judge = load(args, FIRST_PROMPT)
         header = {
             "environment": environment(args),
@@ -217,18 +216,16 @@ class Measurement:
             "frames": args.frames,
             "prompts": list(self.judge.prompts),
         }
+        self.commit = header["environment"]["commit"]
         self.results: dict[str, Any] = {
             **header, "noise_floor": {}, "cases": {}, "times": {}, "failures": {},
         }  # fmt: skip
         if args.output.exists():
             found = json.loads(args.output.read_text("utf-8"))
             # Rows added to a file name the commit that measured them.
-            stored = {
-                "judge": "embedded", **found, "environment": dict(found.get("environment", {}))
-            }  # fmt: skip
-            self.commit = header["environment"]["commit"]
-            stored["environment"]["commit"] = self.commit
-            differs = [name for name in header if stored.get(name) != header[name]]
+            known = {"judge": "embedded", **found}
+            known["environment"] = {**found.get("environment", {}), "commit": self.commit}
+            differs = [name for name in header if known.get(name) != header[name]]
             if differs:
                 raise SystemExit(
                     f"{args.output} was measured with other {', '.join(differs)}; name another "
@@ -263,7 +260,7 @@ class Measurement:
             )
             try:
                 stored[key] = work(case)
-                if self.commit not in (None, self.results["environment"]["commit"]):
+                if self.commit != self.results["environment"]["commit"]:
                     stored[key]["commit"] = self.commit
             except Exception as error:  # noqa: BLE001 -- one case must not cost the others
                 traceback.print_exception(error)

@@ -261,14 +261,14 @@ class SVG2(Method):
 
         It is that of another guidance branch in this step, or of an earlier step of this branch.
         """
-        follows = call.leader is not None and self.share_branches
-        memory = call.leader if follows and call.leader is not None else call.memory
+        leader = call.leader if self.share_branches else None
+        memory = call.memory if leader is None else leader
         choice: Choice | None = memory.choice
         if choice is None or memory.chooser != self:
             return None
         if not choice.fits(call.video(call.query), call.video(call.key)):
             return None
-        if not follows:
+        if leader is None:
             if memory.readers >= self.share_steps:
                 return None
             memory.readers += 1
