@@ -24,8 +24,6 @@ from svg_models.spelling import checks_names
 __all__ = ["choose_recipe", "nearest", "recipe_for"]
 
 FEW_STEPS = 8
-# What most pipelines run with, where the number of steps is not known.
-USUAL_STEPS = 50
 SMALLEST_SEQUENCE = 1024
 SMALLEST_SHARE = 1.75
 SMALL = 0.75
@@ -150,7 +148,7 @@ def recipe_for(
         raise ValueError(f"recipes are for method 'svg1' or 'svg2', got {method!r}")
     family, task, width = _kind(pipe)
     row = nearest(family.recipes, task, tokens)
-    preset = find_row("balanced", steps=num_steps or USUAL_STEPS, tokens=tokens, width=width)
+    preset = find_row("balanced", steps=num_steps, tokens=tokens, width=width)
     if method == "svg1" or preset is None or not 0 < width <= preset.automatic:
         preset = None
     # Few steps are no reason to stay dense where they were measured.
@@ -187,7 +185,7 @@ def _of_preset(
     """Return what a preset comes to for a clip; dense, with a note, where it has nothing for it."""
     family, task, width = _kind(pipe)
     published = nearest(family.recipes, task, tokens)
-    row = find_row(name, steps=num_steps or USUAL_STEPS, tokens=tokens, width=width)
+    row = find_row(name, steps=num_steps, tokens=tokens, width=width)
     note = _why_dense(tokens, width, None, latent_frames)
     if row is None and not note:
         note = (

@@ -21,6 +21,8 @@ __all__ = ["PRESETS", "PresetRow", "check_preset", "find_row", "preset_rows"]
 
 PRESETS = ("quality", "balanced", "fast")
 TABLE = Path(__file__).with_name("presets.json")
+# What most pipelines run with, where the number of steps is not known.
+USUAL_STEPS = 50
 _FORMAT = "svg-presets/1"
 _CONDITIONS = ("steps", "tokens", "width")
 
@@ -70,13 +72,13 @@ def find_row(
 
     Args:
         name: of the preset.
-        steps: denoising steps; None if unknown.
+        steps: denoising steps; as many as is usual if None.
         tokens: video tokens.
         width: channels of the transformer; None if unknown.
     """
     rows = preset_rows()[check_preset(name)]
-    suited = (row for row in rows if row.suits(steps=steps, tokens=tokens, width=width or None))
-    return next(suited, None)
+    clip = {"steps": steps or USUAL_STEPS, "tokens": tokens, "width": width or None}
+    return next((row for row in rows if row.suits(**clip)), None)
 
 
 @functools.cache
