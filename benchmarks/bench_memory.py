@@ -26,22 +26,10 @@ from typing import Any
 
 import torch
 from _harness import UNAVAILABLE, conditions, environment, reason, replace_between, store, table
+from _video_parts import DENSE, FIRST, FP8, PARTS, SPARSE, STOCK, Part, svg2
 from _video_subjects import TINY, VIDEOS, Video
-from bench_video import (
-    DENSE,
-    FIRST,
-    FP8,
-    PAGES,
-    PARTS,
-    SPARSE,
-    STOCK,
-    Bench,
-    Budget,
-    Part,
-    Watch,
-    let_a_cpu_have_fp8,
-    svg2,
-)
+from _video_tables import PAGES
+from bench_video import Bench, Budget, Watch, let_a_cpu_have_fp8
 
 from svg_attention import Schedule
 from svg_models.families import family_of, transformers_of

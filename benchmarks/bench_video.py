@@ -24,7 +24,6 @@ import argparse
 import gc
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,212 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import (
-    RESULTS,
-    ROOT,
-    UNAVAILABLE,
-    conditions,
-    environment,
-    load,
-    reason,
-    replace_between,
-    store,
-    table,
-)
+from _harness import RESULTS, UNAVAILABLE, environment, reason, store
+from _video_parts import ALL_PARTS, DENSE, DENSITY, FIRST, OUT, PARTS, SPARSE, STOCK, Part
+from _video_rows import ROWS, Row, is_measured, known, step_seconds
 from _video_subjects import SEED, TINY, VIDEOS, Video
+from _video_tables import write_table
 
-from svg_attention import SVG2, Dense, Method, Schedule
+from svg_attention import Dense, Method, Schedule
 from svg_models import sparsify
 from svg_models.families import family_of, transformers_of
-from svg_models.recipes import ROUNDS
 
-DENSITY = 0.25
-PAGES = (ROOT / "docs" / "speed.md", ROOT / "README.md")
-PICTURE = ROOT / "docs" / "assets" / "video-seconds.png"
-STOCK, DENSE, FIRST, SPARSE = ("stock", "dense", "first sparse", "sparse")
-OUT = "left out"  # by a cache
-# What a step of a kind is expected to take, relative to one of diffusers.
-EXPECTED = {STOCK: 1.0, DENSE: 0.8, FIRST: 0.85, SPARSE: 0.43, OUT: 0.02}
-COMPILING = 60.0
-QUANTISING = 8.0
-WARMING = 3.0
 BUILDING = 10.0
-LONG = 20.0
-COLOURS = {
-    "start": "#8c8c8c",
-    "dense steps": "#4477aa",
-    "first sparse step": "#ee8866",
-    "sparse steps": "#66aa77",
-    "decoding": "#bbbbbb",
-}
-
-
-def svg2(video: Video) -> Method:
-    """Return SVG2 at the density that is measured, its k-means as in recipes."""
-    queries, keys = video.clusters
-    return SVG2(
-        q_clusters=queries,
-        k_clusters=keys,
-        density=DENSITY,
-        **ROUNDS,
-    )
-
-
-def corrected(video: Video) -> Method:
-    """Return SVG2 with every correction that pays, for runs without a dense step."""
-    queries, keys = video.clusters
-    # Of a toy, probes and exact rows read more than a quarter.
-    density = DENSITY if math.prod(video.grid) > 5000 else 0.9
-    return SVG2.corrected(density, q_clusters=queries, k_clusters=keys)
-
-
-def dense(video: Video) -> Method:
-    """Return dense attention by our kernels."""
-    return Dense()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A short run that shows what kinds of steps cost.
-
-    Attributes:
-        name: under which it is stored.
-        kinds: of its steps, in order.
-        method: what attention computes; None leaves the pipeline as it is.
-        linears: whether products are in fp8.
-        attention: whether attention is, where heads have 128 channels.
-        compiled: whether the blocks are compiled first.
-        quantised: whether torchao converts the linear layers first, for good.
-        guided: whether its steps are guided, since its branches do not compute the same.
-        cache: see `svg_models.sparsify`.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
-    method: Callable[[Video], Method] | None = None
-    linears: bool = False
-    attention: bool = False
-    compiled: bool = False
-    quantised: bool = False
-    guided: bool = False
-    cache: str | None = None
-
-    def steps(self, video: Video) -> tuple[str, ...]:
-        """Return the kinds of the steps of a run; a pass of half a minute is its own average."""
-        if video.pass_s <= LONG or self.cache is not None:
-            return self.kinds
-        return tuple(dict.fromkeys(self.kinds))
-
-    def expected(self, video: Video, factor: float) -> float:
-        """Return the seconds that this part is expected to take."""
-        passes = video.passes if self.guided else 1
-        work = passes * sum(EXPECTED[kind] for kind in self.steps(video)) * video.pass_s * factor
-        seconds = WARMING + work + (video.decode_s if self.method is None else 0.0)
-        if self.compiled:  # the same run compiles
-            seconds += COMPILING + work
-        return seconds + (QUANTISING if self.quantised else 0.0)
-
-
-# In the order of their worth; what changes the pipeline for good stands last.
-PARTS = (
-    Part(name="diffusers", kinds=(STOCK, STOCK)),
-    Part(name="SVG2", kinds=(DENSE, FIRST, SPARSE, SPARSE), method=svg2),
-    Part(
-        name="SVG2, fp8",
-        kinds=(DENSE, FIRST, SPARSE, SPARSE),
-        method=svg2,
-        linears=True,
-        attention=True,
-    ),
-    Part(name="SVG2, fp8 products", kinds=(FIRST, SPARSE, SPARSE), method=svg2, linears=True),
-    Part(
-        name="SVG2 corrected, fp8",
-        kinds=(FIRST, SPARSE),
-        method=corrected,
-        linears=True,
-        attention=True,
-        guided=True,
-    ),
-    Part(name="diffusers, compiled", kinds=(STOCK,), compiled=True),
-    Part(name="diffusers, torchao fp8", kinds=(STOCK,), quantised=True),
-)
-# Asked for by name; stands before what changes the pipeline for good.
-MORE = (
-    Part(name="SVG2, compiled", kinds=(FIRST, SPARSE), method=svg2, compiled=True),
-    Part(
-        name="SVG2, fp8, taylor@2",
-        kinds=(FIRST, SPARSE, SPARSE, OUT, SPARSE, OUT, SPARSE),
-        method=svg2,
-        linears=True,
-        attention=True,
-        cache="taylor@2",
-    ),
-)
-ALL_PARTS = (*PARTS[:-1], *MORE, PARTS[-1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A run that is put together from parts.
-
-    Attributes:
-        name: for people.
-        dense: part whose steps run before attention is sparse, and their kind.
-        sparse: part whose steps run after; None if none is sparse.
-        steps: denoising steps; None for the published number.
-        warm: share of the steps that stay dense; None for the published one.
-        fp8: for people: what is in fp8.
-        cached: part whose cache leaves steps out.
-    """
-
-    name: str
-    dense: tuple[str, str] | None
-    sparse: str | None = None
-    steps: int | None = None
-    warm: float | None = None
-    fp8: str = ""
-    cached: str | None = None
-
-    @property
-    def stock(self) -> str:
-        """Name of the row of diffusers with as many steps."""
-        return "diffusers" if self.steps is None else f"diffusers, {self.steps} steps"
-
-
-FP8, FEW = "SVG2, fp8", "SVG2 corrected, fp8"
-BOTH = "products and attention"
-ROWS = (
-    Row(name="diffusers", dense=("diffusers", STOCK)),
-    Row(name="diffusers, compiled", dense=("diffusers, compiled", STOCK)),
-    Row(name="diffusers, torchao fp8", dense=("diffusers, torchao fp8", STOCK), fp8="products"),
-    Row(name="dense", dense=("SVG2", DENSE)),
-    Row(name="SVG2", dense=("SVG2", DENSE), sparse="SVG2"),
-    Row(name="SVG2, compiled", dense=("SVG2", DENSE), sparse="SVG2, compiled"),
-    Row(
-        name="SVG2, fp8 products",
-        dense=("SVG2", DENSE),
-        sparse="SVG2, fp8 products",
-        fp8="products of sparse steps",
-    ),
-    Row(name="SVG2, fp8", dense=("SVG2", DENSE), sparse=FP8, fp8=f"{BOTH} of sparse steps"),
-    Row(name="SVG2, fp8 from the start", dense=(FP8, DENSE), sparse=FP8, fp8=f"{BOTH}, all steps"),
-    Row(
-        name="SVG2, fp8, taylor@2",
-        dense=("SVG2", DENSE),
-        sparse=FP8,
-        fp8=f"{BOTH} of sparse steps",
-        cached="SVG2, fp8, taylor@2",
-    ),
-    Row(name="no dense step, fp8", dense=None, sparse=FEW, warm=0.0, fp8=f"{BOTH}, all steps"),
-    Row(name="diffusers, 8 steps", dense=("diffusers", STOCK), steps=8),
-    Row(name="8 sparse steps, fp8", dense=None, sparse=FEW, steps=8, warm=0.0, fp8=BOTH),
-    Row(name="diffusers, 4 steps", dense=("diffusers", STOCK), steps=4),
-    Row(name="4 sparse steps, fp8", dense=None, sparse=FEW, steps=4, warm=0.0, fp8=BOTH),
-)
-MASKED = (
-    " HunyuanVideo 1.5 in diffusers masks the padding of its text in every layer, for which torch "
-    "has no fast kernel; sparsify cuts the padding off, in dense steps too."
-)
 WHOLE = ("diffusers", "SVG2", "SVG2, fp8")
 """Rows that `--every-step` runs."""
 
@@ -334,26 +138,6 @@ class Watch:
         between = max(0.0, self.last_ended - self.first_began - passed) / len(steps)
         found = {"steps": steps, "between": between}
         return found | {"seconds_per_step": step_seconds(found, video.passes)}
-
-
-def step_seconds(taken: Mapping[str, Any], passes: int) -> dict[str, float]:
-    """Return the seconds of a guided step of each kind.
-
-    The first step of a run has the start of a process at a new size in it, so it does not count
-    where there is another of its kind.
-
-    Args:
-        taken: of a run.
-        passes: of a guided step.
-    """
-    by_kind: dict[str, list[float]] = {}
-    for step in taken["steps"]:
-        seconds = passes / len(step["passes"]) * sum(step["passes"])
-        by_kind.setdefault(step["kind"], []).append(seconds)
-    first = by_kind[taken["steps"][0]["kind"]]
-    if len(first) > 1:
-        del first[0]
-    return {kind: statistics.median(seconds) for kind, seconds in by_kind.items()}
 
 
 class Bench:
@@ -542,85 +326,6 @@ def _in_a_block(module: torch.nn.Module, path: str) -> bool:
     )
 
 
-def seconds_of(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
-    """Return the seconds of the parts of a row, or None if a part of it is not measured.
-
-    Args:
-        stored: what is known of a video.
-        row: which run.
-    """
-    parts = stored["parts"]
-    steps = row.steps or stored["published_steps"]
-    first = parts.get("diffusers")
-    if not is_measured(first):
-        return None
-
-    def cost(part: str, kind: str) -> float | None:
-        taken = parts.get(part)
-        if not is_measured(taken):
-            return None
-        seconds = step_seconds(taken, stored["passes"]).get(kind)
-        return None if seconds is None else float(seconds + taken["between"])
-
-    warm = stored["dense_steps"] if row.warm is None else row.warm
-    before = steps if row.sparse is None else math.floor(warm * steps)
-    out = [row.cached is not None and is_left_out(step) for step in range(steps)]
-    after = steps - before - sum(out[before:])
-    left = sum(out)
-    before -= sum(out[:before])
-    starts = 0 if row.sparse is None else min(stored["transformers"], after)
-    after -= starts
-    amounts = [(before, *row.dense) if row.dense else (0, "", "")]
-    amounts += [(starts, row.sparse, FIRST), (after, row.sparse, SPARSE)] if row.sparse else []
-    found = []
-    for count, part, kind in amounts:
-        one = cost(part, kind) if count else 0.0
-        if one is None:
-            return None
-        found.append(count * one)
-    if row.cached is not None:
-        one = cost(row.cached, OUT)
-        if one is None:
-            return None
-        found[2] += left * one
-    found += [0.0] * (3 - len(found))
-    return {
-        "start": first["start"],
-        "dense steps": found[0],
-        "first sparse step": found[1],
-        "sparse steps": found[2],
-        "decoding": first["decoding"],
-    }
-
-
-def is_left_out(step: int) -> bool:
-    """Return whether the cache "taylor@2" leaves a step out: behind three, every second one."""
-    return step >= 3 and step % 2 == 1
-
-
-def run_whole(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
-    """Return the seconds of the parts of a row whose every step was run; None for another."""
-    taken = stored["whole"].get(row.name)
-    if row.steps is not None or not is_measured(taken):
-        return None
-    sums = dict.fromkeys((STOCK, DENSE, FIRST, SPARSE), 0.0)
-    for step in taken["steps"]:
-        sums[step["kind"]] += sum(step["passes"]) + taken["between"]
-    return {
-        "start": taken["start"],
-        "dense steps": sums[STOCK] + sums[DENSE],
-        "first sparse step": sums[FIRST],
-        "sparse steps": sums[SPARSE],
-        "decoding": taken["decoding"],
-    }
-
-
-def known(stored: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of every row of which all parts are measured."""
-    sums = {row.name: seconds_of(stored, row) for row in ROWS}
-    return {name: sum(parts.values()) for name, parts in sums.items() if parts is not None}
-
-
 def describe(video: Video) -> dict[str, Any]:
     """Return what a video is, for the stored result."""
     return {
@@ -636,11 +341,6 @@ def describe(video: Video) -> dict[str, Any]:
         "parts": {},
         "whole": {},
     }
-
-
-def is_measured(taken: Mapping[str, Any] | None) -> bool:
-    """Return whether a part is stored and had not failed."""
-    return taken is not None and "unavailable" not in taken
 
 
 def factor_of(stored: Mapping[str, Any], video: Video) -> float:
@@ -826,163 +526,6 @@ def let_a_cpu_have_fp8() -> None:
 
     layers.refuse_device = lambda device: None  # type: ignore[assignment]
     linears.LEAST_ROWS = 1
-
-
-def rows_of(video: Mapping[str, Any]) -> list[list[str]]:
-    """Return the lines of one video."""
-    lines, sums, passes = [], known(video), video["passes"]
-    for row in ROWS:
-        whole = run_whole(video, row)
-        ran = None if whole is None else sum(whole.values())
-        if row.name not in sums and ran is None:
-            continue
-        if row.name in sums:
-            source = video["parts"][row.sparse or (row.dense or ("diffusers", ""))[0]]
-            before = video["parts"][row.dense[0]] if row.dense else source
-            faster = sums[row.stock] / sums[row.name]
-        else:
-            source = before = video["whole"][row.name]
-            stock = run_whole(video, next(one for one in ROWS if one.name == row.stock))
-            faster = None if stock is None else sum(stock.values()) / (ran or 1.0)
-        step, dense_step = step_seconds(source, passes), step_seconds(before, passes)
-        early = dense_step.get(row.dense[1]) if row.dense else None
-        peak = source.get("peak_denoising_gb") or source["peak_gb"]
-        lines.append(
-            [
-                f"{video['name']}, {row.steps or video['published_steps']} steps",
-                row.name,
-                row.fp8 if source["fp8_calls"] else row.fp8.replace(BOTH, "products"),
-                f"{early:.2f}" if early else "",
-                f"{step[FIRST]:.2f}" if row.sparse else "",
-                f"{step[SPARSE]:.2f}" if row.sparse else "",
-                f"{sums[row.name]:,.0f}" if row.name in sums else "",
-                f"{ran:,.0f}" if ran else "",
-                f"{faster:.2f}" if faster else "",
-                f"{peak:.0f}" if peak else "",
-            ]
-        )
-    return lines
-
-
-def shown(video: Mapping[str, Any], row: Row) -> dict[str, float] | None:
-    """Return the seconds of the parts of a row: as run where all steps were, else as counted."""
-    return run_whole(video, row) or seconds_of(video, row)
-
-
-def machines(result: Mapping[str, Any]) -> str:
-    """Return the sentences about machine and software; one for each that is in the result."""
-    told = [
-        part["environment"]
-        for video in result["videos"]
-        for part in (*video["parts"].values(), *video["whole"].values())
-    ]
-    return " ".join(dict.fromkeys(conditions(env) for env in told if env))
-
-
-def written(result: Mapping[str, Any]) -> str:
-    """Return the table and its conditions."""
-    head = [
-        *("video", "run", "in fp8", "s a dense step", "first sparse step", "sparse step"),
-        *("s in all", "every step really run", "times faster", "peak GB"),
-    ]
-    lines = [line for video in result["videos"] for line in rows_of(video)]
-    shares = "; ".join(
-        f"{video['name']} {video['dense_steps']:.0%} of the steps and {video['dense_layers']:.1%} "
-        "of the layers"
-        for video in result["videos"]
-        if rows_of(video)
-    )
-    return table(head, lines) + (
-        f"\nSparse attention at {result['density']:.0%} density. Dense as published: {shares}. "
-        "Random weights, prompt embeddings given, decoding included. Seconds in all are those of "
-        "the steps, as often as they run; where every step was run as well, both stand there. "
-        "Steps are guided where the model is. Peaks are those of denoising, but that runs of "
-        f"diffusers measured before the two were told apart have decoding in them.{MASKED}\n"
-    )
-
-
-def short(result: Mapping[str, Any]) -> str:
-    """Return the table of the README: seconds of a video, one line a model."""
-    names = ("diffusers", "SVG2", "SVG2, fp8 products", "SVG2, fp8", "no dense step, fp8")
-    rows = [next(row for row in ROWS if row.name == name) for name in names]
-    lines = []
-    for video in result["videos"]:
-        found = {row.name: shown(video, row) for row in rows}
-        sums = {name: sum(parts.values()) for name, parts in found.items() if parts is not None}
-        if "SVG2" not in sums or "diffusers" not in sums:
-            continue
-        base = sums["diffusers"]
-        cells = [
-            f"{sums[n]:,.0f} s" + ("" if n == "diffusers" else f" ({base / sums[n]:.2f}x)")
-            if n in sums
-            else ""
-            for n in names
-        ]
-        lines.append([f"{video['name']}, {video['published_steps']} steps", *cells])
-    masked = any("HunyuanVideo 1.5" in line[0] for line in lines)
-    told = (
-        "Seconds of a whole video, decoding included, and times faster than diffusers; SVG2 at "
-        f"{result['density']:.0%}, dense steps as published unless there are none.{MASKED * masked}"
-    )
-    return f"{table(['video', *names], lines)}\n{told}"
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the seconds of each video, stock and by us, their parts stacked, each to its scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = ("diffusers", "SVG2", "SVG2, fp8")
-    bars: list[tuple[str, dict[str, float], float, bool]] = []
-    for video in result["videos"]:
-        found = [(row.name, shown(video, row)) for row in ROWS if row.name in names]
-        stock = sum((found[0][1] or {}).values())
-        ready = [(name, parts) for name, parts in found if parts is not None]
-        for place, (name, parts) in enumerate(ready):
-            bars.append((name, parts, stock, place == 0))
-        if ready:
-            bars[-len(ready)] = (f"{video['name']}\n{ready[0][0]}", *bars[-len(ready)][1:])
-    heights, place = [], 0.0
-    for bar in bars:
-        place += 0.7 if bar[3] and heights else 0.0
-        heights.append(place)
-        place += 1.0
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.36 * place))
-    for index, (height, (_, parts, stock, _)) in enumerate(zip(heights, bars, strict=True)):
-        left, whole = 0.0, sum(parts.values())
-        for part, colour in COLOURS.items():
-            label, share = None if index else part, parts[part] / stock
-            axes.barh(height, share, left=left, color=colour, label=label, height=0.86)
-            left += share
-        faster = "" if whole == stock else f", {stock / whole:.2f}x"
-        axes.text(left + 0.01, height, f"{whole:,.0f} s{faster}", va="center", fontsize=8)
-    axes.set_yticks(heights, [label for label, *_ in bars], fontsize=8)
-    axes.set_ylim(place, -1.0)
-    axes.set_xlim(0, 1.12)
-    axes.set_xlabel("seconds of the whole video, relative to diffusers; one GPU")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(COLOURS), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def write_table(args: argparse.Namespace) -> None:
-    """Fill the tables and draw the picture; nothing is there while nothing is stored."""
-    path = RESULTS / args.gpu / f"{args.name}.json"
-    result = load(args.gpu, args.name) if path.exists() else {"videos": []}
-    if not any(rows_of(video) for video in result["videos"]):
-        for page in PAGES:
-            replace_between(page, "videos", "")
-        return
-    picture = f"![Seconds of a video, stock and sparse](assets/{PICTURE.name})"
-    text = f"{picture}\n\n{machines(result)}\n\n{written(result)}"
-    replace_between(PAGES[0], "videos", text)
-    replace_between(PAGES[1], "videos", f"{short(result)}\n\n{machines(result)}")
-    draw(result, PICTURE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
