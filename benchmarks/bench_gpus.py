@@ -7,7 +7,9 @@
 
 It starts a process for each GPU. Models, inputs and settings are those of `bench_models.py`. Each
 way is first checked against the same way on one GPU, then all are timed in turns; a time is that of
-the slowest rank. A guided step is two forward passes, of both branches.
+the slowest rank. A guided step is two forward passes, of both branches. What was found is stored
+after each way. Heads of the skewed rows differ in cost, as their queries are scaled by
+`SKEW`, most of it first.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import inspect
 import itertools
 import os
 import socket
@@ -41,7 +42,10 @@ from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
 STOCK = "diffusers' attention"
-SPARSE, GUIDED = "SVG2", "SVG2, guided"
+SPARSE, GUIDED, SKEWED = "SVG2", "SVG2, guided", "SVG2 by top_p, skewed heads as numbered"
+# Factors of the queries of the first head and of the last: dealt by their numbers, a rank of two
+# has about 1.3 times the mean.
+SKEW = (1.0, 8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Way:
         suits: whether it is for a model and a number of GPUs.
         guided: whether it is timed by guided steps.
         close: how far it may be from one GPU.
+        skewed: whether heads cost differently.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Way:
     suits: Callable[[Any, int], bool] = lambda model, gpus: True
     guided: bool = False
     close: float = 5e-2
+    skewed: bool = False
 
 
 def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
@@ -95,15 +101,42 @@ def everyone(gpus: int) -> bool:
     return gpus > 1 and gpus == dist.get_world_size()
 
 
-def can_be(option: str) -> bool:
-    """Return whether `parallelize` has an option."""
-    return option in inspect.signature(parallelize).parameters
+def is_guided(model: Any, gpus: int) -> bool:
+    """Return whether a model has two branches of guidance; HunyuanVideo is told its scale."""
+    return not getattr(model.config, "guidance_embeds", False)
+
+
+def has_scales_by_head(model: Any, gpus: int) -> bool:
+    """Return whether the norm of the queries has a weight for each channel of each head."""
+    return "Wan" in type(model).__name__
+
+
+@contextmanager
+def skewed_heads(model: Any) -> Iterator[None]:
+    """Scale the queries of each head for a while, so that they read more or less by `top_p`."""
+    heads, norms = model.config.num_attention_heads, []
+    for block in model.blocks:
+        norms.append((block.attn1.norm_q.weight, block.attn1.norm_q.weight.clone()))
+    factors = torch.linspace(*SKEW, heads, device=norms[0][0].device)
+    for weight, plain in norms:
+        weight.copy_((plain.unflatten(0, (heads, -1)) * factors[:, None]).flatten())
+    try:
+        yield
+    finally:
+        for weight, plain in norms:
+            weight.copy_(plain)
 
 
 def svg2(subject: Subject) -> SVG2:
     """Return the method of the sparse rows."""
     queries, keys = subject.clusters
     return SVG2(q_clusters=queries, k_clusters=keys, density=DENSITY)
+
+
+def by_top_p(subject: Subject) -> SVG2:
+    """Return a method by which each head reads what it needs."""
+    queries, keys = subject.clusters
+    return SVG2(q_clusters=queries, k_clusters=keys, top_p=0.9)
 
 
 # Relative distances in bf16: rounding of sums in another order, and of plans made from them.
@@ -125,13 +158,13 @@ WAYS = (
         suits=diffusers_shares,
         close=2e-2,
     ),
-    Way(name=GUIDED, method=svg2, share=shared, one=GUIDED, guided=True),
+    Way(name=GUIDED, method=svg2, share=shared, one=GUIDED, suits=is_guided, guided=True),
     Way(
         name="SVG2, guided, a team for each branch",
         method=svg2,
         share=lambda model, team: parallelize(model, guidance=2, group=team),
         one=GUIDED,
-        suits=lambda model, gpus: everyone(gpus) and can_be("guidance"),
+        suits=lambda model, gpus: everyone(gpus) and is_guided(model, gpus),
         guided=True,
         close=1e-1,
     ),
@@ -143,8 +176,26 @@ WAYS = (
             model, ring=dist.get_world_size(team), ulysses=1, guidance=1, group=team
         ),
         one=SPARSE,
-        suits=lambda model, gpus: everyone(gpus) and can_be("ring"),
+        suits=lambda model, gpus: everyone(gpus),
         close=float("inf"),
+    ),
+    Way(
+        name=SKEWED,
+        method=by_top_p,
+        share=lambda model, team: (
+            nullcontext() if team is None else parallelize(model, group=team, balance=False)
+        ),
+        one=SKEWED,
+        suits=has_scales_by_head,
+        skewed=True,
+    ),
+    Way(
+        name="SVG2 by top_p, skewed heads dealt by cost",
+        method=by_top_p,
+        share=shared,
+        one=SKEWED,
+        suits=lambda model, gpus: gpus > 1 and has_scales_by_head(model, gpus),
+        skewed=True,
     ),
 )
 
@@ -158,6 +209,9 @@ class Member:
         counts: numbers of GPUs.
         teams: the ranks of each number of GPUs above 1.
         control: a group over gloo, by which ranks wait that have nothing to do.
+
+    Attributes:
+        seconds: that its last turn took.
     """
 
     def __init__(
@@ -177,6 +231,8 @@ class Member:
         self.distance: dict[str, dict[int, float]] = {}
         self.exchange: dict[int, float] = {}
         self.density: dict[str, float] = {}
+        self.seconds = 0.0
+        self.imbalance: dict[str, dict[int, list[float]]] = {}
         self._alone: dict[str, Tensor] = {}
 
     def take(self, way: Way, gpus: int, *, samples: int, warmup: int) -> None:
@@ -187,6 +243,8 @@ class Member:
         team = self.teams.get(gpus)
         method = way.method(self.subject)
         with ExitStack() as stack:
+            if way.skewed:
+                stack.enter_context(skewed_heads(self.model))
             given = stack.enter_context(way.share(self.model, team))
             model = given if isinstance(given, nn.Module) else self.model
             if method is not None:
@@ -197,7 +255,11 @@ class Member:
             self._hold(way, gpus, out)
             times = [self._time(forward, team) for _ in range(samples)]
             if method is not None:
-                self.density[way.name] = run.stats().mean_density_with_dense_calls
+                stats = run.stats()
+                self.density[way.name] = stats.mean_density_with_dense_calls
+                if way.skewed and gpus > 1:
+                    by_step = [round(one, 3) for one in stats.imbalance_by_step.values()]
+                    self.imbalance.setdefault(way.name, {})[gpus] = by_step
         self.times.setdefault(way.name, {}).setdefault(gpus, []).extend(times)
 
     def _guided(self, model: Any) -> Callable[[], Tensor]:
@@ -292,6 +354,7 @@ class Member:
             "distance_to_one_gpu": self.distance,
             "ms_of_exchange_per_layer": self.exchange,
             "density": self.density,
+            "imbalance_by_step": self.imbalance,
         }
 
 
@@ -316,41 +379,52 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     ]
 
     ways = [way for way in WAYS if not args.ways or any(w in way.name.lower() for w in args.ways)]
+    members: list[Member] = []
 
     def say(text: str) -> None:
         if rank == 0:
             print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
 
-    for place, subject in enumerate(subjects):
-        member = Member(subject, device, counts, teams, control)
-        say(f"{subject.name}: built")
-        until = args.seconds * (place + 1) / len(subjects)
-        for turn in range(args.rounds):
-            for way in ways:
-                for gpus in counts:
-                    if not way.suits(member.model, gpus):
-                        continue
-                    # Each way starts from nothing: twice, and a forward pass is as all later ones.
-                    member.take(way, gpus, samples=args.samples, warmup=2)
-                    if rank == 0:
-                        layer = member.times[way.name][gpus][-args.samples :]
-                        ms = [round(t / subject.layers, 1) for t in layer]
-                        say(f"{subject.name}: {way.name}, on {gpus}: {ms} ms a layer")
-            if turn == 0:
-                for gpus in teams:
-                    member.time_exchange(gpus, samples=5)
-            if rank == 0:
-                found = [one for one in result["models"] if one["name"] != subject.name]
-                result["models"] = [*found, member.result()]
-                store(args.output, result)
-            over = torch.tensor([time.perf_counter() - began > until])
-            dist.broadcast(over, 0, group=control)
-            if over.item():
-                say(f"{subject.name}: {turn + 1} of {args.rounds} rounds, for lack of time")
-                break
-        del member
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    def save() -> None:
+        if rank == 0:
+            result["models"] = [member.result() for member in members]
+            store(args.output, result)
+
+    def turn(member: Member, first: bool) -> None:
+        for way in ways:
+            for gpus in counts:
+                if not way.suits(member.model, gpus):
+                    continue
+                # Each way starts from nothing: twice, and a forward pass is as all later ones.
+                member.take(way, gpus, samples=args.samples, warmup=2)
+                if rank == 0:
+                    layer = member.times[way.name][gpus][-args.samples :]
+                    ms = [round(t / member.subject.layers, 1) for t in layer]
+                    say(f"{member.subject.name}: {way.name}, on {gpus}: {ms} ms a layer")
+            save()
+        if first:
+            for gpus in teams:
+                member.time_exchange(gpus, samples=5)
+            save()
+
+    def is_late(member: Member) -> bool:
+        """Return whether another turn would end too late, as the first rank sees it."""
+        late = torch.tensor([time.perf_counter() - began + member.seconds > args.seconds])
+        dist.broadcast(late, 0, group=control)
+        return bool(late)
+
+    # All have their first turn before the first has its second, for which time may not last.
+    for number in range(args.rounds):
+        for place, subject in enumerate(subjects):
+            if number == 0:
+                members.append(Member(subject, device, counts, teams, control))
+                say(f"{subject.name}: built")
+            elif is_late(members[place]):
+                say(f"{subject.name}: {number} of {args.rounds} rounds, for lack of time")
+                return
+            started = time.perf_counter()
+            turn(members[place], first=number == 0)
+            members[place].seconds = time.perf_counter() - started
     say("done")
 
 
@@ -420,7 +494,22 @@ def written(result: Mapping[str, Any]) -> str:
         alone = model["ms_of_exchange_per_layer"].items()
         sent = ", ".join(f"{ms:.2f} ms on {n}" for n, ms in alone)
         text += f"The exchange of a layer alone takes {sent}.\n"
-    return text
+    return text + written_imbalance(result)
+
+
+def written_imbalance(result: Mapping[str, Any]) -> str:
+    """Return the table of how unequal ranks are where heads cost differently."""
+    lines = [
+        [model["name"], name, gpus, f"{steps[0]:.2f}", f"{max(steps[1:]):.2f}"]
+        for model in result["models"]
+        for name, found in model["imbalance_by_step"].items()
+        for gpus, steps in found.items()
+    ]
+    if not lines:
+        return ""
+    head = ["model", "attention", "GPUs", "first step", "later steps, at most"]
+    text = "\nPairs computed by the busiest GPU over the mean, of heads that cost differently:\n\n"
+    return text + table(head, lines)
 
 
 def write_table(args: argparse.Namespace) -> None:
@@ -439,7 +528,7 @@ def main() -> None:
     timed.add_argument("--ways", nargs="*", default=[], help="only those with such a name")
     timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn")
     timed.add_argument("--rounds", type=int, default=3, help="turns of all ways")
-    timed.add_argument("--seconds", type=float, default=170.0, help="after which no round begins")
+    timed.add_argument("--seconds", type=float, default=120.0, help="that no further turn exceeds")
     timed.add_argument("--commit", help="of the code, where it is no repository")
     timed.add_argument("--tiny", action="store_true", help="toy models, on the CPU")
     timed.set_defaults(do=run)
