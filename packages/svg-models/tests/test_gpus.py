@@ -190,14 +190,19 @@ def test_svg_generate_gpus_goes_with_the_other_options(folder: str, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("offload", ["none", "model", "group"])
-def test_generate_gpus_on_two_gpus(offload: str) -> None:
+@pytest.mark.parametrize(
+    ("offload", "guidance"), [("none", None), ("none", 1.0), ("model", None), ("group", None)]
+)
+def test_generate_gpus_on_two_gpus(offload: str, guidance: float | None) -> None:
+    # With guidance each GPU computes a branch; without, both share the sequence.
     asked: dict[str, Any] = {"method": "svg2@0.5", "steps": 10, "seed": 1, "offload": offload}
+    asked |= {} if guidance is None else {"guidance": guidance}
     alone = svg_models.generate(**asked, device="cuda")
     both = svg_models.generate(**asked, gpus=2)
     assert both.gpus == 2
     found = similarity(alone.frames, both.frames)
-    print(f"{offload}: {found.mean_psnr:.1f} dB, {alone.seconds:.2f} s and {both.seconds:.2f} s")
+    seconds = f"{alone.seconds:.2f} s and {both.seconds:.2f} s"
+    print(f"{offload}, guidance {guidance}: {found.mean_psnr:.1f} dB, {seconds}")
     assert found.mean_psnr > 30  # bf16 sums in another order
 
 
