@@ -151,3 +151,33 @@ def test_mathml_replaces_formulas_and_nothing_else():
     shown = mathml.on_page_content('<div class="arithmatex">\\[\n\\sum_j w_j\n\\]</div>')
     assert shown.startswith('<div class="formula"><math')
     assert 'display="block"' in shown
+
+
+def test_read_help_joins_literals_and_leaves_markup_out():
+    pytest.importorskip("griffe")
+    from described_fields import read_help
+
+    assert read_help('"A hub id. [dim]Default: " + name + ".[/]"') == "A hub id. Default: …"
+
+
+def test_a_field_made_by_option_is_documented_by_its_default_and_its_help(tmp_path):
+    griffe = pytest.importorskip("griffe")
+    from described_fields import DescribedFields
+
+    (tmp_path / "toy.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Request:\n"
+        '    """What to make."""\n'
+        '    steps: int = option(50, "Denoising steps.", "--steps", kind=int)\n'
+        "    seed: int = 0\n"
+    )
+    extensions = griffe.load_extensions(DescribedFields)
+    request = griffe.load("toy", search_paths=[tmp_path], extensions=extensions)["Request"]
+    assert str(request["steps"].value) == "50"
+    assert [str(p.default) for p in request.parameters if p.name in ("steps", "seed")] == [
+        "50",
+        "0",
+    ]
+    (described,) = [s for s in request.docstring.parse("google") if s.kind.value == "attributes"]
+    assert [(a.name, a.description) for a in described.value] == [("steps", "Denoising steps.")]
