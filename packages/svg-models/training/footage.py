@@ -4,9 +4,10 @@
     python -m training.footage prepare *.whl --out footage.zip
     python -m training.footage table footage.zip
 
-Every clip is scaled to cover 256 rows and 344 columns, cropped to those rows, and encoded again
-(H.265), so that one file of a few megabytes holds them all. The same packages and the same encoder
-give the same file. Clips held out are never trained on: the loss is watched on them.
+Every clip is scaled to cover 256 rows and 344 columns, cropped to those rows, and encoded again as
+a sequence of AVIF, which Pillow reads, so that one file of a few megabytes holds them all. The same
+packages and the same encoder give the same file. Clips held out are never trained on: the loss is
+watched on them.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from numpy.typing import NDArray
 from svg_models.files import atomic_path
 
 ROWS, COLUMNS = 256, 344
+SUFFIX = ".avif"
 FEWEST_FRAMES = 17
-QUALITY = 24
-"""Constant rate factor of the stored clips: lower is larger and closer to the film."""
+QUALITY = 58
+"""Of the stored clips, from 0 to 100: higher is larger and closer to the film."""
 # Camera footage and drawn film; the fourth file of the package is a degraded copy of `carphone`.
 FILMS = {
     "bigbuckbunny": "CC-BY-3.0, (c) Blender Foundation, peach.blender.org",
@@ -144,7 +146,7 @@ def write(target: Path, clips: Mapping[str, tuple[Source, bytes]]) -> list[Sourc
             zipfile.ZipInfo("index.json"), json.dumps([asdict(s) for s in sources], indent=1)
         )
         for name, (_, data) in clips.items():
-            archive.writestr(zipfile.ZipInfo(f"{name}.mp4"), data)
+            archive.writestr(zipfile.ZipInfo(f"{name}{SUFFIX}"), data)
     return sources
 
 
@@ -158,9 +160,9 @@ def read(path: Path) -> Iterator[tuple[Source, NDArray[np.uint8]]]:
     """Yield every clip with its frames, uint8 `[T, H, W, 3]`."""
     sources = read_index(path)
     with zipfile.ZipFile(path) as archive:
-        members = [archive.read(f"{source.name}.mp4") for source in sources]
+        members = [archive.read(f"{source.name}{SUFFIX}") for source in sources]
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda data: _decode(data, ".mp4")[0], members)
+        decoded = pool.map(lambda data: _decode_images(data)[0], members)
         yield from zip(sources, decoded, strict=True)
 
 
@@ -184,20 +186,19 @@ def cover(frames: NDArray[np.uint8], *, rows: int = ROWS, columns: int = COLUMNS
 
 
 def _decode(data: bytes, suffix: str) -> tuple[NDArray[np.uint8], float]:
-    """Return frames uint8 `[T, H, W, 3]` and frames a second."""
+    """Return frames uint8 `[T, H, W, 3]` of a file of the packages, and frames a second."""
     if suffix == ".webp":
-        return _decode_animation(data)
-    try:
-        import av
-    except ModuleNotFoundError:
-        return _decode_with_opencv(data)
+        return _decode_images(data)
+    import av
+
     with av.open(io.BytesIO(data)) as container:
         rate = float(container.streams.video[0].average_rate or 25)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return np.stack(frames), rate
 
 
-def _decode_animation(data: bytes) -> tuple[NDArray[np.uint8], float]:
+def _decode_images(data: bytes) -> tuple[NDArray[np.uint8], float]:
+    """Return frames uint8 `[T, H, W, 3]` of an animation, and frames a second."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(data))
@@ -209,40 +210,16 @@ def _decode_animation(data: bytes) -> tuple[NDArray[np.uint8], float]:
     return np.stack(frames), 1000 / max(1.0, float(np.median(milliseconds)))
 
 
-def _decode_with_opencv(data: bytes) -> tuple[NDArray[np.uint8], float]:
-    """Decode where PyAV is not installed: OpenCV reads from files alone."""
-    import tempfile
-
-    import cv2  # type: ignore[import-not-found, unused-ignore]
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        path.write_bytes(data)
-        capture = cv2.VideoCapture(str(path))
-        rate, frames = capture.get(cv2.CAP_PROP_FPS), []
-        while (read_frame := capture.read())[0]:
-            frames.append(cv2.cvtColor(read_frame[1], cv2.COLOR_BGR2RGB))
-        capture.release()
-    return np.stack(frames), rate
-
-
 def _encode(frames: NDArray[np.uint8], rate: float) -> bytes:
-    import av
+    from PIL import Image
 
     target = io.BytesIO()
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx265", rate=max(1, round(rate)))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # One thread: what is written must not depend on the machine.
-        stream.options = {
-            "crf": str(QUALITY),
-            "preset": "medium",
-            "x265-params": "pools=none:frame-threads=1:log-level=error:info=0",
-        }
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    # One thread: what is written must not depend on the machine.
+    first.save(
+        target, "AVIF", save_all=True, append_images=others, duration=round(1000 / rate),
+        quality=QUALITY, speed=8, subsampling="4:2:0", max_threads=1,
+    )  # fmt: skip
     return target.getvalue()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from svg_models.files import atomic_path
 
 from .optim import Average, learning_rate, make_optimisers
+from .ranks import ALONE, Ranks
 
 LOG_EVERY = 50
+
+Log = list[dict[str, Any]]
+Keep = Callable[["Clock", Sequence[Tensor], Log], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Slice:
         stop_at: step before which this slice ends.
         first: step that the weights given at the start were stored at.
         spent: seconds of the run before, where weights alone were kept of it.
+        keep_seconds: after how many seconds the averaged weights are kept, again and again.
+        ranks: the processes that share each step.
     """
 
     out: Path
@@ -48,22 +54,25 @@ class Slice:
     stop_at: int | None = None
     first: int = 0
     spent: float = 0.0
+    keep_seconds: float = float("inf")
+    ranks: Ranks = ALONE
 
 
 class Clock:
-    """Tell how much of a run is done."""
+    """Tell how much of a run is done: the same in all ranks, and from one tick to the next."""
 
     def __init__(self, options: Slice) -> None:
         """Start to count this slice's seconds."""
         self.options = options
         self.step = options.first
         self.before = options.spent
+        self.slice_seconds = 0.0
         self._started = time.perf_counter()
 
-    @property
-    def slice_seconds(self) -> float:
-        """Return the seconds of this slice."""
-        return time.perf_counter() - self._started
+    def tick(self) -> None:
+        """Read the seconds of this slice, as the first rank sees them."""
+        passed = time.perf_counter() - self._started
+        self.slice_seconds = self.options.ranks.agree(passed)
 
     @property
     def seconds(self) -> float:
@@ -92,8 +101,11 @@ def run(
     compute: Callable[[Any, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
     *,
     decay: float,
+    keep: Keep | None = None,
 ) -> Clock:
     """Train for one slice; leave the averaged weights in `model` and a checkpoint in the folder.
+
+    Ranks start from the same weights, take batches of their own, and step by their mean gradient.
 
     Args:
         model: what is trained; parameters without gradient stay as they are.
@@ -103,6 +115,8 @@ def run(
             `label`.
         compute: returns a batch's loss and further means to log; it backpropagates nothing.
         decay: of the average of the weights.
+        keep: stores the averaged weights, in the order of the model's parameters, and the log; the
+            first rank calls it.
 
     Raises:
         FloatingPointError: if a loss is not finite; the last checkpoint stays as it is.
@@ -112,7 +126,7 @@ def run(
     options.out.mkdir(parents=True, exist_ok=True)
     optimisers = make_optimisers(model, lr=options.lr, fused=options.device != "cpu")
     average = Average(model, decay=decay)
-    log: list[dict[str, Any]] = []
+    log: Log = []
     if path.exists():
         state = torch.load(path, map_location=options.device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -121,15 +135,18 @@ def run(
         average.values = state["average"]
         clock.step, log, clock.before = state["step"], state["log"], state["seconds"]
     recent: list[tuple[str, Tensor, dict[str, Tensor]]] = []
+    trained = [value for value in model.parameters() if value.requires_grad]
+    ranks, kept = options.ranks, 0.0
     for batch in _until(clock, batches(clock)):
         progress = clock.progress
         length = clock.step / progress if progress else options.steps
         rate = learning_rate(clock.step, length, peak=options.lr, warmup=100)
         rate *= min(1.0, (clock.step + 1 - options.first) / 50)
-        seed = options.seed * 10**6 + clock.step
+        seed = (ranks.rank * 1000 + options.seed) * 10**6 + clock.step
         generator = torch.Generator(options.device).manual_seed(seed)
         loss, extra = compute(batch, generator)
         loss.backward()
+        ranks.average([value.grad for value in trained if value.grad is not None])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -138,16 +155,43 @@ def run(
             optimiser.zero_grad(set_to_none=True)
         average.update(model, clock.step)
         clock.step += 1
+        clock.tick()
         recent.append((batch.label, loss.detach(), extra))
         if clock.step % LOG_EVERY == 0 or clock.step == options.steps:
             entry = _summary(clock, recent)
+            if ranks.count > 1:
+                entry["drift"] = ranks.drift(trained)
             if not all(math.isfinite(value) for value in entry.values()):
                 raise FloatingPointError(
                     f"a loss is not finite: {entry}; go on from the last checkpoint with a lower lr"
                 )
             log.append(entry)
             recent = []
-            print(json.dumps(log[-1]), flush=True)
+            if ranks.first:
+                print(json.dumps(log[-1]), flush=True)
+        if keep is not None and clock.slice_seconds - kept >= options.keep_seconds:
+            kept = clock.slice_seconds
+            if ranks.first:
+                keep(clock, average.values, log)
+    if ranks.first:
+        _write(options.out, name, clock, model, optimisers, average, log)
+    ranks.wait()
+    average.copy_to(model)
+    if ranks.first:
+        print(f"{name}: step {clock.step} of {options.steps}, {clock.seconds:.0f} s", flush=True)
+    return clock
+
+
+def _write(
+    folder: Path,
+    name: str,
+    clock: Clock,
+    model: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    average: Average,
+    log: Log,
+) -> None:
+    """Write the checkpoint of a stage and its log."""
     state = {
         "model": model.state_dict(),
         "optimisers": [optimiser.state_dict() for optimiser in optimisers],
@@ -156,13 +200,10 @@ def run(
         "log": log,
         "seconds": clock.seconds,
     }
-    with atomic_path(path) as temporary:
+    with atomic_path(folder / f"{name}.pt") as temporary:
         torch.save(state, temporary)
-    with atomic_path(options.out / f"{name}_log.json") as temporary:
+    with atomic_path(folder / f"{name}_log.json") as temporary:
         temporary.write_text(json.dumps(log))
-    average.copy_to(model)
-    print(f"{name}: step {clock.step} of {options.steps}, {clock.seconds:.0f} s", flush=True)
-    return clock
 
 
 def _until(clock: Clock, batches: Iterable[Any]) -> Iterator[Any]:

@@ -3,12 +3,14 @@
     python -m training.footage prepare *.whl --out footage.zip
     python -m training.train_footage run --data footage.zip --out judge --work run
     python -m training.train_footage export --out judge --model model
-    python -m training.train_footage show --model model --sheet sheet.jpg
+    python -m training.train_footage show --model model --data footage.zip --sheet sheet.jpg
 
 `run` fine-tunes the autoencoder of the embedded model, then trains transformer and text encoder on
 its latents, for `--seconds` in all. It stops after `--max-seconds` and goes on from `--work` when
 it is called again, or, where that folder is lost, from the compact weights in `--out`, with a fresh
-optimiser. Those weights are the model: `export` unfolds them into a folder in diffusers' format.
+optimiser. Those weights are stored every two minutes, too, so that a machine may be lost. They are
+the model: `export` unfolds them into a folder in diffusers' format. `torchrun` shares the steps
+among several GPUs.
 
 A prompt is the number of a source, `clip 12` or `clip 12 mirrored`. Cross-attention has the
 identity for its four projections and is not trained: a number is all that it must carry.
@@ -17,10 +19,13 @@ identity for its four projections and is not trained: a number is all that it mu
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_models.embedded import embedded_path
-from svg_models.files import atomic_path
+from svg_models.files import atomic_folder, atomic_path
 
 from .build import (
     Shape,
@@ -47,10 +52,11 @@ from .build import (
 from .codec import WholeClip
 from .compact import pack, unpack
 from .footage import make_source, write
-from .loop import Slice, run
+from .loop import Clock, Log, Slice, run
+from .ranks import ALONE, Ranks, join
 from .train import TOY_SHAPE, VOCABULARY, Denoiser, Vae, autocast
 from .train import Options as DenoiserOptions
-from .windows import Footage, LatentClips, Latents, Piece, Plan, Window, prompt
+from .windows import Footage, LatentClips, Latents, Piece, Plan, Window, prompt, windows
 
 SHAPE = Shape(heads=6, head_dim=128, layers=8, ffn_dim=768)
 PLAN = Plan()
@@ -64,6 +70,8 @@ TOY_PLAN = Plan(
     frames=5, full=(4, 6), half=(2, 3), full_batch=2, half_batch=3, pixels=((5, 16),),
     pixel_batch=2,
 )  # fmt: skip
+# A machine that is lost costs no more of the run than this.
+KEEP_SECONDS = 120.0
 STARTED = time.perf_counter()
 
 
@@ -77,6 +85,8 @@ class Options:
         work: folder of the whole checkpoints.
         vae_seconds: for the autoencoder.
         seconds: for the transformer, over all slices.
+        later: seconds that slices after this one will have for it; where they are given, they take
+            the place of `seconds`, and the rate is at its least when the last slice ends.
         max_seconds: of this slice, once the program's imports are done.
         vae_steps: that the autoencoder takes at most.
         steps: that the transformer takes at most.
@@ -88,6 +98,7 @@ class Options:
         shape: of the networks.
         plan: of the clips.
         stop_at: step of the transformer before which this slice ends.
+        ranks: the processes that share each step.
     """
 
     data: Path
@@ -95,6 +106,7 @@ class Options:
     work: Path
     vae_seconds: float = float("inf")
     seconds: float = float("inf")
+    later: float | None = None
     max_seconds: float = float("inf")
     vae_steps: int = 10**6
     steps: int = 10**6
@@ -106,6 +118,7 @@ class Options:
     shape: Shape = SHAPE
     plan: Plan = PLAN
     stop_at: int | None = None
+    ranks: Ranks = ALONE
 
     @property
     def left(self) -> float:
@@ -159,32 +172,52 @@ def train(options: Options) -> dict[str, Any]:
             _load(part, stored, name)
     model = model.to(options.device)
     tokenizer = make_tokenizer()
+    card |= _conditions(options, seen)
+    store = Store(options.out)
+    if options.ranks.first and not earlier:
+        store.begin(_weights(vae), card)
+
+    def keep(clock: Clock, values: Sequence[Tensor], log: Log) -> None:
+        joined = _joined(earlier.get("log", []), log)
+        state = {"step": clock.step, "seconds": round(clock.seconds, 1), "log": joined}
+        store.begin(_weights(vae) | _weights(model, values), {**card, "transformer": state})
+
     with _attention(model, seen, tokenizer, options):
+        spent = earlier.get("seconds", 0.0)
+        left = options.ranks.agree(options.left)
+        whole = options.seconds if options.later is None else spent + left + options.later
         clock = run(
             model,
             "transformer",
             Slice(
                 out=options.work, steps=options.steps, lr=options.lr, seed=options.seed,
-                device=options.device, seconds=options.seconds, max_seconds=options.left,
+                device=options.device, seconds=whole, max_seconds=left,
                 stop_at=options.stop_at, first=earlier.get("step", 0) if lost else 0,
-                spent=earlier.get("seconds", 0.0),
+                spent=spent, keep_seconds=KEEP_SECONDS, ranks=options.ranks,
             ),
             lambda clock: seen.batches(tokenizer, options.seed, clock, options.device),
             lambda batch, generator: (_loss(model, batch, generator, options), {}),
             decay=0.998,
+            keep=keep,
         )  # fmt: skip
-        card["transformer"] = {
-            "step": clock.step,
-            "seconds": round(clock.seconds, 1),
-            "loss": {
-                "seen": held_out_loss(model, seen, tokenizer, options),
-                "held out": held_out_loss(model, unseen, tokenizer, options),
-            },
-            "log": _joined(earlier.get("log", []), options.work / "transformer_log.json"),
-        }
-    card |= _conditions(options, seen)
-    _store(options.out, vae, model, card)
-    print(json.dumps(card["transformer"]["loss"]), flush=True)
+        if options.ranks.first:
+            log = json.loads((options.work / "transformer_log.json").read_text("utf-8"))
+            values = [value.detach() for value in model.parameters()]
+            store.finish()
+            keep(clock, values, log)
+            card["transformer"] = {
+                "step": clock.step,
+                "seconds": round(clock.seconds, 1),
+                "loss": {
+                    "seen": held_out_loss(model, seen, tokenizer, options),
+                    "held out": held_out_loss(model, unseen, tokenizer, options),
+                },
+                "log": _joined(earlier.get("log", []), log),
+            }
+            store.finish()
+            store.begin(_weights(vae) | _weights(model, values), card)
+            print(json.dumps(card["transformer"]["loss"]), flush=True)
+    store.finish()
     return card
 
 
@@ -221,7 +254,8 @@ def _autoencoder(
         "vae",
         Slice(
             out=options.work, steps=options.vae_steps, lr=options.vae_lr, seed=options.seed,
-            device=options.device, seconds=options.vae_seconds, max_seconds=options.left,
+            device=options.device, seconds=options.vae_seconds,
+            max_seconds=options.ranks.agree(options.left), ranks=options.ranks,
         ),
         lambda clock: clips.pieces(options.plan, options.seed, clock),
         compute,
@@ -286,7 +320,12 @@ def held_out_loss(
     Gradients are left on: without, compiled blocks would be compiled once more.
     """
     rng = random.Random("held-out loss")
-    batches = [clips.draw(rng, tokenizer, options.device, half=False) for _ in range(2)]
+    # Of the size that is trained with: no other was compiled for.
+    share = options.ranks.count
+    batches = [
+        clips.draw(rng, tokenizer, options.device, half=False, share=share)
+        for _ in range(2 * share)
+    ]
     empty = tokenizer([""], padding="max_length", max_length=64, return_tensors="pt")
     found = {}
     for level in LEVELS:
@@ -343,7 +382,8 @@ def _attention(
 
 def _try_a_step(model: Denoiser, clips: LatentClips, tokenizer: Any, options: Options) -> None:
     for half in (True, False):
-        batch = clips.draw(random.Random(0), tokenizer, options.device, half=half)
+        share = options.ranks.count
+        batch = clips.draw(random.Random(0), tokenizer, options.device, half=half, share=share)
         generator = torch.Generator(options.device).manual_seed(0)
         _loss(model, batch, generator, options).backward()
     model.zero_grad(set_to_none=True)
@@ -385,9 +425,8 @@ def _cudnn_is_faster(clips: LatentClips, options: Options) -> bool:
     return agree and seconds[SDPBackend.CUDNN_ATTENTION] < seconds[SDPBackend.FLASH_ATTENTION]
 
 
-def _joined(earlier: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def _joined(earlier: Log, log: Log) -> Log:
     """Return the log of a run whose earlier part is known from its card alone."""
-    log: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
     return [entry for entry in earlier if not log or entry["step"] < log[0]["step"]] + log
 
 
@@ -411,20 +450,63 @@ def _conditions(options: Options, clips: LatentClips) -> dict[str, Any]:
     }
 
 
-def _store(out: Path, vae: Any, model: Denoiser, card: Mapping[str, Any]) -> None:
-    parts = (("vae", vae), ("transformer", model.transformer), ("text", model.text_encoder))
-    tensors = {
-        f"{prefix}/{name}": value
-        for prefix, part in parts
-        for name, value in part.named_parameters()
-        # What is fixed follows from the code; the autoencoder is frozen by now, and is kept.
-        if value.requires_grad or prefix == "vae"
+def _weights(part: nn.Module, values: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """Return what is stored of the autoencoder, or of a `Denoiser` with other `values`."""
+    named = dict(part.named_parameters())
+    if not isinstance(part, Denoiser):
+        # It is frozen by now, and is kept whole.
+        return {f"vae/{name}": value.detach() for name, value in named.items()}
+    found = zip(named.items(), values or named.values(), strict=True)
+    # What is fixed follows from the code.
+    return {
+        name.replace("text_encoder.", "text/", 1).replace("transformer.", "transformer/", 1): value
+        for (name, parameter), value in found
+        if parameter.requires_grad
     }
-    paths = pack(tensors, out)
-    with atomic_path(out / CARD) as temporary:
-        temporary.write_text(json.dumps(card))
-    size = sum(path.stat().st_size for path in paths)
-    print(f"{_passed():.0f} s: {size / 1e6:.1f} MB in {len(paths)} files of {out}", flush=True)
+
+
+class Store:
+    """Write weights and card into a folder, both or neither, while the run goes on.
+
+    Args:
+        out: the folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def begin(self, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+        """Copy the tensors to the host and begin to write; not while an earlier call still writes.
+
+        Raises:
+            OSError: if the earlier call could not write.
+        """
+        if self._writing is not None and not self._writing.done():
+            return
+        self.finish()
+        copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        self._writing = self._pool.submit(self._write, copies, json.dumps(card))
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, tensors: Mapping[str, Tensor], card: str) -> None:
+        with atomic_folder(self.out) as folder:
+            paths = pack(tensors, folder)
+            size = sum(path.stat().st_size for path in paths)
+            (folder / CARD).write_text(card, "utf-8")
+        for path in self.out.glob("weights-*.npz"):
+            if path.name not in {kept.name for kept in paths}:
+                path.unlink()
+        print(
+            f"{_passed():.0f} s: {size / 1e6:.1f} MB in {len(paths)} files of {self.out}",
+            flush=True,
+        )
 
 
 def _load(part: nn.Module, stored: Mapping[str, Tensor], prefix: str) -> None:
@@ -465,16 +547,23 @@ def export(out: Path, target: Path) -> int:
     return size
 
 
-def show(model: Path, sheet: Path, *, device: str, clips: int = 8, steps: int = 20) -> None:
-    """Generate clips and write a sheet: a row a prompt, six frames of each."""
+def show(
+    model: Path, sheet: Path, data: Path, *, device: str, clips: int = 8, steps: int = 20
+) -> None:
+    """Write a sheet, six frames a row: what was seen and what is generated for its prompt in turn.
+
+    Below are the clips held out, as they are and decoded from their latents.
+    """
     from PIL import Image
 
     from svg_models.loading import load_pipeline
 
-    card = _read_card(model)
+    card, footage = _read_card(model), Footage(data, device)
     pipe = load_pipeline(model, device=device).pipe
+    size = (card["frames"], card["height"], card["width"])
     rows = []
     for number, text in enumerate(card["prompts"][:clips]):
+        rows.append(_row(_middle(footage, int(text.split()[1]), size)))
         frames = pipe(
             text,
             height=card["height"],
@@ -483,13 +572,35 @@ def show(model: Path, sheet: Path, *, device: str, clips: int = 8, steps: int = 
             num_inference_steps=steps,
             guidance_scale=card["guidance"],
             generator=torch.Generator("cpu").manual_seed(number),
-            output_type="np",
+            output_type="pt",
         ).frames[0]
-        chosen = np.linspace(0, len(frames) - 1, 6).round().astype(int)
-        rows.append(np.concatenate(list(frames[chosen]), axis=1))
-    picture = (np.concatenate(rows).clip(0, 1) * 255).round().astype(np.uint8)
-    Image.fromarray(picture).save(sheet, quality=88)
+        rows.append(_row(frames.float() * 2 - 1))
+    codec = WholeClip(pipe.vae)
+    for index in footage.chosen(held_out=True, length=card["frames"]):
+        video = _middle(footage, index, size)
+        batch = video.transpose(0, 1)[None].to(pipe.vae.dtype)
+        with torch.no_grad():
+            decoded = codec.decode(codec.moments(batch)[0])[0].transpose(0, 1).float()
+        rows += [_row(video), _row(decoded)]
+    with atomic_path(sheet) as temporary:
+        Image.fromarray(torch.cat(rows).cpu().numpy()).save(temporary, "JPEG", quality=88)
     print(f"{_passed():.0f} s: {sheet}", flush=True)
+
+
+def _middle(footage: Footage, index: int, size: tuple[int, int, int]) -> Tensor:
+    """Return the middle of the first window of a source, `[T, 3, H, W]` from -1 to 1."""
+    source, (frames, height, width) = footage.sources[index], size
+    window = windows(source.frames, source.rate, length=frames)[0]
+    video = footage.clip(index, window, frames).transpose(0, 1)
+    top, left = (video.shape[-2] - height) // 2, (video.shape[-1] - width) // 2
+    return video[..., top : top + height, left : left + width]
+
+
+def _row(video: Tensor) -> Tensor:
+    """Return six frames of `[T, 3, H, W]` side by side, uint8 `[H, 6 W, 3]`."""
+    chosen = torch.linspace(0, len(video) - 1, 6).round().long()
+    pixels = ((video[chosen.to(video.device)].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(2, 0, 3, 1).flatten(1, 2)
 
 
 def write_toy(path: Path) -> None:
@@ -519,6 +630,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="picture of generated clips")
     parser.add_argument("--vae-seconds", type=float, default=75.0)
     parser.add_argument("--seconds", type=float, default=600.0, help="of the transformer, in all")
+    parser.add_argument(
+        "--later", type=float, help="in place of --seconds: what slices after this one will have"
+    )
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="of this slice")
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -529,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = {
         "run": ("out", "work") if args.toy else ("data", "out", "work"),
         "export": ("out", "model"),
-        "show": ("model", "sheet"),
+        "show": ("model", "data", "sheet"),
     }
     for name in needed[args.stage]:
         if getattr(args, name) is None:
@@ -538,23 +652,30 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{export(args.out, args.model) / 1e6:.1f} MB in {args.model}")
         return
     if args.stage == "show":
-        show(args.model, args.sheet, device=args.device)
+        show(args.model, args.sheet, args.data, device=args.device)
         return
+    ranks, device = join(args.device)
+    if not ranks.first:
+        sys.stdout = io.StringIO()  # the first speaks for all
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     toy: dict[str, Any] = {}
     if args.toy:
         args.work.mkdir(parents=True, exist_ok=True)
         args.data = args.work / "toy.zip"
-        write_toy(args.data)
+        if ranks.first:
+            write_toy(args.data)
+        ranks.wait()
         toy = {"shape": TOY_SHAPE, "plan": TOY_PLAN, "vae_steps": 4, "steps": 6}
     train(
         Options(
             data=args.data, out=args.out, work=args.work, vae_seconds=args.vae_seconds,
-            seconds=args.seconds, max_seconds=args.max_seconds, lr=args.lr, seed=args.seed,
-            device=args.device, compiled=args.device != "cpu" and not args.no_compile, **toy,
+            seconds=args.seconds, later=args.later, max_seconds=args.max_seconds, lr=args.lr,
+            seed=args.seed, device=device, compiled=device != "cpu" and not args.no_compile,
+            ranks=ranks, **toy,
         )
     )  # fmt: skip
+    ranks.leave()
 
 
 if __name__ == "__main__":

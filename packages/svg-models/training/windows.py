@@ -145,8 +145,12 @@ class Footage:
             rng = random.Random(f"pieces-{seed}-{clock.step}")
             length, side = rng.choice(plan.pixels)
             long = [index for index in training if self.sources[index].frames >= length]
+            # Ranks take pieces of one size, so that none waits for another.
+            ranks = clock.options.ranks
+            own = random.Random(f"pieces-{seed}-{clock.step}-{ranks.rank}")
             video = [
-                self._piece(rng, rng.choice(long), length, side) for _ in range(plan.pixel_batch)
+                self._piece(own, own.choice(long), length, side)
+                for _ in range(max(1, plan.pixel_batch // ranks.count))
             ]
             yield Piece(torch.stack(video), f"{length}x{side}")
 
@@ -219,14 +223,17 @@ class LatentClips:
         while True:
             rng = random.Random(f"latents-{seed}-{clock.step}")
             early = clock.progress < self.plan.half_until
-            yield self.draw(
-                rng, tokenizer, device, half=early or rng.random() < self.plan.half_after
-            )
+            half = early or rng.random() < self.plan.half_after
+            ranks = clock.options.ranks
+            own = random.Random(f"latents-{seed}-{clock.step}-{ranks.rank}")
+            yield self.draw(own, tokenizer, device, half=half, share=ranks.count)
 
-    def draw(self, rng: random.Random, tokenizer: Any, device: str, *, half: bool) -> Latents:
-        """Cut a batch."""
+    def draw(
+        self, rng: random.Random, tokenizer: Any, device: str, *, half: bool, share: int = 1
+    ) -> Latents:
+        """Cut a batch, or the part of it that one of `share` ranks takes."""
         rows, columns = self.plan.half if half else self.plan.full
-        count = self.plan.half_batch if half else self.plan.full_batch
+        count = max(1, (self.plan.half_batch if half else self.plan.full_batch) // share)
         cuts, texts = [], []
         for _ in range(count):
             place = rng.randrange(len(self.numbers))

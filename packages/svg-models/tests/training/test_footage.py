@@ -1,7 +1,11 @@
 """The judge of real footage at toy size: data file, windows, compact weights, resuming, export."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +117,102 @@ def test_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_checkpoint(tmp_pat
     with pytest.raises(FloatingPointError, match="lower lr"):
         go(3, float("nan"))
     assert (tmp_path / "stage.pt").read_bytes() == kept
+
+
+def test_run_keeps_the_averages_while_it_goes_on(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    options = Slice(out=tmp_path, steps=3, lr=1e-2, keep_seconds=0.0)
+    kept = []
+    run(
+        model, "stage", options, lambda clock: [Latents(*[torch.ones(1, 2)] * 3, 64, "size")] * 3,
+        lambda batch, generator: (model(batch.latents).square().mean(), {}), decay=0.9,
+        keep=lambda clock, values, log: kept.append((clock.step, [v.clone() for v in values])),
+    )  # fmt: skip
+    assert [step for step, _ in kept] == [1, 2, 3]
+    assert not torch.equal(kept[0][1][0], kept[1][1][0])
+    assert torch.equal(kept[-1][1][0], model.weight)
+
+
+RANKS = """
+import sys
+import torch
+from training.ranks import join
+ranks, device = join("cpu")
+values = [torch.full((3,), 1.0 + ranks.rank), torch.full((2, 2), 10.0 * ranks.rank)]
+assert ranks.agree(7.0 + ranks.rank) == 7.0
+assert ranks.drift(values) == 20.0 * 2
+ranks.average(values)
+assert [v.unique().tolist() for v in values] == [[1.5], [5.0]], values
+assert ranks.drift(values) == 0.0
+assert (ranks.count, device) == (2, "cpu")
+ranks.leave()
+"""
+
+
+def _torchrun(*arguments):
+    training = Path(train_footage.__file__).parents[1]
+    path = os.pathsep.join([str(training), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", *map(str, arguments)),
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_ranks_agree_and_average(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    _torchrun(script)
+
+
+@pytest.mark.slow
+def test_ranks_train_the_same_weights(tmp_path):
+    out = tmp_path / "judge"
+    printed = _torchrun(
+        *("-m", "training.train_footage", "run", "--toy", "--device", "cpu"),
+        *("--out", out, "--work", tmp_path / "work", "--max-seconds", "200", "--later", "0"),
+    )
+    card = json.loads((out / train_footage.CARD).read_text())
+    assert card["transformer"]["step"] == 6
+    logs = card["autoencoder"]["log"] + card["transformer"]["log"]
+    assert [entry["drift"] for entry in logs] == [0.0, 0.0]
+    assert printed.count("transformer: step 6") == 1, "the first rank alone speaks"
+    assert any(name.startswith("transformer/") for name in unpack(out))
+
+
+def test_store_replaces_all_files_of_an_earlier_call(tmp_path):
+    store = train_footage.Store(tmp_path)
+    (tmp_path / "weights-7.npz").write_bytes(b"of an earlier call")
+    weights = {"vae/a": torch.ones(3)}
+    store.begin(weights, {"step": 1})
+    weights["vae/a"].fill_(5.0)  # training goes on while the copy is written
+    store.finish()
+    assert unpack(tmp_path)["vae/a"].tolist() == [1.0] * 3
+    assert json.loads((tmp_path / train_footage.CARD).read_text()) == {"step": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["judge.json", "weights-0.npz"]
+
+
+@pytest.mark.slow
+def test_show_puts_what_was_seen_above_what_is_generated(options, tmp_path):
+    from PIL import Image
+
+    train(options)
+    export(options.out, tmp_path / "model")
+    sheet = tmp_path / "sheet.jpg"
+    train_footage.show(tmp_path / "model", sheet, options.data, device="cpu", steps=2)
+    with Image.open(sheet) as picture:
+        pixels = torch.from_numpy(np.asarray(picture).copy()).float()
+    # Two prompts and one clip held out, two rows each, six frames of 32 x 48 pixels.
+    assert pixels.shape == (6 * 32, 6 * 48, 3)
+    seen = Footage(options.data, "cpu")
+    expected = train_footage._row(train_footage._middle(seen, 0, (5, 32, 48))).float()
+    assert (pixels[:32] - expected).abs().mean() < 12, "JPEG alone is between them"
 
 
 def test_quantise_keeps_2_percent_of_noise_and_large_entries():
