@@ -195,14 +195,19 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
     most = [BASELINE, "error, bias, residual", "error, bias, response, repair", BEST]
     most += [f"{BEST}, spent by error", PRESET]
     if first not in SIDES:
-        # Another judge: which density equals 25 % of compensation alone, and whether no step
-        # need be dense.
-        yield from some(first, 20, "dense for 30 %", 0.25, ["compensation", PRESET])
-        yield from some(first, 20, "dense for 30 %", 0.12, [PRESET, BASELINE])
+        # Another judge. Which density equals today's recipe at 25 %, compensation and routing?
+        yield from some(first, 20, "dense for 30 %", 0.25, ["compensation", BASELINE])
+        for density in (0.12, 0.10, 0.15, 0.20, 0.05, 0.08):
+            yield from some(first, 20, "dense for 30 %", density, [PRESET])
+        # Need any step be dense?
         for total in (0.25, 0.35):
             yield from some(first, 8, "no dense step", total, [PRESET, BASELINE])
-        yield from some(first, 20, "dense for 30 %", 0.05, [PRESET, BASELINE, "compensation"])
-        yield from some(first, 20, "dense for 30 %", 0.40, [PRESET, BASELINE, "compensation"])
+        for schedule in ("no dense step", "dense for 15 %", "dense for 10 %"):
+            yield from some(first, 20, schedule, 0.25, [PRESET, BASELINE])
+        for schedule in CURVES:
+            yield from some(first, 20, schedule, 0.25, [PRESET])
+        yield from some(first, 4, "no dense step", 0.35, [PRESET, BASELINE])
+        yield from some(first, 20, "dense for 30 %", 0.12, [BASELINE, BEST])
     for size in sizes:
         for steps, totals in ((20, (0.15, 0.25, 0.35)), (8, (0.25, 0.35, 0.5)), (4, (0.5, 0.65))):
             for total in totals:

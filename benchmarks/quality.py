@@ -12,6 +12,12 @@ Run again, it goes on where the file ends. On an H100 the first 240 s should hol
 for 16 prompts, and a quarter of an hour in all every method at every density. A case that fails is
 stored with its reason, and the next begins.
 
+Several GPUs share the cases: each runs a lane of its own, and `join` makes one file of theirs.
+
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/quality.py run --lane 0/2 --output lane-0.json &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/quality.py run --lane 1/2 --output lane-1.json
+    python benchmarks/quality.py join lane-0.json lane-1.json --output quality.json
+
 Every method gets the same prompts and the same noise. The prompts are none of those that a setting
 was chosen on. The dense clips come twice, by two dense kernels: what one differs from the other is
 the noise floor, and nothing can be asked to be closer than that. Blocks are not fused, so that
@@ -244,10 +250,14 @@ class Measurement:
             if size not in self.judge.sizes:
                 known = ", ".join(self.judge.sizes)
                 raise SystemExit(f"--sizes of {self.judge.name} are {known}, not {size}")
-        for case in cases(tuple(sizes or self.judge.measured)):
+        asked = {
+            case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}": case
+            for case in cases(tuple(sizes or self.judge.measured))
+        }
+        lane, lanes = self.args.lane
+        for key, case in list(asked.items())[lane::lanes]:
             if self.args.only == ("times" if isinstance(case, Case) else "clips"):
                 continue
-            key = case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}"
             stored = self.results["cases" if isinstance(case, Case) else "times"]
             if key in stored:
                 continue
@@ -367,6 +377,42 @@ class Measurement:
         return found
 
 
+def lane(text: str) -> tuple[int, int]:
+    """Return number and count of `0/2`, the first of two lanes.
+
+    Raises:
+        ValueError: if it is no such pair, or the number is not below the count.
+    """
+    number, count = (int(part) for part in text.split("/"))
+    if not 0 <= number < count:
+        raise ValueError(f"a lane is 0/{count} to {count - 1}/{count}, got {text}")
+    return number, count
+
+
+def join(parts: Sequence[Path], output: Path) -> None:
+    """Write one file of what lanes measured, their rows in the order of the cases.
+
+    Raises:
+        SystemExit: if the lanes were measured with other prompts or on another machine.
+    """
+    found = [json.loads(path.read_text("utf-8")) for path in parts]
+    same = ("environment", "judge", "guidance", "frames", "prompts")
+    for path, one in zip(parts, found, strict=True):
+        differs = [name for name in same if one[name] != found[0][name]]
+        if differs:
+            raise SystemExit(f"{path} was measured with other {', '.join(differs)}")
+    tables: dict[str, dict[str, Any]] = {
+        name: {key: row for one in found for key, row in one[name].items()}
+        for name in ("noise_floor", "cases", "times", "failures")
+    }
+    sizes = tuple(dict.fromkeys(row["size"] for row in tables["cases"].values()))
+    order = [case.key for case in cases(sizes) if isinstance(case, Case)] if sizes else []
+    place = {key: index for index, key in reversed(list(enumerate(order)))}
+    rows = sorted(tables["cases"].items(), key=lambda item: place.get(item[0], len(order)))
+    store(output, {**found[0], **tables, "cases": dict(rows)})
+    print(f"{len(rows)} cases in {output}")
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -379,7 +425,12 @@ def main() -> None:
     )
     runner.add_argument("--sizes", nargs="+", help="of clips, by name: all that matter if none")
     runner.add_argument("--frames", type=int, help="the judge's own if not given")
+    runner.add_argument("--lane", type=lane, default=(0, 1), help="0/2 is the first of two")
     runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
+    joiner = commands.add_parser("join", help="make one file of the lanes of several GPUs")
+    joiner.add_argument("parts", nargs="+", type=Path)
+    joiner.add_argument("--output", type=Path, required=True)
+    joiner.set_defaults(call=lambda args: join(args.parts, args.output))
     tables = commands.add_parser("table", help="write the tables and the plots")
     tables.add_argument("results", type=Path)
     tables.set_defaults(call=lambda args: _quality_tables.write(args.results))

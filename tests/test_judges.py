@@ -61,6 +61,35 @@ def test_cases_of_another_judge_begin_with_what_it_has_to_answer(judges, monkeyp
     first = cases[0]
     assert (first.method, first.density, first.total) == ("compensation", 0.25, False)
     assert {case.size for case in cases} == {"footage"}
-    equal = [case.method for case in cases[1:4] if case.density == 0.12]
-    assert found.PRESET in equal
+    asked = [(case.steps, case.schedule, case.method, case.density) for case in cases]
+    # What the first minutes answer: the density equal to 25 %, and whether a step need be dense.
+    equal = asked.index((20, "dense for 30 %", found.PRESET, 0.12))
+    assert equal < asked.index((8, "no dense step", found.BASELINE, 0.35)) < 12
+    assert asked.index((4, "no dense step", found.PRESET, 0.35)) < 26
     assert found.cases(("default",)).__next__().size == "default"
+
+
+def test_join_puts_lanes_in_the_order_of_the_cases(judges, tmp_path):
+    quality = importlib.import_module("quality")
+    found = importlib.import_module("_quality_cases")
+    keys = list(
+        dict.fromkeys(c.key for c in found.cases(("footage",)) if isinstance(c, found.Case))
+    )
+    header = {"environment": {}, "judge": "footage", "guidance": 3.0, "frames": 45, "prompts": []}
+    parts = []
+    for number in range(2):
+        number_of, count = quality.lane(f"{number}/2")
+        rows = {key: {"size": "footage", "key": key} for key in keys[number_of::count]}
+        part = tmp_path / f"{number}.json"
+        part.write_text(
+            json.dumps({**header, "noise_floor": {}, "cases": rows, "times": {}, "failures": {}})
+        )
+        parts.append(part)
+    quality.join(parts, tmp_path / "whole.json")
+    whole = json.loads((tmp_path / "whole.json").read_text("utf-8"))
+    assert list(whole["cases"]) == keys
+    parts[1].write_text(json.dumps({**json.loads(parts[1].read_text("utf-8")), "frames": 9}))
+    with pytest.raises(SystemExit, match="other frames"):
+        quality.join(parts, tmp_path / "whole.json")
+    with pytest.raises(ValueError, match="0/2 to 1/2"):
+        quality.lane("2/2")
