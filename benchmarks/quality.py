@@ -389,8 +389,14 @@ def lane(text: str) -> tuple[int, int]:
     return number, count
 
 
-def join(parts: Sequence[Path], output: Path) -> None:
+def join(parts: Sequence[Path], output: Path, times: Path | None = None) -> None:
     """Write one file of what lanes measured, their rows in the order of the cases.
+
+    Args:
+        parts: what the lanes stored.
+        output: the file.
+        times: stored results of another judge, whose times of calls at Wan 720p are these methods'
+            too.
 
     Raises:
         SystemExit: if the lanes were measured with other prompts or on another machine.
@@ -405,6 +411,10 @@ def join(parts: Sequence[Path], output: Path) -> None:
         name: {key: row for one in found for key, row in one[name].items()}
         for name in ("noise_floor", "cases", "times", "failures")
     }
+    if times is not None:
+        other = json.loads(times.read_text("utf-8"))
+        known = {name: other["environment"][name] for name in ("device", "commit")}
+        tables["times"] = {key: {**known, **row} for key, row in other["times"].items()}
     sizes = tuple(dict.fromkeys(row["size"] for row in tables["cases"].values()))
     order = [case.key for case in cases(sizes) if isinstance(case, Case)] if sizes else []
     place = {key: index for index, key in reversed(list(enumerate(order)))}
@@ -430,7 +440,8 @@ def main() -> None:
     joiner = commands.add_parser("join", help="make one file of the lanes of several GPUs")
     joiner.add_argument("parts", nargs="+", type=Path)
     joiner.add_argument("--output", type=Path, required=True)
-    joiner.set_defaults(call=lambda args: join(args.parts, args.output))
+    joiner.add_argument("--times", type=Path, help="results of another judge to take times from")
+    joiner.set_defaults(call=lambda args: join(args.parts, args.output, args.times))
     tables = commands.add_parser("table", help="write the tables and the plots")
     tables.add_argument("results", type=Path)
     tables.set_defaults(call=lambda args: _quality_tables.write(args.results))

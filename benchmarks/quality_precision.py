@@ -4,11 +4,12 @@
     python benchmarks/quality_precision.py run --output benchmarks/results/h100/precision.json
     python benchmarks/quality_precision.py table --output benchmarks/results/h100/precision.json
 
-Each row is the embedded model with the same method, schedule, prompts and noise; only the precision
-changes. PSNR against the dense clips of the pipeline as it is says what a person would see, and
-what a row loses is that PSNR beside the one of fused blocks in bf16, clip by clip; PSNR against the
-row without fusing, at the same method, is what the change itself does. The noise floor is a second
-dense kernel. Heads of the model have 64 channels, which the kernel in fp8 pads to 128.
+Each row is a judge, the embedded model or the one that `--model` names, with the same method,
+schedule, prompts and noise; only the precision changes. PSNR against the dense clips of the
+pipeline as it is says what a person would see, and what a row loses is that PSNR beside the one of
+fused blocks in bf16, clip by clip; PSNR against the row without fusing, at the same method, is what
+the change itself does. The noise floor is a second dense kernel. Heads of the embedded model have
+64 channels, which the kernel in fp8 pads to 128.
 
 Eight prompts take less than two minutes on an H100. On a CPU the reference rounds keys and values.
 """
@@ -27,12 +28,13 @@ from _harness import ROOT, conditions, environment, replace_between, store, tabl
 
 from svg_attention import SVG2, Dense
 from svg_models import sparsify
-from svg_models.embedded.defaults import FRAMES
 from svg_models.generation.other_kernel import other_dense_kernel
 from svg_models.loading import Geometry
 from svg_models.recipes import cluster_counts
 
-PAGE = ROOT / "docs" / "embedded-model.md"
+DOCS = ROOT / "docs"
+# Judge -> page with the marker `precision`.
+PAGES = {"embedded": DOCS / "embedded-model.md", "footage": DOCS / "footage-model.md"}
 DENSITY = 0.3
 FUSED = "fused blocks"
 PRODUCTS: dict[str, Any] = {"linears": "fp8"}
@@ -58,13 +60,14 @@ def run(args: argparse.Namespace) -> None:
     if cpu:
         let_a_cpu_have_fp8_products()
     pipe, judge = quality.load(args)
-    prompts, size = judge.prompts, (args.side, args.side)
+    prompts = judge.prompts
+    size = (args.side, args.side) if args.side else judge.sizes[judge.measured[0]]
     dense = quality.sample(pipe, prompts, size, args)
     with other_dense_kernel(pipe):
         again = quality.sample(pipe, prompts, size, args)
     floor = quality.summary(quality.closeness(again, dense)["psnr"])
     print(f"noise floor {quality.decibels(floor)}", flush=True)
-    tokens = Geometry.of(pipe).tokens(height=args.side, width=args.side, frames=FRAMES)
+    tokens = Geometry.of(pipe).tokens(height=size[0], width=size[1], frames=args.frames)
     q_clusters, k_clusters = cluster_counts(tokens, 300, 1000)
     counts: dict[str, Any] = {"q_clusters": q_clusters, "k_clusters": k_clusters}
     sparse = SVG2(**counts, density=DENSITY, compensate=True, route="error")
@@ -73,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
         "density": DENSITY,
         "prompts": len(prompts),
         "steps": args.steps,
-        "side": args.side,
+        "judge": judge.name,
+        "frames": args.frames,
+        "height": size[0],
+        "width": size[1],
         "noise_floor": floor,
         "rows": [],
     }
@@ -119,10 +125,7 @@ def let_a_cpu_have_fp8_products() -> None:
 
 
 def write_table(path: Path) -> None:
-    """Fill the table of the embedded model's page; nothing is there while nothing is stored."""
-    if not path.exists():
-        replace_between(PAGE, "precision", "")
-        return
+    """Fill the table of the judge's page."""
     result = json.loads(path.read_text("utf-8"))
     head = ["attention", "precision", "PSNR to dense", "lost", "SSIM", "PSNR to unfused"]
     lines = [
@@ -136,14 +139,16 @@ def write_table(path: Path) -> None:
         ]
         for row in result["rows"]
     ]
+    prompts = "held-out prompts" if result["judge"] == "embedded" else "prompts"
     text = (
-        f"{conditions(result['environment'])} {result['prompts']} held-out prompts, "
-        f"{result['steps']} steps, {FRAMES} frames of {result['side']} x {result['side']}; "
+        f"{conditions(result['environment'])} {result['prompts']} {prompts}, "
+        f"{result['steps']} steps, {result['frames']} frames of "
+        f"{result['height']} x {result['width']}; "
         f"SVG2 at {result['density']:.0%}, compensated and routed by error. "
         "Lost: PSNR to dense beside that of fused blocks in bf16, mean over the prompts. "
         f"Noise floor (another dense kernel): {quality.decibels(result['noise_floor'])}.\n\n"
     )
-    replace_between(PAGE, "precision", text + table(head, lines))
+    replace_between(PAGES[result["judge"]], "precision", text + table(head, lines))
 
 
 def lost(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -165,7 +170,7 @@ def main() -> None:
     quality.add_options(parser)
     parser.set_defaults(prompts=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--side", type=int, help="of square clips; the judge's first size if none")
     args = parser.parse_args()
     if args.action == "run":
         run(args)

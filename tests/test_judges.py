@@ -88,6 +88,11 @@ def test_join_puts_lanes_in_the_order_of_the_cases(judges, tmp_path):
     quality.join(parts, tmp_path / "whole.json")
     whole = json.loads((tmp_path / "whole.json").read_text("utf-8"))
     assert list(whole["cases"]) == keys
+    embedded = ROOT / "benchmarks/results/h100/quality.json"
+    quality.join(parts, tmp_path / "whole.json", embedded)
+    timed = json.loads((tmp_path / "whole.json").read_text("utf-8"))["times"]
+    assert timed["dense"]["median"] > 0
+    assert all(row["device"] for row in timed.values()), "times say what they were taken on"
     parts[1].write_text(json.dumps({**json.loads(parts[1].read_text("utf-8")), "frames": 9}))
     with pytest.raises(SystemExit, match="other frames"):
         quality.join(parts, tmp_path / "whole.json")
