@@ -20,8 +20,8 @@ LINES = {
     "pip install svg-attention": "the same without the compiled kernels",
     "pip install svg-kernels": "the fused kernels alone",
     "pip install svg-flash-kmeans": "k-means alone",
-    'pip install "svg-engines[kernels]"': "the plug-ins of ComfyUI and other engines",
-    "pip install svg-compat": "the names that SGLang imports of the published package `svg`",
+    'pip install "svg-engines[kernels]"': "the plug-ins for ComfyUI and other engines",
+    "pip install svg-compat": "the names that SGLang imports from the published package `svg`",
 }
 # What error messages advise besides.
 HINTS = ('pip install "svg-attention[triton]"', 'pip install "svg-models[ray]"')
