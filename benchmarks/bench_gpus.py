@@ -35,7 +35,7 @@ from _model_subjects import SUBJECTS, TINY, Subject
 from bench_models import DENSITY, EVERY_STEP, build, forwards, make_inputs
 from torch import Tensor, nn
 
-from svg_attention import SVG2, Dense
+from svg_attention import SVG2, Arrivals, Dense
 from svg_models import parallelize, sparsify
 from svg_models.parallel import ulysses
 from svg_models.parallel.share import Share
@@ -324,11 +324,15 @@ class Member:
         with torch.device(self.device):
             by_token = torch.randn(shape, dtype=torch.bfloat16)
             by_head = by_token.transpose(1, 2).contiguous().transpose(1, 2)
-        position = "last" if text else None
+        position: Any = "last" if text else None
+
+        def values(q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
+            arrivals.wait()
+            return v
 
         def forward() -> Tensor:
             return ulysses.attend_over_ranks(
-                share, by_head, by_head, by_token, lambda q, k, v: v, text_position=position
+                share, by_head, by_head, by_token, values, text_position=position
             )
 
         for _ in range(3):

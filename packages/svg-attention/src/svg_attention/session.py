@@ -18,7 +18,7 @@ from svg_attention.heads import by_head, deal_again, imbalance
 from svg_attention.layout import TokenLayout
 from svg_attention.log import Call, CallLog, CallRecord, Stopwatch
 from svg_attention.memory import LayerMemory
-from svg_attention.methods import Dense, HeadShare, Method
+from svg_attention.methods import Arrivals, Dense, HeadShare, Method
 from svg_attention.plan import SparsePlan
 from svg_attention.ring import Ring, attend_in_ring
 from svg_attention.schedule import Schedule
@@ -173,7 +173,8 @@ class Session:
             scale: factor of the logits, `D ** -0.5` when None.
             dense: what computes dense calls, for results equal to the last bit with a model's own
                 kernel; it must know about text padding itself.
-            head_share: which of the layer's heads these are, if others are on other devices.
+            head_share: which of the layer's heads these are, if others are on other devices. Those
+                may still be sending keys and values, see `HeadShare`.
             out_layout: how the output lies in memory; with "BSHD" `out.transpose(1, 2)` is
                 contiguous. Its shape is `[B, H, S, D]` either way.
             ring: processes that share the video tokens of the call; see `attend_in_ring` for what
@@ -197,7 +198,9 @@ class Session:
         method = self._method_for(call)
         density = broken = plan = unequal = None
         probe_density, computed_by = 0.0, ""
+        arrivals = Arrivals() if head_share is None else head_share.arrivals
         if ring is not None and ring.size > 1:
+            arrivals.wait()
             site = self._site_for(call, query.device)
             computed_by = backend or ("auto" if method.is_full else self.backend)
             found = attend_in_ring(
@@ -218,6 +221,7 @@ class Session:
             density = None if found.density is None else found.density.mean(dim=0)
             broken = None if found.broken is None else found.broken.any()
         elif isinstance(method, Dense) and dense is not None:
+            arrivals.wait()
             out = dense(query, key, value)
         else:
             site = self._site_for(call, query.device)
@@ -233,6 +237,7 @@ class Session:
                 scale=scale,
                 head_share=head_share,
             )
+            arrivals.wait()
             # torch's dense kernel chooses its own layout, which is mostly that of the queries.
             computed_by = backend or ("auto" if plan.is_full else self.backend)
             chooses = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_attention.methods.base import Method
-from svg_attention.methods.call import HeadShare
+from svg_attention.methods.call import Arrivals, HeadShare
 from svg_attention.methods.dense import Dense
 from svg_attention.methods.random_blocks import RandomBlocks
 from svg_attention.methods.svg1 import SVG1
@@ -38,6 +38,7 @@ def method_from_dict(values: Mapping[str, Any]) -> Method:
 
 
 __all__ = [
+    "Arrivals",
     "METHODS",
     "SVG1",
     "SVG2",

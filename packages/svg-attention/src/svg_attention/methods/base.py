@@ -77,7 +77,16 @@ class Method(ABC):
 
     def plan_call(self, call: AttentionCall) -> SparsePlan:
         """Return the plan of a call."""
-        return call.full_plan() if self.is_full else self.build(call)
+        if self.is_full:
+            return call.full_plan()
+        if not self.waits:
+            call.wait()
+        return self.build(call)
+
+    @property
+    def waits(self) -> bool:
+        """Whether `build` itself waits for keys and values, by `AttentionCall.wait`."""
+        return False
 
     @property
     def is_full(self) -> bool:

@@ -15,6 +15,27 @@ from svg_attention.plan import SparsePlan
 from svg_attention.tiles import TILE_ROWS, count_tiles
 
 
+class Arrivals:
+    """Tensors of a call that are still on their way to this device.
+
+    Their shapes and types may be read at any time, their numbers after `wait` alone.
+
+    Args:
+        pending: what waits for each of them, by the name that the call has for it; on a GPU the
+            host goes on, and what it launches from then on waits.
+    """
+
+    def __init__(self, **pending: Callable[[], None]) -> None:
+        self._pending = pending
+
+    def wait(self, *names: str) -> None:
+        """Wait for tensors by their names, or for all if none is named; again does no harm."""
+        for name in names or tuple(self._pending):
+            finish = self._pending.pop(name, None)
+            if finish is not None:
+                finish()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadShare:
     """Tell a call that it is made for some heads of a layer, whose others are on other devices.
@@ -32,6 +53,8 @@ class HeadShare:
         order: int64 `[H]`, the heads of the first device, then those of the second, and so on;
             `first` is then a place in it. None for the order of their numbers.
         deals: whether a layer may be dealt out anew once it is known what its heads cost.
+        arrivals: keys and values that other devices are still sending, while the call begins with
+            what is here.
     """
 
     first: int
@@ -41,6 +64,7 @@ class HeadShare:
     devices: int = 1
     order: Tensor | None = None
     deals: bool = False
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     def here(self, order: Tensor) -> Tensor:
         """Return the entries of an order of all heads that are of this device."""
@@ -130,6 +154,11 @@ class AttentionCall:
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.query.device
+
+    def wait(self, *names: str) -> None:
+        """Have what follows wait for "key" or "value", or for both; see `Arrivals`."""
+        if self.head_share is not None:
+            self.head_share.arrivals.wait(*names)
 
     def video(self, x: Tensor) -> Tensor:
         """Return the video rows of `query`, `key` or `value`, a view."""

@@ -245,6 +245,11 @@ class SVG2(Method):
         """Whether tiles choose by `top_p`, and each call for itself."""
         return self.density is None and not self.shares
 
+    @property
+    def waits(self) -> bool:
+        """Always: queries are clustered while keys are on their way, and keys while values are."""
+        return True
+
     def build(self, call: AttentionCall) -> SparsePlan:
         """Cluster, choose and build the plan, or read as an earlier call chose.
 
@@ -253,6 +258,7 @@ class SVG2(Method):
         """
         choice = self.choice_of_another(call)
         if choice is not None:
+            call.wait()
             return self.follow(call, choice)
         return self.plan_clusters(call, *self.cluster(call))
 
@@ -301,6 +307,7 @@ class SVG2(Method):
         query, key = call.video(call.query), call.video(call.key)
         rows = (query, key)
         if self.metric == "response":
+            call.wait("key")
             keys_root = match_heads(response_root(key, key.shape[1]), call.heads)
             rows = (
                 respond(query, keys_root, unit=True),
@@ -313,6 +320,7 @@ class SVG2(Method):
             iterations=iterations,
             generator=call.generator,
         )
+        call.wait("key")
         keys = cluster_rows(
             rows[1],
             k_clusters,
@@ -337,6 +345,8 @@ class SVG2(Method):
             query_clusters: clusters of its video queries.
             key_clusters: clusters of its video keys.
         """
+        if self.compensate or self.repair_rows:  # otherwise nobody reads values before attention
+            call.wait()
         layout = call.layout
         rows, probe, sorted_rows = layout.video_tokens, None, query_clusters.order
         if self.correct_residual:

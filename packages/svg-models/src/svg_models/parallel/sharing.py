@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svg_attention import Arrivals
 from svg_models import attention_op
 from svg_models.families import Family
 from svg_models.families.base import parameter_names, plain_path
@@ -78,7 +79,8 @@ class SharedTransformer:
         lengths = None if counts is None else tuple(share.tokens + count for count in counts)
         position = self._family.text_position
 
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def dense(q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
+            arrivals.wait()
             if share.ring is not None:
                 return dense_in_ring(share, q, k, v, text_position=position, text_counts=counts)
             return self._family.dense(q, k, v, backend=backend, key_lengths=lengths)

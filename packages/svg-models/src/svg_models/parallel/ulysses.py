@@ -2,7 +2,8 @@
 
 Before attention every rank sends each other one the heads that this one computes and gets its own
 heads of all other shares; afterwards the way back. A sparse plan sees what it would see on one
-GPU, of fewer heads, in the same order of tokens.
+GPU, of fewer heads, in the same order of tokens. It begins with the queries, while keys and values
+are on their way.
 
 Tokens of text are on every rank. It takes its own heads of them, and afterwards all ranks tell each
 other what came out.
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svg_attention import HeadShare, UnsupportedError
+from svg_attention import Arrivals, HeadShare, UnsupportedError
 from svg_models.families import Family
 from svg_models.parallel.share import Share, part_sizes
 
@@ -68,9 +69,10 @@ def attend_over_ranks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor],
     *,
     text_position: Literal["first", "last"] | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Attend to a sequence of which each rank holds a share.
 
@@ -79,14 +81,16 @@ def attend_over_ranks(
         query: `[B, S, H, D]`, this rank's video tokens, and all of the text if there is any.
         key: as `query`.
         value: as `query`.
-        attend: computes attention of whole sequences, `[B, S, H, D]`, of this rank's heads.
+        attend: computes attention of whole sequences, `[B, S, H, D]`, of this rank's heads; has to
+            wait for the keys and the values before it reads them.
         text_position: where the text stands; None if there is none.
+        order: int64 `[H]`, in which ranks have the heads; None for that of their numbers.
 
     Returns:
         As `query`, contiguous.
     """
     if share.ranks == 1:
-        return attend(query, key, value)
+        return attend(query, key, value, Arrivals())
     heads = part_sizes(query.shape[2], share.ranks)
     mine = slice(sum(heads[: share.rank]), sum(heads[: share.rank + 1]))
     text = query.shape[1] - share.sizes[share.rank]
@@ -94,63 +98,84 @@ def attend_over_ranks(
     video, words = _slices(first, text, query.shape[1])
     all_video, all_words = _slices(first, text, text + share.tokens)
 
-    # All three are on their way before the first is waited for.
-    exchanges, whole = [], []
+    def of_heads(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+        if order is None:
+            return x.narrow(axis, start, stop - start)
+        return x.index_select(axis, order[start:stop])
+
+    # All three are on their way before the first is waited for, and arrive in this order.
+    pending, whole = [], []
     for x in (query, key, value):
         batch, _, _, width = x.shape
         shape = (batch, text + share.tokens, mine.stop - mine.start, width)
-        # What the fused kernels make lies head by head; it stays so, and whole heads are received
-        # in place. What a projection makes lies token by token, and whole shares are.
+        # What the fused kernels make lies head by head and stays so: it is sent as it is, and
+        # what comes is copied to its tokens. What a projection makes lies token by token: heads are
+        # copied together to be sent, and what comes is in place.
         by_head = x.transpose(1, 2).is_contiguous()
         joined = _empty_by_head(x, shape) if by_head else x.new_empty(shape)
-        joined[:, all_words] = x[:, words, mine]
-        sent = [x[:, video, start:stop] for start, stop in _bounds(heads)]
+        if text:
+            joined[:, all_words] = of_heads(x[:, words], 2, mine.start, mine.stop)
+        sent = x[:, video]
         received = [joined[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)]
         if by_head:
-            sent, received = ([y.transpose(1, 2) for y in z] for z in (sent, received))
-        exchanges.append(exchange(sent, received, share.group))
+            sent, received = sent.transpose(1, 2), [y.transpose(1, 2) for y in received]
+        axis = 1 if by_head else 2
+        parts = [of_heads(sent, axis, start, stop) for start, stop in _bounds(heads)]
+        pending.append(exchange(parts, received, share))
         whole.append(joined)
-    for finish in exchanges:
-        finish()
-    local = attend(*whole)
+    pending[0]()
+    arrivals = Arrivals(key=pending[1], value=pending[2])
+    try:
+        local = attend(whole[0], whole[1], whole[2], arrivals)
+    finally:
+        arrivals.wait()  # memory that is still written must not be given to others
 
     out = local.new_empty(query.shape)
     shares = [local[:, all_video][:, start:stop] for start, stop in _bounds(share.sizes)]
-    back = [exchange(shares, [out[:, video, i:k] for i, k in _bounds(heads)], share.group)]
+    back = [exchange(shares, [out[:, video, i:k] for i, k in _bounds(heads)], share)]
     if text:
         spoken = [local[:, all_words]] * share.ranks
-        back.append(exchange(spoken, [out[:, words, i:k] for i, k in _bounds(heads)], share.group))
+        back.append(exchange(spoken, [out[:, words, i:k] for i, k in _bounds(heads)], share))
     for finish in back:
         finish()
-    return out
+    return out if order is None else out.index_select(2, order.argsort())
 
 
-def exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Any) -> Callable[[], None]:
+def exchange(
+    sent: Sequence[Tensor], received: Sequence[Tensor], share: Share
+) -> Callable[[], None]:
     """Begin to send a tensor to each rank and to receive one from each, into any memory.
 
     A tensor that is not contiguous is copied into a parcel, or out of one. Messages of whole heads,
-    which need no parcel, took as long on 2 and 4 H200s.
+    which need no parcel, took as long on 2 and 4 H200s. What a rank has for itself it copies, while
+    the rest is on its way.
 
     Args:
         sent: what each rank gets.
         received: where what comes from each rank is written.
-        group: the ranks.
+        share: the ranks, and which of them this one is.
 
     Returns:
         What has to be called before others read what is received, or write what is sent.
     """
-    parcels = [x.contiguous() for x in sent]
-    boxes = [x if x.is_contiguous() else x.new_empty(x.shape) for x in received]
-    if sent[0].device.type == "cpu":  # gloo exchanges the parts of one tensor only
+    own, nothing = share.rank, sent[0].new_empty(0)
+    parcels = [nothing if n == own else x.contiguous() for n, x in enumerate(sent)]
+    boxes = [
+        nothing if n == own else x if x.is_contiguous() else x.new_empty(x.shape)
+        for n, x in enumerate(received)
+    ]
+    if nothing.device.type == "cpu":  # gloo exchanges the parts of one tensor only
         sizes = [x.numel() for x in boxes]
         flat = torch.cat([x.flatten() for x in parcels])
         came = flat.new_empty(sum(sizes))
         work = dist.all_to_all_single(
-            came, flat, sizes, [x.numel() for x in parcels], group=group, async_op=True
+            came, flat, sizes, [x.numel() for x in parcels], group=share.group, async_op=True
         )
         boxes = [x.view(box.shape) for x, box in zip(came.split(sizes), boxes, strict=True)]
     else:
-        work = dist.all_to_all(boxes, parcels, group=group, async_op=True)
+        work = dist.all_to_all(boxes, parcels, group=share.group, async_op=True)
+    received[own].copy_(sent[own])
+    boxes[own] = received[own]
     return partial(_finish, work, received, boxes, parcels)
 
 

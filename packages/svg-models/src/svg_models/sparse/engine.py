@@ -9,13 +9,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svg_attention import (
+    Arrivals,
     Call,
     CallRecord,
     Dense,
@@ -371,12 +371,15 @@ class Engine:
             return self._attend(place, query, key, value)
         exchanged, position = share.of_heads, place.family.text_position
         order = self._head_order(place, exchanged.ranks, query.device)
-        heads_here = head_share(exchanged, query.shape[2], order=order, deals=share.balanced)
-        attend = partial(self._attend, place, share=share, heads_here=heads_here)
-        if order is not None:
-            query, key, value = (x.index_select(2, order) for x in (query, key, value))
-        out = attend_over_ranks(exchanged, query, key, value, attend, text_position=position)
-        return out if order is None else out.index_select(2, order.argsort())
+        here = head_share(exchanged, query.shape[2], order=order, deals=share.balanced)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, arrivals: Arrivals) -> Tensor:
+            heads_here = dataclasses.replace(here, arrivals=arrivals)
+            return self._attend(place, q, k, v, share=share, heads_here=heads_here)
+
+        return attend_over_ranks(
+            exchanged, query, key, value, attend, text_position=position, order=order
+        )
 
     def _head_order(self, place: Slot, ranks: int, device: torch.device) -> Tensor | None:
         """Return the order in which ranks have the heads of a layer; None for their numbers'."""
@@ -441,6 +444,8 @@ class Engine:
 
         # A plan knows a clip and, on one side of it, tokens that it attends to exactly. Conditions
         # that stand on the other side than the text go between both, where they all count.
+        if before and heads_here is not None:
+            heads_here.arrivals.wait()
         heads = tuple(_swapped(x, before, video).transpose(1, 2) for x in (query, key, value))
         out = session.attend(
             *heads,
