@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,14 +16,17 @@ from torch import Tensor
 from svg_attention import (
     SVG1,
     SVG2,
+    Arrivals,
     Call,
     Dense,
+    HeadShare,
     RandomBlocks,
     Schedule,
     Session,
     TokenLayout,
     plan,
 )
+from svg_attention import session as session_module
 from svg_attention.methods import svg2
 from svg_attention.planning import clusters, order, probes, runs, selection
 from svg_attention.session import site_seed
@@ -44,6 +48,60 @@ def run_video(session: Session, data: tuple[Tensor, Tensor, Tensor], steps: int 
                 shifted = tuple(x + 0.05 * step * (layer + 1) for x in data)
                 outputs.append(session.attend(*shifted, layout=LAYOUT, call=call))
     return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(METHOD, replace(METHOD, density=None, top_p=0.7), replace(METHOD, share_steps=2)),
+        *(replace(METHOD, compensate=True), replace(METHOD, repair_rows=8)),
+        SVG2.corrected(0.7, q_clusters=8, k_clusters=24, repair_rows=8),
+        *(SVG1(density=0.6), RandomBlocks(density=0.5), Dense()),
+    ],
+)
+def test_attend_reads_nothing_before_it_has_arrived(
+    method: Any, clustered: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    given = clustered(LAYOUT, seed=1)
+    alone, late = (Session(method, SPARSE, layout=LAYOUT, seed=3) for _ in range(2))
+    for step in range(4):
+        call = Call(step=step, num_steps=4, layer=0, num_layers=1)
+        query, *sent = (x + 0.05 * step for x in given)
+        coming = [torch.full_like(x, torch.nan) for x in sent]
+        pending = {
+            name: partial(x.copy_, y)
+            for name, x, y in zip(("key", "value"), coming, sent, strict=True)
+        }
+        share = HeadShare(
+            first=0, heads=query.shape[1], gather=lambda x: x, arrivals=Arrivals(**pending)
+        )
+        found = late.attend(query, *coming, call=call, head_share=share)
+        assert torch.equal(found, alone.attend(query, *sent, call=call))
+
+
+def test_attend_clusters_while_keys_and_values_are_on_their_way(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = clustered(LAYOUT, seed=1)
+    seen: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *args, **options: (seen.append(name), function(*args, **options))[1]
+
+    monkeypatch.setattr(svg2, "cluster_rows", noting("cluster", svg2.cluster_rows))
+    monkeypatch.setattr(svg2, "plan_clusters", noting("plan", svg2.plan_clusters))
+    monkeypatch.setattr(
+        session_module, "sparse_attention", noting("attend", session_module.sparse_attention)
+    )
+    pending = {name: partial(seen.append, name) for name in ("key", "value")}
+    share = HeadShare(
+        first=0, heads=query.shape[1], gather=lambda x: x, arrivals=Arrivals(**pending)
+    )
+    session = Session(METHOD, SPARSE, layout=LAYOUT)
+    session.attend(
+        query, key, value, call=Call(step=3, num_steps=4, layer=0, num_layers=1), head_share=share
+    )
+    assert seen == ["cluster", "key", "cluster", "plan", "value", "attend"]
 
 
 @pytest.mark.parametrize("method", [METHOD, SVG1(density=0.6), RandomBlocks(density=0.5)])

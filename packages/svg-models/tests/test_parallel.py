@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import processes
 import pytest
@@ -11,8 +13,11 @@ import tiny
 import torch
 
 from svg_attention import UnsupportedError
-from svg_models import parallelize
-from svg_models.parallel.share import part_sizes
+from svg_models import parallelize, sparsify
+from svg_models.families import family_of
+from svg_models.families.processors import original_of
+from svg_models.parallel.share import Share, part_sizes
+from svg_models.parallel.sharing import SharedTransformer
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
@@ -42,6 +47,27 @@ def test_parallelize_on_one_rank_changes_nothing() -> None:
     with parallelize(model, ulysses=1) as run:
         assert run.ranks == 1
         assert model.blocks[0].attn1.processor is before
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_shared_transformer_keeps_settings_of_processors_on_the_models_own(sparse: bool) -> None:
+    model = tiny.transformer()
+    attn = model.blocks[0].attn1
+    own = attn.processor
+    run = sparsify(model) if sparse else None
+    family = family_of(model)
+    shared = SharedTransformer(model, family, family.sharing, Share.alone())
+    assert attn.processor is not own
+    assert original_of(attn.processor) is own
+    model.set_attention_backend("native")
+    assert own._attention_backend == attn.processor._attention_backend == "native"
+    copied = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert {type(one.blocks[0].attn1.processor) for one in copied} == {type(own)}
+    shared.restore()
+    if run is not None:
+        assert original_of(attn.processor) is attn.processor.original is own
+        run.restore()
+    assert attn.processor is own
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8, 1000])

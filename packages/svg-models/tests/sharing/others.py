@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ import torch.distributed as dist
 from composition.player import Player
 from torch.overrides import TorchFunctionMode
 
+import svg_kernels
 from sharing.checks import EVERYWHERE, METHODS
+from sharing.subjects import SUBJECTS
 from svg_attention import Dense, UnsupportedError
 from svg_models import parallelize, restore, sparsify
-from svg_models.families import fused
+from svg_models.families import family_of, fused
 
 SPARSE = METHODS["SVG2"]
+KERNELS = ("gate_residual", "gate_residual_norm", "gelu", "layer_norm_modulate", "qk_norm_rope",
+           "rms_norm", "rope")  # fmt: skip
 
 
 class Doubled(TorchFunctionMode):
@@ -29,6 +34,26 @@ class Doubled(TorchFunctionMode):
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         return 2 * out if function is torch.nn.functional.scaled_dot_product_attention else out
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Say that kernels serve the CPU; collect the names of those that are launched."""
+    names: list[str] = []
+    real = {name: getattr(svg_kernels, name) for name in KERNELS}
+
+    def named(name: str) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            names.append(name)
+            return real[name](*args, **options)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "serves", lambda device: True)
+        for name in KERNELS:
+            patch.setattr(svg_kernels, name, named(name))
+        yield names
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -79,16 +104,14 @@ def watched(player: Player, team: Any) -> None:
 
 
 def fused_blocks(player: Player, team: Any) -> None:
-    """Blocks computed by fewer kernels, here by their reference, take shares as others do."""
-    real = fused.serves
-    fused.serves = lambda device: True
-    try:
-        with sparsify(player, SPARSE, EVERYWHERE):
-            alone = player.play()
-        with parallelize(player, group=team, guidance=1), sparsify(player, SPARSE, EVERYWHERE):
+    """Blocks take shares by the kernels that compute them alone, here by their reference."""
+    with sparsify(player, SPARSE, EVERYWHERE), launches() as names:
+        alone = player.play()
+    assert names or not family_of(player.transformer).find_blocks(player.transformer)
+    with parallelize(player, group=team, guidance=1), sparsify(player, SPARSE, EVERYWHERE):
+        with launches() as shared:
             close(player.play(), alone)
-    finally:
-        fused.serves = real
+    assert shared == names, "other kernels than alone"
 
 
 def compiled(player: Player, team: Any) -> None:
@@ -132,11 +155,7 @@ CHECKS: dict[str, tuple[Callable[[Player, Any], None], str]] = {
         either_order: ("wan t2v", "hunyuan_video t2v"),
         copies: ("wan t2v", "cogvideox 1.5 i2v"),
         watched: ("wan t2v", "hunyuan_video t2v", "allegro t2v", "ltx2 t2v"),
-        fused_blocks: (
-            *("wan t2v", "wan 2.2 ti2v, image", "wan vace", "hunyuan_video t2v"),
-            *("hunyuan_video15 i2v", "cosmos predict2 v2w", "cogvideox 1.5 i2v", "ltx t2v"),
-            "hunyuan_video t2v, 5 heads, two texts",
-        ),
+        fused_blocks: tuple(SUBJECTS),
         compiled: ("wan t2v", "hunyuan_video t2v"),
         own_latents: ("wan t2v",),
         refusals: ("wan t2v",),

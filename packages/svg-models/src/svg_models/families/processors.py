@@ -16,34 +16,32 @@ from svg_models.families.steps import project_out
 __all__ = [
     "JointProcessor",
     "SparseProcessor",
+    "StandIn",
     "VideoProcessor",
     "original_of",
     "put_processor",
 ]
 
 
-class SparseProcessor:
-    """Base of the attention processors that ask a sparse run what to compute.
+class StandIn:
+    """Base of what stands in front of an attention processor for a while.
 
-    It stands in front of the processor it replaced: settings that diffusers keeps on processors
-    (attention backend, parallel configuration) are read from and written to that one, so they
-    survive `restore`. A deep copy of the model gets a copy of the replaced processor, so that it is
-    a plain dense model.
+    Settings that diffusers keeps on processors (attention backend, parallel configuration) are read
+    from and written to the one behind, so they survive `restore`. A deep copy of the model gets a
+    copy of the one behind, so that it is a plain dense model; so does what is loaded from a pickle.
 
     Args:
-        original: the processor it replaces.
-        handle: names the run and the attention, from `svg_models.attention_op.make_handle`.
+        original: the processor behind.
     """
 
-    def __init__(self, original: Any, handle: Tensor) -> None:
+    def __init__(self, original: Any) -> None:
         self.original = original
-        self.handle = handle
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the processor that was replaced, so that what is loaded is a dense model."""
+        """Pickle as the processor behind."""
         return _same, (self.original,)
 
     @property
@@ -61,6 +59,19 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
+
+
+class SparseProcessor(StandIn):
+    """Base of the attention processors that ask a sparse run what to compute.
+
+    Args:
+        original: the processor it replaces.
+        handle: names the run and the attention, from `svg_models.attention_op.make_handle`.
+    """
+
+    def __init__(self, original: Any, handle: Tensor) -> None:
+        super().__init__(original)
+        self.handle = handle
 
     def stands_aside(self) -> bool:
         """Return whether the processor that was replaced has to compute this call, and say so."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from svg_attention import Arrivals
 from svg_models import attention_op
 from svg_models.families import Family
 from svg_models.families.base import parameter_names, plain_path
-from svg_models.families.processors import SparseProcessor, put_processor
+from svg_models.families.processors import SparseProcessor, StandIn, put_processor
 from svg_models.families.sharing import Axis, Sharing
 from svg_models.parallel.ring import dense_in_ring
 from svg_models.parallel.share import Share
@@ -193,7 +192,7 @@ class SharedTransformer:
         return self.share.part(out[0], 1), *out[1:]
 
 
-class _OnWhole:
+class _OnWhole(StandIn):
     """The processor of a model, which computes attention over whole sequences only.
 
     Args:
@@ -202,25 +201,11 @@ class _OnWhole:
     """
 
     def __init__(self, original: Any, shared: SharedTransformer) -> None:
-        self.original = original
+        super().__init__(original)
         self._shared = shared
 
     def __call__(self, attn: Any, *arguments: Any, **named: Any) -> Any:
         return self._shared.on_whole(self.original, attn, arguments, named)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.original,)
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend
 
 
 class _Hook:
@@ -329,7 +314,3 @@ def _replaced(
     by_place = [changed.get(name, x) for name, x in zip(names, args, strict=False)]
     by_name = {name: changed.get(name, x) for name, x in kwargs.items()}
     return (*by_place, *args[len(by_place) :]), by_name
-
-
-def _same(processor: Any) -> Any:
-    return processor
