@@ -48,6 +48,7 @@ BASELINE = "error"
 BEST = "error, bias, response, repair, alike"
 # What presets are made of: as good, and planned half as often.
 PRESET = f"{BEST}, 2 steps"
+SPENT = f"{PRESET}, spent by error"
 SETTINGS: dict[str, dict[str, Any]] = {
     "SVG2": {},
     "compensation": COMPENSATED,
@@ -63,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"{BEST}, {steps} steps": {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "share_steps": steps}
         for steps in (2, 4)
     },
+    SPENT: {**BIAS, **RESPONSE, **REPAIR, **ALIKE, "share_steps": 2, "spend": "call"},
     "error, bias, repair, alike, 2 steps": {**BIAS, **REPAIR, **ALIKE, "share_steps": 2},
     "error, bias, 2 steps": {**BIAS, "share_steps": 2},
     "compensation, alike": {**COMPENSATED, **ALIKE},
@@ -191,7 +193,7 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
     few = [name for name in SETTINGS if name != "SVG2"]
     # What is asked first: each correction, and the best of them together.
     telling = few[: few.index("error, bias, 2 steps") + 1]
-    telling.remove("SVG-EAR")
+    telling = [name for name in telling if name not in ("SVG-EAR", SPENT)]
     most = [BASELINE, "error, bias, residual", "error, bias, response, repair", BEST]
     most += [f"{BEST}, spent by error", PRESET]
     if first not in SIDES:
@@ -214,6 +216,10 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
                 yield from some(size, steps, "no dense step", total, [PRESET])
         for density in (0.1, 0.2, 0.05):
             yield from some(size, 20, "dense for 30 %", density, [PRESET])
+    if first in SIDES:
+        # What no dense step is held against, and whether a curve beats one density.
+        for schedule in ("no dense step", *CURVES, "dense for 10 %", "dense for 15 %"):
+            yield from some(first, 20, schedule, 0.25, [SPENT, PRESET])
     for methods in (telling, everything):
         methods_few = [name for name in methods if name in few]
         yield from some(first, 8, "no dense step", 0.25, methods_few)
@@ -221,8 +227,6 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
         yield from some(first, 8, "no dense step", 0.35, methods_few)
         yield from some(first, 4, "no dense step", 0.35, methods_few)
         yield from some(first, 20, "no dense step", 0.25, methods_few)
-        for schedule in CURVES:
-            yield from some(first, 20, schedule, 0.25, [PRESET])
         for schedule in ("dense for 10 %", "dense for 15 %"):
             best = [BEST, f"{BEST}, spent by error"]
             yield from some(first, 20, schedule, 0.25, [BASELINE, "error, bias", *best])
