@@ -145,8 +145,6 @@ def train(options: Options) -> dict[str, Any]:
     print(f"{_passed():.0f} s: {len(clips.sources)} clips decoded", flush=True)
     vae, card["autoencoder"] = _autoencoder(clips, options, stored, card)
     codec = WholeClip(vae.eval().requires_grad_(False), compiled=options.compiled)
-    # Sources differ in size: each would be tuned for anew.
-    torch.backends.cudnn.benchmark = False
     statistics = {"mean": vae.config.latents_mean, "std": vae.config.latents_std}
     with torch.no_grad(), autocast(options.device):
         seen, unseen = (
@@ -228,12 +226,12 @@ def _autoencoder(
     from diffusers import AutoencoderKLWan
 
     toy = options.shape == TOY_SHAPE
+    # Neither compiled nor tuned: both took longer than the minute that it is trained for.
     model = Vae(
         DenoiserOptions(
-            out=options.work, steps=options.vae_steps, lr=options.vae_lr, shape=options.shape,
-            compiled=options.compiled,
+            out=options.work, steps=options.vae_steps, lr=options.vae_lr, shape=options.shape
         )
-    )  # fmt: skip
+    )
     if "autoencoder" in card:
         model.codec.restore()
         _load(model.vae, stored, "vae")
@@ -658,7 +656,6 @@ def main(argv: list[str] | None = None) -> None:
     if not ranks.first:
         sys.stdout = io.StringIO()  # the first speaks for all
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     toy: dict[str, Any] = {}
     if args.toy:
         args.work.mkdir(parents=True, exist_ok=True)
