@@ -444,7 +444,6 @@ def _conditions(options: Options, clips: LatentClips) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device else "CPU",
         "torch": torch.__version__,
         "seed": options.seed,
-        "seconds": options.seconds,
     }
 
 
