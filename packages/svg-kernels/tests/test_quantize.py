@@ -21,16 +21,17 @@ EXACT = {
 STEP = 2.0**-4 * 1.001
 
 
-def check(x, activation, backend):
-    q, scale = svg_kernels.quantize_rows(x, activation=activation, backend=backend)
+def check(x, activation, backend, **largest):
+    q, scale = svg_kernels.quantize_rows(x, activation=activation, backend=backend, **largest)
     assert q.dtype == torch.float8_e4m3fn
     assert q.shape == x.shape
     assert q.is_contiguous()
     assert scale.dtype == torch.float32
     assert scale.shape == (*x.shape[:-1], 1)
     exact = EXACT[activation](x.double())
-    largest = exact.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    torch.testing.assert_close(scale.double(), largest / 448, rtol=1e-5, atol=0)
+    size = exact.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    wanted = size / largest.get("largest", 448)
+    torch.testing.assert_close(scale.double(), wanted, rtol=1e-5, atol=0)
     # Below 2^-6 of e4m3's values the step is constant, 2^-9.
     allowed = torch.maximum(exact.abs() * STEP, 2.0**-10 * 1.01 * scale.double())
     assert ((q.double() * scale.double() - exact).abs() <= allowed).all()
@@ -44,6 +45,22 @@ def test_quantize_rows_is_within_half_a_step(backend, dtype, activation, width, 
     x = torch.randn(3, 7, width, device=device, generator=generator)
     x = x * torch.logspace(-3, 3, 7, device=device)[:, None]
     check(x.to(dtype), activation, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantize_rows_by_several_grids_is_right_on_average(backend, device, generator):
+    x = torch.randn(9, 640, device=device, generator=generator)
+    found = []
+    for largest in (448.0, 400.1, 350.7, 300.3, 260.9, 224.5):
+        check(x, "none", backend, largest=largest)
+        q, scale = svg_kernels.quantize_rows(x, largest=largest, backend=backend)
+        torch.testing.assert_close(
+            q.float().abs().amax(-1), torch.full_like(x[:, 0], largest), rtol=STEP, atol=0
+        )
+        found.append(q.double() * scale.double() - x.double())
+    errors = [error.norm() for error in found]
+    assert max(errors) < 1.1 * min(errors)
+    assert torch.stack(found).mean(0).norm() < 0.5 * min(errors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,6 +99,9 @@ def test_quantize_rows_refuses_what_it_cannot(device):
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="activation must be one of"):
         svg_kernels.quantize_rows(x, activation="relu")
+    for largest in (0.0, 449.0, float("nan")):
+        with pytest.raises(ValueError, match="largest must be above 0 and at most 448, got"):
+            svg_kernels.quantize_rows(x, largest=largest)
     with pytest.raises(TypeError, match="fp16, bf16 or fp32"):
         svg_kernels.quantize_rows(x.long())
     with pytest.raises(UnsupportedError, match="there is no compiled kernel"):
@@ -90,7 +110,7 @@ def test_quantize_rows_refuses_what_it_cannot(device):
 
 def test_quantize_rows_of_meta_tensors_has_the_right_shapes():
     q, scale = torch.ops.svg_kernels.quantize_rows(
-        torch.empty(2, 3, 8, device="meta"), "none", "auto"
+        torch.empty(2, 3, 8, device="meta"), "none", 448.0, "auto"
     )
     assert (q.shape, q.dtype) == ((2, 3, 8), torch.float8_e4m3fn)
     assert (scale.shape, scale.dtype) == ((2, 3, 1), torch.float32)
@@ -98,12 +118,15 @@ def test_quantize_rows_of_meta_tensors_has_the_right_shapes():
 
 @pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
-def test_quantize_rows_kernel_scales_rows(activation, monkeypatch):
+@pytest.mark.parametrize("largest", [448.0, 300.0])
+def test_quantize_rows_kernel_scales_rows(activation, largest, monkeypatch):
     # The interpreter loses the carry where rounding to e4m3 reaches the next power of two, so the
     # kernel writes what it would round.
     monkeypatch.setattr(torch, "float8_e4m3fn", torch.float32)
     x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1))
-    q, scale = svg_kernels.quantize_rows(x, activation=activation, backend="triton")
+    q, scale = svg_kernels.quantize_rows(
+        x, activation=activation, largest=largest, backend="triton"
+    )
     exact = EXACT[activation](x.double())
     torch.testing.assert_close(q.double() * scale, exact, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(q.abs().amax(-1), torch.full((2, 5), 448.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(q.abs().amax(-1), torch.full((2, 5), largest), rtol=1e-5, atol=0)

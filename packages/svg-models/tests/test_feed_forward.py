@@ -138,7 +138,7 @@ def test_feed_forward_joins_where_fp8_stands_aside(
     feed_forward(module, x)
     assert joined == [(1200, WIDTH)]
     assert calls == ["Fp8Linear"]  # the second product decides for itself
-    linears.on = True
+    linears.begin_forward(fp8=True)
     feed_forward(module, x)
     assert len(joined) == 1
     assert calls[1:] == ["Fp8FeedForward"]

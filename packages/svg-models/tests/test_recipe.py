@@ -70,6 +70,20 @@ def test_from_dict_fills_what_is_missing() -> None:
     assert recipe.layers == Layers(fuse=True, linears="bf16")
 
 
+@pytest.mark.parametrize(("num_steps", "last"), [(1, 1), (4, 1), (8, 1), (20, 2), (50, 5)])
+def test_in_fp8_leaves_out_the_last_tenth_of_the_steps(num_steps: int, last: int) -> None:
+    layers = Layers(linears="fp8")
+    every = range(num_steps)
+    inside = [layers.in_fp8(sparse=True, step=step, num_steps=num_steps) for step in every]
+    assert inside == [True] * (num_steps - last) + [False] * last
+    assert not any(layers.in_fp8(sparse=False, step=step, num_steps=num_steps) for step in every)
+    whole = Layers(linears="fp8", fp8_from="start")
+    for sparse in (False, True):
+        assert all(whole.in_fp8(sparse=sparse, step=step, num_steps=num_steps) for step in every)
+    # Nobody knows which step is the last.
+    assert layers.in_fp8(sparse=True, step=num_steps - 1, num_steps=None)
+
+
 def test_measured_says_the_conditions() -> None:
     assert MEASURED.speedup == 2.5
     for words in ("33.5 dB ± 2.0", "25% of the attention", "2.50x", "3 prompts", "20 steps"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -46,7 +47,7 @@ class Layers:
         fuse: join what stands between the matrix products of a block.
         linears: precision of the matrix products.
         attention: precision of self-attention.
-        fp8_from: the first step in which what is to be in fp8 is.
+        fp8_from: which steps have in fp8 what is to be: sparse ones but the last, or all.
         cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 
@@ -82,13 +83,22 @@ class Layers:
         """Whether anything is computed in fp8."""
         return "fp8" in (self.linears, self.attention)
 
-    def in_fp8(self, *, sparse: bool) -> bool:
+    def in_fp8(self, *, sparse: bool, step: int | None, num_steps: int | None) -> bool:
         """Return whether a step is one of those that fp8 is for.
+
+        Unless it is for all, the last tenth of the steps keeps its precision: no later step takes
+        their error away, and it is most of what rounding the inputs of products costs.
 
         Args:
             sparse: whether its attention is sparse.
+            step: its number, if it is known.
+            num_steps: of the video, if it is known.
         """
-        return sparse or self.fp8_from == "start"
+        if self.fp8_from == "start":
+            return True
+        if step is None or num_steps is None:
+            return sparse
+        return sparse and step < num_steps - math.ceil(num_steps / 10)
 
     def changed(self, **given: Any) -> Layers:
         """Return a copy in which what was given, that is not None, takes the place of the rest.

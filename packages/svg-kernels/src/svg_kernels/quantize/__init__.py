@@ -15,20 +15,29 @@ __all__ = ["quantize_rows"]
 
 Activation = Literal["none", "gelu", "gelu_tanh"]
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+LARGEST_E4M3 = 448.0
 
 
 def quantize_rows(
-    x: Tensor, *, activation: Activation = "none", backend: str = "auto"
+    x: Tensor,
+    *,
+    activation: Activation = "none",
+    largest: float = LARGEST_E4M3,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Apply an activation and round each row to e4m3, scaled so that its largest value is 448.
+    """Apply an activation and round each row to e4m3, its largest value scaled to `largest`.
 
-    `y = activation(x)`, `scale = max(|y|) / 448`, `q = round(y / scale)`; all in fp32, `q` rounded
-    once. A row of zeros gets the scale of 1e-12. What is NaN or infinite makes its own row NaN in
-    a product, and no other.
+    `y = activation(x)`, `scale = max(|y|) / largest`, `q = round(y / scale)`; all in fp32, `q`
+    rounded once. A row of zeros gets the scale of 1e-12. What is NaN or infinite makes its own row
+    NaN in a product, and no other.
+
+    e4m3 repeats itself from one power of two to the next, so every `largest` between 224 and 448
+    gives as small an error, but another one: the mean over several of them is nearer to `x`.
 
     Args:
         x: `[..., C]`, fp16, bf16 or fp32, any strides.
         activation: `"none"`, `"gelu"` (by the error function) or `"gelu_tanh"` (its approximation).
+        largest: what the largest value of a row becomes, above 0 and at most 448, e4m3's own.
         backend: `"auto"`, `"triton"` or `"reference"`; there is no compiled one, since Triton's
             moves as many bytes a second as a copy does.
 
@@ -38,7 +47,7 @@ def quantize_rows(
 
     Raises:
         TypeError: if the dtype is none of the three.
-        ValueError: if the activation is unknown.
+        ValueError: if the activation is unknown, or `largest` is out of its range.
         UnsupportedError: if `backend` cannot run on this device; it lists each backend's reason.
 
     Source: the format is Micikevicius et al. 2022, arXiv:2209.05433, section 3.
@@ -46,7 +55,9 @@ def quantize_rows(
     check_rows("x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    q, scale = _quantize_rows(x, activation, backend)
+    if not 0 < largest <= LARGEST_E4M3:
+        raise ValueError(f"largest must be above 0 and at most {LARGEST_E4M3:.0f}, got {largest!r}")
+    q, scale = _quantize_rows(x, activation, largest, backend)
     return q, scale
 
 
@@ -61,20 +72,20 @@ def unsupported(name: str, device: torch.device) -> str | None:
     return _dispatch.unsupported(name, device)
 
 
-def _run(x: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
+def _run(x: Tensor, activation: str, largest: float, backend: str) -> tuple[Tensor, Tensor]:
     module = select_backend(__name__, backend, x.device, unsupported=unsupported)
-    q, scale = module.quantize_rows(x, activation)
+    q, scale = module.quantize_rows(x, activation, largest)
     return q, scale
 
 
-def _fake(x: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, activation: str, largest: float, backend: str) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
 
 
 _quantize_rows = define_op(
     "quantize_rows",
-    "(Tensor x, str activation, str backend) -> (Tensor, Tensor)",
+    "(Tensor x, str activation, float largest, str backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -6,16 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST = 448.0  # of e4m3
 SMALLEST = 1e-12  # largest value of a row that is scaled as if it were this
 
 
-def quantize_rows(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Apply an activation in fp32, then scale rows to the range of e4m3 and round them."""
+def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, Tensor]:
+    """Apply an activation in fp32, then scale rows up to `largest` and round them to e4m3."""
     y = x.float()
     if activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    largest = y.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
-    largest = largest.clamp(min=SMALLEST)
-    q = (y * (LARGEST / largest)).to(torch.float8_e4m3fn)
-    return q.contiguous(), largest / LARGEST
+    size = y.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
+    size = size.clamp(min=SMALLEST)
+    q = (y * (largest / size)).to(torch.float8_e4m3fn)
+    return q.contiguous(), size / largest

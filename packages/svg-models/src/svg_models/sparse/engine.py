@@ -234,13 +234,12 @@ class Engine:
             )
         generation.contexts[transformer] = context
         if transformer in self.fast_layers:
-            _, sparse = self.where(transformer)
-            fp8 = self._layers.in_fp8(sparse=sparse)
+            fp8, step = self._in_fp8(transformer), context.moment.step
             if fp8:  # two transformers take turns, and both with copies would not fit on a GPU
                 for name, others in self.fast_layers.items():
                     if name != transformer:
                         others.release()
-            self.fast_layers[transformer].begin_forward(fp8=fp8)
+            self.fast_layers[transformer].begin_forward(fp8=fp8, step=step)
 
     def where(self, transformer: str) -> tuple[Moment, bool]:
         """Return where the forward pass of a transformer stands, and whether its step is sparse."""
@@ -248,6 +247,11 @@ class Engine:
         moment = generation.contexts[transformer].moment
         sparse = _is_sparse(generation.recipe, transformer, moment.step, moment.num_steps)
         return moment, sparse
+
+    def _in_fp8(self, transformer: str) -> bool:
+        """Return whether the forward pass of a transformer is one of those that fp8 is for."""
+        moment, sparse = self.where(transformer)
+        return self._layers.in_fp8(sparse=sparse, step=moment.step, num_steps=moment.num_steps)
 
     def watch(self, watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None) -> None:
         """Have each sparse call of the generation on this thread watched; see `Session.watch`."""
@@ -268,16 +272,16 @@ class Engine:
             session: computes, remembers and logs in place of the run's own.
         """
         layers = self.fast_layers.get(transformer)
-        _, sparse = self.where(transformer)
+        moment, _ = self.where(transformer)
         self._here.session = session
         if layers is not None:
-            layers.begin_forward(fp8=False)
+            layers.begin_forward(fp8=False, step=moment.step)
         try:
             yield
         finally:
             self._here.session = None
             if layers is not None:
-                layers.begin_forward(fp8=self._layers.in_fp8(sparse=sparse))
+                layers.begin_forward(fp8=self._in_fp8(transformer), step=moment.step)
 
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
@@ -424,8 +428,7 @@ class Engine:
         session: Session = getattr(self._here, "session", None) or generation.session
         fp8 = None
         if session is generation.session and self._fp8_backend is not None:
-            _, sparse = self.where(place.transformer)
-            fp8 = self._fp8_backend if self._layers.in_fp8(sparse=sparse) else None
+            fp8 = self._fp8_backend if self._in_fp8(place.transformer) else None
         video, counts, before = layout.video_tokens, context.text_counts, context.before
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

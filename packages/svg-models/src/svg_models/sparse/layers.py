@@ -116,14 +116,15 @@ class FastLayers:
             cache.enable(inner)
             self._cached = weakref.ref(inner)
 
-    def begin_forward(self, *, fp8: bool) -> None:
+    def begin_forward(self, *, fp8: bool, step: int | None) -> None:
         """Choose the precision of the products of a forward pass that starts.
 
         Args:
             fp8: whether products that can be in fp8 are.
+            step: the denoising step, if it is known.
         """
         if self.linears is not None:
-            self.linears.on = fp8
+            self.linears.begin_forward(fp8=fp8, step=step or 0)
 
     def release(self) -> None:
         """Let go of memory that only a pass in fp8 needs."""

@@ -1,9 +1,13 @@
 """Linear layers in fp8 while a run asks for it; the layers themselves stay what they are.
 
-A layer's weight is quantised once, row by row, its input row by row at each call, and the product
-is torch's. The module keeps its own weight, which computes the steps
-that stay as they were, and is all that is saved, loaded, moved or adapted (LoRA calls the layer
-below it).
+A layer's weight is quantised row by row at each denoising step, its input at each call, and the
+product is torch's. The module keeps its own weight, which computes the steps that stay as they
+were, and is all that is saved, loaded, moved or adapted (LoRA calls the layer below it).
+
+Inputs differ from step to step, so that the errors of rounding them average out over a video. A
+weight rounded once is wrong in the same way at every step, and that adds up: it is most of what
+fp8 products cost. So each step rounds the weights by another grid (`largest_at`), and the error of
+the weights averages out as well, for one pass over them a step.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ __all__ = ["Fp8Linear", "Fp8Linears", "refuse_device"]
 # A product of fewer rows is bound by reading the weight; its conversion costs more than it saves.
 LEAST_ROWS = 1024
 LARGEST_E4M3 = 448.0
+# Multiples of it, without their whole parts, lie evenly between 0 and 1, however many they are.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 Activation = Literal["none", "gelu", "gelu_tanh"]
 
 
@@ -47,6 +53,16 @@ def refuse_device(device: torch.device) -> None:
     else:
         return
     raise UnsupportedError({"linears": reason})
+
+
+def largest_at(step: int) -> float:
+    """Return what the largest value of a row of weights becomes in e4m3 at a denoising step.
+
+    Between 317 and 448, half an octave. e4m3 has eight values in each octave, so a weight moves by
+    four to eight times the distance of two of them, over errors of both signs. More distance has
+    long videos no better on average, and short ones worse.
+    """
+    return float(LARGEST_E4M3 * 2 ** -(step * GOLDEN_RATIO % 1 / 2))
 
 
 class Inputs(threading.local):
@@ -73,20 +89,22 @@ class Inputs(threading.local):
             self._source = self._quantised = None
 
 
-def quantise_rows(x: Tensor, activation: Activation = "none") -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x: Tensor, activation: Activation = "none", largest: float = LARGEST_E4M3
+) -> tuple[Tensor, Tensor]:
     """Return `x` `[..., C]`, activated, in e4m3 and the fp32 scale `[..., 1]` of each row.
 
-    By one kernel where svg-kernels serves; a compiler joins the same formula, in plain torch, with
-    what stands before it.
+    The largest value of a row becomes `largest`. By one kernel where svg-kernels serves; a compiler
+    joins the same formula, in plain torch, with what stands before it.
     """
     if fused.serves_tensor(x) and not torch.compiler.is_compiling():
         import svg_kernels
 
-        return svg_kernels.quantize_rows(x, activation=activation)
+        return svg_kernels.quantize_rows(x, activation=activation, largest=largest)
     rows = x.float()
     if activation != "none":
         rows = F.gelu(rows, approximate="tanh" if activation == "gelu_tanh" else "none")
-    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST_E4M3
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / largest
     return (rows / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -121,23 +139,22 @@ class Fp8Linear(Fp8Forward):
 
     def __init__(self, module: nn.Linear, switch: Fp8Linears | None) -> None:
         super().__init__(module, switch)
-        self._weight: Tensor | None = None
-        self._scale: Tensor | None = None
+        # Weight and scales in one: another thread may exchange them at any moment.
+        self._converted: tuple[Tensor, Tensor] | None = None
 
     def convert(self) -> tuple[Tensor, Tensor]:
-        """Return the layer's weight converted, and its scales; the layer keeps its own."""
-        weight, scale = self._weight, self._scale
-        if weight is None or scale is None:
-            module = self._module()
-            if module is None or self.switch is None:
-                raise RuntimeError("an fp8 layer was called after its run had ended")
-            quantised, scales = quantise_rows(module.weight.detach())  # type: ignore[union-attr, operator]
-            weight, scale = self._weight, self._scale = quantised.t(), scales.t()
-        return weight, scale
+        """Convert the layer's weight for this step, and return it; the layer keeps its own."""
+        module, switch = self._module(), self.switch
+        if module is None or switch is None:
+            raise RuntimeError("an fp8 layer was called after its run had ended")
+        weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        quantised, scales = quantise_rows(weight, largest=switch.largest)
+        converted = self._converted = quantised.t(), scales.t()
+        return converted
 
     def release(self) -> None:
         """Let the converted weight go; the next call in fp8 converts it again."""
-        self._weight = self._scale = None
+        self._converted = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the layer; takes and returns what `nn.Linear.forward` does."""
@@ -154,7 +171,7 @@ class Fp8Linear(Fp8Forward):
         module, switch = self._module(), self.switch
         if module is None or switch is None:
             raise RuntimeError("an fp8 layer was called after its run had ended")
-        weight, weight_scale = self.convert()
+        weight, weight_scale = self._converted or self.convert()
         # torch adds a bias only in the dtype of the output.
         within = module.bias is not None and module.bias.dtype == dtype
         out = torch._scaled_mm(
@@ -173,7 +190,7 @@ class Fp8Linear(Fp8Forward):
 
     def switch_off(self) -> None:
         """Compute the layer as its class does, and let the converted weight go."""
-        self.switch = self._weight = self._scale = None
+        self.switch = self._converted = None
 
 
 class Fp8FeedForward(Fp8Forward):
@@ -212,14 +229,19 @@ class Fp8Linears:
         blocks: of one transformer, in order.
         fast: let the tensor cores add in their own, shorter precision.
 
-    `on` is set before each forward pass. Weights are converted where the first pass in fp8 needs
-    them, and converted again after `release`.
+    `begin_forward` comes before each forward pass. Weights are converted where the first pass in
+    fp8 of a step needs them, and converted again after `release`.
+
+    Attributes:
+        largest: what the largest value of a row of weights becomes in e4m3 at this step.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, fast: bool = True) -> None:
         self._here = threading.local()
-        self._latest = self._converted = False
+        self._latest = False
+        self._step: int | None = None  # for which weights are converted, if any are
         self.fast = fast
+        self.largest = LARGEST_E4M3
         self.inputs = Inputs()
         self._forwards: list[Fp8Linear | Fp8FeedForward] = []
         try:
@@ -244,35 +266,43 @@ class Fp8Linears:
             return self._latest
         return getattr(self._here, "on", False)
 
-    @on.setter
-    def on(self, on: bool) -> None:
-        self._here.on = self._latest = on
-        if on and not self._converted:
-            self._convert()
+    def begin_forward(self, *, fp8: bool, step: int = 0) -> None:
+        """Choose the precision of this thread's products until the next forward pass.
 
-    def _convert(self) -> None:
-        """Convert every weight, outside of what is compiled.
+        Args:
+            fp8: whether products are in fp8.
+            step: the denoising step; both branches of guidance have the same weights.
+        """
+        self._here.on = self._latest = fp8
+        if fp8 and step != self._step:
+            self._convert(step)
+
+    def _convert(self, step: int) -> None:
+        """Convert every weight for a step, outside of what is compiled.
 
         Those in host memory are on their way to the GPU, where their layers convert them.
         """
-        for forward in self._forwards:
-            module = forward._module() if isinstance(forward, Fp8Linear) else None
+        self._step, self.largest = step, largest_at(step)
+        for forward in self._linears():
+            forward.release()  # before its successor is there, so that no layer is held twice
+            module = forward._module()
             if module is not None and (module.weight.is_cuda or not torch.cuda.is_available()):
-                forward.convert()  # type: ignore[union-attr]
-        self._converted = True
+                forward.convert()
 
     def release(self) -> None:
         """Let all converted weights go until a pass in fp8 needs them again."""
-        if self._converted:
-            self._converted = False
-            for forward in self._forwards:
-                if isinstance(forward, Fp8Linear):
-                    forward.release()
+        if self._step is not None:
+            self._step = None
+            for forward in self._linears():
+                forward.release()
+
+    def _linears(self) -> list[Fp8Linear]:
+        return [forward for forward in self._forwards if isinstance(forward, Fp8Linear)]
 
     @property
     def layers(self) -> int:
         """Number of linear layers that were taken over."""
-        return sum(isinstance(forward, Fp8Linear) for forward in self._forwards)
+        return len(self._linears())
 
     def serves(self, x: Tensor) -> bool:
         """Return whether a product with `x` is in fp8 at this moment."""

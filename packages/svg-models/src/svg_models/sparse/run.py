@@ -97,14 +97,16 @@ def sparsify(
             else has put itself over, or that is compiled, is left as it is. True, unless the
             recipe says otherwise.
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
-            fp8, from copies of the weights that lie beside them. It changes the picture; see the
-            documentation for how much. "bf16", unless the recipe says otherwise.
+            fp8, from copies of the weights that lie beside them and are rounded anew at each step.
+            It changes the picture; see the documentation for how much. "bf16", unless the recipe
+            says otherwise.
         attention: "fp8" computes self-attention in fp8 (compute capability 9.0; with
             `backend="reference"` keys and values are rounded alike, slowly and anywhere). It
             changes the picture more than `linears`. "bf16", unless the recipe says otherwise.
-        fp8_from: "sparse" leaves dense steps, which decide the picture, as they are; "start"
-            computes all steps in fp8. For `linears` and `attention` alike. "sparse", unless the
-            recipe says otherwise.
+        fp8_from: "sparse" leaves dense steps, which decide the picture, as they are, and so the
+            last tenth of the steps, whose errors no later step takes away; "start" computes all
+            steps in fp8. For `linears` and `attention` alike. "sparse", unless the recipe says
+            otherwise.
         cache: "first-block@0.1" or "taylor@2" has diffusers leave out the blocks of steps that
             change little, see `svg_models.caching`; they compute neither attention nor anything
             else. It changes the picture. "none", unless the recipe says otherwise.
