@@ -172,8 +172,8 @@ def train(options: Options) -> dict[str, Any]:
     tokenizer = make_tokenizer()
     card |= _conditions(options, seen)
     store = Store(options.out)
-    if options.ranks.first and not earlier:
-        store.begin(_weights(vae), card)
+    if options.ranks.first and (lost or not earlier):
+        store.begin(_weights(vae) | (_weights(model) if earlier else {}), card)
 
     def keep(clock: Clock, values: Sequence[Tensor], log: Log) -> None:
         joined = _joined(earlier.get("log", []), log)
@@ -247,6 +247,18 @@ def _autoencoder(
         with autocast(options.device):
             return model.loss(batch.video, generator)
 
+    # What a first step has to set up is no part of the seconds that it trains.
+    count = max(1, options.plan.pixel_batch // options.ranks.count)
+    for size in dict.fromkeys(options.plan.pixels):
+        generator = torch.Generator(options.device).manual_seed(0)
+        compute(clips.draw(random.Random(0), size, count), generator)[0].backward()
+        options.ranks.average(
+            [value.grad for value in model.parameters() if value.grad is not None]
+        )
+        model.zero_grad(set_to_none=True)
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        print(f"{_passed():.0f} s: a first step of {size[0]}x{size[1]}", flush=True)
     clock = run(
         model,
         "vae",

@@ -140,19 +140,20 @@ class Footage:
 
     def pieces(self, plan: Plan, seed: int, clock: Clock) -> Iterator[Piece]:
         """Yield batches for the autoencoder without end; a step's is a function of its number."""
-        training = self.chosen(held_out=False)
         while True:
             rng = random.Random(f"pieces-{seed}-{clock.step}")
-            length, side = rng.choice(plan.pixels)
-            long = [index for index in training if self.sources[index].frames >= length]
+            size = rng.choice(plan.pixels)
             # Ranks take pieces of one size, so that none waits for another.
             ranks = clock.options.ranks
             own = random.Random(f"pieces-{seed}-{clock.step}-{ranks.rank}")
-            video = [
-                self._piece(own, own.choice(long), length, side)
-                for _ in range(max(1, plan.pixel_batch // ranks.count))
-            ]
-            yield Piece(torch.stack(video), f"{length}x{side}")
+            yield self.draw(own, size, max(1, plan.pixel_batch // ranks.count))
+
+    def draw(self, rng: random.Random, size: tuple[int, int], count: int) -> Piece:
+        """Cut a batch of pieces of so many frames and pixels a side from what is trained on."""
+        length, side = size
+        long = self.chosen(held_out=False, length=length)
+        video = [self._piece(rng, rng.choice(long), length, side) for _ in range(count)]
+        return Piece(torch.stack(video), f"{length}x{side}")
 
     def _piece(self, rng: random.Random, index: int, length: int, side: int) -> Tensor:
         frames = self.frames[index]
