@@ -38,7 +38,6 @@ def cluster_rows(
     remembered: Tensor | None,
     iterations: tuple[int, int],
     generator: torch.Generator | None,
-    draws: int | None = None,
 ) -> Clusters:
     """Cluster the rows of each head.
 
@@ -57,9 +56,6 @@ def cluster_rows(
         remembered: `[B, H, K, D]` from an earlier step; ignored if it does not fit `x`.
         iterations: rounds of a first call, and of a later call.
         generator: source of the random start.
-        draws: random numbers that a start takes of the generator, at least one for each row; None
-            for the rows. Processes with shares of one sequence take alike, so that their generators
-            stay in step.
     """
     batch, heads, rows, width = x.shape
     shape = (batch, heads, n_clusters, width)
@@ -75,7 +71,7 @@ def cluster_rows(
         start = remembered
         rounds = iterations[1]
     else:
-        drawn = torch.rand(draws or rows, generator=generator, device=x.device)[:rows]
+        drawn = torch.rand(rows, generator=generator, device=x.device)
         chosen = drawn.argsort()[:n_clusters]
         start = zero_where_not_finite(x.index_select(2, chosen))
         rounds = min(iterations)

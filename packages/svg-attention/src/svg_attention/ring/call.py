@@ -14,7 +14,7 @@ from svg_attention.methods import SVG2, Method
 from svg_attention.methods.budget import key_budget
 from svg_attention.methods.call import AttentionCall
 from svg_attention.plan import KeySummary, SparsePlan
-from svg_attention.planning.clustering import Clusters, cluster_rows
+from svg_attention.planning.clustering import Clusters
 from svg_attention.planning.clusters import Selection, TileReads, merge_reads, select_clusters
 from svg_attention.planning.dispatch import planner_for, select_planner
 from svg_attention.ring.clustering import SharedClusters, cluster_shared_rows, mean_of_shares
@@ -69,12 +69,15 @@ def attend_in_ring(
 ) -> RingOutput:
     """Plan and compute a call whose video tokens are shared by the processes of a ring.
 
-    Every process holds its share of the video tokens, and all of the text. Key clusters are those
-    of the whole clip. Each process clusters its own queries, so its tiles are other ones than on
-    one device, and choose what they read for themselves: the share of attention that a tile reads
-    (or the density) is as asked, the plan is not the same. Keys and values travel in plan order,
-    each process's whole share: to leave out clusters that no tile of a process reads, the host
-    would have to wait for their sizes.
+    Every process holds its share of the video tokens, and all of the text. Clusters of queries and
+    keys are those of one device. Tiles are others: queries stay, so of a cluster each process fills
+    tiles with the rows that it has, and each chooses for itself what it reads. The share of
+    attention that a tile reads (or the density) is as asked, the plan is not the same.
+
+    Keys and values travel in plan order, each process's whole share, while what is here is
+    computed. To leave out clusters that no tile of a process reads, the host would have to wait for
+    their sizes, and in a clip of 75,600 tokens on two processes they hold 0.1 % of the rows at a
+    density of 25 %, and 1 to 5 % at 10 %.
 
     Args:
         method: `Dense`, or `SVG2` with settings that only read centroids to choose.
@@ -142,31 +145,28 @@ def _attend_sparse(
     backend: str,
 ) -> RingOutput:
     memory, mine = call.memory, counts[ring.rank]
-    iterations = (method.first_iterations, method.step_iterations)
     q_clusters, k_clusters = method.cluster_counts(layout.video_tokens)
-    keys = cluster_shared_rows(
-        call.video(call.key),
-        k_clusters,
-        ring=ring,
-        counts=counts,
-        remembered=memory.key_centroids,
-        iterations=iterations,
-        generator=call.generator,
+    queries, keys = (
+        cluster_shared_rows(
+            call.video(rows),
+            clusters,
+            ring=ring,
+            counts=counts,
+            remembered=remembered,
+            iterations=(method.first_iterations, method.step_iterations),
+            generator=call.generator,
+        )
+        for rows, clusters, remembered in (
+            (call.query, q_clusters, memory.query_centroids),
+            (call.key, k_clusters, memory.key_centroids),
+        )
     )
+    memory.query_centroids, memory.key_centroids = queries.here.centroids, keys.here.centroids
     order = call.token_order(keys.here.order, call.key.shape[1])
     own = [x if order is None else take_rows(x, order) for x in (call.key, call.value)]
-    # The keys travel while the queries are clustered.
+    # They travel while tiles choose and attend to what is here.
     coming = ring.pass_on([x[:, :, :mine] for x in own], counts[ring.holder(1)])
-    queries = cluster_rows(
-        call.video(call.query),
-        max(1, q_clusters // ring.size),
-        remembered=memory.query_centroids,
-        iterations=iterations,
-        generator=call.generator,
-        draws=max(counts),
-    )
-    memory.query_centroids, memory.key_centroids = queries.centroids, keys.here.centroids
-    reads = _Reads(method, call, layout, ring, queries, keys)
+    reads = _Reads(method, call, layout, ring, queries.here, keys)
     out = attend_shares(
         call.query,
         (own[0], own[1]),
