@@ -87,13 +87,13 @@ class Crew:
         size = ulysses * ring
         crews = _cut(everyone, size * guidance)
         teams = _cut(everyone, size)
-        own = group if len(crews) == 1 else _own(crews)
-        team = own if guidance == 1 else _own(teams)
-        pair = None if guidance == 1 else _own([_every(crew, size) for crew in crews])
+        own = group if len(crews) == 1 else _own(crews, group)
+        team = own if guidance == 1 else _own(teams, group)
+        pair = None if guidance == 1 else _own([_every(crew, size) for crew in crews], group)
         share = Share.alone() if size == 1 else Share.of(team, 0)
         if ring > 1:
-            in_ring = _own([_every(one, ulysses) for one in teams])
-            heads = _own([_cut(one, ulysses) for one in teams]) if ulysses > 1 else None
+            in_ring = _own([_every(one, ulysses) for one in teams], group)
+            heads = _own([_cut(one, ulysses) for one in teams], group) if ulysses > 1 else None
             share = Share.of(team, 0, Ring(in_ring, parts=ulysses), heads)
         number = everyone.index(dist.get_rank()) % (size * guidance) // size
         return cls(
@@ -128,8 +128,27 @@ def _every(ranks: list[int], step: int) -> list[list[int]]:
     return [ranks[n::step] for n in range(step)]
 
 
-def _own(teams: list[Any]) -> Any:
-    """Return the group of the team that this rank is in, of teams or lists of them."""
+def _own(teams: list[Any], group: Any) -> Any:
+    """Return the group of the team that this rank is in, of teams or lists of them.
+
+    Where `group` is everyone, all make all the groups, as torch wants it. Ranks of a smaller one
+    make their own alone, which torch names by how many groups a process has: it would wait forever
+    where these numbers differ.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
     flat = [team for one in teams for team in (one if isinstance(one[0], list) else [one])]
     own = next(team for team in flat if dist.get_rank() in team)
+    if group is None or dist.get_world_size(group) == dist.get_world_size():
+        return next(made for team, made in [(t, dist.new_group(t)) for t in flat] if team is own)
+    known = dist.distributed_c10d._world.pg_names
+    counts: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(counts, len(known), group=group)
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"the ranks of this group are in {', '.join(map(str, counts))} groups, and torch can "
+            "make groups of some of them only where these numbers are equal; have every rank of "
+            "the group make as many groups before"
+        )
     return dist.new_group(own, use_local_synchronization=True)
