@@ -201,6 +201,20 @@ def test_sparsify_in_fp8_leaves_a_dense_run_alone() -> None:
         assert torch.equal(tiny.generate(pipe), before)
 
 
+def test_sparsify_in_fp8_takes_up_weights_that_change_between_videos() -> None:
+    pipe = tiny.pipeline(model())
+    with sparsify(pipe, METHOD, HALF, linears="fp8"):  # one step in fp8, the same in each video
+        before = tiny.generate(pipe)
+        assert torch.equal(tiny.generate(pipe), before)
+        with torch.no_grad():
+            for block in pipe.transformer.blocks:
+                block.ffn.net[2].weight.mul_(1.5)
+        changed = tiny.generate(pipe)
+    with sparsify(pipe, METHOD, HALF, linears="fp8"):
+        assert torch.equal(tiny.generate(pipe), changed)
+    assert not torch.equal(changed, before)
+
+
 def test_sparsify_in_fp8_keeps_the_weights_and_what_is_saved() -> None:
     pipe = tiny.pipeline(model())
     weights = dict(pipe.transformer.named_parameters())

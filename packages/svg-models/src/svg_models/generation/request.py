@@ -79,7 +79,7 @@ class Request(Settings):
     )
     linears: str | None = option(
         None,
-        "fp8 computes the matrix products of sparse steps in fp8, but for the last tenth: faster, "
+        "fp8 computes the matrix products of sparse steps in fp8, but the last two: faster, "
         "and it changes the clip a little. [dim]Default: bf16, or what a recipe says.[/]",
         "--linears",
         panel=HOW,
@@ -95,8 +95,8 @@ class Request(Settings):
     )
     fp8_from: str | None = option(
         None,
-        "start has --linears and --attention in fp8 in every step. [dim]Default: sparse, from the "
-        "first sparse step to the last tenth, or what a recipe says.[/]",
+        "start has --linears and --attention in fp8 in every step. [dim]Default: sparse, in "
+        "sparse steps but the last two, or what a recipe says.[/]",
         "--fp8-from",
         panel=HOW,
         suggestions=get_args(From),

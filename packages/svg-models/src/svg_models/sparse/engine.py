@@ -288,6 +288,8 @@ class Engine:
         generation.grid = context.grid
         generation.asked = call_of(generation.tracker.pipe)
         generation.contexts.clear()
+        for layers in self.fast_layers.values():
+            layers.release()  # weights may have changed since, as when a LoRA is fused
         generation.session = Session(
             recipe.method, recipe.schedule, schedules=recipe.schedules, **self._options
         )

@@ -104,9 +104,9 @@ def sparsify(
             `backend="reference"` keys and values are rounded alike, slowly and anywhere). It
             changes the picture more than `linears`. "bf16", unless the recipe says otherwise.
         fp8_from: "sparse" leaves dense steps, which decide the picture, as they are, and so the
-            last tenth of the steps, whose errors no later step takes away; "start" computes all
-            steps in fp8. For `linears` and `attention` alike. "sparse", unless the recipe says
-            otherwise.
+            last two steps (of up to ten the last one), whose errors no later step takes away;
+            "start" computes all steps in fp8. For `linears` and `attention` alike. "sparse", unless
+            the recipe says otherwise.
         cache: "first-block@0.1" or "taylor@2" has diffusers leave out the blocks of steps that
             change little, see `svg_models.caching`; they compute neither attention nor anything
             else. It changes the picture. "none", unless the recipe says otherwise.
