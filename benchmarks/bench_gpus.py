@@ -187,6 +187,7 @@ WAYS = (
         ),
         one=SKEWED,
         suits=has_scales_by_head,
+        close=1e-1,
         skewed=True,
     ),
     Way(
@@ -195,6 +196,7 @@ WAYS = (
         share=shared,
         one=SKEWED,
         suits=lambda model, gpus: gpus > 1 and has_scales_by_head(model, gpus),
+        close=1e-1,
         skewed=True,
     ),
 )
