@@ -80,6 +80,23 @@ def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def shared_one_by_one(model: Any, team: Any) -> Iterator[None]:
+    """Share by `parallelize`, and wait for each exchange before anything else begins."""
+    begin = ulysses.exchange
+
+    def whole(*given: Any) -> Callable[[], None]:
+        begin(*given)()
+        return lambda: None
+
+    ulysses.exchange = whole
+    try:
+        with shared(model, team):
+            yield
+    finally:
+        ulysses.exchange = begin
+
+
+@contextmanager
 def shared_by_diffusers(model: Any, team: Any) -> Iterator[Any]:
     """Give a copy that diffusers itself shares, which it cannot undo."""
     from diffusers import ContextParallelConfig
@@ -150,6 +167,13 @@ WAYS = (
         close=2e-2,
     ),
     Way(name=SPARSE, method=svg2, share=shared, one=SPARSE),
+    Way(
+        name="SVG2, exchanges waited for at once",
+        method=svg2,
+        share=shared_one_by_one,
+        one=SPARSE,
+        suits=lambda model, gpus: gpus > 1,
+    ),
     Way(
         name="diffusers' own Ulysses",
         method=lambda subject: None,
@@ -532,7 +556,7 @@ def main() -> None:
     timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
     timed.add_argument("--models", nargs="*", default=[], help="only those with such a name")
     timed.add_argument("--ways", nargs="*", default=[], help="only those with such a name")
-    timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn")
+    timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn, 2 or more")
     timed.add_argument("--rounds", type=int, default=3, help="turns of all ways")
     timed.add_argument("--seconds", type=float, default=120.0, help="that no further turn exceeds")
     timed.add_argument("--commit", help="of the code, where it is no repository")
