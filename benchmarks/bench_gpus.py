@@ -79,6 +79,11 @@ def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
     return nullcontext() if team is None else parallelize(model, group=team)
 
 
+def ring(model: Any, team: Any) -> AbstractContextManager[Any]:
+    """Have keys and values travel by `parallelize`; no heads are exchanged."""
+    return parallelize(model, ring=dist.get_world_size(team), ulysses=1, guidance=1, group=team)
+
+
 @contextmanager
 def shared_one_by_one(model: Any, team: Any) -> Iterator[None]:
     """Share by `parallelize`, and wait for each exchange before anything else begins."""
@@ -192,13 +197,19 @@ WAYS = (
         guided=True,
         close=1e-1,
     ),
-    # Each rank of a ring chooses for its own queries what they read, so plans are others.
+    Way(
+        name="dense steps, ring",
+        method=lambda subject: Dense(),
+        share=ring,
+        one="dense steps",
+        suits=lambda model, gpus: everyone(gpus),
+        close=2e-2,
+    ),
+    # Each rank of a ring chooses for its own tiles what they read, so plans are others.
     Way(
         name="SVG2, ring",
         method=svg2,
-        share=lambda model, team: parallelize(
-            model, ring=dist.get_world_size(team), ulysses=1, guidance=1, group=team
-        ),
+        share=ring,
         one=SPARSE,
         suits=lambda model, gpus: everyone(gpus),
         close=float("inf"),
