@@ -225,7 +225,7 @@ def test_a_clip_that_fails_is_told_and_passed_over(
     result = run(str(lines), "-m", folder, *SMALL, "-o", str(out))
     assert result.exit_code == 2
     assert "line 1: too much for this machine" in result.stderr
-    assert "1 of 2 clips were not made" in result.stderr
+    assert "1 of 2 clips failed" in result.stderr
     assert (out / "0002-a-green-square.mp4").is_file()
     assert not (out / "0001-a-red-circle.mp4").exists()
 

@@ -86,7 +86,7 @@ def test_diagnose_the_table_names_every_check(monkeypatch: pytest.MonkeyPatch) -
         assert check.name in output
     if not torch.cuda.is_available() and not doctor._has_driver():
         assert "✗" not in output, "nothing is wrong with a machine that has no GPU"
-        assert "This machine computes on its CPU" in output
+        assert "This machine has no usable GPU" in output
 
 
 def conclusion(
@@ -118,7 +118,7 @@ def test_conclude_names_the_one_command_for_a_gpu(
 def test_conclude_an_older_gpu_needs_no_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found = conclusion(monkeypatch, "cuda", without="cuda", capability=8)
     assert found.command == ""
-    assert "computed by triton" in found.sentence
+    assert "on backend triton" in found.sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

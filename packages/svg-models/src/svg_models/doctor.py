@@ -116,45 +116,43 @@ def conclude(checks: list[Check], device: str) -> Conclusion:
         return _conclude_cpu()
     if not works["software", "svg-kernels"]:
         return Conclusion(
-            sentence="Attention is sparse here, without the compiled kernels.",
+            sentence="Sparse attention runs here, but without the compiled kernels.",
             command='pip install "svg-models[kernels]"',
         )
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     if hopper and not works["sparse attention", "cuda"]:
         return Conclusion(
-            sentence="svg-kernels is here, and its compiled library is not.",
+            sentence="svg-kernels is installed, but its compiled library is missing.",
             command="pip install --force-reinstall --no-deps svg-kernels",
         )
     if not works["software", "triton"]:
         return Conclusion(
-            sentence="Planning runs in plain torch, which takes most of the time that it saves.",
+            sentence="Without Triton, planning runs in plain torch and costs most of the gain.",
             command="pip install triton",
         )
     best = next(c.name for c in checks if c.part == "sparse attention" and c.works)
     return Conclusion(
-        sentence=f"Sparse attention is computed by {best}, the fastest there is for this GPU."
+        sentence=f"Sparse attention runs on backend {best}, the fastest for this GPU."
     )
 
 
 def _conclude_cpu() -> Conclusion:
     if torch.cuda.is_available():
-        return Conclusion(
-            sentence="This is about the CPU; leave --device out to ask about the GPU."
-        )
+        return Conclusion(sentence="This report is about the CPU; omit --device for the GPU.")
     if _has_driver():
         return Conclusion(
-            sentence="There is an NVIDIA GPU, and this torch cannot use it.",
+            sentence="There is an NVIDIA GPU, but this torch cannot use it.",
             command="pip install --upgrade --force-reinstall torch",
         )
     sentence = (
-        "This machine computes on its CPU: the embedded model, svg compare and all tests run; "
-        "models of billions of parameters want an NVIDIA GPU."
+        "This machine has no usable GPU. The embedded model, svg compare and all tests run on its "
+        "CPU; models with billions of parameters need an NVIDIA GPU."
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS") and threads < (cores or 1):
         return Conclusion(
-            sentence=f"{sentence} torch was told to use {threads} of {cores} cores.",
+            sentence=f"{sentence} OMP_NUM_THREADS limits torch to {threads} of {cores} cores.",
             command="unset OMP_NUM_THREADS",
         )
     return Conclusion(sentence=sentence)

@@ -23,11 +23,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Generate video with sparse attention, and see what sparsity changes.\n\n"
-    "Without any option, [bold]svg generate[/] and [bold]svg compare[/] run a small model that "
-    "comes with this package: no download, no GPU.",
-    epilog="Start with [bold]svg generate[/], then [bold]svg compare[/]. Ask [bold]svg doctor[/] "
-    "what this machine can run.",
+    help="Generate video with sparse attention, and see the effect of sparsity.\n\n"
+    "Without options, [bold]svg generate[/] and [bold]svg compare[/] run a small model that ships "
+    "with this package: no download, no GPU.",
+    epilog="Start with [bold]svg generate[/], then [bold]svg compare[/]. [bold]svg doctor[/] "
+    "reports what this machine can run.",
 )
 
 

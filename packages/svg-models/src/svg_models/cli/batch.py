@@ -38,12 +38,12 @@ def batch(
         str,
         typer.Argument(
             metavar="FILE",
-            help="A prompt a line, or .jsonl with an object a line: a prompt and other settings.",
+            help="One prompt per line, or .jsonl: one object per line, with a prompt and settings.",
         ),
     ],
     output: Annotated[
         str,
-        typer.Option("--output", "-o", help="The folder to write into.", rich_help_panel=WHERE),
+        typer.Option("--output", "-o", help="Output folder.", rich_help_panel=WHERE),
     ] = "svg-batch",
     gpus_per_clip: Annotated[
         int,
@@ -51,7 +51,7 @@ def batch(
             "--gpus-per-clip",
             metavar="N",
             min=1,
-            help="How many of the GPUs make one clip together.",
+            help="GPUs that generate one clip together.",
             rich_help_panel=WHERE,
         ),
     ] = 1,
@@ -60,14 +60,14 @@ def batch(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="A Ray cluster whose machines make the clips: auto, HOST:PORT, or local.",
+            help="Ray cluster that generates the clips: auto, HOST:PORT, or local.",
             rich_help_panel=WHERE,
         ),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate a clip of each line of a file; the same line again goes on where it stopped."""
+    """Generate a clip for each line of a file. The same command resumes where it stopped."""
     from svg_models.files import check_folder, writable_folder
     from svg_models.generation.batch import SHEET, plan_batch, read_lines, run_batch, write_sheet
     from svg_models.generation.makers import (
@@ -110,8 +110,8 @@ def batch(
             results.append(result)
             there = sum(r.path is not None for r in results)
             interrupts.says = (
-                f"{there} of {len(clips)} clips are in {escaped(str(folder))}; the same line "
-                "again goes on from there"
+                f"{there} of {len(clips)} clips are in {escaped(str(folder))}; the same command "
+                "resumes from there"
             )
             if result.error:
                 show_note(f"line {result.clip.line}: {result.error}")
@@ -128,7 +128,7 @@ def batch(
         say_path(sheet, "" if quiet else "contact sheet: ")
     failed = [result for result in results if result.error]
     if failed:
-        err().print(f"[bold red]error:[/] {len(failed)} of {len(clips)} clips were not made")
+        err().print(f"[bold red]error:[/] {len(failed)} of {len(clips)} clips failed")
         raise typer.Exit(2)
 
 

@@ -33,17 +33,17 @@ def compare(
     request: CompareRequest,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", help="The folder to write into.", rich_help_panel=WHERE),
+        typer.Option("--output", "-o", help="Output folder.", rich_help_panel=WHERE),
     ] = "svg-compare",
     opens: Annotated[
         bool,
-        typer.Option("--open", help="Show the page in a browser.", rich_help_panel=WHERE),
+        typer.Option("--open", help="Open the page in a browser.", rich_help_panel=WHERE),
     ] = False,
     save_config: SaveConfig = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate one clip dense and sparse, measure the difference, and make a page of it."""
+    """Generate one clip dense and sparse, measure the difference, and write a page about it."""
     from svg_models.files import check_folder, check_output
 
     folder = check_folder(output)

@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for a program to read.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="A hub id: also how it fits, if that was measured."),
+        typer.Option("--model", "-m", help="Hub id: also report if it fits, where measured."),
     ] = None,
 ) -> None:
-    """List what this machine can run, and why not."""
+    """Report what this machine can run, and why not the rest."""
     with spoken_errors():
         from svg_models.loading.device import check_device
 

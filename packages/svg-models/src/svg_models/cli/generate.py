@@ -34,7 +34,10 @@ def generate(
     output: Annotated[
         str,
         typer.Option(
-            "--output", "-o", help="The mp4 to write, replaced if there.", rich_help_panel=WHERE
+            "--output",
+            "-o",
+            help="The mp4 to write; replaces an existing one.",
+            rich_help_panel=WHERE,
         ),
     ] = "video.mp4",
     save_config: SaveConfig = None,

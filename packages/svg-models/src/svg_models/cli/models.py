@@ -20,13 +20,11 @@ EXAMPLES = "[bold]Examples[/]\n\nsvg models\n\nsvg models cosmos\n\nsvg models -
 def models(
     name: Annotated[
         str | None,
-        typer.Argument(help="A family, or one of its checkpoints. [dim]Default: all.[/]"),
+        typer.Argument(help="Family, or one of its checkpoints. [dim]Default: all.[/]"),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for a program to read.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """List what can be made sparse: families, checkpoints, and their published settings."""
+    """List supported model families, their checkpoints and published settings."""
     with spoken_errors():
         if name is not None:
             check_model_name(name)
@@ -50,7 +48,7 @@ def models(
         _print_recipes(found)
         if name is None:
             out().print(
-                "Any pipeline of these families loads with --model; svg models FAMILY tells more."
+                "Load any pipeline of these families with --model; svg models FAMILY shows details."
             )
 
 
@@ -96,7 +94,7 @@ def _print_recipes(found: list[dict[str, Any]]) -> None:
     without = [family["name"] for family in found if not family["recipes"]]
     if without:
         out().print(
-            f"Nothing is published for {', '.join(without)}: settings that most models share.",
+            f"No published settings for {', '.join(without)}: defaults that most models share.",
             highlight=False,
         )
 
@@ -104,8 +102,8 @@ def _print_recipes(found: list[dict[str, Any]]) -> None:
 def _recipes(rows: list[dict[str, Any]], sources: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption = (
-        "clusters of queries x keys and attention mass that SVG2 keeps; share of the keys in "
-        "SVG1's band; share of the steps, the first, that stay dense"
+        "clusters: of queries x keys; mass: attention kept by SVG2; band: share of keys in SVG1's "
+        "band; dense: share of the steps, from the first, that stay dense"
     )
     table.caption_justify = "left"
     table.add_column("published settings for", overflow="fold", min_width=30)

@@ -20,24 +20,24 @@ from svg_models.generation.settings import WHAT, WHERE, Option
 __all__ = ["AsJson", "Quiet", "SaveConfig", "SaveRecipe", "has_options_of", "read_size"]
 
 SMALLEST = 16  # diffusers' pipelines ask for multiples of it whatever the VAE
-SIZE = typer.Option("--size", metavar="WxH", help="Pixels, as in 832x480.", rich_help_panel=WHAT)
+SIZE = typer.Option(
+    "--size", metavar="WxH", help="Width and height, such as 832x480.", rich_help_panel=WHAT
+)
 
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet", "-q", help="Say nothing but results and errors.", rich_help_panel=WHERE
-    ),
+    typer.Option("--quiet", "-q", help="Print only results and errors.", rich_help_panel=WHERE),
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="Print results as JSON for a program.", rich_help_panel=WHERE),
+    typer.Option("--json", help="Print results as JSON.", rich_help_panel=WHERE),
 ]
 SaveConfig = Annotated[
     str | None,
     typer.Option(
         "--save-config",
         metavar="FILE",
-        help="Write a file for --config that repeats this run.",
+        help="Write the options of this run as a file for --config.",
         rich_help_panel=WHERE,
     ),
 ]
@@ -46,7 +46,7 @@ SaveRecipe = Annotated[
     typer.Option(
         "--save-recipe",
         metavar="FILE",
-        help="Write the method, settings and schedule that ran as a recipe for --recipe.",
+        help="Write method, settings and schedule of this run as a recipe for --recipe.",
         rich_help_panel=WHERE,
     ),
 ]
@@ -149,7 +149,7 @@ def _config(known: dict[str, Option]) -> Any:
     return typer.Option(
         "--config",
         metavar="FILE",
-        help="A TOML file with options, as steps = 30; those of the line come first.",
+        help="TOML file with options, such as steps = 30; the command line takes precedence.",
         callback=read,
         is_eager=True,
         rich_help_panel=WHERE,

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "[bold]What happens[/]\n\n"
-    "Each trial generates a clip with other settings and compares it with the dense clip of the "
-    "same noise. The best settings within the budget become a recipe, for svg generate --recipe "
-    "and sparsify(pipe, recipe=...). Beside it appear a page with the curve of quality against "
-    "time, and a journal: stopped at any moment, the same line goes on where it was, and another "
-    "budget starts from what is known.\n\n"
+    "Each trial generates a clip with different settings and compares it with the dense clip from "
+    "the same noise. The best settings within the budget become a recipe for svg generate "
+    "--recipe and sparsify(pipe, recipe=...). A page that plots quality against time and a "
+    "journal are written beside it. If interrupted, the same command resumes from the journal; "
+    "so does a command with another budget.\n\n"
     "[bold]Examples[/]\n\n"
     "svg tune --psnr 32\n\n"
     "svg tune prompts.txt --speedup 2.5 --budget-minutes 60 -o wan.json "
@@ -41,25 +41,25 @@ def tune(
     request: TuneRequest,
     file: Annotated[
         str | None,
-        typer.Argument(metavar="FILE", help="A file with a prompt a line, beside --prompt."),
+        typer.Argument(metavar="FILE", help="File with one prompt per line, beside --prompt."),
     ] = None,
     output: Annotated[
         str,
         typer.Option(
             "--output",
             "-o",
-            help="The recipe to write; its page and its journal lie beside it.",
+            help="Recipe to write; its page and journal are written beside it.",
             rich_help_panel=WHERE,
         ),
     ] = "recipe.json",
     opens: Annotated[
         bool,
-        typer.Option("--open", help="Show the page in a browser.", rich_help_panel=WHERE),
+        typer.Option("--open", help="Open the page in a browser.", rich_help_panel=WHERE),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search the settings that keep a budget of quality or time, and write them as a recipe."""
+    """Search for settings that meet a budget of quality or time, and write them as a recipe."""
     from svg_models.files import check_output
 
     if not output.lower().endswith(".json"):
@@ -80,8 +80,8 @@ def tune(
                 nonlocal trials
                 trials += 1
                 interrupts.says = (
-                    f"what was measured is in {escaped(str(journal))}; the same line again goes "
-                    "on from there"
+                    f"measurements are in {escaped(str(journal))}; the same command resumes "
+                    "from there"
                 )
                 if not quiet:
                     err().print(escaped(sentence), highlight=False, soft_wrap=True)
@@ -123,7 +123,7 @@ def _prompts(file: str | None) -> list[str]:
 
 def _table(tuned: Tuned) -> Table:
     means = tuned.means()
-    table = Table(title="the best at each cost", title_justify="left")
+    table = Table(title="best settings at each cost", title_justify="left")
     table.add_column("settings", overflow="fold")
     for name in ("PSNR", "of dense", "prompts"):
         table.add_column(name, justify="right")

@@ -58,52 +58,52 @@ class Request(Settings):
 
     model: str | os.PathLike[str] | LoadedPipeline | None = option(
         None,
-        "A folder in diffusers' format or a hub id, such as Wan-AI/Wan2.1-T2V-14B-Diffusers. "
+        "Folder in diffusers' format or hub id, such as Wan-AI/Wan2.1-T2V-14B-Diffusers. "
         "[dim]Default: the embedded model.[/]",
         "--model",
         "-m",
     )
     loras: Sequence[str] = option(
         (),
-        "A LoRA, by path or hub id; repeat for more.",
+        "LoRA, as path or hub id; can be repeated.",
         "--lora",
         metavar="PATH[:WEIGHT]",
         repeats=True,
     )
     backend: str = option(
         "auto",
-        "Kernel of sparse attention, see svg doctor.",
+        "Backend of sparse attention; see svg doctor.",
         "--backend",
         panel=HOW,
         choices=BACKEND_NAMES,
     )
     linears: str | None = option(
         None,
-        "fp8 computes the matrix products of sparse steps in fp8, but the last two: faster, "
-        "and it changes the clip a little. [dim]Default: bf16, or what a recipe says.[/]",
+        "Precision of the matrix products in sparse steps except the last two. fp8 is faster and "
+        "changes the clip a little. [dim]Default: bf16, or as in the recipe.[/]",
         "--linears",
         panel=HOW,
         suggestions=get_args(Precision),
     )
     attention: str | None = option(
         None,
-        "fp8 computes the attention of sparse steps in fp8 (compute capability 9.0): faster, and "
-        "it changes the clip more. [dim]Default: bf16, or what a recipe says.[/]",
+        "Precision of attention in sparse steps. fp8 (compute capability 9.0) is faster and "
+        "changes the clip more. [dim]Default: bf16, or as in the recipe.[/]",
         "--attention",
         panel=HOW,
         suggestions=get_args(Precision),
     )
     fp8_from: str | None = option(
         None,
-        "start has --linears and --attention in fp8 in every step. [dim]Default: sparse, in "
-        "sparse steps but the last two, or what a recipe says.[/]",
+        "Where --linears and --attention use fp8: sparse (sparse steps except the last two) or "
+        "start (every step). [dim]Default: sparse, or as in the recipe.[/]",
         "--fp8-from",
         panel=HOW,
         suggestions=get_args(From),
     )
     q_clusters: int | None = option(
         None,
-        "Query clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
+        "Number of query clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
         "--q-clusters",
         kind=int,
         least=1,
@@ -112,7 +112,7 @@ class Request(Settings):
     )
     k_clusters: int | None = option(
         None,
-        "Key clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
+        "Number of key clusters of an SVG2 method. [dim]Default: the recipe's.[/]",
         "--k-clusters",
         kind=int,
         least=1,
@@ -139,7 +139,7 @@ class Request(Settings):
     )
     compiled: bool = option(
         False,
-        "Compile the transformer: its first step takes longer, the others less.",
+        "Compile the transformer: a slower first step, faster later ones.",
         "--compile",
         kind=bool,
         panel=HOW,
@@ -160,7 +160,7 @@ class Request(Settings):
     )
     offload: str = option(
         "none",
-        "What waits in memory until the GPU needs it: none, model (components), group or "
+        "What is kept in host memory until the GPU needs it: none, model (components), group or "
         "sequential (layers).",
         "--offload",
         panel=WHERE,
@@ -236,43 +236,43 @@ class GenerateRequest(Request):
     )
     density: float | None = option(
         None,
-        "Share of query-key pairs to compute on sparse calls, 0 to 1.",
+        "Share of query-key pairs to compute in sparse calls, 0 to 1.",
         "--density",
         kind=float,
         panel=HOW,
     )
     top_p: float | None = option(
         None,
-        "Attention mass that SVG2 keeps, 0 to 1, in place of a density.",
+        "Share of attention weight that SVG2 keeps, 0 to 1, instead of a density.",
         "--top-p",
         kind=float,
         panel=HOW,
     )
     compensate: bool = option(
         False,
-        "Count what is left out through its centroids: auto and svg2 become svg2-comp.",
+        "Let unread clusters contribute through their centroids: auto and svg2 become svg2-comp.",
         "--compensate",
         kind=bool,
         panel=HOW,
     )
     preset: str | None = option(
         None,
-        "quality, balanced or fast, in place of a method: settings whose price was measured.",
+        "quality, balanced or fast: measured settings, instead of a method.",
         "--preset",
         panel=HOW,
         suggestions=tuple(PRESETS),
     )
     recipe: str | os.PathLike[str] | Recipe | None = option(
         None,
-        "A recipe file, as svg tune writes it, in place of a method.",
+        "Recipe file, as written by svg tune, instead of a method.",
         "--recipe",
         metavar="FILE",
         panel=HOW,
     )
     gpus: int = option(
         1,
-        "GPUs, a process on each: they make one clip together, or the clips of a batch side by "
-        "side. With --device cpu, processes.",
+        "Number of GPUs, one process each: together on one clip, or in parallel on the clips of a "
+        "batch. With --device cpu, number of processes.",
         "--gpus",
         kind=int,
         least=1,
@@ -318,8 +318,8 @@ class CompareRequest(Request):
 
     methods: Sequence[str | Method | MethodSpec] = option(
         (),
-        "A method to set beside dense; repeat for more. svg2, svg2-comp, svg2-error, svg1 or "
-        "random, each with @DENSITY if you like. [dim]Default: "
+        "Method to compare with dense; can be repeated. svg2, svg2-comp, svg2-error, svg1 or "
+        "random, each optionally with @DENSITY. [dim]Default: "
         + ", ".join(DEFAULT_METHODS)
         + ".[/]",
         "--method",
@@ -329,14 +329,14 @@ class CompareRequest(Request):
     )
     density: float | None = option(
         None,
-        "Budget of every method that names none, 0 to 1.",
+        "Density of every method without one, 0 to 1.",
         "--density",
         kind=float,
         panel=HOW,
     )
     presets: Sequence[str] = option(
         (),
-        "A preset to set beside dense; repeat for more. quality, balanced or fast.",
+        "Preset to compare with dense; can be repeated. quality, balanced or fast.",
         "--preset",
         repeats=True,
         panel=HOW,
@@ -344,7 +344,7 @@ class CompareRequest(Request):
     )
     recipes: Sequence[str | os.PathLike[str] | Recipe] = option(
         (),
-        "A recipe file to set beside dense; repeat for more.",
+        "Recipe file to compare with dense; can be repeated.",
         "--recipe",
         metavar="FILE",
         repeats=True,

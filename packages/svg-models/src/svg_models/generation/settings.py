@@ -97,27 +97,29 @@ class Settings:
     """
 
     prompt: str = option(
-        None, "What the clip shows. [dim]Default: an example of the model.[/]", positional=True
+        None, "What the clip shows. [dim]Default: the model's example prompt.[/]", positional=True
     )
-    negative_prompt: str | None = option(None, "What to steer away from.", "--negative-prompt")
+    negative_prompt: str | None = option(
+        None, "What the clip should not show.", "--negative-prompt"
+    )
     image: str | os.PathLike[str] | None = option(
-        None, "A picture to start from, for image-to-video models.", "--image", metavar="PATH"
+        None, "Image to start from, for image-to-video models.", "--image", metavar="PATH"
     )
     last_image: str | os.PathLike[str] | None = option(
         None,
-        "A picture to end with, for models that take a first and a last one.",
+        "Image to end with, for models that take a first and a last one.",
         "--last-image",
         metavar="PATH",
     )
     video: str | os.PathLike[str] | None = option(
         None,
-        "A video to start from: redrawn, followed or continued, as the model does.",
+        "Video to start from; the model redraws, follows or continues it.",
         "--video",
         metavar="PATH",
     )
     strength: float | None = option(
         None,
-        "How much of the video is redrawn, above 0 and up to 1.",
+        "How much of the video is redrawn, above 0, at most 1.",
         "--strength",
         kind=float,
         above=0,
@@ -125,7 +127,7 @@ class Settings:
     )
     steps: int = option(
         None,
-        "Denoising steps.",
+        "Number of denoising steps.",
         "--steps",
         "--num-inference-steps",
         kind=int,
@@ -134,7 +136,7 @@ class Settings:
     )
     guidance: float = option(
         None,
-        "Strength of classifier-free guidance; up to 1 turns it off.",
+        "Scale of classifier-free guidance; 1 or less turns it off.",
         "--guidance",
         "--guidance-scale",
         kind=float,
@@ -143,7 +145,7 @@ class Settings:
     )
     flow_shift: float | None = option(
         None,
-        "How far the scheduler moves its steps towards noise. [dim]Default: the model's.[/]",
+        "Shift of the scheduler's timesteps towards noise. [dim]Default: the model's.[/]",
         "--flow-shift",
         kind=float,
         above=0,
@@ -153,7 +155,7 @@ class Settings:
     width: int = option(None, "Pixels.", kind=int, least=1, most=LARGEST_SIDE)
     frames: int = option(
         None,
-        "Video frames, for most models a multiple of 4 plus 1.",
+        "Number of frames, for most models a multiple of 4 plus 1.",
         "--frames",
         "--num-frames",
         kind=int,
@@ -161,13 +163,18 @@ class Settings:
         most=100_000,
     )
     fps: float = option(
-        None, "Frames a second.", "--fps", kind=float, above=0, least=FPS[0], most=FPS[1]
+        None, "Frames per second.", "--fps", kind=float, above=0, least=FPS[0], most=FPS[1]
     )
     seed: int = option(
-        0, "Start of the noise; one seed, one clip.", "--seed", kind=int, least=0, most=2**64 - 1
+        0,
+        "Seed of the noise; the same seed gives the same clip.",
+        "--seed",
+        kind=int,
+        least=0,
+        most=2**64 - 1,
     )
     max_sequence_length: int | None = option(
-        None, "Text tokens that the pipeline pads to.", kind=int, least=1, most=1 << 20
+        None, "Number of text tokens that the pipeline pads to.", kind=int, least=1, most=1 << 20
     )
 
     def __post_init__(self) -> None:

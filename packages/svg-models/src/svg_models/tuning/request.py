@@ -27,13 +27,13 @@ class TuneRequest(Request):
 
     prompts: Sequence[str] = option(
         (),
-        "A prompt to measure on; repeat for more. [dim]Default: three examples of the model.[/]",
+        "Prompt to measure on; can be repeated. [dim]Default: three prompts of the model.[/]",
         "--prompt",
         repeats=True,
     )
     psnr: float | None = option(
         None,
-        "Reach this PSNR against dense, in dB, in the least time.",
+        "PSNR against dense to reach, in dB, in the least time.",
         "--psnr",
         kind=float,
         above=0,
@@ -42,7 +42,7 @@ class TuneRequest(Request):
     )
     speedup: float | None = option(
         None,
-        "Be this many times as fast as dense, at the best quality.",
+        "Speed-up over dense to reach, at the best quality.",
         "--speedup",
         kind=float,
         above=1,
@@ -51,14 +51,14 @@ class TuneRequest(Request):
     )
     time_by: str = option(
         "seconds",
-        "seconds: each trial is timed, in turns with dense. density: time is taken to be the "
-        "query-key pairs computed, for a machine that is busy or unlike the one it is for.",
+        "seconds: each trial is timed, interleaved with dense. density: the cost is the share of "
+        "query-key pairs computed, for a machine that is busy or is not the target.",
         "--time-by",
         panel=BUDGET,
     )
     budget_minutes: float | None = option(
         None,
-        "Stop after this many minutes with the best so far.",
+        "Stop after this many minutes, with the best recipe so far.",
         "--budget-minutes",
         kind=float,
         above=0,
