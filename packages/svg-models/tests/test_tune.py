@@ -428,9 +428,21 @@ def test_page_shows_the_curve_the_recipe_and_every_trial(tuned: Any) -> None:
 
 def test_page_says_what_was_missed_and_by_how_much() -> None:
     page = tune_page(made_up(found=False))
-    assert "No recipe keeps this budget" in page
+    assert "No recipe meets this budget" in page
     assert "Nothing that was tried keeps 80 dB; the closest, 40" in page
     assert "svg-recipe" not in page
+
+
+def test_page_says_on_how_many_prompts_the_recipe_was_measured() -> None:
+    found = made_up()
+    whole = tune_page(found)
+    assert "mean of all prompts" in whole
+    assert "Time ran out" not in whole
+    early = tuple(t for t in found.trials if t.prompt == 0)
+    cut = tune_page(dataclasses.replace(found, trials=early))
+    assert "mean of 1 of 2 prompts" in cut
+    assert "Time ran out: it was measured on 1 of 2 prompts only." in cut
+    assert "mean of all prompts" not in cut
 
 
 def test_frontier_is_what_no_other_point_beats(tuned: Any) -> None:

@@ -178,7 +178,7 @@ def _machine() -> list[Check]:
             part="machine",
             name="CPU",
             works=True,
-            detail=f"{torch.get_num_threads()} threads, {machine_memory() / GIB:.0f} GiB of memory",
+            detail=f"{_threads()}, {machine_memory() / GIB:.0f} GiB of memory",
         ),
     ]
     if not torch.cuda.is_available():
@@ -192,6 +192,11 @@ def _machine() -> list[Check]:
         )
         checks.append(Check(part="machine", name=f"GPU {index}", works=True, detail=detail))
     return checks
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _has_driver() -> bool:

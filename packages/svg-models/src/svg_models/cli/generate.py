@@ -84,5 +84,5 @@ def _tell_clip(clip: Clip, many: str) -> None:
         f"{clip.seconds:.1f} s{where} with {clip.method.label}"
     )
     if clip.stats.sparse_records:
-        text += f", density {clip.stats.mean_density:.0%} on sparse calls"
+        text += f", density {clip.stats.mean_density:.0%} in sparse calls"
     err().print(escaped(text), highlight=False)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from svg_models.cli.options import AsJson, Quiet, has_options_of
-from svg_models.cli.output import err, escaped, out, say_json, say_path
+from svg_models.cli.output import err, escaped, out, say_json, say_path, show_note
 from svg_models.cli.progress import progress_bars
 from svg_models.errors import SettingError
 from svg_models.generation.batch import read_lines
@@ -103,6 +103,12 @@ def tune(
         show_page(page)
     if tuned.recipe is None:
         raise SettingError(f"{tuned.shortfall()}; see {page}")
+    (measured,) = tuned.recipe.measured
+    if measured.prompts < len(tuned.prompts):
+        show_note(
+            f"time ran out: the recipe was measured on {measured.prompts} of "
+            f"{len(tuned.prompts)} prompts; the same command goes on"
+        )
     if not as_json:
         say_path(Path(output).expanduser(), "" if quiet else "recipe: ")
         if not quiet:

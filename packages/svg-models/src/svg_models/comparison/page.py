@@ -19,7 +19,7 @@ from svg_models.errors import shortened
 from svg_models.method_names import SCHEDULE_SETTINGS
 from svg_models.report.plots import Line, density_map, head_map, lines_per_frame, time_stack
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
-from svg_models.report.run import top_density
+from svg_models.report.run import heads_differ, top_density
 from svg_models.video import encode, enlarge
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
             "Attention computed",
             percent(clip.stats.mean_density).removesuffix(f"{NBSP}%"),
             "%",
-            f"on sparse calls; {everything} with the dense first steps",
+            f"in sparse calls; {everything} over all calls",
         ),
         _speed_tile(best.speed),
     ]
@@ -186,7 +186,7 @@ def _tiles(best: Candidate) -> list[tuple[str, str, str, str]]:
 def _speed_tile(speed: Speed | None) -> tuple[str, str, str, str]:
     name = "Denoising speed-up"
     if speed is None:
-        return name, "–", "", "none can be claimed, see below"
+        return name, "–", "", "not shown, see below"
     note = f"a step {seconds(speed.dense_step)} dense, {seconds(speed.step)} sparse"
     return name, f"{speed.speedup:.2f}", "×", note
 
@@ -196,7 +196,7 @@ def _verdict(comparison: Compared, best: Candidate) -> str:
         return f"No speed is shown, because {comparison.no_speed}."
     speed = best.speed
     if speed is None:
-        return "No step of it was sparse, so there is no speed to show."
+        return "None of its steps was sparse, so there is no speed to show."
     if abs(speed.speedup - 1) <= NOISE:
         text = "It took as long as dense on this machine."
     elif speed.speedup > 1:
@@ -213,7 +213,7 @@ def _verdict(comparison: Compared, best: Candidate) -> str:
         f"{seconds(speed.dense_attention)} against {seconds(speed.attention)} here"
     )
     if speed.bound is not None:
-        text += f", so that with these dense steps none can be more than {speed.bound:.2f}× as fast"
+        text += f", so with these dense steps no method can be more than {speed.bound:.2f}× as fast"
     return f"{text}. {comparison.gains_from}".strip()
 
 
@@ -221,10 +221,10 @@ def _table_note(comparison: Compared) -> str:
     budgets = {c.clip.method.density for c in comparison.candidates}
     if len(budgets) == 1 and (budget := next(iter(budgets))) is not None:
         return (
-            f"Every method was given the same budget, {percent(budget)} of the query–key pairs; "
-            "the density is what was measured."
+            f"Every method has the same budget, {percent(budget)} of the query–key pairs; the "
+            "densities in the table are measured."
         )
-    return "Budgets differ; the density is what was measured."
+    return "Budgets differ; the densities in the table are measured."
 
 
 def _curves(comparison: Compared, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,7 +253,8 @@ def _curves(comparison: Compared, rows: list[dict[str, Any]]) -> list[dict[str, 
 
 def _heads(comparison: Compared, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a map of density by head for each clip whose heads differ."""
-    tables = [clip.stats.head_density for clip in comparison.clips]
+    told = (clip.stats.head_density for clip in comparison.clips)
+    tables = [None if heads is None or not heads_differ(heads) else heads for heads in told]
     known = [np.nanmax(table) for table in tables if table is not None]
     top = min(1.0, max(known)) if known else 1.0
     items = []
@@ -320,7 +321,7 @@ def _settings(comparison: Compared) -> list[tuple[str, str]]:
         ("prompt", settings.prompt),
         ("negative prompt", settings.negative_prompt or "none"),
         ("guidance", f"{settings.guidance:g}"),
-        ("frames a second", f"{settings.fps:g}"),
+        ("frames per second", f"{settings.fps:g}"),
     ]
     if settings.flow_shift is not None:
         pairs.append(("flow shift", f"{settings.flow_shift:g}"))

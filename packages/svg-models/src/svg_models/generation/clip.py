@@ -87,7 +87,7 @@ class Clip(Summarised):
             ("seconds", f"{self.seconds:.1f} of denoising, {self.decode_seconds:.1f} of decoding"),
         ]
         if self.stats.sparse_calls:
-            density = f"{self.stats.mean_density:.1%} of the query-key pairs on sparse calls"
+            density = f"{self.stats.mean_density:.1%} of the query-key pairs in sparse calls"
             rows.insert(2, ("density", density))
         return f"Clip: {size} with {self.method.title}", rows
 

@@ -88,14 +88,14 @@ def _tiles(stats: RunStats) -> list[tuple[str, str, str, str]]:
             (
                 "Density of all calls",
                 *_split(percent(stats.mean_density_with_dense_calls)),
-                "what the time depends on",
+                "determines the time",
             ),
             *tiles,
         ]
     elif stats.calls:
         tiles = [("Sparse calls", "0", "", f"{calls}: attention was dense throughout")]
     if stats.seconds is not None:
-        note = "choosing what to compute included"
+        note = "planning included"
         tiles.append(("Time in attention", *_split(seconds(stats.seconds)), note))
     return tiles
 
@@ -107,7 +107,7 @@ def _plots(
     if table is not None and table.has_sparse_calls:
         picture = density_map(table, top=top, name="map", title="Density by layer and step")
         plots.append(("Density by layer and step", "", Markup(picture)))
-    if heads is not None:
+    if heads is not None and heads_differ(heads):
         most = min(1.0, float(np.nanmax(heads)))
         picture = head_map(heads, top=most, name="heads", title="Density by layer and head")
         value = f"{percent(float(np.nanmin(heads)))} to {percent(most)}"
@@ -115,6 +115,11 @@ def _plots(
     if (time := _time(table)) is not None:
         plots.append(("Seconds in attention by step", "first layers strong, last faint", time))
     return plots
+
+
+def heads_differ(heads: np.ndarray) -> bool:
+    """Return whether the densities of heads differ by what a reader can see, half a per cent."""
+    return float(np.nanmax(heads) - np.nanmin(heads)) >= 0.005
 
 
 def top_density(tables: list[Grids]) -> float:

@@ -45,9 +45,13 @@ def tune_page(tuned: Tuned) -> str:
     """Return what a search found as one HTML page that loads nothing from elsewhere."""
     means, frontier = tuned.means(), tuned.frontier()
     places = {point: (cost, psnr) for point, (_, psnr, cost) in means.items()}
-    most = max((count for count, _, _ in means.values()), default=0)
     tried = [
-        Tried(cost=cost, psnr=psnr, on_all=count == most, label=_label(point, count, psnr, cost))
+        Tried(
+            cost=cost,
+            psnr=psnr,
+            on_all=count == len(tuned.prompts),
+            label=_label(point, count, psnr, cost),
+        )
         for point, (count, psnr, cost) in means.items()
     ]
     by_time = tuned.time_by == "seconds"
@@ -60,7 +64,7 @@ def tune_page(tuned: Tuned) -> str:
         floor=tuned.noise_floor,
         axis="denoising time, share of dense" if by_time else "attention computed, share of dense",
         name="curve",
-        title="PSNR against cost of everything that was tried, the best ones joined",
+        title="PSNR against cost of every trial, with a line through the best",
     )
     settings = tuned.settings
     return render(
@@ -92,7 +96,7 @@ def tune_page(tuned: Tuned) -> str:
 
 def _heading(tuned: Tuned) -> str:
     if tuned.recipe is None:
-        return "No recipe keeps this budget"
+        return "No recipe meets this budget"
     (one,) = tuned.recipe.measured
     quality = decibels(math.inf if one.psnr is None else one.psnr)
     if one.speedup is not None:
@@ -125,22 +129,34 @@ def _tiles(tuned: Tuned) -> list[tuple[str, str, str, str]]:
         (
             "PSNR against dense",
             *_split(decibels(math.inf if one.psnr is None else one.psnr)),
-            "mean of all prompts" + ("" if worst is None else f", worst {decibels(worst)}"),
+            _mean_of(tuned) + ("" if worst is None else f", worst {decibels(worst)}"),
         ),
         (
             "Attention computed",
             *_split(percent(one.work or 0.0)),
             "query–key pairs of all calls, probes included",
         ),
-        ("Perceived difference", f"{one.flip or 0.0:.3f}", "", "FLIP, 0 is none and 1 the largest"),
+        ("Perceived difference", f"{one.flip or 0.0:.3f}", "", "FLIP, from 0 (none) to 1"),
     ]
     if one.speedup is not None:
         note = f"{seconds(one.dense_seconds)} dense, {seconds(one.seconds)} with the recipe"
         tiles.insert(1, ("Denoising speed-up", f"{one.speedup:.2f}", "×", note))
     else:
-        note = "difference of the changes from frame to frame, of 255 levels"
+        note = "difference of frame-to-frame changes, of 255 levels"
         tiles.append(("Flicker", f"{one.flicker or 0.0:.2f}", "", note))
     return tiles
+
+
+def _measured_on(tuned: Tuned) -> int:
+    """Return on how many prompts the settings of the recipe were measured."""
+    return len({t.prompt for t in tuned.trials if t.point == tuned.point})
+
+
+def _mean_of(tuned: Tuned) -> str:
+    count, asked = _measured_on(tuned), len(tuned.prompts)
+    if count == asked:
+        return "mean of all prompts" if asked > 1 else "one prompt"
+    return f"mean of {count} of {asked} prompts"
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -152,13 +168,17 @@ def _verdict(tuned: Tuned) -> str:
     if tuned.recipe is None:
         sentence = tuned.shortfall()
         return f"{sentence[:1].upper()}{sentence[1:]}."
-    text = f"Asked was {_target(tuned)}; taken was {_name(tuned.point)}."
+    text = f"Budget: {_target(tuned)}. Selected: {_name(tuned.point)}."
+    if _measured_on(tuned) < len(tuned.prompts):
+        text += (
+            f" Time ran out: it was measured on {_mean_of(tuned).removeprefix('mean of ')} only."
+        )
     doubts = {t.doubt for t in tuned.trials if t.doubt}
     timed = [t for t in tuned.trials if t.seconds is not None]
     if tuned.time_by == "density":
         text += (
-            " Nothing was timed: cost is the attention that is computed, and a real clip gains "
-            "less, as far as its time is spent elsewhere."
+            " Nothing was timed: cost is the amount of attention computed. A whole clip gains "
+            "less, by the time spent elsewhere."
         )
     elif doubts:
         text += (
