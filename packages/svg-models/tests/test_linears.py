@@ -102,6 +102,27 @@ def test_begin_forward_rounds_weights_by_another_grid_at_each_step() -> None:
     assert torch.equal(rounded(3), weights[3])
 
 
+@pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_fp8_linear_is_nearer_on_average_over_steps(where: str, device: torch.device) -> None:
+    torch.manual_seed(5)
+    layer = nn.Linear(512, 256).bfloat16().to(device)
+    x = torch.randn(1024, 512).bfloat16().to(device)
+    exact = copy.deepcopy(layer).double()(x.double())
+    quantised, scale = linears.quantise_rows(x)  # alike at each step, so this error stays
+    rounded = copy.deepcopy(layer).double()(quantised.double() * scale.double())
+    taken = Fp8Linears(nn.Sequential(nn.Sequential(), nn.Sequential(layer), nn.Sequential()))
+    found = []
+    for step in range(14):
+        taken.begin_forward(fp8=True, step=step)
+        found.append(layer(x).double())
+    errors = [relative(one, exact) for one in found]
+    assert all(0.03 < error < 0.045 for error in errors)
+    mean = torch.stack(found).mean(0)
+    assert relative(mean, rounded) < 0.3 * relative(found[0], rounded)
+    assert relative(mean, exact) < 0.8 * min(errors)
+
+
 def test_begin_forward_converts_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[int] = []
     convert = Fp8Linear.convert
