@@ -85,6 +85,18 @@ def check_crews() -> None:
             Crew.of(None, *wrong, whole=False)
 
 
+def check_crews_of_ranks_in_unequal_groups() -> None:
+    """All make all the groups of everyone; a part of them is told what would keep it waiting."""
+    rank = dist.get_rank()
+    dist.new_group([0, 1])  # two ranks are in one more than the others
+    crew = Crew.of(None, None, 1, 2, whole=False)
+    assert dist.get_process_group_ranks(crew.pair) == [rank % 2, rank % 2 + 2]
+    part = dist.new_group([0, 2])
+    if rank in (0, 2):
+        with pytest.raises(RuntimeError, match="only where these numbers are equal"):
+            Crew.of(part, None, 1, 2, whole=False)
+
+
 def check_guidance_and_ulysses() -> None:
     """Two teams of two, dense and sparse; a second video has nothing to learn."""
     pipe = wan()
@@ -218,6 +230,7 @@ CHECKS = (
     check_balance,
     check_ring,
     check_ring_refusals,
+    check_crews_of_ranks_in_unequal_groups,
 )
 
 
