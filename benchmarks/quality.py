@@ -254,6 +254,8 @@ class Measurement:
             case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}": case
             for case in cases(tuple(sizes or self.judge.measured))
         }
+        words = self.args.cases
+        asked = {key: case for key, case in asked.items() if any(word in key for word in words)}
         lane, lanes = self.args.lane
         for key, case in list(asked.items())[lane::lanes]:
             if self.args.only == ("times" if isinstance(case, Case) else "clips"):
@@ -435,6 +437,9 @@ def main() -> None:
     )
     runner.add_argument("--sizes", nargs="+", help="of clips, by name: all that matter if none")
     runner.add_argument("--frames", type=int, help="the judge's own if not given")
+    runner.add_argument(
+        "--cases", nargs="+", default=[""], help="only with such a word in their name"
+    )
     runner.add_argument("--lane", type=lane, default=(0, 1), help="0/2 is the first of two")
     runner.set_defaults(call=lambda args: Measurement(args).run(args.sizes))
     joiner = commands.add_parser("join", help="make one file of the lanes of several GPUs")
