@@ -60,7 +60,7 @@ class KMeans:
         n_iter_: rounds that the kept start ran.
         n_features_in_: D.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from flash_kmeans import KMeans
         >>> points = np.array([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]])
