@@ -169,6 +169,16 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def look(session: nox.Session) -> None:
+    """Open every page of the documentation in a browser, as phones and desktops show it."""
+    session.install(*group("docs"))
+    session.run(
+        "mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"}
+    )
+    session.run("python", "tools/look_at_site.py", "site", *session.posargs)
+
+
+@nox.session(default=False)
 def site(session: nox.Session) -> None:
     """Build the documentation of every release and of main into one site; needs the tags."""
     session.install(*group("docs"))

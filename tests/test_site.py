@@ -181,3 +181,35 @@ def test_a_field_made_by_option_is_documented_by_its_default_and_its_help(tmp_pa
     ]
     (described,) = [s for s in request.docstring.parse("google") if s.kind.value == "attributes"]
     assert [(a.name, a.description) for a in described.value] == [("steps", "Denoising steps.")]
+
+
+def test_look_sees_what_is_wrong_with_a_page_and_nothing_else(tmp_path):
+    look_at_site = pytest.importorskip("look_at_site")
+    if look_at_site.find_browser() is None:
+        pytest.skip("no Chromium on this machine")
+    page = (
+        '<!doctype html><meta name="viewport" content="width=device-width">'
+        "<link rel=icon href=data:,><body data-md-color-scheme={}><main>{}</main></body>"
+    )
+    scheme = "x><script>document.body.dataset.mdColorScheme = "
+    scheme += "matchMedia('(prefers-color-scheme: dark)').matches ? 'slate' : 'default'</script"
+    (tmp_path / "good.html").write_text(page.format(scheme, "<p>All is well.</p>"))
+    bad = (
+        '<p style="color:#999">Pale</p><p style="width:2000px">wide</p><p>$\\sum_j w$</p>'
+        '<img src="missing.png"><script>throw new Error("broken")</script>'
+    )
+    (tmp_path / "bad.html").write_text(page.format("default", bad))
+    assert look_at_site.addresses(tmp_path) == ["bad.html", "good.html"]
+    assert look_at_site.look(tmp_path, ["good.html"]) == []
+    found = look_at_site.look(tmp_path, ["bad.html"], tmp_path)
+    for words in (
+        "bad, 390 pixels, light: wider than the screen",
+        "bad, 1280 pixels, light: contrast 2.8 of P: Pale",
+        "bad, 390 pixels, dark: it is shown default",
+        "a formula as it was typed",
+        "a picture without a text",
+        "a picture that does not load",
+        "broken",
+    ):
+        assert any(words in line for line in found), words
+    assert len(list(tmp_path.glob("bad.*.png"))) == 4

@@ -99,9 +99,9 @@ class Browser:
         os.close(self._write)
 
     def open(
-        self, page: Path, *, width: int = 1280, height: int = 900, theme: str = "light"
+        self, page: Path | str, *, width: int = 1280, height: int = 900, theme: str = "light"
     ) -> None:
-        """Load a file as a phone or a desktop shows it, in a colour scheme."""
+        """Load a file or an address as a phone or a desktop shows it, in a colour scheme."""
         self.complaints.clear()
         self._call(
             "Emulation.setDeviceMetricsOverride",
@@ -111,7 +111,8 @@ class Browser:
             "Emulation.setEmulatedMedia",
             {"features": [{"name": "prefers-color-scheme", "value": theme}]},
         )
-        self._call("Page.navigate", {"url": page.resolve().as_uri()})
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self._call("Page.navigate", {"url": address})
         self.until("document.readyState === 'complete'")
 
     def ask(self, expression: str) -> Any:
