@@ -58,7 +58,7 @@ def fused(player: Player) -> None:
     try:
         player.transformer.fuse_qkv_projections()
     except RuntimeError as error:
-        raise NotImplementedError(f"the stock {name} fails with it: {error}") from error
+        raise NotImplementedError(f"the original {name} fails with it: {error}") from error
     if not any(getattr(m, "fused_projections", False) for m in player.transformer.modules()):
         raise NotImplementedError(f"fuse_qkv_projections leaves {name} as it is")
 
