@@ -13,10 +13,12 @@ from svg_kernels import Fp8KeyValue
 from svg_kernels.key_value_fp8.rows import DTYPE, LARGEST, rotate
 
 STAGE_ROWS = 128
-WARPGROUP_ROWS = 64
+WARP_ROWS, WARPGROUP_ROWS = 16, 64
 ATOM_ROWS = 8
 MAXIMUM_LOG2 = 3.0
 """What a row's maximum stands at, in units of log 2, when it is set."""
+LARGEST_LOWERED = 2.0**100
+"""Sums above which probabilities may be infinite in fp32, and are computed once more."""
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -92,9 +94,7 @@ class HeadInE4m3:
         for rows, counts in stages(runs, self.key.shape[0], query.device):
             scores = bytes_ @ self.key[rows].T * unit
             scores[:, ~counts] = -torch.inf
-            raised = torch.maximum(maximum, scores.amax(dim=1, keepdim=True))
-            must = rescales(scores - shift(maximum)) | (maximum == -torch.inf)[:, 0]
-            raised = torch.where(of_warpgroups(must)[:, None], raised, maximum)
+            raised = raise_maximum(maximum, scores)
             correction = torch.exp2(maximum - finite(raised))
             maximum = raised
             p = torch.exp2(scores - shift(maximum))
@@ -130,15 +130,30 @@ def shift(maximum: Tensor) -> Tensor:
     return torch.where(maximum == -torch.inf, 0.0, maximum - MAXIMUM_LOG2)
 
 
-def rescales(exponents: Tensor) -> Tensor:
-    """Return which rows have a thread, with two of each eight columns, whose sum is too large."""
-    p = torch.exp2(exponents).view(len(exponents), -1, 4, 2)
-    return (p.sum(dim=(1, 3)) > LARGEST).any(dim=1)
+def raise_maximum(maximum: Tensor, scores: Tensor) -> Tensor:
+    """Return the maxima `[M, 1]` of a tile's rows after a stage of scores.
+
+    A warp in which a thread's sum is too large raises its maxima by whole powers of two; where
+    sums are too large for that, or nothing has counted before, a warpgroup takes the true maxima.
+    """
+    sums = sums_of_threads(scores - shift(maximum))
+    lost = (sums > LARGEST_LOWERED) | (maximum == -torch.inf)[:, 0]
+    highest = scores.amax(dim=1, keepdim=True)
+    steps = torch.floor(highest - shift(maximum)) + 1 - MAXIMUM_LOG2
+    steps = torch.where(of_groups(sums > LARGEST, WARP_ROWS), steps.clamp(min=0), 0.0)
+    return torch.where(
+        of_groups(lost, WARPGROUP_ROWS), torch.maximum(maximum, highest), maximum + steps
+    )
 
 
-def of_warpgroups(rows: Tensor) -> Tensor:
-    """Return which rows belong to a warpgroup that has one of `rows`."""
-    return torch.cat([part.any().expand(len(part)) for part in rows.split(WARPGROUP_ROWS)])
+def sums_of_threads(exponents: Tensor) -> Tensor:
+    """Return of each row the largest sum of a thread, which has two of each eight columns."""
+    return torch.exp2(exponents).view(len(exponents), -1, 4, 2).sum(dim=(1, 3)).amax(dim=1)
+
+
+def of_groups(rows: Tensor, size: int) -> Tensor:
+    """Return, `[M, 1]`, which rows belong to a group of `size` that has one of `rows`."""
+    return torch.cat([part.any().expand(len(part)) for part in rows.split(size)])[:, None]
 
 
 def stages(

@@ -109,6 +109,19 @@ def test_block_sparse_attention_fp8_follows_scores_that_rise_or_fall(nats, draw)
     assert_matches((query, rows, *full_plan(query, 1001)), {})
 
 
+def test_block_sparse_attention_fp8_follows_a_leap_farther_than_fp32_reaches(draw):
+    # Exponentials relative to the maxima before are infinite: the stage is computed anew.
+    arguments, _ = on_gpu(random_call(draw, dtype=torch.bfloat16, dim=128, queries=300, keys=1001))
+    query, key, value, _, _ = arguments
+    direction = torch.randn(128, generator=draw).cuda()
+    direction /= direction.norm()
+    along = torch.where(torch.arange(1001, device="cuda") < 500, -150.0, 75.0) * 128**0.5 / 16
+    key = (key + along[:, None] * direction).to(query.dtype)
+    query[:, :, 1::2] += (16 * direction).to(query.dtype)
+    query, rows, *_ = quantized((query, key, value, None, None))
+    assert_matches((query, rows, *full_plan(query, 1001)), {})
+
+
 def test_block_sparse_attention_fp8_promotes_its_sums(draw):
     # Equal weights and values that do not cancel: what sums cut off would show.
     key = torch.randn(1, 1, 40_000, 128, generator=draw).cuda().bfloat16()

@@ -107,8 +107,14 @@ def test_block_sparse_attention_fp8_emulated_matches_the_oracle(plan, dtype, gen
     assert_lse_close(lse, want_lse)
 
 
-def test_block_sparse_attention_fp8_emulated_raises_its_maxima(generator):
-    # Scores that rise along the keys, by more in each stage than a maximum leaves room for.
+# Scores along the keys: they rise by more in each stage than a maximum leaves room for, or leap
+# once, farther than exponentials in fp32 reach, so that a stage must be computed anew.
+RISING = torch.linspace(-30, 30, 1301)
+LEAPING = torch.where(torch.arange(1301) < 500, -30.0, 80.0)
+
+
+@pytest.mark.parametrize("along", [RISING, LEAPING], ids=["rising", "leaping"])
+def test_block_sparse_attention_fp8_emulated_raises_its_maxima(along, generator):
     shape = {"heads": 1, "key_heads": 1, "queries": 70, "keys": 1301, "runs": 1}
     (query, key, value, starts, lengths), _ = random_call(
         generator, dtype=torch.bfloat16, dim=128, **shape
@@ -117,7 +123,7 @@ def test_block_sparse_attention_fp8_emulated_raises_its_maxima(generator):
     lengths.fill_(1301)
     direction = torch.randn(128, generator=generator)
     direction /= direction.norm()
-    key += (torch.linspace(-30, 30, 1301)[:, None] * direction).to(key.dtype)
+    key += (along[:, None] * direction).to(key.dtype)
     query[:, :, 1::2] += (16 * direction).to(query.dtype)
     rows = quantize_key_value(key, value)
     out = poisoned(query)

@@ -1,5 +1,11 @@
-// A consumer warpgroup of the kernel for 8-bit keys and values; consumer.cuh has the same loop in 16
-// bits and says how the two warpgroups share the tensor cores.
+// A consumer warpgroup of the kernel for 8-bit keys and values. consumer.cuh has the loop in 16 bits;
+// what products at twice the rate change is that exponentials take longer than they do:
+//
+//   a turn at the tensor cores is only that of S = Q K^T. O += P V is issued step by step among the
+//   exponentials of the next stage (multiply_values).
+//   rows outgrow their maxima more often, since e4m3 has less room above them, and must be cheaper to
+//   raise: a warp raises those of its sixteen rows by itself, from the probabilities that it holds
+//   in fp32. Only where these may be infinite is a stage's S computed once more, by the warpgroup.
 #pragma once
 
 #include "attention/fp8/softmax.cuh"
@@ -91,14 +97,14 @@ class Consumer {
     if (must_rescale(j - 1)) rescale<true>(j - 1, scores, partial, probabilities, key.stage);
     add_pending_sum();
     hopper::mbarrier_wait(&shared_.value_full[value.stage], value.phase);
-    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0);
+    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0, [](int) {});
     hopper::wgmma_wait<0>();
     hopper::fence_registers(partial);
     promote(partial);
   }
 
   // The scores and probabilities of stage j, and the product of those of the stage before with its
-  // values. Keys stay until no warp rescale_votes what was made of them.
+  // values. Keys stay until no warp asks to compute their scores once more.
   template <bool kMasked>
   __device__ __forceinline__ void step(int j, float (&scores)[64], float (&partial)[64],
                                        uint32_t (&probabilities)[16], hopper::PipelineState<kRowStages>& key,
@@ -116,15 +122,26 @@ class Consumer {
     add_pending_sum();
     release_keys(before);
     hopper::mbarrier_wait(&shared_.value_full[value.stage], value.phase);
-    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0);
-    warp_scheduler_barrier_arrive();
-    hopper::wgmma_wait<1>();
+    hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
+    warp_scheduler_barrier_arrive();
     if (kMasked) mask(scores, j, key.stage);
+    pending_sum_[0] = pending_sum_[1] = 0.f;
+    multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0,
+                    [&](int k) { softmax_.exponentiate(k, scores, scale_, pending_sum_); });
+    const float largest = max(pending_sum_[0], pending_sum_[1]);
+    const bool lost = largest > kLargestLowered ||
+                      min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY;
+    if (__any_sync(~0u, largest > kLargestByte)) {
+      hopper::wgmma_wait<0>();
+      hopper::fence_registers(partial);
+      if (!__any_sync(~0u, lost)) lower(scores, partial);
+    }
+    vote_rescale(j, lost);
     uint16_t halves[32];
-    softmax_.exponentiate(scores, scale_, halves, pending_sum_);
-    vote_rescale(j, max(pending_sum_[0], pending_sum_[1]) > kLargestByte ||
-                 min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY);
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      halves[i] = hopper::round_to_e4m3(scores[2 * i], scores[2 * i + 1]);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(partial);
     release_values(value.stage);
@@ -141,10 +158,10 @@ class Consumer {
     hopper::named_barrier_arrive(kWarpScheduler + 1 - group_, kConsumers);
   }
 
-  // Tells the other warps of the warpgroup, after their next barrier, whether this one rescale_votes its
+  // Tells the other warps of the warpgroup, after their next barrier, whether this one has lost its
   // probabilities of stage j. Warps may be a stage apart, hence the two places.
-  __device__ __forceinline__ void vote_rescale(int j, bool doubtful) {
-    const bool any = __any_sync(~0u, doubtful);
+  __device__ __forceinline__ void vote_rescale(int j, bool lost) {
+    const bool any = __any_sync(~0u, lost);
     if (lane_ == 0) shared_.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
   }
 
@@ -173,7 +190,26 @@ class Consumer {
     pending_sum_[0] = pending_sum_[1] = 0.f;
   }
 
-  // Counts the last stage's probabilities, which nobody rescale_votes any more.
+  // Raises the maxima of a warp's rows so that the probabilities of its last stage fit, and lowers
+  // these and older results alike: by powers of two, which is exact.
+  __device__ __forceinline__ void lower(float (&scores)[64], float (&partial)[64]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float factor = softmax_.lower(scores, r);
+      pending_sum_[r] *= factor;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          scores[4 * i + 2 * r + e] *= factor;
+          partial[4 * i + 2 * r + e] *= factor;
+          output_[4 * i + 2 * r + e] *= factor;
+        }
+      }
+    }
+  }
+
+  // Counts the last stage's probabilities, which nobody asks to compute once more.
   __device__ __forceinline__ void add_pending_sum() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax_.sum[r] += pending_sum_[r];
@@ -281,7 +317,6 @@ class Consumer {
   }
 
   __device__ __forceinline__ uint4 query_piece(const T* base, int row, int chunk) const {
-    if (row >= params_.query_length) return make_uint4(0, 0, 0, 0);
     return __ldg(reinterpret_cast<const uint4*>(base + token(row) * params_.query_strides[2]) +
                  chunk);
   }
@@ -293,7 +328,7 @@ class Consumer {
     for (int pass = 0; pass < 8; ++pass) {
       const int local = pass * 8 + thread_ / 16, chunk = thread_ % 16;
       *reinterpret_cast<uint4*>(element(local, chunk)) =
-          query_piece(base, first_row_ + local, chunk);
+          query_piece(base, min(first_row_ + local, params_.query_length - 1), chunk);
     }
     hopper::fence_proxy_async();
     hopper::named_barrier_sync(kQueryReady + group_, 128);
@@ -321,10 +356,15 @@ class Consumer {
         static_cast<uint32_t>((chunk < 8 ? kLowSigns : kHighSigns) >> (chunk % 8 * 8));
     // What the sums below are too large by is sqrt(128).
     const float unit = params_.scale * kLog2E * (0.08838834764831845f / kLargestByte);
-#pragma unroll 2
+    uint4 pieces[8];  // all on their way at once
+#pragma unroll
+    for (int pass = 0; pass < 8; ++pass)
+      pieces[pass] = query_piece(
+          base, min(first_row_ + pass * 8 + thread_ / 16, params_.query_length - 1), chunk);
+#pragma unroll
     for (int pass = 0; pass < 8; ++pass) {
       const int local = pass * 8 + thread_ / 16;
-      const uint4 piece = query_piece(base, first_row_ + local, chunk);
+      const uint4 piece = pieces[pass];
       const uint32_t pairs[4] = {piece.x, piece.y, piece.z, piece.w};
       float x[8], dot = 0.f, largest = 0.f;
 #pragma unroll
@@ -392,19 +432,26 @@ class Consumer {
     hopper::wgmma_commit();
   }
 
-  // Issues O (+)= P V.
+  // Issues O (+)= P V in four steps, and calls `behind(k)` behind step k. A warp cannot issue a step,
+  // whose probabilities are in its registers, before the tensor cores have room for it: if all four
+  // came at once, it would wait where it has something else to do.
+  template <typename Behind>
   __device__ __forceinline__ void multiply_values(float (&partial)[64],
                                                   const uint32_t (&probabilities)[16], int stage,
-                                                  bool accumulate) {
+                                                  bool accumulate, Behind behind) {
+    constexpr int kSteps = kStageRows / 32;
     hopper::fence_registers(partial);
     hopper::wgmma_fence();
-    const uint64_t value =
-        hopper::advance_descriptor(hopper::matrix_descriptor(shared_.runs.value, kAtomBytes, 0), kStageBytes, stage);
+    const uint64_t value = hopper::advance_descriptor(
+        hopper::matrix_descriptor(shared_.runs.value, kAtomBytes, 0), kStageBytes, stage);
 #pragma unroll
-    for (int k = 0; k < kStageRows / 32; ++k)
-      hopper::WgmmaRS<__nv_fp8_e4m3, kHeadDim>::run(partial, probabilities + 4 * k, hopper::advance_descriptor(value, 32 * k),
-                                           k > 0 || accumulate);
-    hopper::wgmma_commit();
+    for (int k = 0; k < kSteps; ++k) {
+      hopper::WgmmaRS<__nv_fp8_e4m3, kHeadDim>::run(partial, probabilities + 4 * k,
+                                                    hopper::advance_descriptor(value, 32 * k),
+                                                    k > 0 || accumulate);
+      if (k == kSteps - 1) hopper::wgmma_commit();
+      behind(k);
+    }
   }
 
   __device__ __forceinline__ void multiply_summary_keys(float (&scores)[64], int stage) {

@@ -9,6 +9,7 @@ namespace svg::attention::fp8 {
 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLargestByte = 448.f;  // of e4m3
+constexpr float kLargestLowered = 0x1p100f;  // sums above are of probabilities that may be infinite
 // What the maximum of a row stands at when it is set: 2^5.8 below the largest number, room for later
 // scores that are higher, and as much above 2^-6, down to where e4m3 keeps all its digits.
 constexpr float kMaximumLog2 = 3.f;
@@ -46,27 +47,32 @@ struct Softmax {
     }
   }
 
-  // Turns scores into probabilities relative to the maximum as it is, two to a half word; returns
-  // their sums.
-  __device__ __forceinline__ void exponentiate(const float (&scores)[64], const float (&scale)[2],
-                                         uint16_t (&halves)[32], float (&sums)[2]) const {
+  // Replaces the quarter k of the scores by probabilities relative to the maximum as it is, and adds
+  // them to the sums.
+  __device__ __forceinline__ void exponentiate(int k, float (&scores)[64], const float (&scale)[2],
+                                               float (&sums)[2]) const {
+    const float down[2] = {shift(0), shift(1)};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float down = shift(r);
-      float total = 0.f;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        float p[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float x = fmaf(scores[4 * i + 2 * r + e], scale[r], -down);
-          p[e] = exp2_approx(x);
-          total += p[e];
-        }
-        halves[2 * i + r] = hopper::round_to_e4m3(p[0], p[1]);
-      }
-      sums[r] = total;
+    for (int i = 16 * k; i < 16 * k + 16; ++i) {
+      const int r = i / 2 % 2;
+      scores[i] = exp2_approx(fmaf(scores[i], scale[r], -down[r]));
+      sums[r] += scores[i];
     }
+  }
+
+  // Raises the maximum of row r to where its largest probability stands below 2^kMaximumLog2;
+  // returns the power of two by which what was relative to the old one must be multiplied.
+  __device__ __forceinline__ float lower(const float (&probabilities)[64], int r) {
+    float highest = 0.f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      highest = fmaxf(highest, fmaxf(probabilities[4 * i + 2 * r], probabilities[4 * i + 2 * r + 1]));
+    const int above = static_cast<int>(__float_as_uint(quad_max(highest)) >> 23) - 127 + 1;
+    const int raise = max(above - static_cast<int>(kMaximumLog2), 0);
+    maximum[r] += static_cast<float>(raise);
+    const float factor = __uint_as_float(static_cast<unsigned>(127 - raise) << 23);
+    sum[r] *= factor;
+    return factor;
   }
 
   __device__ __forceinline__ float log_sum_exp(int r, float total) const {
