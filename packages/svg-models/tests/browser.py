@@ -112,8 +112,13 @@ class Browser:
             {"features": [{"name": "prefers-color-scheme", "value": theme}]},
         )
         address = page if isinstance(page, str) else page.resolve().as_uri()
+        self.ask("window.left = true")  # what was open answers until the next page has begun
         self._call("Page.navigate", {"url": address})
-        self.until("document.readyState === 'complete'")
+        self.until("!window.left && document.readyState === 'complete'")
+
+    def run_first(self, script: str) -> None:
+        """Have a script run in each page that is opened from now on, before its own."""
+        self._call("Page.addScriptToEvaluateOnNewDocument", {"source": script})
 
     def ask(self, expression: str) -> Any:
         """Return the value of an expression of JavaScript, a promise's once it is kept."""
