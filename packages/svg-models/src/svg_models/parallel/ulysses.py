@@ -101,7 +101,7 @@ def attend_over_ranks(
     def of_heads(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
         if order is None:
             return x.narrow(axis, start, stop - start)
-        return x.index_select(axis, order[start:stop])
+        return _picked(x, axis, order[start:stop])
 
     # All three are on their way before the first is waited for, and arrive in this order.
     pending, whole = [], []
@@ -138,7 +138,7 @@ def attend_over_ranks(
         back.append(exchange(spoken, [out[:, words, i:k] for i, k in _bounds(heads)], share))
     for finish in back:
         finish()
-    return out if order is None else out.index_select(2, order.argsort())
+    return out if order is None else _picked(out, 2, order.argsort())
 
 
 def exchange(
@@ -207,11 +207,27 @@ def _copy(target: Tensor, source: Tensor) -> None:
     Of strided tensors torch computes the address of every element, which takes longer than to move
     its two bytes.
     """
+    wide = _wide(target), _wide(source)
+    if wide[0] is None or wide[1] is None:
+        target.copy_(source)
+    else:
+        wide[0].copy_(wide[1])
+
+
+def _picked(x: Tensor, axis: int, places: Tensor) -> Tensor:
+    """Return entries of an axis before the last, in a tensor of their own; see `_copy`."""
+    wide = _wide(x)
+    if wide is None:
+        return x.index_select(axis, places)
+    return wide.index_select(axis, places).view(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor | None:
+    """Return a tensor as elements of 16 bytes, a view, or None where it cannot be viewed so."""
     try:
-        wide = target.view(torch.complex128), source.view(torch.complex128)
+        return x.view(torch.complex128)
     except RuntimeError:  # the width of a head, or where one begins, is no multiple of 16 bytes
-        wide = target, source
-    wide[0].copy_(wide[1])
+        return None
 
 
 def _empty_by_head(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
