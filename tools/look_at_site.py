@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import yaml
 from distributions import ROOT
 
-sys.path.insert(0, str(ROOT / "packages" / "svg-models" / "tests"))
+sys.path.append(str(ROOT / "packages" / "svg-models" / "tests"))
 
 from browser import Browser, find_browser
 
