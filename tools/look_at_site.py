@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
 from distributions import ROOT
 
 sys.path.append(str(ROOT / "packages" / "svg-models" / "tests"))
@@ -41,8 +40,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 def served(site: Path) -> Iterator[str]:
     """Serve a built site under the path that it will have, and yield its address."""
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    line = next(line for line in config.splitlines() if line.startswith("site_url:"))
-    path = urlsplit(yaml.safe_load(line)["site_url"]).path.strip("/")
+    address = next(line for line in config.splitlines() if line.startswith("site_url:"))
+    path = urlsplit(address.removeprefix("site_url:").strip()).path.strip("/")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / path).symlink_to(site.resolve())
         handler = functools.partial(_Quiet, directory=folder)
