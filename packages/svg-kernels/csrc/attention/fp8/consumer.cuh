@@ -52,8 +52,11 @@ class Consumer {
   }
 
   __device__ void run() {
-    load_query_bytes();
-    extent_ = measure(params_.run_lengths + tile() * params_.runs, params_.runs, lane_);
+    load_query([&] {
+      extent_ = measure(params_.run_lengths + tile() * params_.runs, params_.runs, lane_);
+    });
+    hopper::named_barrier_sync(kQueryReady + group_, 128);
+    round_query();
     const int stages = hopper::warp_uniform((extent_.atoms + kStageAtoms - 1) / kStageAtoms);
     key_arrivals_ = !extent_.whole ? 1 : lane_ == 0 ? 32 : 0;
 #pragma unroll
@@ -239,7 +242,8 @@ class Consumer {
 
   __device__ void attend_to_summaries() {
     hopper::named_barrier_sync(kRescaleVotes + group_, 128);  // nobody reads the bytes of the queries any more
-    load_query();
+    load_query([] {});
+    show_query();
     if (lane_ == 0) hopper::mbarrier_arrive(&shared_.runs_read);
     const float unit[2] = {1.f, 1.f};
     hopper::PipelineState<kSummaryStages> state;
@@ -301,7 +305,7 @@ class Consumer {
     return base + sequence_ / params_.heads * strides[0] + sequence_ % params_.heads * strides[1];
   }
 
-  __device__ __forceinline__ int64_t token(int row) const {
+  __device__ __forceinline__ int token(int row) const {
     return params_.query_order ? params_.query_order[row_of_all(row)] : row;
   }
 
@@ -316,103 +320,93 @@ class Consumer {
            local % 8 * 128 + ((chunk % 8) ^ (local % 8)) * 16;
   }
 
-  __device__ __forceinline__ uint4 query_piece(const T* base, int row, int chunk) const {
-    return __ldg(reinterpret_cast<const uint4*>(base + token(row) * params_.query_strides[2]) +
-                 chunk);
-  }
-
-  // Gathers this warpgroup's 64 rows into shared memory as they are.
-  __device__ void load_query() {
+  // Gathers this warpgroup's 64 rows into shared memory as they are, and does `meanwhile` while they
+  // are on their way. Rows past the last repeat it; nobody stores what comes of them.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void load_query(Meanwhile meanwhile) {
     const T* base = in_head(static_cast<const T*>(params_.query), params_.query_strides);
+    uint4 pieces[8];
 #pragma unroll
     for (int pass = 0; pass < 8; ++pass) {
-      const int local = pass * 8 + thread_ / 16, chunk = thread_ % 16;
-      *reinterpret_cast<uint4*>(element(local, chunk)) =
-          query_piece(base, min(first_row_ + local, params_.query_length - 1), chunk);
+      const int row = min(first_row_ + pass * 8 + thread_ / 16, params_.query_length - 1);
+      pieces[pass] = __ldg(
+          reinterpret_cast<const uint4*>(base + token(row) * params_.query_strides[2]) +
+          thread_ % 16);
     }
-    hopper::fence_proxy_async();
-    hopper::named_barrier_sync(kQueryReady + group_, 128);
-  }
-
-  // Of the vector of this tile's key head, the eight channels of a chunk.
-  __device__ __forceinline__ void load_channels(const float* vectors, int chunk,
-                                                float (&channels)[8]) const {
-    const float4* vector =
-        reinterpret_cast<const float4*>(vectors + int64_t{key_sequence()} * kHeadDim) + 2 * chunk;
-    const float4 low = vector[0], high = vector[1];
-    channels[0] = low.x, channels[1] = low.y, channels[2] = low.z, channels[3] = low.w;
-    channels[4] = high.x, channels[5] = high.y, channels[6] = high.z, channels[7] = high.w;
-  }
-
-  // Gathers this warpgroup's 64 rows, scales and rotates them as the keys were, and rounds them to
-  // bytes. Sixteen lanes hold a row, eight channels each.
-  __device__ void load_query_bytes() {
-    const T* base = in_head(static_cast<const T*>(params_.query), params_.query_strides);
-    const int chunk = thread_ % 16;
-    float means[8], scales[8];
-    load_channels(params_.key_mean, chunk, means);
-    load_channels(params_.key_scale, chunk, scales);
-    const uint32_t signs =
-        static_cast<uint32_t>((chunk < 8 ? kLowSigns : kHighSigns) >> (chunk % 8 * 8));
-    // What the sums below are too large by is sqrt(128).
-    const float unit = params_.scale * kLog2E * (0.08838834764831845f / kLargestByte);
-    uint4 pieces[8];  // all on their way at once
+    meanwhile();
 #pragma unroll
     for (int pass = 0; pass < 8; ++pass)
-      pieces[pass] = query_piece(
-          base, min(first_row_ + pass * 8 + thread_ / 16, params_.query_length - 1), chunk);
+      *reinterpret_cast<uint4*>(element(pass * 8 + thread_ / 16, thread_ % 16)) = pieces[pass];
+  }
+
+  // Scales and rotates the rows in shared memory as the keys were, and rounds them to bytes in their
+  // place. Two threads share a row, sixty-four channels each, so that all but the last of the
+  // rotation's seven steps stay within a thread.
+  __device__ __forceinline__ void round_query() {
+    constexpr int kHalf = kHeadDim / 2;
+    const int local = thread_ / 2, half = thread_ % 2;
+    const int64_t channels = int64_t{key_sequence()} * kHeadDim + half * kHalf;
+    const float4* means = reinterpret_cast<const float4*>(params_.key_mean + channels);
+    const float4* scales = reinterpret_cast<const float4*>(params_.key_scale + channels);
+    const uint64_t signs = half ? kHighSigns : kLowSigns;
+    float x[kHalf], dot = 0.f, largest = 0.f;
 #pragma unroll
-    for (int pass = 0; pass < 8; ++pass) {
-      const int local = pass * 8 + thread_ / 16;
-      const uint4 piece = pieces[pass];
-      const uint32_t pairs[4] = {piece.x, piece.y, piece.z, piece.w};
-      float x[8], dot = 0.f, largest = 0.f;
+    for (int i = 0; i < kHalf; i += 4) {
+      const uint2 piece =
+          *reinterpret_cast<const uint2*>(element(local, half * 8 + i / 8) + i % 8 * 2);
+      const float2 low = unpack<T>(piece.x), high = unpack<T>(piece.y);
+      const float4 mean = means[i / 4], scale = scales[i / 4];
+      dot = fmaf(low.x, mean.x, fmaf(low.y, mean.y, dot));
+      dot = fmaf(high.x, mean.z, fmaf(high.y, mean.w, dot));
+      x[i] = low.x * scale.x, x[i + 1] = low.y * scale.y;
+      x[i + 2] = high.x * scale.z, x[i + 3] = high.y * scale.w;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 both = unpack<T>(pairs[i]);
-        x[2 * i] = both.x, x[2 * i + 1] = both.y;
-      }
+    for (int i = 0; i < kHalf; ++i) x[i] = signs >> i & 1 ? -x[i] : x[i];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        dot = fmaf(x[i], means[i], dot);
-        x[i] *= signs >> i & 1 ? -scales[i] : scales[i];
-      }
+    for (int step = 1; step < kHalf; step *= 2) {
 #pragma unroll
-      for (int half = 1; half < 8; half *= 2) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (i & half) continue;
-          const float a = x[i], b = x[i + half];
-          x[i] = a + b, x[i + half] = a - b;
-        }
-      }
-#pragma unroll
-      for (int lanes = 1; lanes < 16; lanes *= 2) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float other = __shfl_xor_sync(~0u, x[i], lanes);
-          x[i] = chunk & lanes ? other - x[i] : x[i] + other;
-        }
-        dot += __shfl_xor_sync(~0u, dot, lanes);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
-#pragma unroll
-      for (int lanes = 1; lanes < 16; lanes *= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-      largest = largest > 0.f ? largest : 1.f;
-      const float inverse = kLargestByte / largest;
-      uint16_t halves[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) halves[i] = hopper::round_to_e4m3(x[2 * i] * inverse, x[2 * i + 1] * inverse);
-      const uint2 bytes = make_uint2(hopper::join(halves[0], halves[1]), hopper::join(halves[2], halves[3]));
-      *reinterpret_cast<uint2*>(shared_.query[group_] + local * kHeadDim +
-                                ((chunk / 2 ^ local % 8) << 4) + chunk % 2 * 8) = bytes;
-      if (chunk == 0) {
-        shared_.query_scale[group_ * 64 + local] = largest * unit;
-        shared_.query_shift[group_ * 64 + local] = dot * params_.scale;
+      for (int i = 0; i < kHalf; ++i) {
+        if (i & step) continue;
+        const float a = x[i], b = x[i + step];
+        x[i] = a + b, x[i + step] = a - b;
       }
     }
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float other = __shfl_xor_sync(~0u, x[i], 1);
+      x[i] = half ? other - x[i] : x[i] + other;
+      largest = fmaxf(largest, fabsf(x[i]));
+    }
+    dot += __shfl_xor_sync(~0u, dot, 1);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = largest > 0.f ? largest : 1.f;
+    const float inverse = kLargestByte / largest;
+    hopper::named_barrier_sync(kQueryReady + group_, 128);  // all have read what bytes replace
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 16) {
+      uint32_t words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float* four = x + i + 4 * w;
+        words[w] = hopper::join(hopper::round_to_e4m3(four[0] * inverse, four[1] * inverse),
+                                hopper::round_to_e4m3(four[2] * inverse, four[3] * inverse));
+      }
+      *reinterpret_cast<uint4*>(shared_.query[group_] + local * kHeadDim +
+                                ((half * 4 + i / 16) ^ local % 8) * 16) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    if (half == 0) {
+      // What the sums of the rotation are too large by is sqrt(128).
+      const float unit = params_.scale * kLog2E * (0.08838834764831845f / kLargestByte);
+      shared_.query_scale[group_ * 64 + local] = largest * unit;
+      shared_.query_shift[group_ * 64 + local] = dot * params_.scale;
+    }
+    show_query();
+  }
+
+  // Makes the queries visible to the products of the whole warpgroup.
+  __device__ __forceinline__ void show_query() {
     hopper::fence_proxy_async();
     hopper::named_barrier_sync(kQueryReady + group_, 128);
   }
@@ -537,6 +531,10 @@ class Consumer {
   // Normalises, adds the mean value, turns fragments into rows through shared memory, and scatters
   // them to their tokens.
   __device__ void store() {
+    int tokens[8];  // asked for first: they take longest
+#pragma unroll
+    for (int pass = 0; pass < 8; ++pass)
+      tokens[pass] = token(min(first_row_ + pass * 8 + thread_ / 16, params_.query_length - 1));
     const float* mean = params_.value_mean + int64_t{key_sequence()} * kHeadDim + column();
     hopper::named_barrier_sync(kRescaleVotes + group_, 128);  // nobody reads the queries any more
 #pragma unroll
@@ -564,8 +562,7 @@ class Consumer {
       const int local = pass * 8 + thread_ / 16, chunk = thread_ % 16;
       if (first_row_ + local < params_.query_length)
         __stcs(
-            reinterpret_cast<uint4*>(base + token(first_row_ + local) * params_.output_strides[2]) +
-                chunk,
+            reinterpret_cast<uint4*>(base + tokens[pass] * params_.output_strides[2]) + chunk,
             *reinterpret_cast<const uint4*>(element(local, chunk)));
     }
   }
