@@ -133,17 +133,14 @@ def shift(maximum: Tensor) -> Tensor:
 def raise_maximum(maximum: Tensor, scores: Tensor) -> Tensor:
     """Return the maxima `[M, 1]` of a tile's rows after a stage of scores.
 
-    A warp in which a thread's sum is too large raises its maxima by whole powers of two; where
-    sums are too large for that, or nothing has counted before, a warpgroup takes the true maxima.
+    A warp in which a thread's sum is too large takes the true maxima; where sums are too large for
+    fp32, or nothing has counted before, its warpgroup does.
     """
     sums = sums_of_threads(scores - shift(maximum))
     lost = (sums > LARGEST_LOWERED) | (maximum == -torch.inf)[:, 0]
+    raises = of_groups(sums > LARGEST, WARP_ROWS) | of_groups(lost, WARPGROUP_ROWS)
     highest = scores.amax(dim=1, keepdim=True)
-    steps = torch.floor(highest - shift(maximum)) + 1 - MAXIMUM_LOG2
-    steps = torch.where(of_groups(sums > LARGEST, WARP_ROWS), steps.clamp(min=0), 0.0)
-    return torch.where(
-        of_groups(lost, WARPGROUP_ROWS), torch.maximum(maximum, highest), maximum + steps
-    )
+    return torch.where(raises, torch.maximum(maximum, highest), maximum)
 
 
 def sums_of_threads(exponents: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def full_plan(query, keys):
     return starts, torch.full_like(starts, keys)
 
 
-def assert_matches(arguments, keywords):
+def assert_matches(arguments, keywords, limit=2e-2):
     # Beside the rounding that the oracle does as well there are sums cut off at some 14 bits, and
     # numbers that fall on the other side of a tie.
     out = torch.full_like(arguments[0], torch.nan)
@@ -61,7 +61,7 @@ def assert_matches(arguments, keywords):
     # What falls on the other side of a tie moves a score by a share of the query's size.
     apart = 5e-2 * arguments[0].double().std(correction=0).clamp(min=1.0)
     assert ((lse.double() - want_lse)[read].abs() < apart).all()
-    assert relative_error(out, want) < 2e-2
+    assert relative_error(out, want) < limit
 
 
 def test_block_sparse_attention_fp8_matches_the_oracle_on_random_plans(draw):
@@ -110,7 +110,9 @@ def test_block_sparse_attention_fp8_follows_scores_that_rise_or_fall(nats, draw)
 
 
 def test_block_sparse_attention_fp8_follows_a_leap_farther_than_fp32_reaches(draw):
-    # Exponentials relative to the maxima before are infinite: the stage is computed anew.
+    # Exponentials relative to the maxima before are infinite: the stage is computed anew. Scores
+    # of 150 nats that the tensor cores know to 13 bits move probabilities by 2 %, a third of what
+    # lies between two numbers in e4m3.
     arguments, _ = on_gpu(random_call(draw, dtype=torch.bfloat16, dim=128, queries=300, keys=1001))
     query, key, value, _, _ = arguments
     direction = torch.randn(128, generator=draw).cuda()
@@ -119,7 +121,7 @@ def test_block_sparse_attention_fp8_follows_a_leap_farther_than_fp32_reaches(dra
     key = (key + along[:, None] * direction).to(query.dtype)
     query[:, :, 1::2] += (16 * direction).to(query.dtype)
     query, rows, *_ = quantized((query, key, value, None, None))
-    assert_matches((query, rows, *full_plan(query, 1001)), {})
+    assert_matches((query, rows, *full_plan(query, 1001)), {}, limit=5e-2)
 
 
 def test_block_sparse_attention_fp8_promotes_its_sums(draw):

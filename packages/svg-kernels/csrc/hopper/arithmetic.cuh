@@ -14,6 +14,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// log2 in one instruction, to 2^-22.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers as e4m3, the first in the low byte; what is too large becomes the largest.
 __device__ __forceinline__ uint16_t round_to_e4m3(float low, float high) {
   uint16_t both;

@@ -193,8 +193,8 @@ class Consumer {
     pending_sum_[0] = pending_sum_[1] = 0.f;
   }
 
-  // Raises the maxima of a warp's rows so that the probabilities of its last stage fit, and lowers
-  // these and older results alike: by powers of two, which is exact.
+  // Raises the maxima of a warp's rows to those of its last stage, and lowers its probabilities and
+  // older results alike.
   __device__ __forceinline__ void lower(float (&scores)[64], float (&partial)[64]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -60,17 +60,17 @@ struct Softmax {
     }
   }
 
-  // Raises the maximum of row r to where its largest probability stands below 2^kMaximumLog2;
-  // returns the power of two by which what was relative to the old one must be multiplied.
+  // Raises the maximum of row r to its largest probability, which then stands at 2^kMaximumLog2, where
+  // e4m3 rounds nothing; returns by what results relative to the old one must be multiplied.
   __device__ __forceinline__ float lower(const float (&probabilities)[64], int r) {
     float highest = 0.f;
 #pragma unroll
     for (int i = 0; i < 16; ++i)
-      highest = fmaxf(highest, fmaxf(probabilities[4 * i + 2 * r], probabilities[4 * i + 2 * r + 1]));
-    const int above = static_cast<int>(__float_as_uint(quad_max(highest)) >> 23) - 127 + 1;
-    const int raise = max(above - static_cast<int>(kMaximumLog2), 0);
-    maximum[r] += static_cast<float>(raise);
-    const float factor = __uint_as_float(static_cast<unsigned>(127 - raise) << 23);
+      highest =
+          fmaxf(highest, fmaxf(probabilities[4 * i + 2 * r], probabilities[4 * i + 2 * r + 1]));
+    const float above = fmaxf(hopper::log2_approx(quad_max(highest)) - kMaximumLog2, 0.f);
+    const float factor = exp2_approx(-above);
+    maximum[r] += above;
     sum[r] *= factor;
     return factor;
   }

@@ -5,6 +5,7 @@
 namespace svg::hopper {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
 
 inline float from_e4m3(unsigned char byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
