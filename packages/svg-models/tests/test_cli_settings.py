@@ -248,6 +248,16 @@ def test_pace_is_told_from_the_first_step_on() -> None:
     assert column.render(bars.tasks[0]).plain == "4.0 steps/s, 0:01 left"
 
 
+def test_pace_is_not_told_of_reports_that_come_together() -> None:
+    clock = [0.0]
+    bars = Progress(get_time=lambda: clock[0])
+    task = bars.add_task("sampling", total=20)
+    clock[0] = 3e-4
+    for completed in (2, 20):
+        bars.update(task, completed=completed)
+        assert PaceColumn().render(bars.tasks[0]).plain == ""
+
+
 def test_bars_cut_a_long_name_and_neither_pace_nor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, now = io.StringIO(), [0.0]
     monkeypatch.setattr(
@@ -283,6 +293,15 @@ def test_lines_come_after_the_first_step_and_then_at_growing_intervals() -> None
     steps = [int(line.split()[2]) for line in said[1:-1]]
     assert steps == [1, 6, 16, 36, 76, 136, 196]
     assert said[-1] == "decoding"
+
+
+def test_lines_tell_no_pace_of_reports_that_come_together() -> None:
+    clock, said = [0.0], []
+    lines = Lines(said.append, now=lambda: clock[0])
+    for step in range(4):
+        lines("sampling", step, 4)
+        clock[0] += 1e-5
+    assert said == ["sampling: step 1 of 4"]
 
 
 def test_lines_of_what_is_quick_are_left_out() -> None:

@@ -5,6 +5,7 @@ The reference rounds keys and values as the kernel does and runs on any device.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -100,6 +101,23 @@ def test_sparsify_says_that_nothing_is_in_fp8(
             tiny.generate(pipe)
         assert run.stats().fp8_calls == 0
         assert len(run.messages) == 1
+
+
+@pytest.mark.parametrize(("steps", "dense", "fp8"), [(4, 3, 0), (12, 10, 0), (12, 9, 1)])
+def test_sparsify_says_that_only_steps_at_the_end_are_sparse(
+    steps: int, dense: int, fp8: int
+) -> None:
+    pipe = tiny.pipeline()
+    schedule = Schedule(dense_steps=dense / steps, dense_layers=0.0)
+    with warnings.catch_warnings(), sparsify(pipe, METHOD, schedule, **FP8) as run:
+        warnings.simplefilter("ignore")
+        tiny.generate(pipe, num_inference_steps=steps)
+        stats = run.stats()
+    assert len({record.step for record in stats.sparse_records}) == steps - dense
+    assert len(fp8_steps(stats.records)) == fp8
+    said = [one for one in run.messages if "none is computed in fp8" in one]
+    assert len(said) == (not fp8)
+    assert all(one.startswith("only the last steps of this video are sparse") for one in said)
 
 
 def test_sparsify_says_that_a_chosen_kernel_computes_dense_calls() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,6 +137,33 @@ def test_begin_forward_converts_once_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     taken.release()
     taken.begin_forward(fp8=True, step=5)
     assert len(converted) == 3
+
+
+def test_sparsify_in_fp8_takes_up_weights_where_no_step_is_known() -> None:
+    module = model()
+    inputs = {
+        name: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in tiny.forward_inputs().items()
+    }
+
+    def made() -> Tensor:
+        with torch.no_grad():  # no pipeline, and nobody says where the video stands
+            out: Tensor = module(**inputs)[0]
+            return out
+
+    how: dict[str, Any] = {"linears": "fp8", "fp8_from": "start"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with sparsify(module, METHOD, HALF, **how) as run:
+            before = made()
+            with torch.no_grad():
+                for block in module.blocks:
+                    block.ffn.net[2].weight.mul_(1.5)
+            changed = made()
+        assert "cannot tell the denoising step" in run.messages[0]
+        with sparsify(module, METHOD, HALF, **how):
+            assert torch.equal(made(), changed)
+    assert not torch.equal(changed, before)
 
 
 def test_inputs_quantise_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:

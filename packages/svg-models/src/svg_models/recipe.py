@@ -46,7 +46,7 @@ class Layers:
         fuse: join what stands between the matrix products of a block.
         linears: precision of the matrix products.
         attention: precision of self-attention.
-        fp8_from: which steps have in fp8 what is to be: sparse ones but the last, or all.
+        fp8_from: which steps have in fp8 what is to be: sparse ones but those at the end, or all.
         cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 

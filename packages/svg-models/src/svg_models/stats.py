@@ -164,7 +164,7 @@ class RunStats(Summarised):
 
     def _in_fp8(self) -> list[tuple[str, str]]:
         """Return a line on what was asked for in fp8; none if nothing was."""
-        which = {"sparse": "sparse steps but the last", "start": "all steps"}
+        which = {"sparse": "sparse steps but those at the end", "start": "all steps"}
         told = [f"{self.fp8_calls:,} attention calls"] if self.fp8_calls else []
         if self.recipe.get("linears") == "fp8":
             told.append(f"linear layers in {which[self.recipe['fp8_from']]}")

@@ -28,6 +28,7 @@ from svg_models.cli.output import bars_on, err, escaped, show_note
 __all__ = ["Lines", "Stages", "hushed_libraries", "progress_bars"]
 
 _BESIDE = 64  # columns of a terminal that everything but the name of a stage takes
+_SOONEST = 0.05  # seconds; reports that come together after this little time tell no pace
 
 
 @contextmanager
@@ -89,7 +90,7 @@ class PaceColumn(ProgressColumn):
 
 def _pace(stage: str, done: float, total: float, elapsed: float) -> list[str]:
     """Return how fast a stage goes, where its parts are steps, and the time that is left."""
-    if not total or not done or not elapsed:
+    if not total or not done or elapsed < _SOONEST:
         return []
     words = []
     if stage.endswith("sampling"):

@@ -310,23 +310,30 @@ class Engine:
         )
         if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
-        waits = self._layers.has_fp8 and self._layers.fp8_from == "sparse"
-        if waits and not self._has_sparse_step(recipe, context.moment.num_steps):
+        why = self._why_without_fp8(recipe, context.moment.num_steps)
+        if why:
             self.tell(
-                "no step of this video is sparse, so none is computed in fp8; fp8_from='start' "
-                "computes all steps in it"
+                f"{why}, so none is computed in fp8; fp8_from='start' computes all steps in it"
             )
         return dataclasses.replace(recipe, layers=self._layers)
 
-    def _has_sparse_step(self, recipe: Recipe, num_steps: int | None) -> bool:
-        """Return whether a transformer of the run has a sparse step, if its last one is known."""
-        if isinstance(recipe.method, Dense) or num_steps is None:
-            return not isinstance(recipe.method, Dense)
-        return any(
-            _is_sparse(recipe, installed.name, step, num_steps)
+    def _why_without_fp8(self, recipe: Recipe, num_steps: int | None) -> str:
+        """Return why no step will be in fp8; empty if one is, or may be, or nothing has to be."""
+        waits = self._layers.has_fp8 and self._layers.fp8_from == "sparse"
+        if not waits or (num_steps is None and not isinstance(recipe.method, Dense)):
+            return ""
+        sparse = {
+            step
             for installed in self.installations
-            for step in range(num_steps)
-        )
+            for step in range(num_steps or 0)
+            if _is_sparse(recipe, installed.name, step, num_steps)
+        }
+        if not sparse:
+            return "no step of this video is sparse"
+        in_fp8 = self._layers.in_fp8
+        if any(in_fp8(sparse=True, step=step, num_steps=num_steps) for step in sparse):
+            return ""
+        return "only the last steps of this video are sparse, and fp8 leaves them as they are"
 
     def _tell_replaced(self, generation: Generation) -> None:
         """Warn of transformers of the pipeline that were exchanged for others, which are dense."""

@@ -124,7 +124,7 @@ class FastLayers:
             step: the denoising step, if it is known.
         """
         if self.linears is not None:
-            self.linears.begin_forward(fp8=fp8, step=step or 0)
+            self.linears.begin_forward(fp8=fp8, step=step)
 
     def release(self) -> None:
         """Let go of memory that only a pass in fp8 needs."""

@@ -266,16 +266,17 @@ class Fp8Linears:
             return self._latest
         return getattr(self._here, "on", False)
 
-    def begin_forward(self, *, fp8: bool, step: int = 0) -> None:
+    def begin_forward(self, *, fp8: bool, step: int | None = None) -> None:
         """Choose the precision of this thread's products until the next forward pass.
 
         Args:
             fp8: whether products are in fp8.
-            step: the denoising step; both branches of guidance have the same weights.
+            step: the denoising step; both branches of guidance have the same weights. Where it is
+                not known, nobody says that weights have changed, and they are converted each time.
         """
         self._here.on = self._latest = fp8
-        if fp8 and step != self._step:
-            self._convert(step)
+        if fp8 and (step is None or step != self._step):
+            self._convert(step or 0)
 
     def _convert(self, step: int) -> None:
         """Convert every weight for a step, outside of what is compiled.
