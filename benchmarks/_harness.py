@@ -20,6 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# In cells of tables: the two numbers stay on one line.
+PLUS_MINUS = "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}"
 _flush: torch.Tensor | None = None
 # What an absent package, a missing compiler or a kernel that refuses its input raises.
 UNAVAILABLE = (

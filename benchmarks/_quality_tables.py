@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import ROOT, replace_between, table
+from _harness import PLUS_MINUS, ROOT, replace_between, table
 from _quality_cases import BASELINE, BEST, PRESET
 from _quality_times import milliseconds
 
@@ -108,7 +108,7 @@ def gain(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     if len(differences) < 2:
         return f"{differences[0]:+.1f}" if differences else ""
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{statistics.mean(differences):+.1f} ± {error:.1f}"
+    return f"{statistics.mean(differences):+.1f}{PLUS_MINUS}{error:.1f}"
 
 
 def step_milliseconds(row: dict[str, Any], times: dict[str, Any]) -> float | None:
@@ -123,7 +123,7 @@ def step_milliseconds(row: dict[str, Any], times: dict[str, Any]) -> float | Non
 def _spread(numbers: dict[str, float | None], digits: int) -> str:
     if numbers["mean"] is None:
         return "identical"
-    return f"{numbers['mean']:.{digits}f} ± {numbers['std']:.{digits}f}"
+    return f"{numbers['mean']:.{digits}f}{PLUS_MINUS}{numbers['std']:.{digits}f}"
 
 
 def draw(results: dict[str, Any], target: Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import quality
-from _harness import ROOT, conditions, environment, replace_between, store, table
+from _harness import PLUS_MINUS, ROOT, conditions, environment, replace_between, store, table
 
 from svg_attention import SVG2, Dense
 from svg_models import sparsify
@@ -181,7 +181,7 @@ def lost(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     found = row.get("lost")
     if found and found["mean"] is not None:
         error = (found["std"] or 0.0) / len(row["psnrs"]) ** 0.5
-        return f"{found['mean']:.2f} ± {error:.2f} dB"
+        return f"{found['mean']:.2f}{PLUS_MINUS}{error:.2f} dB"
     fused = next(r for r in rows if (r["method"], r["precision"]) == (row["method"], FUSED))
     return f"{fused['psnr']['mean'] - row['psnr']['mean']:.2f} dB"
 
