@@ -220,6 +220,7 @@ class Measurement:
             "judge": self.judge.name,
             "guidance": args.guidance,
             "frames": args.frames,
+            "clips": {name: self._clip(name) for name in self.judge.sizes},
             "prompts": list(self.judge.prompts),
         }
         self.commit = header["environment"]["commit"]
@@ -229,7 +230,7 @@ class Measurement:
         if args.output.exists():
             found = json.loads(args.output.read_text("utf-8"))
             # Rows added to a file name the commit that measured them.
-            known = {"judge": "embedded", **found}
+            known = {"judge": "embedded", "clips": header["clips"], **found}
             known["environment"] = {**found.get("environment", {}), "commit": self.commit}
             differs = [name for name in header if known.get(name) != header[name]]
             if differs:
@@ -300,12 +301,16 @@ class Measurement:
         # The dense clips come first, twice.
         return seconds * (1.0 if clip in self._dense else 3.0)
 
-    def _layout(self, size: str) -> TokenLayout:
+    def _clip(self, size: str) -> dict[str, int]:
+        """Return what is stored of a size: pixels and video tokens."""
         height, width = self.judge.sizes[size]
         tokens = Geometry.of(self.pipe).tokens(
             height=height, width=width, frames=self.args.frames
         )  # fmt: skip
-        return TokenLayout(grid=(1, 1, tokens))
+        return {"height": height, "width": width, "tokens": tokens}
+
+    def _layout(self, size: str) -> TokenLayout:
+        return TokenLayout(grid=(1, 1, self._clip(size)["tokens"]))
 
     def _sample(self, size: str, steps: int) -> Tensor:
         return sample(
@@ -404,7 +409,7 @@ def join(parts: Sequence[Path], output: Path, times: Path | None = None) -> None
         SystemExit: if the lanes were measured with other prompts or on another machine.
     """
     found = [json.loads(path.read_text("utf-8")) for path in parts]
-    same = ("environment", "judge", "guidance", "frames", "prompts")
+    same = ("environment", "judge", "guidance", "frames", "clips", "prompts")
     for path, one in zip(parts, found, strict=True):
         differs = [name for name in same if one[name] != found[0][name]]
         if differs:

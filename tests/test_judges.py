@@ -75,7 +75,8 @@ def test_join_puts_lanes_in_the_order_of_the_cases(judges, tmp_path):
     keys = list(
         dict.fromkeys(c.key for c in found.cases(("footage",)) if isinstance(c, found.Case))
     )
-    header = {"environment": {}, "judge": "footage", "guidance": 3.0, "frames": 45, "prompts": []}
+    header = {"environment": {}, "judge": "footage", "guidance": 3.0, "frames": 45}
+    header |= {"clips": {"footage": {"height": 192, "width": 336, "tokens": 12_096}}, "prompts": []}
     parts = []
     for number in range(2):
         number_of, count = quality.lane(f"{number}/2")

@@ -9,7 +9,7 @@ from typing import Any
 
 import preset_table
 import pytest
-from preset_table import SCHEDULES, SIDES, markdown, put, row_of_cases, row_of_recipe
+from preset_table import SCHEDULES, markdown, one_row, put, row_of_cases, row_of_recipe
 
 from svg_attention import SVG2, Schedule
 from svg_models.presets import PRESETS, TABLE, preset_rows, read_table
@@ -17,7 +17,7 @@ from svg_models.recipe import Measured, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [
-    pytest.param(row.recipe, one, id=f"{name}-{one.tokens}-{one.steps}")
+    pytest.param(row.recipe, one, id=f"{name}-{one.model}-{one.tokens}-{one.steps}")
     for name in PRESETS
     for row in preset_rows()[name]
     for one in row.recipe.measured
@@ -46,9 +46,11 @@ def same_settings(recipe: Recipe, config: dict[str, Any]) -> bool:
 def stored_row(document: dict[str, Any], recipe: Recipe, one: Measured) -> dict[str, Any]:
     """Return what results of `quality.py` say of a recipe: by case, or as they were before."""
     if "cases" in document:
+        sizes = {name: tuple(clip.values()) for name, clip in document["clips"].items()}
         for row in document["cases"].values():
-            alike = SIDES[row["size"]] == one.height and row["steps"] == one.steps
-            schedule = SCHEDULES[row["schedule"]] == recipe.schedule
+            alike = sizes[row["size"]] == (one.height, one.width, one.tokens)
+            alike = alike and row["steps"] == one.steps
+            schedule = SCHEDULES.get(row["schedule"]) == recipe.schedule
             if alike and schedule and same_settings(recipe, row["config"]):
                 return row | {"total": row["total_density"]}
         raise AssertionError("no stored case has these settings")
@@ -76,7 +78,8 @@ def test_the_price_of_a_preset_is_what_was_stored(recipe: Recipe, one: Measured)
     row = stored_row(document, recipe, one)
     assert (one.psnr, one.psnr_spread) == (row["psnr"]["mean"], row["psnr"]["std"])
     assert one.ssim == row["ssim"]["mean"]
-    assert one.guidance == document["guidance"]
+    assert one.model.removesuffix(" judge") == document.get("judge", "embedded")
+    assert (one.frames, one.guidance) == (document["frames"], document["guidance"])
     assert one.prompts == len(document["prompts"])
     assert row.get("device", document["environment"]["device"]) in one.machine
     assert one.work == pytest.approx(row["total"], abs=1e-4)
@@ -102,6 +105,10 @@ def document() -> dict[str, Any]:
         "environment": {"device": "H", "dtype": "bfloat16", "torch": "2", "diffusers": "0.42"},
         "guidance": 4.0,
         "frames": 49,
+        "clips": {
+            "default": {"height": 128, "width": 128, "tokens": 3328},
+            "large": {"height": 256, "width": 256, "tokens": 13312},
+        },
         "prompts": ["a"] * 16,
         "noise_floor": {"default clip, 8 steps": {"psnr": summary}},
         "cases": {"one": case, "two": case | {"size": "large"}},
@@ -126,6 +133,74 @@ def test_put_makes_stored_cases_the_row_of_a_preset(table: dict[str, Any]) -> No
     assert "| `fast` | 5 to 6 | density 0.219, routed by error, bias, repair, no step dense |" in (
         markdown(changed)
     )
+
+
+def of_another_judge(density: float) -> dict[str, Any]:
+    """Return made-up results of the footage judge."""
+    found = document()
+    case = found["cases"]["one"]
+    config = {**case["config"], "density": density, "q_clusters": 99}
+    return {
+        **found,
+        "judge": "footage",
+        "guidance": 3.0,
+        "frames": 45,
+        "clips": {"footage": {"height": 192, "width": 336, "tokens": 12096}},
+        "noise_floor": {},
+        "cases": {"one": case | {"size": "footage", "config": config}},
+    }
+
+
+def test_one_row_has_the_measurements_of_several_judges(table: dict[str, Any]) -> None:
+    asked = ("no dense step", 0.25, "error, bias, repair", 8)
+    row = one_row(
+        [
+            row_of_cases(document(), *asked, "x.json"),
+            row_of_cases(of_another_judge(0.219), *asked, "y.json"),
+        ]
+    )
+    changed = put(table, "fast", {"conditions": {"steps": [5, 6]}} | row)
+    rows = read_table(changed)["fast"]
+    (recipe,) = (row.recipe for row in rows if row.conditions == {"steps": (5.0, 6.0)})
+    *embedded, footage = recipe.measured
+    assert [(m.model, m.height, m.width, m.tokens) for m in embedded] == [
+        ("embedded", 128, 128, 3328),
+        ("embedded", 256, 256, 13312),
+    ]
+    assert (footage.model, footage.frames, footage.guidance) == ("footage judge", 45, 3.0)
+    assert (footage.height, footage.width, footage.tokens) == (192, 336, 12096)
+    assert footage.evidence == "y.json"
+    assert "footage judge, 45 x 336 x 192, 8 steps, 16 prompts, H, bfloat16" in markdown(changed)
+
+
+def test_one_row_refuses_measurements_of_other_settings() -> None:
+    asked = ("no dense step", 0.25, "error, bias, repair", 8)
+    rows = [
+        row_of_cases(document(), *asked, "x.json"),
+        row_of_cases(of_another_judge(0.237), *asked, "y.json"),
+    ]
+    with pytest.raises(SystemExit, match="measured with other density: give each its own row"):
+        one_row(rows)
+    with pytest.raises(SystemExit, match="measured with other schedule"):
+        one_row([rows[0], {**rows[0], "schedule": {"dense_steps": 0.3}}])
+
+
+def test_row_of_cases_refuses_sizes_whose_sparse_calls_had_other_densities() -> None:
+    found = document()
+    two = found["cases"]["two"]
+    found["cases"]["two"] = two | {"config": {**two["config"], "density": 0.237}}
+    asked = ("no dense step", 0.25, "error, bias, repair", 8)
+    with pytest.raises(SystemExit, match="other density"):
+        row_of_cases(found, *asked, "x.json")
+    assert row_of_cases(found, *asked, "x.json", "large")["settings"]["density"] == 0.237
+
+
+def test_every_row_for_models_of_any_width_was_measured_on_the_footage_judge() -> None:
+    rows = [row for name in PRESETS for row in preset_rows()[name] if "width" not in row.conditions]
+    assert len(rows) == 3 * 3
+    for row in rows:
+        assert row.automatic == 0
+        assert "footage judge" in [one.model for one in row.recipe.measured]
 
 
 def test_put_takes_a_recipe_of_a_search(table: dict[str, Any]) -> None:

@@ -4,10 +4,13 @@
     python tools/preset_table.py put fast benchmarks/results/h100/quality.json \
         --case "no dense step" 0.25 "error, bias, repair" --steps 8 --for-steps 1 8 --automatic 512
     python tools/preset_table.py put fast … --size large --for-tokens 6657 1000000
+    python tools/preset_table.py put fast benchmarks/results/h100/quality.json \
+        benchmarks/results/h200/quality_footage.json --case "dense for 30 %" 0.05 "error, bias"
     python tools/preset_table.py put fast benchmarks/results/h100/tuned.json --for-steps 1 8
 
-`put` takes a case of `benchmarks/quality.py`, at each size that it was measured at, or a recipe
-that `svg tune` wrote, and makes it the row of a preset for so many steps.
+`put` takes a case of `benchmarks/quality.py`, at each size and by each judge that it was measured
+at, or a recipe that `svg tune` wrote, and makes it the row of a preset for so many steps. Each file
+adds its measurements to the row; all must have the same settings.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _quality_cases import SCHEDULES, SIDES  # type: ignore[import-not-found]
+from _quality_cases import SCHEDULES  # type: ignore[import-not-found]
 
-from svg_attention import SVG2
+from svg_attention import SVG2, method_from_dict
 from svg_models.presets import PRESETS, TABLE, read_table
 from svg_models.recipe import FORMAT, Recipe
 
@@ -30,8 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guide" / "tune.md"
 MARKS = ("<!-- presets -->", "<!-- /presets -->")
 CORRECTIONS = ("route", "correct_bias", "repair_rows", "metric", "share_branches", "share_steps")
-TOKENS = {128: 3328, 256: 13312}
-"""Side of an embedded clip of 49 frames -> its video tokens."""
 
 
 def row_of_cases(
@@ -45,10 +47,8 @@ def row_of_cases(
 ) -> dict[str, Any]:
     """Return the row of a preset that cases of `quality.py` give, one measurement for each size.
 
-    A density of all calls is another one of the sparse calls at each size: give each its own row.
-
     Raises:
-        SystemExit: if no such case was stored.
+        SystemExit: if no such case was stored, or `one_row` refuses its settings at two sizes.
     """
     found = [
         case
@@ -60,17 +60,14 @@ def row_of_cases(
     if not found:
         raise SystemExit(f"no case {schedule!r}, {density:g}, {method!r}, {steps} steps was stored")
     environment = document["environment"]
-    found.sort(key=lambda case: SIDES[case["size"]])
-    measured = []
-    for case in found:
-        side = SIDES[case["size"]]
+    judge = document.get("judge", "embedded")
+    rows = []
+    for case in sorted(found, key=lambda case: document["clips"][case["size"]]["tokens"]):
         floor = document["noise_floor"].get(f"{case['size']} clip, {steps} steps")
         one = {
-            "model": "embedded",
+            "model": judge if judge == "embedded" else f"{judge} judge",
             "frames": document["frames"],
-            "height": side,
-            "width": side,
-            "tokens": TOKENS[side],
+            **document["clips"][case["size"]],
             "steps": steps,
             "guidance": document["guidance"],
             "prompts": len(document["prompts"]),
@@ -84,16 +81,36 @@ def row_of_cases(
             "versions": {name: environment[name] for name in ("torch", "diffusers")},
             "evidence": evidence,
         }
-        measured.append({name: value for name, value in one.items() if value is not None})
-    # A total of all calls came to other densities of the sparse ones at other sizes.
-    config = {k: v for k, v in found[0]["config"].items() if "clusters" not in k}
-    config["density"] = round(config["density"], 4)
-    return {
-        "method": config.pop("name"),
-        "settings": config,
-        "schedule": SCHEDULES[schedule].to_dict(),
-        "measured": measured,
-    }
+        # Results keep the settings that there were when they were measured.
+        settings = method_from_dict(case["config"]).to_dict()
+        settings = {k: v for k, v in settings.items() if "clusters" not in k}
+        settings["density"] = round(settings["density"], 4)
+        rows.append(
+            {
+                "method": settings.pop("name"),
+                "settings": settings,
+                "schedule": SCHEDULES[schedule].to_dict(),
+                "measured": [{name: value for name, value in one.items() if value is not None}],
+            }
+        )
+    return one_row(rows)
+
+
+def one_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one row with the measurements of several.
+
+    Raises:
+        SystemExit: if their settings differ: at each number of tokens a density of all calls is
+            another one of the sparse calls, and has a row of its own.
+    """
+    first, *others = rows
+    for other in others:
+        differs = [name for name in ("method", "schedule") if other[name] != first[name]]
+        settings = first["settings"] | other["settings"]
+        differs += [n for n in settings if first["settings"].get(n) != other["settings"].get(n)]
+        if differs:
+            raise SystemExit(f"measured with other {', '.join(differs)}: give each its own row")
+    return {**first, "measured": [one for row in rows for one in row["measured"]]}
 
 
 def row_of_recipe(document: dict[str, Any], evidence: str) -> dict[str, Any]:
@@ -186,6 +203,16 @@ def write_docs(table: dict[str, Any]) -> None:
     PAGE.write_text(f"{before}{MARKS[0]}\n{markdown(table)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
+def _row_of(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the row that a file gives."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    evidence = path.resolve().relative_to(ROOT).as_posix()
+    if document.get("format") == FORMAT:
+        return row_of_recipe(document, evidence)
+    schedule, density, method = args.case
+    return row_of_cases(document, schedule, float(density), method, args.steps, evidence, args.size)
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -193,28 +220,20 @@ def main() -> None:
     commands.add_parser("docs", help="write the table into the documentation")
     adder = commands.add_parser("put", help="make stored results the row of a preset")
     adder.add_argument("preset", choices=PRESETS)
-    adder.add_argument("results", type=Path)
+    adder.add_argument("results", type=Path, nargs="+", help="each adds its measurements")
     adder.add_argument("--case", nargs=3, metavar=("SCHEDULE", "DENSITY", "METHOD"))
     adder.add_argument("--steps", type=int, default=20, help="of the case")
     adder.add_argument("--for-steps", type=int, nargs=2, default=(9, 10_000))
     adder.add_argument("--for-width", type=int, nargs=2, help="channels of the transformer")
     adder.add_argument("--for-tokens", type=int, nargs=2, help="video tokens")
-    adder.add_argument("--size", default="", choices=["", *SIDES], help="of the cases")
+    adder.add_argument("--size", default="", help="of the cases: all if none")
     adder.add_argument(
         "--automatic", type=int, default=0, help="widest model that takes it unasked"
     )
     args = parser.parse_args()
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if args.command == "put":
-        document = json.loads(args.results.read_text(encoding="utf-8"))
-        evidence = args.results.resolve().relative_to(ROOT).as_posix()
-        if document.get("format") == FORMAT:
-            row = row_of_recipe(document, evidence)
-        else:
-            schedule, density, method = args.case
-            row = row_of_cases(
-                document, schedule, float(density), method, args.steps, evidence, args.size
-            )
+        row = one_row([_row_of(path, args) for path in args.results])
         head: dict[str, Any] = {"conditions": {"steps": list(args.for_steps)}}
         for name in ("width", "tokens"):
             if getattr(args, f"for_{name}"):

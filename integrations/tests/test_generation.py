@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 
@@ -39,12 +40,30 @@ def suits(row, **clip):
 def test_presets_are_those_of_svg_models():
     table = json.loads((ROOT / TABLE).read_text(encoding="utf-8"))["presets"]
     assert [*table] == [*PRESETS]
-    for name, (method, schedule) in PRESETS.items():
-        rows = [row for row in table[name] if suits(row, steps=50, tokens=75_600, width=5_120)]
+    for name, steps in itertools.product(PRESETS, (1, 4, 5, 6, 8, 9, 50)):
+        rows = [row for row in table[name] if suits(row, steps=steps, tokens=75_600, width=5_120)]
         found = SVG2(**rows[0]["settings"]), Schedule.from_dict(rows[0]["schedule"])
         assert rows[0]["method"] == "SVG2"
-        assert found == (method, schedule), f"change svg_engines.settings.PRESETS[{name!r}], too"
-        assert not any(suits(row, steps=8, tokens=75_600, width=5_120) for row in table[name])
+        chosen = Settings(preset=name).choose(num_steps=steps)
+        assert found == chosen, f"change svg_engines.settings.PRESETS[{name!r}], too"
+    for name in PRESETS:
+        usual = Settings(preset=name)
+        assert usual.choose(num_steps=None) == usual.choose(num_steps=50)
+
+
+def test_choose_leaves_few_steps_dense_unless_something_is_asked_for():
+    assert Settings().choose(num_steps=8) is None
+    assert Settings().choose(num_steps=9) == Settings(preset="balanced").choose(num_steps=9)
+    method, schedule = Settings(density=0.4).choose(num_steps=4)
+    assert (method.density, schedule) == (0.4, Schedule.sparse())
+    assert Settings(method=SVG2(density=0.3)).choose(num_steps=4)[0] == SVG2(density=0.3)
+
+
+def test_attend_says_what_to_ask_for_where_steps_are_few(caplog):
+    generation = Generation(Settings(min_tokens=0), Reasons("test"))
+    with caplog.at_level(logging.WARNING):
+        assert attend(generation, num_steps=8) is None
+    assert "8 steps are few; name a preset or a density" in caplog.text
 
 
 @pytest.mark.parametrize(

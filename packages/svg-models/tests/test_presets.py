@@ -95,14 +95,92 @@ def test_choose_recipe_fills_the_counts_for_the_clip(name: str) -> None:
 
 def test_choose_recipe_of_a_preset_stays_dense_where_sparsity_cannot_pay() -> None:
     spec = read_method(None, preset="fast")
-    for clip, words in (
-        ({"latent_frames": 1}, "a single frame is an image"),
-        ({"num_steps": 4}, "no settings yet for 4 denoising steps"),
-    ):
-        recipe = choose_recipe(spec, wide(), 75_600, **clip)
-        assert isinstance(recipe.method, Dense)
-        assert words in recipe.note
-    assert isinstance(choose_recipe(spec, wide(), 1_000, num_steps=50).method, Dense)
+    image = choose_recipe(spec, wide(), 75_600, latent_frames=1)
+    assert isinstance(image.method, Dense)
+    assert "a single frame is an image" in image.note
+    for steps in (4, 50):
+        short = choose_recipe(spec, wide(), 1_000, num_steps=steps)
+        assert isinstance(short.method, Dense)
+        assert "too short" in short.note
+
+
+def test_choose_recipe_of_a_preset_stays_dense_where_the_table_has_no_row(
+    monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]
+) -> None:
+    table["presets"]["fast"] = table["presets"]["fast"][-1:]
+    rows = read_table(table)
+    monkeypatch.setattr(presets, "preset_rows", lambda: rows)
+    recipe = choose_recipe(read_method(None, preset="fast"), wide(), 75_600, num_steps=4)
+    assert isinstance(recipe.method, Dense)
+    assert "no settings yet for 4 denoising steps" in recipe.note
+
+
+# What the footage judge came to: dB with a share of all pairs, probes included.
+@pytest.mark.parametrize(
+    ("name", "steps", "work", "psnr"),
+    [
+        *((name, steps, 0.35, 42.6) for name in PRESETS for steps in (1, 4, 5)),
+        *(("quality", steps, 0.35, 42.7) for steps in (6, 8)),
+        *((name, steps, 0.25, 40.5) for name in ("balanced", "fast") for steps in (6, 8)),
+    ],
+)
+def test_few_steps_of_a_large_model_are_sparse_where_a_preset_is_asked_for(
+    name: str, steps: int, work: float, psnr: float
+) -> None:
+    spec = read_method(None, preset=name)
+    recipe = choose_recipe(spec, wide(), 75_600, num_steps=steps)
+    assert recipe.schedule == Schedule.sparse()
+    (one,) = recipe.measured
+    assert (one.model, one.steps) == ("footage judge", 4 if steps <= 5 else 8)
+    assert one.work == pytest.approx(work, abs=2e-3)
+    assert one.psnr == pytest.approx(psnr, abs=0.05)
+    # Probes take the rest of the share.
+    assert isinstance(recipe.method, SVG2)
+    assert recipe.method == SVG2.corrected(
+        recipe.method.density, count_probes=False, q_clusters=300, k_clusters=1000
+    )
+    assert work - 0.02 < recipe.method.density < work
+    # The rows of narrow models are others, and stay theirs.
+    row = find_row(name, steps=steps, tokens=3_328, width=512)
+    assert row is not None
+    assert row.automatic == 512
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (1, "1 denoising step is too few"),
+        (4, "the preset balanced: 42.6 dB to dense with 35% of the attention (footage judge, 4 "),
+        (8, "the preset balanced: 40.5 dB to dense with 25% of the attention (footage judge, 8 "),
+    ],
+)
+def test_few_steps_of_a_large_model_stay_dense_and_name_the_preset_and_its_price(
+    steps: int, words: str
+) -> None:
+    recipe = recipe_for(wide(), 75_600, num_steps=steps)
+    assert isinstance(recipe.method, Dense)
+    assert words in recipe.note
+    assert recipe.note.endswith("steps, guidance 3)")
+    assert "preset" not in recipe_for(wide(), 1_000, num_steps=steps).note, "dense there, too"
+
+
+def test_a_preset_takes_a_curve_of_density_that_was_given() -> None:
+    curve = Schedule.sparse([0.474] * 4 + [0.178] * 16)
+    spec = read_method(None, preset="balanced")
+    recipe = choose_recipe(spec, wide(), 75_600, schedule=curve, num_steps=20)
+    assert recipe.schedule == curve
+    assert isinstance(recipe.method, SVG2)
+    assert recipe.method.count_probes is False, "the shares leave out what probes take"
+    assert recipe.schedule.density_at(step=3, num_steps=20) == 0.474
+    assert recipe.schedule.density_at(step=4, num_steps=20) == 0.178
+
+
+def test_more_steps_of_a_large_model_keep_what_was_published() -> None:
+    recipe = recipe_for(wide(), 75_600, num_steps=9)
+    assert recipe.method == SVG2(
+        q_clusters=300, k_clusters=1000, first_iterations=10, step_iterations=1
+    )
+    assert "Sparse-VideoGen" in recipe.source
 
 
 def test_few_steps_are_sparse_where_the_table_has_a_row_measured_on_models_as_small(

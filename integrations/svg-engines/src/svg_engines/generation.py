@@ -115,8 +115,7 @@ class Generation:
             chosen = self._session(num_steps)
             if chosen is None:
                 reason = (
-                    f"preset {self.settings.preset} was not measured with {num_steps} steps; ask "
-                    "for a density to run sparsely"
+                    f"{num_steps} steps are few; name a preset or a density to run them sparsely"
                 )
         if reason is not None or chosen is None or step is None:
             self.reasons(f"{reason}; such calls stay dense")

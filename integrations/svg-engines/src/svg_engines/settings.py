@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from svg_attention import SVG2, Method, Schedule
 
-# The rows of `svg_models.presets` that large models run with; a test compares them. That package is
-# not asked: it imports diffusers, of which vLLM-Omni and SGLang pin versions that it does not take.
+# What runs where no preset is named, in runs of so many steps or more.
+DEFAULT = "balanced"
 LEAST_STEPS = 9
 _SCHEDULE = Schedule(dense_steps=0.3, dense_layers=0.0)
-PRESETS: Mapping[str, tuple[Method, Schedule]] = {
-    "quality": (SVG2.corrected(0.2, count_probes=False), _SCHEDULE),
-    "balanced": (SVG2.corrected(0.1, count_probes=False), _SCHEDULE),
-    "fast": (SVG2.corrected(0.05, count_probes=False), _SCHEDULE),
+
+
+def _rows(density: float, of_eight: float) -> tuple[tuple[float, Method, Schedule], ...]:
+    """Return the rows of a preset, by density: of 9 steps or more, and of 6 to 8."""
+    by_steps = ((5, 0.3369, None), (8, of_eight, None), (math.inf, density, _SCHEDULE))
+    return tuple(
+        (most, SVG2.corrected(share, count_probes=False), schedule or Schedule.sparse())
+        for most, share, schedule in by_steps
+    )
+
+
+# The rows of `svg_models.presets` that large models run with, each with the most steps that it is
+# for; a test compares them. That package is not asked: it imports diffusers, of which vLLM-Omni and
+# SGLang pin versions that it does not take.
+PRESETS: Mapping[str, tuple[tuple[float, Method, Schedule], ...]] = {
+    "quality": _rows(0.2, 0.3369),
+    "balanced": _rows(0.1, 0.2369),
+    "fast": _rows(0.05, 0.2369),
 }
 # Below about this many tokens planning costs more than it saves.
 MIN_TOKENS = 12_288
@@ -27,8 +42,9 @@ class Settings:
 
     Args:
         preset: "quality", "balanced" or "fast": method, density and dense steps that were measured.
+            When None, "balanced" in runs of 9 steps or more; shorter ones stay dense.
         density: share of the query-key pairs to compute, in place of the preset's. With it a run of
-            fewer steps than the preset was measured on becomes sparse, too.
+            fewer steps becomes sparse, too.
         dense_steps: share of the sampling, from its start, that stays dense; the preset's when
             None.
         end: share of the sampling after which it is dense again.
@@ -45,7 +61,7 @@ class Settings:
         ValueError: if a value is out of its range or the preset unknown.
     """
 
-    preset: str = "balanced"
+    preset: str | None = None
     density: float | None = None
     dense_steps: float | None = None
     end: float = 1.0
@@ -58,7 +74,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.density is not None and not 0.0 < self.density <= 1.0:
             raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
@@ -88,15 +104,17 @@ class Settings:
         return cls(**given)
 
     def choose(self, *, num_steps: int | None) -> tuple[Method, Schedule] | None:
-        """Return method and schedule for a clip; None if the preset was not measured on such.
+        """Return method and schedule for a clip; None for few steps that nobody asked for.
 
         Args:
             num_steps: denoising steps; None if unknown.
         """
-        asked = self.density is not None or self.method is not None
+        asked = (self.preset, self.density, self.method) != (None, None, None)
         if not asked and num_steps is not None and num_steps < LEAST_STEPS:
             return None
-        method, schedule = PRESETS[self.preset]
+        steps = LEAST_STEPS if num_steps is None else num_steps
+        rows = PRESETS[self.preset or DEFAULT]
+        method, schedule = next(row[1:] for row in rows if steps <= row[0])
         method = self.method or method
         if self.density is not None:
             if not hasattr(method, "density"):

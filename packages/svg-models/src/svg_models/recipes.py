@@ -148,11 +148,13 @@ def recipe_for(
         raise ValueError(f"recipes are for method 'svg1' or 'svg2', got {method!r}")
     family, task, width = _kind(pipe)
     row = nearest(family.recipes, task, tokens)
-    preset = find_row("balanced", steps=num_steps, tokens=tokens, width=width)
+    preset = asked = find_row("balanced", steps=num_steps, tokens=tokens, width=width)
     if method == "svg1" or preset is None or not 0 < width <= preset.automatic:
         preset = None
-    # Few steps are no reason to stay dense where they were measured.
-    dense = _why_dense(tokens, width, None if preset else num_steps, latent_frames)
+    dense = _why_dense(tokens, width, latent_frames)
+    # Few steps are no reason to stay dense where they were measured on models as small.
+    if not dense and preset is None and num_steps is not None and num_steps <= FEW_STEPS:
+        dense = _why_few_steps(num_steps, asked)
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
     if preset is not None:
@@ -164,7 +166,7 @@ def _nearest_published(pipe: object, tokens: int, method: Literal["svg1", "svg2"
     """Return the nearest published settings, adjusted where model or clip is smaller."""
     family, task, width = _kind(pipe)
     row = nearest(family.recipes, task, tokens)
-    dense = _why_dense(tokens, width, None, None)
+    dense = _why_dense(tokens, width, None)
     if dense:
         return Recipe(method=Dense(), schedule=row.schedule, source=row.source, note=dense)
     adjusted, words = (_svg1 if method == "svg1" else _svg2)(row, tokens, width)
@@ -186,7 +188,7 @@ def _of_preset(
     family, task, width = _kind(pipe)
     published = nearest(family.recipes, task, tokens)
     row = find_row(name, steps=num_steps, tokens=tokens, width=width)
-    note = _why_dense(tokens, width, None, latent_frames)
+    note = _why_dense(tokens, width, latent_frames)
     if row is None and not note:
         note = (
             f"preset {name} has no settings yet for {num_steps} denoising steps of such a clip; "
@@ -270,17 +272,11 @@ def _svg1(row: Published, tokens: int, width: int) -> tuple[Method, str]:
     return method, f"density {method.density:.2f}"
 
 
-def _why_dense(tokens: int, width: int, num_steps: int | None, latent_frames: int | None) -> str:
+def _why_dense(tokens: int, width: int, latent_frames: int | None) -> str:
     if latent_frames == 1:
         return (
             "a single frame is an image, for which no sparse settings were published; "
             "pass a method to run it anyway"
-        )
-    if num_steps is not None and num_steps <= FEW_STEPS:
-        return (
-            f"{num_steps} denoising step{' is' if num_steps == 1 else 's are'} too few to make "
-            "sparse: each step of a few-step "
-            f"model decides too much (more than {FEW_STEPS} needed); pass a method to run it anyway"
         )
     # Per token and layer, attention costs 4 * tokens * width operations and the linear layers about
     # 28 * width^2: below 1.75 * width tokens attention is under a fifth of the work.
@@ -291,6 +287,25 @@ def _why_dense(tokens: int, width: int, num_steps: int | None, latent_frames: in
             f"({needed:,} or more needed); pass a method to run it anyway"
         )
     return ""
+
+
+def _why_few_steps(num_steps: int, row: PresetRow | None) -> str:
+    """Return why so few steps stay dense unless asked for, and what the preset came to."""
+    note = (
+        f"{num_steps} denoising step{' is' if num_steps == 1 else 's are'} too few to make sparse "
+        f"by default (more than {FEW_STEPS} needed): each of them decides too much; pass a method "
+        "to run it anyway"
+    )
+    if row is None:
+        return note
+    note += ", or the preset balanced"
+    for one in row.recipe.measured[:1]:
+        if one.psnr is not None and one.work is not None:
+            note += (
+                f": {one.psnr:.1f} dB to dense with {one.work:.0%} of the attention "
+                f"({one.model}, {one.steps} steps, guidance {one.guidance:g})"
+            )
+    return note
 
 
 def _width(transformer: nn.Module) -> int:
