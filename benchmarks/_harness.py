@@ -6,6 +6,7 @@ turns, each starts with a cold L2, and what is reported is the median with both 
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -110,10 +111,38 @@ def store(path: Path, result: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def load(gpu: str, name: str) -> dict[str, Any]:
-    """Read a stored result, `benchmarks/results/<gpu>/<name>.json`."""
-    result: dict[str, Any] = json.loads((RESULTS / gpu / f"{name}.json").read_text("utf-8"))
+def stored(path: Path) -> dict[str, Any]:
+    """Read a stored result.
+
+    Raises:
+        SystemExit: if there is none, or the file is something else.
+    """
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SystemExit(f"cannot read {path} ({error.strerror}); name a stored result") from error
+    except ValueError as error:
+        raise SystemExit(f"{path} is no stored result ({error}); name another") from error
+    if not isinstance(result, dict):
+        raise SystemExit(f"{path} is no stored result (it holds no JSON object); name another")
     return result
+
+
+def load(gpu: str, name: str) -> dict[str, Any]:
+    """Read a stored result, `benchmarks/results/<gpu>/<name>.json`; see `stored`."""
+    return stored(RESULTS / gpu / f"{name}.json")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number that is not below `least` from the command line."""
+
+    def whole(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{least} or more is needed, got {number}")
+        return number
+
+    return whole
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import PLUS_MINUS, ROOT, replace_between, table
+from _harness import PLUS_MINUS, ROOT, replace_between, stored, table
 from _quality_cases import BASELINE, BEST, PRESET
 from _quality_times import milliseconds
 
@@ -36,7 +35,7 @@ def write(path: Path) -> None:
     Args:
         path: what `quality.py run` stored.
     """
-    results = json.loads(path.read_text("utf-8"))
+    results = stored(path)
     page, plot = PAGES[results.get("judge", "embedded")]
     draw(results, plot)
     picture = f"![PSNR against time, for every method](assets/{plot.name})\n\n"

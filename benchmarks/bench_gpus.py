@@ -30,7 +30,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _harness import ROOT, conditions, environment, load, replace_between, store, summary, table
+from _harness import (
+    ROOT,
+    at_least,
+    conditions,
+    environment,
+    load,
+    replace_between,
+    store,
+    summary,
+    table,
+)
 from _model_subjects import SUBJECTS, TINY, Subject
 from bench_models import DENSITY, EVERY_STEP, build, forwards, make_inputs
 from torch import Tensor, nn
@@ -494,7 +504,18 @@ def member(rank: int, args: argparse.Namespace, port: int) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Start the processes."""
+    """Start the processes.
+
+    Raises:
+        SystemExit: if no model, or no way, has a chosen word in its name.
+    """
+    names = [subject.name for subject in (toys(args.gpus) if args.tiny else SUBJECTS)]
+    for words, kind, known in (
+        (args.models, "model", names),
+        (args.ways, "way", [way.name for way in WAYS]),
+    ):
+        if words and not any(word in name.lower() for word in words for name in known):
+            raise SystemExit(f"no {kind} is named {' or '.join(words)}; there are {known}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -505,14 +526,16 @@ def rows_of(model: Mapping[str, Any]) -> list[list[str]]:
     """Return the lines of one model: milliseconds a layer, and times faster than one GPU."""
     lines = []
     for name, found in model["ms_per_forward"].items():
-        one = model["ms_per_forward"][model["held_against"][name]]["1"]["median"]
+        # Ways that were chosen by name may lack the one that they are held against.
+        one = model["ms_per_forward"].get(model["held_against"][name], {}).get("1")
         cells = []
         for gpus in ("1", "2", "4", "8"):
             ms = found.get(gpus)
             if ms is None:
                 cells.append("")
                 continue
-            faster = "" if gpus == "1" else f" ({one / ms['median']:.2f}x)"
+            alone = gpus == "1" or one is None
+            faster = "" if alone else f" ({one['median'] / ms['median']:.2f}x)"
             cells.append(f"{ms['median'] / model['layers']:.1f}{faster}")
         if any(cells):
             lines.append([model["name"], name, *cells])
@@ -563,12 +586,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time transformers on several GPUs.")
     commands = parser.add_subparsers(required=True)
     timed = commands.add_parser("run", help="start a process for each GPU and time")
-    timed.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
+    timed.add_argument("--gpus", type=at_least(1), default=torch.cuda.device_count() or 2)
     timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
     timed.add_argument("--models", nargs="*", default=[], help="only those with such a name")
     timed.add_argument("--ways", nargs="*", default=[], help="only those with such a name")
-    timed.add_argument("--samples", type=int, default=3, help="forward passes in a turn, 2 or more")
-    timed.add_argument("--rounds", type=int, default=3, help="turns of all ways")
+    # Fewer than two have no quartiles.
+    timed.add_argument(
+        "--samples", type=at_least(2), default=3, help="forward passes in a turn, 2 or more"
+    )
+    timed.add_argument("--rounds", type=at_least(1), default=3, help="turns of all ways")
     timed.add_argument("--seconds", type=float, default=120.0, help="that no further turn exceeds")
     timed.add_argument("--commit", help="of the code, where it is no repository")
     timed.add_argument("--tiny", action="store_true", help="toy models, on the CPU")

@@ -28,7 +28,6 @@ attention alone differs. Beside the closeness stands what the attention of a ste
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import subprocess
@@ -40,7 +39,7 @@ from typing import Any
 
 import _quality_tables
 import torch
-from _harness import store
+from _harness import store, stored
 from _judges import Judge, find_judge
 from _quality_cases import SCHEDULE, Case, build, cases
 from _quality_times import Times
@@ -176,9 +175,17 @@ def load(args: argparse.Namespace, first: int = 0) -> tuple[Any, Judge]:
     """Load the model; return its pipeline and what it is asked for, prompts from `first` on.
 
     Guidance and frames that the command line leaves open become the judge's.
+
+    Raises:
+        SystemExit: if the folder holds no pipeline.
     """
     from diffusers import WanPipeline
 
+    if args.model is not None and not (args.model / "model_index.json").exists():
+        raise SystemExit(
+            f"{args.model} holds no pipeline; give a folder that `training.train_footage export` "
+            "wrote"
+        )
     judge = find_judge(args.model, first=first, prompts=args.prompts)
     for name in ("guidance", "frames"):
         if getattr(args, name, None) is None:
@@ -228,7 +235,7 @@ class Measurement:
             **header, "noise_floor": {}, "cases": {}, "times": {}, "failures": {},
         }  # fmt: skip
         if args.output.exists():
-            found = json.loads(args.output.read_text("utf-8"))
+            found = stored(args.output)
             # Rows added to a file name the commit that measured them.
             known = {"judge": "embedded", "clips": header["clips"], **found}
             known["environment"] = {**found.get("environment", {}), "commit": self.commit}
@@ -244,7 +251,7 @@ class Measurement:
         """Measure what is not stored yet, until the seconds are over.
 
         Raises:
-            SystemExit: if the judge has no such size.
+            SystemExit: if the judge has no such size, or nothing has a chosen word in its name.
         """
         left = 0
         for size in sizes or ():
@@ -257,6 +264,8 @@ class Measurement:
         }
         words = self.args.cases
         asked = {key: case for key, case in asked.items() if any(word in key for word in words)}
+        if not asked:
+            raise SystemExit(f"no case has {' or '.join(words)} in its name")
         lane, lanes = self.args.lane
         for key, case in list(asked.items())[lane::lanes]:
             if self.args.only == ("times" if isinstance(case, Case) else "clips"):
@@ -388,12 +397,12 @@ def lane(text: str) -> tuple[int, int]:
     """Return number and count of `0/2`, the first of two lanes.
 
     Raises:
-        ValueError: if it is no such pair, or the number is not below the count.
+        ArgumentTypeError: if it is no such pair, or the number is not below the count.
     """
-    number, count = (int(part) for part in text.split("/"))
-    if not 0 <= number < count:
-        raise ValueError(f"a lane is 0/{count} to {count - 1}/{count}, got {text}")
-    return number, count
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"lanes of two are 0/2 and 1/2, got {text}")
+    return int(number), int(count)
 
 
 def join(parts: Sequence[Path], output: Path, times: Path | None = None) -> None:
@@ -406,20 +415,24 @@ def join(parts: Sequence[Path], output: Path, times: Path | None = None) -> None
             too.
 
     Raises:
-        SystemExit: if the lanes were measured with other prompts or on another machine.
+        SystemExit: if the lanes were measured with other prompts or on another machine, or a file
+            is none of a lane.
     """
-    found = [json.loads(path.read_text("utf-8")) for path in parts]
+    found = [stored(path) for path in parts]
     same = ("environment", "judge", "guidance", "frames", "clips", "prompts")
+    kinds = ("noise_floor", "cases", "times", "failures")
     for path, one in zip(parts, found, strict=True):
+        lacks = [name for name in (*same, *kinds) if name not in one]
+        if lacks:
+            raise SystemExit(f"{path} is no lane of `quality.py run`: it has no {lacks[0]}")
         differs = [name for name in same if one[name] != found[0][name]]
         if differs:
             raise SystemExit(f"{path} was measured with other {', '.join(differs)}")
     tables: dict[str, dict[str, Any]] = {
-        name: {key: row for one in found for key, row in one[name].items()}
-        for name in ("noise_floor", "cases", "times", "failures")
+        name: {key: row for one in found for key, row in one[name].items()} for name in kinds
     }
     if times is not None:
-        other = json.loads(times.read_text("utf-8"))
+        other = stored(times)
         known = {name: other["environment"][name] for name in ("device", "commit")}
         tables["times"] = {key: {**known, **row} for key, row in other["times"].items()}
     sizes = tuple(dict.fromkeys(row["size"] for row in tables["cases"].values()))

@@ -18,7 +18,6 @@ Eight prompts take less than two minutes on an H100. On a CPU the reference roun
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,7 +27,16 @@ from typing import Any
 from unittest import mock
 
 import quality
-from _harness import PLUS_MINUS, ROOT, conditions, environment, replace_between, store, table
+from _harness import (
+    PLUS_MINUS,
+    ROOT,
+    conditions,
+    environment,
+    replace_between,
+    store,
+    stored,
+    table,
+)
 
 from svg_attention import SVG2, Dense
 from svg_models import sparsify
@@ -149,7 +157,7 @@ def let_a_cpu_have_fp8_products() -> None:
 
 def write_table(path: Path) -> None:
     """Fill the table of the judge's page."""
-    result = json.loads(path.read_text("utf-8"))
+    result = stored(path)
     head = ["attention", "precision", "PSNR to dense", "lost", "SSIM", "PSNR to unfused"]
     lines = [
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from pathlib import Path
@@ -216,3 +217,28 @@ def test_put_takes_a_recipe_of_a_search(table: dict[str, Any]) -> None:
 def test_row_of_cases_names_what_was_not_stored() -> None:
     with pytest.raises(SystemExit, match=r"no case 'no dense step', 0\.3, "):
         row_of_cases(document(), "no dense step", 0.3, "error, bias, repair", 8, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot read"),
+        ("# a page", "cannot read"),
+        ("[]", "neither cases of quality"),
+        ('{"cases": {}}', "outside of the repository"),
+    ],
+)
+def test_row_of_refuses_what_is_no_stored_result(
+    text: str | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "quality.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        preset_table._row_of(path, argparse.Namespace(case=None))
+
+
+def test_row_of_asks_which_case() -> None:
+    path = preset_table.ROOT / "benchmarks" / "results" / "h100" / "quality.json"
+    with pytest.raises(SystemExit, match="--case SCHEDULE DENSITY METHOD"):
+        preset_table._row_of(path, argparse.Namespace(case=None))

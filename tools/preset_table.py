@@ -204,11 +204,24 @@ def write_docs(table: dict[str, Any]) -> None:
 
 
 def _row_of(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the row that a file gives."""
-    document = json.loads(path.read_text(encoding="utf-8"))
+    """Return the row that a file gives.
+
+    Raises:
+        SystemExit: if it is no stored result of the repository, or nobody said which of its cases.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot read {path} ({error}); name a stored result") from error
+    if not isinstance(document, dict) or not {"format", "cases"} & set(document):
+        raise SystemExit(f"{path} holds neither cases of quality.py nor a recipe")
+    if not path.resolve().is_relative_to(ROOT):
+        raise SystemExit(f"{path} is outside of the repository, where the table names its evidence")
     evidence = path.resolve().relative_to(ROOT).as_posix()
     if document.get("format") == FORMAT:
         return row_of_recipe(document, evidence)
+    if args.case is None:
+        raise SystemExit(f"say which case of {path}: --case SCHEDULE DENSITY METHOD")
     schedule, density, method = args.case
     return row_of_cases(document, schedule, float(density), method, args.steps, evidence, args.size)
 

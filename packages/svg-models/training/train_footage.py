@@ -51,7 +51,7 @@ from .build import (
 )
 from .codec import WholeClip
 from .compact import pack, unpack
-from .footage import make_source, write
+from .footage import make_source, read_index, write
 from .loop import Clock, Log, Slice, run
 from .ranks import ALONE, Ranks, join
 from .train import TOY_SHAPE, VOCABULARY, Denoiser, Vae, autocast
@@ -539,6 +539,20 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 
+def check(stage: str, args: argparse.Namespace) -> None:
+    """Refuse what a stage cannot read, before anything else.
+
+    Raises:
+        ValueError: if there is no data, no trained run or no model.
+    """
+    if stage == "export" and "transformer" not in _read_card(args.out):
+        raise ValueError(f"{args.out} holds no trained transformer; give the --out of a run")
+    if stage == "show" and not _read_card(args.model):
+        raise ValueError(f"{args.model} has no {CARD}; give the --model that `export` wrote")
+    if stage == "show" or (stage == "run" and not args.toy):
+        read_index(args.data)
+
+
 def export(out: Path, target: Path) -> int:
     """Unfold compact weights into one bf16 pipeline folder with its card; return its bytes."""
     card, stored = _read_card(out), unpack(out)
@@ -657,6 +671,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in needed[args.stage]:
         if getattr(args, name) is None:
             parser.error(f"{args.stage} needs --{name}")
+    try:
+        check(args.stage, args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.stage == "export":
         print(f"{export(args.out, args.model) / 1e6:.1f} MB in {args.model}")
         return

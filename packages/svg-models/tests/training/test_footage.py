@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,35 @@ def test_clock_follows_whichever_of_steps_and_seconds_is_spent_faster(tmp_path):
     clock.step = 10
     assert clock.over
     assert Clock(Slice(out=tmp_path, steps=10, lr=1.0, max_seconds=-1.0)).over
+
+
+def test_clock_of_a_run_without_seconds_is_over(tmp_path):
+    clock = Clock(Slice(out=tmp_path, steps=5, lr=1e-3, seconds=0.0))
+    assert clock.progress == 1.0
+    assert clock.over
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("footage prepare none.whl --out x.zip", "cannot read none.whl (No such file"),
+        ("footage table page.md", "cannot read page.md (it is no zip)"),
+        ("footage table empty.zip", "empty.zip has no index of clips"),
+        ("train_footage run --data none.zip --out a --work b", "cannot read none.zip"),
+        ("train_footage show --model a --data none.zip --sheet s.jpg", "a has no judge.json"),
+        ("train_footage export --out a --model b", "a holds no trained transformer"),
+    ],
+)
+def test_main_refuses_wrong_paths_in_a_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("page.md").write_text("# a page")
+    zipfile.ZipFile("empty.zip", "w").close()
+    stage, *arguments = words.split()
+    with pytest.raises(SystemExit) as stopped:
+        {"footage": footage, "train_footage": train_footage}[stage].main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "empty.zip"}
 
 
 def test_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_checkpoint(tmp_path):

@@ -1,0 +1,79 @@
+"""What the measuring scripts refuse, in a sentence: files, lanes, cases and counts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Return what imports a script of `benchmarks/`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot read .*none.json"),
+        ("# a page", "no stored result"),
+        ("[1]", "no JSON object"),
+    ],
+)
+def test_stored_refuses_what_is_no_result(script, tmp_path, text, said):
+    path = tmp_path / "none.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        script("_harness").stored(path)
+
+
+def test_at_least_refuses_less(script):
+    whole = script("_harness").at_least(2)
+    assert whole("2") == 2
+    with pytest.raises(argparse.ArgumentTypeError, match="2 or more is needed, got 1"):
+        whole("1")
+
+
+@pytest.mark.parametrize("text", ["2/2", "0/0", "-1/2", "0", "a/b", ""])
+def test_lane_refuses_what_is_none(script, text):
+    lane = script("quality").lane
+    assert lane("1/2") == (1, 2)
+    with pytest.raises(argparse.ArgumentTypeError, match="0/2 and 1/2"):
+        lane(text)
+
+
+def test_join_refuses_what_is_no_lane(script, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"environment": {}, "judge": "embedded"}))
+    with pytest.raises(SystemExit, match=r"no lane of `quality\.py run`: it has no guidance"):
+        script("quality").join([path], tmp_path / "joined.json")
+    assert not (tmp_path / "joined.json").exists()
+
+
+def test_load_refuses_a_folder_without_a_pipeline(script, tmp_path):
+    args = argparse.Namespace(model=tmp_path)
+    with pytest.raises(SystemExit, match="holds no pipeline"):
+        script("quality").load(args)
+
+
+@pytest.mark.parametrize(("option", "kind"), [("models", "model"), ("ways", "way")])
+def test_several_gpus_refuses_a_name_that_nothing_has(script, option, kind):
+    args = argparse.Namespace(tiny=True, gpus=2, models=[], ways=[])
+    setattr(args, option, ["nosuch"])
+    with pytest.raises(SystemExit, match=f"no {kind} is named nosuch; there are "):
+        script("bench_gpus").run(args)
+
+
+def test_rows_of_ways_without_what_they_are_held_against(script):
+    ms = {"median": 8.0, "q1": 8.0, "q3": 8.0}
+    model = {"name": "toy", "layers": 2, "ms_per_forward": {"SVG2, ring": {"2": ms}}}
+    rows = script("bench_gpus").rows_of({**model, "held_against": {"SVG2, ring": "SVG2"}})
+    assert rows == [["toy", "SVG2, ring", "", "4.0", "", ""]]
