@@ -25,7 +25,8 @@ class Judge:
         sizes: name of a clip's size -> height and width.
         measured: those of the sizes that are measured if none is chosen.
         frames: of a clip.
-        guidance: scale.
+        guidance: scale; 1 is none, and a step is then one pass.
+        steps: the only count of denoising steps that it was made for; None for any.
         prompts: in their order.
     """
 
@@ -34,6 +35,7 @@ class Judge:
     measured: tuple[str, ...]
     frames: int
     guidance: float
+    steps: int | None = None
     prompts: tuple[str, ...]
 
 
@@ -62,11 +64,13 @@ def find_judge(model: Path | None, *, first: int, prompts: int) -> Judge:
     card = json.loads((model / CARD).read_text("utf-8"))
     if len(card["prompts"]) < prompts:
         raise SystemExit(f"{model / CARD} has {len(card['prompts'])} prompts; ask for no more")
+    sizes = card.get("sizes") or {card["name"]: (card["height"], card["width"])}
     return Judge(
         name=card["name"],
-        sizes={card["name"]: (card["height"], card["width"])},
-        measured=(card["name"],),
+        sizes={name: (height, width) for name, (height, width) in sizes.items()},
+        measured=tuple(sizes),
         frames=card["frames"],
         guidance=card["guidance"],
+        steps=card.get("steps"),
         prompts=tuple(card["prompts"][:prompts]),
     )

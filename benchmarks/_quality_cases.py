@@ -93,20 +93,20 @@ def build(name: str, density: float, tokens: int) -> Method:
     )
 
 
-def probe_density(method: Method, layout: TokenLayout) -> float:
+def probe_density(method: Method, layout: TokenLayout, *, branches: int = 2) -> float:
     """Return what probes and exact rows take, averaged over the calls that read alike."""
     first = method.probe_density(layout)
     if not isinstance(method, SVG2):
         return first
     repair = min(method.repair_rows, layout.video_tokens) / layout.tokens
-    return repair + (first - repair) / calls_alike(method)
+    return repair + (first - repair) / calls_alike(method, branches=branches)
 
 
-def calls_alike(method: Method) -> int:
-    """Return how many calls of a guided generation read as one of them chose."""
+def calls_alike(method: Method, *, branches: int = 2) -> int:
+    """Return how many calls read as one of them chose, where a step has so many branches."""
     if not isinstance(method, SVG2):
         return 1
-    return method.share_steps * (2 if method.share_branches else 1)
+    return method.share_steps * (branches if method.share_branches else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ class Case:
             return 0.0
         return math.floor(SCHEDULES[self.schedule].dense_steps * self.steps) / self.steps
 
-    def sparse_density(self, layout: TokenLayout) -> float:
-        """Return the pairs of each sparse call.
+    def sparse_density(self, layout: TokenLayout, *, branches: int = 2) -> float:
+        """Return the pairs of each sparse call, of two branches a step under guidance.
 
         Raises:
             ValueError: if dense steps and probes take more than there is.
@@ -166,16 +166,23 @@ class Case:
         if not self.total:
             return self.density
         left = (self.density - self.dense_share) / (1.0 - self.dense_share)
-        left -= probe_density(build(self.method, 0.5, layout.tokens), layout)
+        method = build(self.method, 0.5, layout.tokens)
+        left -= probe_density(method, layout, branches=branches)
         if left <= 0.0:
             raise ValueError("dense steps and probes take more than the density of all calls")
         return left
 
 
-def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tuple[str, float]]:
+def cases(
+    sizes: tuple[str, ...] = ("default", "large"), *, steps: int | None = None
+) -> Iterator[Case | tuple[str, float]]:
     """Yield what is measured, the most telling first.
 
     A pair of a method and a density asks for the time of a call of it.
+
+    Args:
+        sizes: of the clips, by name.
+        steps: the only count of denoising steps that the judge was made for, if there is one.
     """
 
     def some(
@@ -188,6 +195,11 @@ def cases(sizes: tuple[str, ...] = ("default", "large")) -> Iterator[Case | tupl
                 total=total,
             )  # fmt: skip
 
+    if steps is not None:
+        for methods in ([PRESET, BASELINE], [BEST, "compensation"]):
+            for size, total in itertools.product(sizes, (0.35, 0.25, 0.5)):
+                yield from some(size, steps, "no dense step", total, methods)
+        return
     first, *others = sizes
     everything = [*SETTINGS, *OTHERS]
     few = [name for name in SETTINGS if name != "SVG2"]

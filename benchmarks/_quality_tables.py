@@ -13,10 +13,11 @@ from _quality_cases import BASELINE, BEST, PRESET
 from _quality_times import milliseconds
 
 DOCS = ROOT / "docs"
-# Judge -> page with the marker `quality`, and plot.
+# Judge -> page, its marker, and plot, where calls were timed for the judge.
 PAGES = {
-    "embedded": (DOCS / "embedded-model.md", DOCS / "assets" / "quality.png"),
-    "footage": (DOCS / "footage-model.md", DOCS / "assets" / "quality-footage.png"),
+    "embedded": (DOCS / "embedded-model.md", "quality", DOCS / "assets" / "quality.png"),
+    "footage": (DOCS / "footage-model.md", "quality", DOCS / "assets" / "quality-footage.png"),
+    "embedded4": (DOCS / "embedded-model.md", "quality-four-steps", None),
 }
 # What the picture shows: as many methods as there are colours that can be told apart.
 DRAWN = (
@@ -36,10 +37,12 @@ def write(path: Path) -> None:
         path: what `quality.py run` stored.
     """
     results = stored(path)
-    page, plot = PAGES[results.get("judge", "embedded")]
-    draw(results, plot)
-    picture = f"![PSNR against time, for every method](assets/{plot.name})\n\n"
-    replace_between(page, "quality", picture + tables(results))
+    page, marker, plot = PAGES[results.get("judge", "embedded")]
+    picture = ""
+    if plot is not None:
+        draw(results, plot)
+        picture = f"![PSNR against time, for every method](assets/{plot.name})\n\n"
+    replace_between(page, marker, picture + tables(results))
 
 
 def tables(results: dict[str, Any]) -> str:

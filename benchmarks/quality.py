@@ -5,7 +5,8 @@
     python benchmarks/quality.py table benchmarks/results/h100/quality.json
 
 The judge is the embedded model, or with `--model` the folder that `training.train_footage export`
-wrote: its clips have the size, the guidance and the prompts that its card names.
+wrote, or `training.distill export`: its clips have the sizes, the guidance and the prompts that its
+card names. Where the card names the steps, too, clips of so many are measured, and no others.
 
 `run` measures as much as it has seconds for, the most telling first, and stores after each case.
 Run again, it goes on where the file ends. On an H100 the first 240 s should hold every correction
@@ -230,6 +231,8 @@ class Measurement:
             "clips": {name: self._clip(name) for name in self.judge.sizes},
             "prompts": list(self.judge.prompts),
         }
+        if self.judge.steps is not None:
+            header["steps"] = self.judge.steps
         self.commit = header["environment"]["commit"]
         self.results: dict[str, Any] = {
             **header, "noise_floor": {}, "cases": {}, "times": {}, "failures": {},
@@ -260,7 +263,7 @@ class Measurement:
                 raise SystemExit(f"--sizes of {self.judge.name} are {known}, not {size}")
         asked = {
             case.key if isinstance(case, Case) else f"{case[0]}: {case[1]:g}": case
-            for case in cases(tuple(sizes or self.judge.measured))
+            for case in cases(tuple(sizes or self.judge.measured), steps=self.judge.steps)
         }
         words = self.args.cases
         asked = {key: case for key, case in asked.items() if any(word in key for word in words)}
@@ -344,7 +347,8 @@ class Measurement:
         """Run a method and compare its clips with the dense ones."""
         dense = self._dense_clips(case.size, case.steps)
         layout = self._layout(case.size)
-        density = case.sparse_density(layout)
+        branches = 2 if self.args.guidance > 1 else 1
+        density = case.sparse_density(layout, branches=branches)
         method = build(case.method, density, layout.tokens)
         started = time.perf_counter()
         with sparsify(
@@ -436,7 +440,8 @@ def join(parts: Sequence[Path], output: Path, times: Path | None = None) -> None
         known = {name: other["environment"][name] for name in ("device", "commit")}
         tables["times"] = {key: {**known, **row} for key, row in other["times"].items()}
     sizes = tuple(dict.fromkeys(row["size"] for row in tables["cases"].values()))
-    order = [case.key for case in cases(sizes) if isinstance(case, Case)] if sizes else []
+    asked = cases(sizes, steps=found[0].get("steps")) if sizes else ()
+    order = [case.key for case in asked if isinstance(case, Case)]
     place = {key: index for index, key in reversed(list(enumerate(order)))}
     rows = sorted(tables["cases"].items(), key=lambda item: place.get(item[0], len(order)))
     store(output, {**found[0], **tables, "cases": dict(rows)})

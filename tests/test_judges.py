@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from training.train_footage import CARD
 
+from svg_attention import TokenLayout
+
 ROOT = Path(__file__).resolve().parents[1]
 CARD_TEXT = {
     "name": "footage",
@@ -67,6 +69,45 @@ def test_cases_of_another_judge_begin_with_what_it_has_to_answer(judges, monkeyp
     assert equal < asked.index((8, "no dense step", found.BASELINE, 0.35)) < 12
     assert asked.index((4, "no dense step", found.PRESET, 0.35)) < 26
     assert found.cases(("default",)).__next__().size == "default"
+
+
+def test_find_judge_reads_sizes_and_steps_of_a_few_step_card(judges, tmp_path):
+    sizes = {"default": [128, 128], "large": [256, 256]}
+    card = {"name": "embedded4", "sizes": sizes, "steps": 4, "guidance": 1.0, "frames": 49}
+    (tmp_path / CARD).write_text(json.dumps({**card, "prompts": ["a red star"]}))
+    judge = judges.find_judge(tmp_path, first=32, prompts=1)
+    assert judge.sizes == {"default": (128, 128), "large": (256, 256)}
+    assert judge.measured == ("default", "large")
+    assert (judge.name, judge.steps, judge.guidance) == ("embedded4", 4, 1.0)
+    assert judges.find_judge(None, first=0, prompts=1).steps is None
+
+
+def test_cases_of_a_few_step_judge_have_its_steps_and_no_dense_one(judges):
+    found = importlib.import_module("_quality_cases")
+    asked = list(found.cases(("default", "large"), steps=4))
+    assert {(case.steps, case.schedule, case.total) for case in asked} == {
+        (4, "no dense step", True)
+    }
+    assert len({case.key for case in asked}) == len(asked) == 2 * 3 * 4
+    assert {case.density for case in asked} == {0.25, 0.35, 0.5}
+    methods = {found.PRESET, found.BEST, found.BASELINE, "compensation"}
+    assert {case.method for case in asked} == methods
+
+
+def test_sparse_density_counts_the_probes_of_every_branch(judges):
+    found = importlib.import_module("_quality_cases")
+    layout = TokenLayout(grid=(1, 1, 3328))
+    one, two = (
+        found.Case(
+            size="default", steps=4, schedule="no dense step", method=found.BEST, density=0.5,
+            total=True,
+        ).sparse_density(layout, branches=branches)
+        for branches in (1, 2)
+    )  # fmt: skip
+    method = found.build(found.BEST, 0.5, layout.tokens)
+    repair = method.repair_rows / layout.tokens
+    assert one == pytest.approx(0.5 - method.probe_density(layout))
+    assert two == pytest.approx(0.5 - repair - (method.probe_density(layout) - repair) / 2)
 
 
 def test_join_puts_lanes_in_the_order_of_the_cases(judges, tmp_path):

@@ -184,6 +184,11 @@ def run(
     return clock
 
 
+def join_logs(earlier: Log, log: Log) -> Log:
+    """Return the log of a run whose earlier part is known from its card alone."""
+    return [entry for entry in earlier if not log or entry["step"] < log[0]["step"]] + log
+
+
 def _write(
     folder: Path,
     name: str,

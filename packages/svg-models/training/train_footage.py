@@ -52,7 +52,7 @@ from .build import (
 from .codec import WholeClip
 from .compact import pack, unpack
 from .footage import make_source, read_index, write
-from .loop import Clock, Log, Slice, run
+from .loop import Clock, Log, Slice, join_logs, run
 from .ranks import ALONE, Ranks, join
 from .train import TOY_SHAPE, VOCABULARY, Denoiser, Vae, autocast
 from .train import Options as DenoiserOptions
@@ -176,7 +176,7 @@ def train(options: Options) -> dict[str, Any]:
         store.begin(_weights(vae) | (_weights(model) if earlier else {}), card)
 
     def keep(clock: Clock, values: Sequence[Tensor], log: Log) -> None:
-        joined = _joined(earlier.get("log", []), log)
+        joined = join_logs(earlier.get("log", []), log)
         state = {"step": clock.step, "seconds": round(clock.seconds, 1), "log": joined}
         store.begin(_weights(vae) | _weights(model, values), {**card, "transformer": state})
 
@@ -210,7 +210,7 @@ def train(options: Options) -> dict[str, Any]:
                     "seen": held_out_loss(model, seen, tokenizer, options),
                     "held out": held_out_loss(model, unseen, tokenizer, options),
                 },
-                "log": _joined(earlier.get("log", []), log),
+                "log": join_logs(earlier.get("log", []), log),
             }
             store.finish()
             store.begin(_weights(vae) | _weights(model, values), card)
@@ -433,11 +433,6 @@ def _cudnn_is_faster(clips: LatentClips, options: Options) -> bool:
     text = ", ".join(f"{backend.name} {1e3 * s:.1f} ms" for backend, s in seconds.items())
     print(f"attention of 2 clips, forward and backward: {text}; agree: {agree}", flush=True)
     return agree and seconds[SDPBackend.CUDNN_ATTENTION] < seconds[SDPBackend.FLASH_ATTENTION]
-
-
-def _joined(earlier: Log, log: Log) -> Log:
-    """Return the log of a run whose earlier part is known from its card alone."""
-    return [entry for entry in earlier if not log or entry["step"] < log[0]["step"]] + log
 
 
 def _conditions(options: Options, clips: LatentClips) -> dict[str, Any]:
