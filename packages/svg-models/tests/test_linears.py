@@ -92,7 +92,8 @@ def test_begin_forward_rounds_weights_by_another_grid_at_each_step() -> None:
 
     def rounded(step: int) -> Tensor:
         taken.begin_forward(fp8=True, step=step)
-        weight, scale = forward._converted or forward.convert()
+        weight, scale, largest = forward._converted or forward.convert()
+        assert largest == linears.largest_at(step)
         return (weight.double() * scale.double()).t()
 
     weights = [rounded(step) for step in range(14)]
@@ -340,6 +341,26 @@ def test_fp8_linears_are_on_for_one_thread_and_not_for_another() -> None:
             assert torch.equal(other.submit(torch.no_grad()(layer), x).result(), plain)
         assert torch.equal(layer(x), in_fp8)
     assert not torch.equal(plain, in_fp8)
+
+
+def test_fp8_linear_keeps_the_grid_of_its_thread_where_another_is_at_another_step() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48).bfloat16(), torch.randn(9, 64).bfloat16()
+    taken = Fp8Linears(nn.Sequential(nn.Sequential(), nn.Sequential(layer), nn.Sequential()))
+
+    def product(step: int | None) -> Tensor:
+        if step is not None:
+            taken.begin_forward(fp8=True, step=step)
+        with torch.no_grad():
+            out: Tensor = layer(x)
+            return out
+
+    alone = product(3)
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(product, 7).result()
+        assert not torch.equal(theirs, alone)
+        assert torch.equal(product(None), alone)
+        assert torch.equal(other.submit(product, None).result(), theirs)
 
 
 def test_fp8_linears_in_a_compiled_block() -> None:

@@ -139,18 +139,31 @@ class Fp8Linear(Fp8Forward):
 
     def __init__(self, module: nn.Linear, switch: Fp8Linears | None) -> None:
         super().__init__(module, switch)
-        # Weight and scales in one: another thread may exchange them at any moment.
-        self._converted: tuple[Tensor, Tensor] | None = None
+        # Weight, scales and grid in one: another thread may exchange them at any moment.
+        self._converted: tuple[Tensor, Tensor, float] | None = None
 
-    def convert(self) -> tuple[Tensor, Tensor]:
-        """Convert the layer's weight for this step, and return it; the layer keeps its own."""
+    def convert(self) -> tuple[Tensor, Tensor, float]:
+        """Convert the layer's weight for this thread's step; the layer keeps its own.
+
+        Returns:
+            The weight, its scales, and what the largest value of a row became.
+        """
         module, switch = self._module(), self.switch
         if module is None or switch is None:
             raise RuntimeError("an fp8 layer was called after its run had ended")
         weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        quantised, scales = quantise_rows(weight, largest=switch.largest)
-        converted = self._converted = quantised.t(), scales.t()
+        largest = switch.largest
+        quantised, scales = quantise_rows(weight, largest=largest)
+        converted = self._converted = quantised.t(), scales.t(), largest
         return converted
+
+    def _for_this_step(self, switch: Fp8Linears) -> tuple[Tensor, Tensor]:
+        """Return the converted weight and its scales, by the grid of this thread's step."""
+        converted = self._converted or self.convert()
+        # Another thread's video may be at another step. A compiler would make a graph a grid.
+        if not torch.compiler.is_compiling() and converted[2] != switch.largest:
+            converted = self.convert()
+        return converted[0], converted[1]
 
     def release(self) -> None:
         """Let the converted weight go; the next call in fp8 converts it again."""
@@ -171,7 +184,7 @@ class Fp8Linear(Fp8Forward):
         module, switch = self._module(), self.switch
         if module is None or switch is None:
             raise RuntimeError("an fp8 layer was called after its run had ended")
-        weight, weight_scale = self._converted or self.convert()
+        weight, weight_scale = self._for_this_step(switch)
         # torch adds a bias only in the dtype of the output.
         within = module.bias is not None and module.bias.dtype == dtype
         out = torch._scaled_mm(
@@ -231,9 +244,6 @@ class Fp8Linears:
 
     `begin_forward` comes before each forward pass. Weights are converted where the first pass in
     fp8 of a step needs them, and converted again after `release`.
-
-    Attributes:
-        largest: what the largest value of a row of weights becomes in e4m3 at this step.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, fast: bool = True) -> None:
@@ -241,7 +251,7 @@ class Fp8Linears:
         self._latest = False
         self._step: int | None = None  # for which weights are converted, if any are
         self.fast = fast
-        self.largest = LARGEST_E4M3
+        self._latest_largest = LARGEST_E4M3
         self.inputs = Inputs()
         self._forwards: list[Fp8Linear | Fp8FeedForward] = []
         try:
@@ -266,6 +276,13 @@ class Fp8Linears:
             return self._latest
         return getattr(self._here, "on", False)
 
+    @property
+    def largest(self) -> float:
+        """What the largest value of a row of weights becomes in e4m3 at this thread's step."""
+        if torch.compiler.is_compiling():
+            return self._latest_largest
+        return getattr(self._here, "largest", self._latest_largest)
+
     def begin_forward(self, *, fp8: bool, step: int | None = None) -> None:
         """Choose the precision of this thread's products until the next forward pass.
 
@@ -275,15 +292,17 @@ class Fp8Linears:
                 not known, nobody says that weights have changed, and they are converted each time.
         """
         self._here.on = self._latest = fp8
-        if fp8 and (step is None or step != self._step):
-            self._convert(step or 0)
+        if fp8:
+            self._here.largest = self._latest_largest = largest_at(step or 0)
+            if step is None or step != self._step:
+                self._convert(step or 0)
 
     def _convert(self, step: int) -> None:
         """Convert every weight for a step, outside of what is compiled.
 
         Those in host memory are on their way to the GPU, where their layers convert them.
         """
-        self._step, self.largest = step, largest_at(step)
+        self._step = step
         for forward in self._linears():
             forward.release()  # before its successor is there, so that no layer is held twice
             module = forward._module()
