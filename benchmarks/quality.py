@@ -248,7 +248,7 @@ class Measurement:
                     f"{args.output} was measured with other {', '.join(differs)}; name another "
                     "--output, or remove it"
                 )
-            self.results = {**found, "failures": {}}
+            self.results = {"clips": header["clips"], **found, "failures": {}}
 
     def run(self, sizes: Sequence[str] | None) -> None:
         """Measure what is not stored yet, until the seconds are over.
