@@ -1,13 +1,13 @@
 r"""Distil the embedded model into one of the same size that needs four steps and no guidance.
 
-    python -m training.distill run --out few --work run --max-seconds 290 --workers 6
+    python -m training.distill run --out few --work run --max-seconds 280 --workers 6
     python -m training.distill export --out few --model embedded4
     python -m training.distill show --model embedded4 --sheet sheet.jpg
 
 or, on two GPUs, where each takes as many clips a step as one would alone,
 
     torchrun --standalone --nproc-per-node 2 -m training.distill run \
-        --out few --work run --max-seconds 290 --workers 6
+        --out few --work run --max-seconds 280 --workers 6
 
 The teacher's 20 sigmas hold the student's 4: each student step is five of the teacher's. From a
 state at one of the four, the teacher's ODE with guidance is followed for its five steps, and the
@@ -552,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder in diffusers' format")
     parser.add_argument("--sheet", type=Path, help="picture of generated clips")
     parser.add_argument("--teacher", type=Path, help="pipeline folder: the embedded model if none")
-    parser.add_argument("--max-seconds", type=float, default=290.0, help="of this call")
+    parser.add_argument("--max-seconds", type=float, default=280.0, help="of this call")
     parser.add_argument(
         "--later", type=float, default=0.0, help="seconds that calls after this one will train"
     )
