@@ -86,7 +86,14 @@ def test_doctor_says_how_a_model_fits(table: Path) -> None:
     assert {check.works for check in told} == {None}
     assert told[0].detail == "1280x720, 81 frames: 45.5 GiB, cards from 80 GB on"
     assert told[2].detail.endswith("95.0 GiB, no card of 80 GB")
-    plain = doctor.diagnose("cpu")
-    assert doctor.diagnose("cpu", "nobody/knows") == plain
     done = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json", "-m", "Model-14B"])
     assert "memory of Model-14B" in done.output
+
+
+def test_doctor_says_that_a_model_was_not_measured(table: Path) -> None:
+    table.write_text(json.dumps(DOCUMENT))
+    (told,) = [c for c in doctor.diagnose("cpu", "[red]") if c.part == "memory of [red]"]
+    assert (told.name, told.works, told.matters) == ("not measured", None, False)
+    done = CliRunner().invoke(app, ["doctor", "--device", "cpu", "-m", "[red]"])
+    assert "memory of [red]" in " ".join(done.output.split())
+    assert "nobody has measured" in done.output

@@ -78,7 +78,7 @@ def diagnose(device: str | None = None, model: str | None = None) -> list[Check]
 
     Args:
         device: the GPU if there is one, else the CPU, by default.
-        model: a hub id, to say how it fits as well, if that was measured.
+        model: a hub id, to say how it fits as well, or that this was not measured.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checks = [
@@ -287,7 +287,7 @@ def _fused_kernels(device: str) -> list[Check]:
 
 
 def _needs(model: str, device: str) -> list[Check]:
-    """Return how a model fits, way by way; nothing if that was not measured."""
+    """Return how a model fits, way by way, or that this was not measured."""
     checks = []
     have = None
     if device != "cpu":
@@ -308,6 +308,10 @@ def _needs(model: str, device: str) -> list[Check]:
                 matters=False,
             )
         )
+    if not checks:
+        detail = "nobody has measured a model of this name; svg models lists what is known"
+        part, name = f"memory of {model}", "not measured"
+        checks.append(Check(part=part, name=name, works=None, detail=detail, matters=False))
     return checks
 
 

@@ -42,7 +42,9 @@ def doctor(
             if check.part != part:
                 table.add_section()
             shown, part = ("" if check.part == part else check.part), check.part
-            table.add_row(f"[bold]{shown}[/]", check.name, _mark(check), escaped(check.detail))
+            table.add_row(
+                f"[bold]{escaped(shown)}[/]", check.name, _mark(check), escaped(check.detail)
+            )
         out().print(table)
         conclusion = conclude(checks, place)
         out().print(f"[bold]{escaped(conclusion.sentence)}[/]", highlight=False)
