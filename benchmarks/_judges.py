@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from _quality_cases import SIDES
+from training.card import CARD, read_card
 from training.clips import caption
 from training.evaluate import held_out_scenes
-from training.train_footage import CARD
 
 from svg_models.embedded.defaults import FRAMES, GUIDANCE
 
@@ -51,7 +50,8 @@ def find_judge(model: Path | None, *, first: int, prompts: int) -> Judge:
     Raises:
         SystemExit: if the card has fewer prompts.
     """
-    if model is None or not (model / CARD).exists():
+    card = {} if model is None else read_card(model)
+    if model is None or not card:
         scenes = held_out_scenes(first + prompts)
         return Judge(
             name="embedded",
@@ -61,7 +61,6 @@ def find_judge(model: Path | None, *, first: int, prompts: int) -> Judge:
             guidance=GUIDANCE,
             prompts=tuple(caption(scene) for scene in scenes[first:]),
         )
-    card = json.loads((model / CARD).read_text("utf-8"))
     if len(card["prompts"]) < prompts:
         raise SystemExit(f"{model / CARD} has {len(card['prompts'])} prompts; ask for no more")
     sizes = card.get("sizes") or {card["name"]: (card["height"], card["width"])}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from training.train_footage import CARD
+from training.card import CARD
 
 from svg_attention import TokenLayout
 

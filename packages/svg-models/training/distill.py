@@ -25,9 +25,7 @@ optimiser. Those are stored every minute.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +51,7 @@ from .build import (
     make_vae,
     save_pipeline,
 )
+from .card import CARD, read_card
 from .clips import caption
 from .codec import WholeClip
 from .data import Batch, Batches, Size, choose_size, make_batch, stream
@@ -61,7 +60,6 @@ from .loop import Clock, Log, Slice, join_logs, run
 from .ranks import ALONE, Ranks, join
 from .render import render
 from .train import TOY_SHAPE, VOCABULARY, autocast
-from .train_footage import CARD
 
 STEPS = 4
 SUBSTEPS = 5
@@ -343,7 +341,7 @@ def step_loss(
 def train(options: Options) -> dict[str, Any]:
     """Train for one call, store the student, compare it with the teacher; return the card."""
     torch.manual_seed(options.seed)
-    earlier = _read_card(options.out)
+    earlier = read_card(options.out)
     lost = not (options.work / f"{NAME}.pt").exists()
     teacher = Teacher(options.teacher, options.device, compiled=options.compiled)
     transformer = load_transformer(options.teacher, options.device, compiled=options.compiled)
@@ -379,7 +377,7 @@ def train(options: Options) -> dict[str, Any]:
     if options.ranks.first:
         log = json.loads((options.work / f"{NAME}_log.json").read_text("utf-8"))
         keep(clock, [value.detach() for value in student.parameters()], log)
-        card = _read_card(options.out)
+        card = read_card(options.out)
         card["psnr"] = compare(options.out, options.teacher, card, options.device)
         with atomic_path(options.out / CARD) as temporary:
             temporary.write_text(json.dumps(card), "utf-8")
@@ -429,11 +427,6 @@ def store(out: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> 
         (folder / CARD).write_text(json.dumps(card), "utf-8")
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / CARD
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
 def check(stage: str, args: argparse.Namespace, teacher: Path) -> None:
     """Refuse what a stage cannot read, before anything else.
 
@@ -444,7 +437,7 @@ def check(stage: str, args: argparse.Namespace, teacher: Path) -> None:
         raise ValueError(f"{teacher} holds no pipeline; give a folder in diffusers' format")
     if stage == "export" and not (args.out / WEIGHTS).exists():
         raise ValueError(f"{args.out} holds no trained student; give the --out of a run")
-    if stage == "show" and not _read_card(args.model):
+    if stage == "show" and not read_card(args.model):
         raise ValueError(f"{args.model} has no {CARD}; give the --model that `export` wrote")
 
 
@@ -516,7 +509,7 @@ def compare(
 
 def show(model: Path, sheet: Path, teacher: Path, *, device: str, clips: int = 8) -> None:
     """Write a sheet of the first size: the teacher in 20 and in 4 steps, the student in 4."""
-    card = _read_card(model)
+    card = read_card(model)
     size = next(iter(card["sizes"]))
     rows = _three(_pipeline(teacher), _pipeline(model), card, size, count=clips, device=device)
     picture = contact_sheet(rows, card["prompts"][:clips])
@@ -579,8 +572,6 @@ def main(argv: list[str] | None = None) -> None:
         show(args.model, args.sheet, teacher, device=args.device)
         return
     ranks, device = join(args.device)
-    if not ranks.first:
-        sys.stdout = io.StringIO()  # the first speaks for all
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     toy: dict[str, Any] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +79,10 @@ ALONE = Ranks()
 
 
 def join(device: str) -> tuple[Ranks, str]:
-    """Return the ranks that `torchrun` started, and this one's device; one rank without it."""
+    """Return the ranks that `torchrun` started, and this one's device; one rank without it.
+
+    The first speaks for all: what the others print goes nowhere.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE, device
@@ -88,4 +93,7 @@ def join(device: str) -> tuple[Ranks, str]:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), count), device
+    ranks = Ranks(dist.get_rank(), count)
+    if not ranks.first:
+        sys.stdout = io.StringIO()
+    return ranks, device

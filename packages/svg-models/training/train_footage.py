@@ -19,10 +19,8 @@ identity for its four projections and is not trained: a number is all that it mu
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +47,7 @@ from .build import (
     make_vae,
     save_pipeline,
 )
+from .card import CARD, read_card
 from .codec import WholeClip
 from .compact import pack, unpack
 from .footage import make_source, read_index, write
@@ -62,7 +61,6 @@ SHAPE = Shape(heads=6, head_dim=128, layers=8, ffn_dim=768)
 PLAN = Plan()
 GUIDANCE = 3.0
 PROMPTS = 16
-CARD = "judge.json"
 # Storing a run and measuring it, before a slice has to be over.
 RESERVE_SECONDS = 15.0
 LEVELS = (0.2, 0.4, 0.6, 0.8)
@@ -139,7 +137,7 @@ def fix_cross_attention(transformer: Any) -> None:
 def train(options: Options) -> dict[str, Any]:
     """Train one slice and store it; return the card."""
     torch.manual_seed(options.seed)
-    card = _read_card(options.out)
+    card = read_card(options.out)
     stored = unpack(options.out) if card else {}
     clips = Footage(options.data, options.device)
     print(f"{_passed():.0f} s: {len(clips.sources)} clips decoded", flush=True)
@@ -529,20 +527,15 @@ def _load(part: nn.Module, stored: Mapping[str, Tensor], prefix: str) -> None:
         )
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / CARD
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
 def check(stage: str, args: argparse.Namespace) -> None:
     """Refuse what a stage cannot read, before anything else.
 
     Raises:
         ValueError: if there is no data, no trained run or no model.
     """
-    if stage == "export" and "transformer" not in _read_card(args.out):
+    if stage == "export" and "transformer" not in read_card(args.out):
         raise ValueError(f"{args.out} holds no trained transformer; give the --out of a run")
-    if stage == "show" and not _read_card(args.model):
+    if stage == "show" and not read_card(args.model):
         raise ValueError(f"{args.model} has no {CARD}; give the --model that `export` wrote")
     if stage == "show" or (stage == "run" and not args.toy):
         read_index(args.data)
@@ -550,7 +543,7 @@ def check(stage: str, args: argparse.Namespace) -> None:
 
 def export(out: Path, target: Path) -> int:
     """Unfold compact weights into one bf16 pipeline folder with its card; return its bytes."""
-    card, stored = _read_card(out), unpack(out)
+    card, stored = read_card(out), unpack(out)
     shape = Shape(**{**card["shape"], "dim_mult": tuple(card["shape"]["dim_mult"])})
     vae, transformer = make_vae(shape), make_transformer(shape)
     text_encoder = make_text_encoder(shape, vocab_size=VOCABULARY)
@@ -576,7 +569,7 @@ def show(
 
     from svg_models.loading import load_pipeline
 
-    card, footage = _read_card(model), Footage(data, device)
+    card, footage = read_card(model), Footage(data, device)
     pipe = load_pipeline(model, device=device).pipe
     size = (card["frames"], card["height"], card["width"])
     rows = []
@@ -677,8 +670,6 @@ def main(argv: list[str] | None = None) -> None:
         show(args.model, args.sheet, args.data, device=args.device)
         return
     ranks, device = join(args.device)
-    if not ranks.first:
-        sys.stdout = io.StringIO()  # the first speaks for all
     torch.set_float32_matmul_precision("high")
     toy: dict[str, Any] = {}
     if args.toy:

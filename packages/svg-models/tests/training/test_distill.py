@@ -13,11 +13,11 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 from training import distill
 from training.build import make_tokenizer
+from training.card import CARD
 from training.data import choose_size, make_batch
 from training.distill import STEPS, SUBSTEPS, TOY_SIZES, WEIGHTS, Options, Scenes, Student, Teacher
 from training.loop import Clock, Slice
 from training.ranks import Ranks
-from training.train_footage import CARD
 
 from svg_models import embedded_path
 

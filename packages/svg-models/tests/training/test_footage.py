@@ -13,6 +13,7 @@ import pytest
 import torch
 from training import footage, train_footage
 from training.build import make_tokenizer, make_transformer
+from training.card import CARD
 from training.compact import STEPS_PER_RMS, pack, quantise, unpack
 from training.loop import Clock, Slice, run
 from training.optim import make_optimisers
@@ -208,7 +209,7 @@ def test_ranks_train_the_same_weights(tmp_path):
         *("-m", "training.train_footage", "run", "--toy", "--device", "cpu"),
         *("--out", out, "--work", tmp_path / "work", "--max-seconds", "200", "--later", "0"),
     )
-    card = json.loads((out / train_footage.CARD).read_text())
+    card = json.loads((out / CARD).read_text())
     assert card["transformer"]["step"] == 6
     logs = card["autoencoder"]["log"] + card["transformer"]["log"]
     assert [entry["drift"] for entry in logs] == [0.0, 0.0]
@@ -224,7 +225,7 @@ def test_store_replaces_all_files_of_an_earlier_call(tmp_path):
     weights["vae/a"].fill_(5.0)  # training goes on while the copy is written
     store.finish()
     assert unpack(tmp_path)["vae/a"].tolist() == [1.0] * 3
-    assert json.loads((tmp_path / train_footage.CARD).read_text()) == {"step": 1}
+    assert json.loads((tmp_path / CARD).read_text()) == {"step": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judge.json", "weights-0.npz"]
 
 
@@ -327,7 +328,7 @@ def test_export_gives_a_pipeline_that_generates(options, tmp_path):
     assert card["transformer"]["loss"].keys() == {"seen", "held out"}
     target = tmp_path / "model"
     assert 0 < export(options.out, target) < 1_000_000
-    assert json.loads((target / train_footage.CARD).read_text()) == json.loads(json.dumps(card))
+    assert json.loads((target / CARD).read_text()) == json.loads(json.dumps(card))
     loaded = load_pipeline(target, device="cpu")
     attention = loaded.pipe.transformer.blocks[0].attn2
     assert torch.equal(attention.to_q.weight.float(), torch.eye(24))
