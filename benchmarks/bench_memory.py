@@ -18,14 +18,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import UNAVAILABLE, conditions, environment, reason, replace_between, store, table
+from _harness import (
+    UNAVAILABLE,
+    conditions,
+    environment,
+    reason,
+    replace_between,
+    store,
+    stored,
+    table,
+)
 from _video_parts import DENSE, FIRST, FP8, PARTS, SPARSE, STOCK, Part, svg2
 from _video_subjects import TINY, VIDEOS, Video
 from _video_tables import PAGES
@@ -383,7 +391,7 @@ def run(args: argparse.Namespace) -> None:
     memory = Memory(device)
     result: dict[str, Any] = {"models": []}
     if args.output.exists():
-        result = json.loads(args.output.read_text("utf-8"))
+        result = stored(args.output)
     if not args.tiny:
         result["environment"] = environment(args.commit)
     words = [word.lower() for word in args.models]
@@ -408,7 +416,7 @@ def write_table(path: Path) -> None:
     if not path.exists():
         replace_between(page, "memory", "")
         return
-    result = json.loads(path.read_text("utf-8"))
+    result = stored(path)
     lines = []
     for model in result["models"]:
         ways = list(model["ways"].values())

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, UNAVAILABLE, environment, reason, store
+from _harness import RESULTS, UNAVAILABLE, environment, reason, store, stored
 from _video_parts import ALL_PARTS, DENSE, DENSITY, FIRST, OUT, PARTS, SPARSE, STOCK, Part
 from _video_rows import ROWS, Row, is_measured, known, step_seconds
 from _video_subjects import SEED, TINY, VIDEOS, Video
@@ -466,10 +465,7 @@ def chosen(args: argparse.Namespace) -> list[Video]:
 
 def read(path: Path) -> dict[str, Any]:
     """Return the stored result; an empty one if there is none."""
-    if path.exists():
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return result
-    return {"density": DENSITY, "videos": []}
+    return stored(path) if path.exists() else {"density": DENSITY, "videos": []}
 
 
 def plan(args: argparse.Namespace) -> float:

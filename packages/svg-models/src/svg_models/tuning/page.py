@@ -169,10 +169,9 @@ def _verdict(tuned: Tuned) -> str:
         sentence = tuned.shortfall()
         return f"{sentence[:1].upper()}{sentence[1:]}."
     text = f"Budget: {_target(tuned)}. Selected: {_name(tuned.point)}."
-    if _measured_on(tuned) < len(tuned.prompts):
-        text += (
-            f" Time ran out: it was measured on {_mean_of(tuned).removeprefix('mean of ')} only."
-        )
+    count, asked = _measured_on(tuned), len(tuned.prompts)
+    if count < asked:
+        text += f" Time ran out: it was measured on {count} of {asked} prompts only."
     doubts = {t.doubt for t in tuned.trials if t.doubt}
     timed = [t for t in tuned.trials if t.seconds is not None]
     if tuned.time_by == "density":
