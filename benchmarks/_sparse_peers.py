@@ -261,3 +261,62 @@ def prepare_call(
         return svg_kernels.unpermute_rows(out, queries.order)
 
     return call
+
+
+def prepare_cudnn_fp8(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """Return cuDNN's dense attention in e4m3 over tensors [B, H, N, D], rounded beforehand.
+
+    Every tensor has one scale, as cuDNN takes them, and the output is e4m3 too. Raises
+    ImportError without nvidia-cudnn-frontend, RuntimeError where it has no such kernel.
+    """
+    cudnn = importlib.import_module("cudnn")
+    byte, single = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
+    graph = cudnn.pygraph(
+        io_data_type=byte, intermediate_data_type=single, compute_data_type=single
+    )
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    pack: dict[Any, Tensor] = {}
+
+    def placed(x: Tensor, dtype: Any) -> Any:
+        node = graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=dtype)
+        pack[node] = x
+        return node
+
+    def scalar(x: Tensor | float) -> Any:
+        return placed(torch.as_tensor(x, device="cuda").float().reshape(1, 1, 1, 1), single)
+
+    def rounded(x: Tensor) -> tuple[Any, Any]:
+        scale = x.abs().amax().float() / largest
+        apart = (x / scale).transpose(1, 2).contiguous().to(torch.float8_e4m3fn)
+        return placed(apart.transpose(1, 2), byte), scalar(scale)
+
+    (q, scale_q), (k, scale_k), (v, scale_v) = map(rounded, (query, key, value))
+    # Outputs are means of values and rarely a quarter of the largest.
+    range_of_output = value.abs().amax().float() / 4
+    made = graph.sdpa_fp8(
+        q=q, k=k, v=v, descale_q=scale_q, descale_k=scale_k, descale_v=scale_v,
+        descale_s=scalar(1 / largest), scale_s=scalar(largest),
+        scale_o=scalar(largest / range_of_output), is_inference=True,
+        attn_scale=query.shape[-1] ** -0.5, use_causal_mask=False,
+    )  # fmt: skip
+    batch, heads, length, dim = query.shape
+    out = torch.empty(batch, length, heads, dim, dtype=torch.float8_e4m3fn, device="cuda")
+    out = out.transpose(1, 2)
+    results = [(made[0], out, byte)]
+    results += [(x, torch.zeros(1, 1, 1, 1, device="cuda"), single) for x in made[2:]]
+    for node, x, dtype in results:
+        node.set_output(True).set_dim(list(x.shape)).set_stride(list(x.stride()))
+        node.set_data_type(dtype)
+        pack[node] = x
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.check_support()
+    graph.build_plans()
+    workspace = torch.empty(graph.get_workspace_size(), device="cuda", dtype=torch.uint8)
+
+    def call() -> Tensor:
+        graph.execute(pack, workspace)
+        return out
+
+    return call

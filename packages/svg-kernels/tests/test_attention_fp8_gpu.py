@@ -12,7 +12,7 @@ from svg_kernels.attention import reference
 from svg_kernels.attention_fp8 import unsupported
 
 pytestmark = pytest.mark.gpu
-FUZZ = 300
+FUZZ = 1000
 DTYPES = [torch.bfloat16, torch.float16]
 
 
