@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from _video_subjects import Video
 
@@ -20,7 +20,7 @@ COMPILING = 60.0
 QUANTISING = 8.0
 WARMING = 3.0
 LONG = 20.0
-FP8, FEW = "SVG2, fp8", "SVG2 corrected, fp8"
+FP8, FEW, SHARED = "SVG2, fp8", "SVG2 corrected, fp8", "SVG2, shared plans"
 
 
 def svg2(video: Video) -> Method:
@@ -32,6 +32,11 @@ def svg2(video: Video) -> Method:
         density=DENSITY,
         **ROUNDS,
     )
+
+
+def shared(video: Video) -> Method:
+    """Return SVG2 whose guidance branches, and each two steps, read what one of them chose."""
+    return replace(svg2(video), share_branches=True, share_steps=2)
 
 
 def corrected(video: Video) -> Method:
@@ -61,6 +66,7 @@ class Part:
         quantised: whether torchao converts the linear layers first, for good.
         guided: whether its steps are guided, since its branches do not compute the same.
         cache: see `svg_models.sparsify`.
+        varied: whether steps of a kind take turns to plan, so that none of them speaks for all.
     """
 
     name: str
@@ -72,10 +78,11 @@ class Part:
     quantised: bool = False
     guided: bool = False
     cache: str | None = None
+    varied: bool = False
 
     def steps(self, video: Video) -> tuple[str, ...]:
         """Return the kinds of the steps of a run; a pass of half a minute is its own average."""
-        if video.pass_s <= LONG or self.cache is not None:
+        if video.pass_s <= LONG or self.cache is not None or self.varied:
             return self.kinds
         return tuple(dict.fromkeys(self.kinds))
 
@@ -109,12 +116,27 @@ PARTS = (
         attention=True,
         guided=True,
     ),
+    Part(
+        name=SHARED,
+        kinds=(FIRST, SPARSE, SPARSE),
+        method=shared,
+        guided=True,
+        varied=True,
+    ),
     Part(name="diffusers, compiled", kinds=(STOCK,), compiled=True),
     Part(name="diffusers, torchao fp8", kinds=(STOCK,), quantised=True),
 )
 # Asked for by name; stands before what changes the pipeline for good.
 MORE = (
     Part(name="SVG2, compiled", kinds=(FIRST, SPARSE), method=svg2, compiled=True),
+    Part(
+        name=f"{SHARED}, compiled",
+        kinds=(FIRST, SPARSE, SPARSE),
+        method=shared,
+        compiled=True,
+        guided=True,
+        varied=True,
+    ),
     Part(
         name="SVG2, fp8, taylor@2",
         kinds=(FIRST, SPARSE, SPARSE, OUT, SPARSE, OUT, SPARSE),
