@@ -25,8 +25,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -47,7 +49,8 @@ from torch import Tensor, nn
 
 from svg_attention import SVG2, Arrivals, Dense
 from svg_models import parallelize, sparsify
-from svg_models.parallel import ulysses
+from svg_models.parallel import SharedRun, ulysses
+from svg_models.parallel.direct import Direct
 from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
@@ -84,9 +87,11 @@ class Way:
     skewed: bool = False
 
 
-def shared(model: Any, team: Any) -> AbstractContextManager[Any]:
+def shared(model: Any, team: Any, **settings: Any) -> AbstractContextManager[Any]:
     """Share the sequence by `parallelize`; on one GPU it stays whole."""
-    return nullcontext() if team is None else parallelize(model, group=team)
+    if team is None:
+        return nullcontext()
+    return parallelize(model, group=team, **{"exchange": "auto"} | settings)
 
 
 def ring(model: Any, team: Any) -> AbstractContextManager[Any]:
@@ -94,21 +99,19 @@ def ring(model: Any, team: Any) -> AbstractContextManager[Any]:
     return parallelize(model, ring=dist.get_world_size(team), ulysses=1, guidance=1, group=team)
 
 
+class AtOnce(Arrivals):
+    """Tensors on their way, which are waited for before anything else begins."""
+
+    def __init__(self, **pending: Callable[[], None]) -> None:
+        super().__init__(**pending)
+        self.wait()
+
+
 @contextmanager
-def shared_one_by_one(model: Any, team: Any) -> Iterator[None]:
-    """Share by `parallelize`, and wait for each exchange before anything else begins."""
-    begin = ulysses.exchange
-
-    def whole(*given: Any) -> Callable[[], None]:
-        begin(*given)()
-        return lambda: None
-
-    ulysses.exchange = whole
-    try:
-        with shared(model, team):
-            yield
-    finally:
-        ulysses.exchange = begin
+def shared_at_once(model: Any, team: Any, **settings: Any) -> Iterator[Any]:
+    """Share by `parallelize`, and wait for keys and values before anything else begins."""
+    with mock.patch.object(ulysses, "Arrivals", AtOnce), shared(model, team, **settings) as run:
+        yield run
 
 
 @contextmanager
@@ -185,7 +188,21 @@ WAYS = (
     Way(
         name="SVG2, exchanges waited for at once",
         method=svg2,
-        share=shared_one_by_one,
+        share=shared_at_once,
+        one=SPARSE,
+        suits=lambda model, gpus: gpus > 1,
+    ),
+    Way(
+        name="SVG2, exchanged by NCCL",
+        method=svg2,
+        share=partial(shared, exchange="collective"),
+        one=SPARSE,
+        suits=lambda model, gpus: gpus > 1,
+    ),
+    Way(
+        name="SVG2, exchanged by NCCL, waited for at once",
+        method=svg2,
+        share=partial(shared_at_once, exchange="collective"),
         one=SPARSE,
         suits=lambda model, gpus: gpus > 1,
     ),
@@ -201,7 +218,7 @@ WAYS = (
     Way(
         name="SVG2, guided, a team for each branch",
         method=svg2,
-        share=lambda model, team: parallelize(model, guidance=2, group=team),
+        share=partial(shared, guidance=2),
         one=GUIDED,
         suits=lambda model, gpus: everyone(gpus) and is_guided(model, gpus),
         guided=True,
@@ -227,9 +244,7 @@ WAYS = (
     Way(
         name=SKEWED,
         method=by_top_p,
-        share=lambda model, team: (
-            nullcontext() if team is None else parallelize(model, group=team, balance=False)
-        ),
+        share=partial(shared, balance=False),
         one=SKEWED,
         suits=has_scales_by_head,
         close=1e-1,
@@ -276,7 +291,8 @@ class Member:
         self.inputs = make_inputs(subject, subject.latents[1:], device)
         self.times: dict[str, dict[int, list[float]]] = {}
         self.distance: dict[str, dict[int, float]] = {}
-        self.exchange: dict[int, float] = {}
+        self.exchange: dict[str, dict[int, float]] = {}
+        self.exchanged: dict[str, dict[int, str]] = {}
         self.density: dict[str, float] = {}
         self.seconds = 0.0
         self.imbalance: dict[str, dict[int, list[float]]] = {}
@@ -301,6 +317,8 @@ class Member:
                 out = forward()
             self._hold(way, gpus, out)
             times = [self._time(forward, team) for _ in range(samples)]
+            if isinstance(given, SharedRun):
+                self.exchanged.setdefault(way.name, {})[gpus] = given.exchange
             if method is not None:
                 stats = run.stats()
                 self.density[way.name] = stats.mean_density_with_dense_calls
@@ -365,7 +383,8 @@ class Member:
         if dist.get_rank() >= gpus:
             return
         config, text = self.model.config, self.subject.text[0] if self.subject.pooled else 0
-        share = Share.of(self.teams[gpus], self.subject.tokens)
+        team = self.teams[gpus]
+        share = Share.of(team, self.subject.tokens)
         local = share.sizes[share.rank] + text
         shape = (1, local, config.num_attention_heads, config.attention_head_dim)
         with torch.device(self.device):
@@ -377,15 +396,19 @@ class Member:
             arrivals.wait()
             return v
 
-        def forward() -> Tensor:
-            return ulysses.attend_over_ranks(
-                share, by_head, by_head, by_token, values, text_position=position
+        for name, direct in (("collective", None), ("direct", Direct(team))):
+            forward = partial(
+                ulysses.attend_over_ranks,
+                replace(share, direct=direct),
+                *(by_head, by_head, by_token, values),
+                text_position=position,
             )
-
-        for _ in range(3):
-            forward()
-        times = [self._time(forward, self.teams[gpus]) for _ in range(samples)]
-        self.exchange[gpus] = summary(times)["median"]
+            for _ in range(3):
+                forward()
+            if direct is not None and direct.refusal:
+                continue
+            times = [self._time(forward, team) for _ in range(samples)]
+            self.exchange.setdefault(name, {})[gpus] = summary(times)["median"]
 
     def result(self) -> dict[str, Any]:
         """Return what was found so far, as plain data."""
@@ -403,7 +426,9 @@ class Member:
             },
             "held_against": {way.name: way.one for way in WAYS},
             "distance_to_one_gpu": self.distance,
-            "ms_of_exchange_per_layer": self.exchange,
+            "ms_of_exchange_per_layer": self.exchange.get("collective", {}),
+            "ms_of_direct_exchange_per_layer": self.exchange.get("direct", {}),
+            "exchanged": self.exchanged,
             "density": self.density,
             "imbalance_by_step": self.imbalance,
         }
@@ -451,11 +476,14 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
                 if rank == 0:
                     layer = member.times[way.name][gpus][-args.samples :]
                     ms = [round(t / member.subject.layers, 1) for t in layer]
-                    say(f"{member.subject.name}: {way.name}, on {gpus}: {ms} ms a layer")
+                    how = member.exchanged.get(way.name, {}).get(gpus, "")
+                    say(f"{member.subject.name}: {way.name}, on {gpus}: {ms} ms a layer {how}")
             save()
         if first:
             for gpus in teams:
                 member.time_exchange(gpus, samples=5)
+                alone = {name: found.get(gpus) for name, found in member.exchange.items()}
+                say(f"{member.subject.name}: the exchange of a layer alone, on {gpus}: {alone} ms")
             save()
 
     def is_late(member: Member) -> bool:
@@ -555,9 +583,14 @@ def written(result: Mapping[str, Any]) -> str:
             for name, found in model["distance_to_one_gpu"].items()
         )
         text += f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
-        alone = model["ms_of_exchange_per_layer"].items()
-        sent = ", ".join(f"{ms:.2f} ms on {n}" for n, ms in alone)
-        text += f"The exchange of a layer alone takes {sent}.\n"
+        for name, key in (
+            ("NCCL", "ms_of_exchange"),
+            ("writing directly", "ms_of_direct_exchange"),
+        ):
+            alone = model.get(f"{key}_per_layer", {}).items()
+            sent = ", ".join(f"{ms:.2f} ms on {n}" for n, ms in alone)
+            if sent:
+                text += f"The exchange of a layer alone takes {sent} by {name}.\n"
     return text + written_imbalance(result)
 
 

@@ -1,4 +1,8 @@
-"""One of the processes that exchange heads; started by `test_ulysses.py` with "cpu" or "cuda"."""
+"""One of the processes that exchange heads, started by `test_ulysses.py`.
+
+With "cpu", "cuda", or "one cuda" for processes that see one GPU each. On the CPU ranks write into
+files that all have mapped, where GPUs have each other's memory.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,25 @@ import datetime
 import itertools
 import os
 import sys
+import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from mapped import MappedFiles
 from torch import Tensor
 
 from svg_attention import Arrivals
+from svg_models.parallel.direct import Direct
 from svg_models.parallel.share import Share, part_sizes
 from svg_models.parallel.ulysses import attend_over_ranks
 
 WIDTH = 16
 
 
-def whole_sequence(batch: int, tokens: int, heads: int, device: str) -> list[Tensor]:
+def whole_sequence(batch: int, tokens: int, heads: int, device: str, seed: int) -> list[Tensor]:
     """Return queries, keys and values `[B, S, H, D]`, the same on every rank."""
-    source = torch.Generator().manual_seed(tokens)
+    source = torch.Generator().manual_seed(seed)
     shape = (batch, tokens, heads, WIDTH)
     return [torch.randn(shape, generator=source).to(device) for _ in range(3)]
 
@@ -32,10 +40,14 @@ def laid_out(x: Tensor, *, by_head: bool) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check(device: str, batch: int, video: int, heads: int, text: str, *, dealt: bool) -> None:
+def check(
+    device: str, direct: Direct | None, case: tuple[int, int, int, str, bool], seed: int
+) -> None:
     """Each rank gets its heads of the whole sequence, and its tokens of all heads back."""
-    share, words = Share.of(None, video), 0 if text == "none" else 5
-    tokens = whole_sequence(batch, video + words, heads, device)
+    batch, video, heads, text, dealt = case
+    share = replace(Share.of(None, video), direct=direct)
+    words = 0 if text == "none" else 5
+    tokens = whole_sequence(batch, video + words, heads, device, seed)
     order = torch.arange(heads, device=device).flip(0) if dealt else None
     sizes = part_sizes(heads, share.ranks)
     first = sum(sizes[: share.rank])
@@ -74,17 +86,77 @@ def check(device: str, batch: int, video: int, heads: int, text: str, *, dealt: 
     raise AssertionError("an error in attention was lost")
 
 
-def main() -> None:
-    device = sys.argv[1]
-    torch.set_num_threads(1)
-    group = "gloo"
+def check_reuse(device: str, direct: Direct) -> None:
+    """No rank meets what another one writes for the next call, however slow it is."""
+    share, kept = replace(Share.of(None, 600), direct=direct), []
+    for number in range(20):
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, arrivals: Arrivals, number: int = number
+        ) -> Tensor:
+            if number % share.ranks == share.rank:
+                pause(device)
+            arrivals.wait()
+            out = (query + 2 * key - 3 * value).contiguous()
+            pause(device)
+            assert torch.equal(out, query + 2 * key - 3 * value)
+            return out
+
+        query, key, value = (share.part(x, 1) for x in whole_sequence(1, 600, 6, device, number))
+        found = attend_over_ranks(share, query, key, value, attend)
+        kept.append((found, query + 2 * key - 3 * value))
+    for found, expected in kept:  # what was returned is nobody else's
+        assert torch.equal(found, expected)
+
+
+def check_capture(direct: Direct) -> None:
+    """What a graph has captured exchanges what is there when it is replayed."""
+    share = replace(Share.of(None, 600), direct=direct)
+    given = [share.part(x, 1).contiguous() for x in whole_sequence(1, 600, 6, "cuda", 0)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, arrivals: Arrivals) -> Tensor:
+        arrivals.wait()
+        return query + 2 * key - 3 * value
+
+    attend_over_ranks(share, *given, attend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = attend_over_ranks(share, *given, attend)
+    for number in range(3):
+        for x, y in zip(given, whole_sequence(1, 600, 6, "cuda", number), strict=True):
+            x.copy_(share.part(y, 1))
+        graph.replay()
+        assert torch.equal(found, given[0] + 2 * given[1] - 3 * given[2])
+
+
+def pause(device: str) -> None:
+    """Have this rank, or what its GPU runs next, wait a little."""
     if device == "cuda":
-        group = "nccl"
-        torch.cuda.set_device(int(os.environ["RANK"]))
+        torch.cuda._sleep(4_000_000)
+    else:
+        time.sleep(4e-3)
+
+
+def main() -> None:
+    device = sys.argv[1].removeprefix("one ")
+    torch.set_num_threads(1)
+    group, memory = "gloo", {"allocate": MappedFiles}
+    if device == "cuda":
+        group, memory, number = "nccl", {}, int(os.environ["RANK"])
+        if device != sys.argv[1]:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"], number = seen[number], 0
+        torch.cuda.set_device(number)
     dist.init_process_group(group, timeout=datetime.timedelta(seconds=60))
+    direct = Direct(None, required=True, **memory)
     cases = itertools.product((1, 2), (12, 4001), (4, 5), ("none", "first", "last"), (False, True))
-    for batch, video, heads, text, dealt in cases:
-        check(device, batch, video, heads, text, dealt=dealt)
+    for seed, case in enumerate(cases):
+        check(device, None, case, seed)
+        check(device, direct, case, seed)
+    assert direct.size > 0
+    check_reuse(device, direct)
+    if device == "cuda":
+        check_capture(direct)
     if dist.get_rank() == 0:
         print("done")
     dist.destroy_process_group()

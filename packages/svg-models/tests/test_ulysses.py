@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import run_ranks
 
-from svg_models.parallel import ulysses
+from svg_models.parallel.copies import copy_bits, packed
 
 
 def test_attend_over_ranks_gives_each_its_heads() -> None:
@@ -13,23 +13,24 @@ def test_attend_over_ranks_gives_each_its_heads() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_attend_over_ranks_on_two_gpus() -> None:
-    assert run_ranks("exchange_member.py", 2, "cuda") == "done\n"
+@pytest.mark.parametrize("seen", ["cuda", "one cuda"])
+def test_attend_over_ranks_on_two_gpus(seen: str) -> None:
+    assert run_ranks("exchange_member.py", 2, seen) == "done\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [128, 12, 3])
-def test_copy_keeps_every_bit_of_strided_tensors(width: int, dtype: torch.dtype) -> None:
+def test_copy_bits_keeps_every_bit_of_strided_tensors(width: int, dtype: torch.dtype) -> None:
     pairs = torch.randint(-(2**15), 2**15, (2, 9, 6, 2 * width), dtype=torch.int16)
     x = pairs.view(dtype)  # NaN of every kind among them
     target = torch.zeros_like(x)
 
-    ulysses._copy(target[:, 1:7, 1:4], x[:, 2:8, 2:5])
-    packed = ulysses._packed(x.transpose(1, 2)[:, 1:3])
+    copy_bits(target[:, 1:7, 1:4], x[:, 2:8, 2:5])
+    parcel = packed(x.transpose(1, 2)[:, 1:3])
 
     bits = target.view(torch.int16)
     assert torch.equal(bits[:, 1:7, 1:4], pairs[:, 2:8, 2:5])
     assert not bits[:, 7:].any()
     assert not bits[:, :1].any()
-    assert packed.is_contiguous()
-    assert torch.equal(packed.view(torch.int16), pairs.transpose(1, 2)[:, 1:3])
+    assert parcel.is_contiguous()
+    assert torch.equal(parcel.view(torch.int16), pairs.transpose(1, 2)[:, 1:3])

@@ -6,12 +6,16 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from composition.player import Player
+from mapped import MappedFiles
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import svg_kernels
@@ -20,6 +24,8 @@ from sharing.subjects import SUBJECTS
 from svg_attention import Dense, UnsupportedError
 from svg_models import parallelize, restore, sparsify
 from svg_models.families import family_of, fused
+from svg_models.parallel import pipeline
+from svg_models.parallel.direct import Direct
 
 SPARSE = METHODS["SVG2"]
 KERNELS = ("gate_residual", "gate_residual_norm", "gelu", "layer_norm_modulate", "qk_norm_rope",
@@ -133,6 +139,30 @@ def own_latents(player: Player, team: Any) -> None:
         close(player.play(), plain)
 
 
+def exchanges(player: Player, team: Any) -> None:
+    """Heads that are written into the memory of peers make the same video to the last bit."""
+
+    def plays(exchange: str) -> tuple[Tensor, Tensor, str]:
+        with parallelize(player, group=team, guidance=1, exchange=exchange) as run:
+            dense = player.play()
+            with sparsify(player, SPARSE, EVERYWHERE):
+                return dense, player.play(), run.exchange
+
+    expected, chosen = plays("collective"), plays("auto")
+    assert (expected[2], chosen[2]) == (
+        "collective",
+        "collective, since the tensors are on cpu, not on a GPU",
+    )
+    with pytest.raises(UnsupportedError, match="the tensors are on cpu"):
+        plays("direct")
+    with mock.patch.object(pipeline, "Direct", partial(Direct, allocate=MappedFiles)):
+        direct = plays("direct")
+    assert direct[2].startswith("direct, ")
+    for found in (chosen, direct):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
 def refusals(player: Player, team: Any) -> None:
     """What cannot be shared is refused before anything is changed."""
     with (
@@ -158,6 +188,7 @@ CHECKS: dict[str, tuple[Callable[[Player, Any], None], str]] = {
         fused_blocks: tuple(SUBJECTS),
         compiled: ("wan t2v", "hunyuan_video t2v"),
         own_latents: ("wan t2v",),
+        exchanges: ("wan t2v", "hunyuan_video t2v"),
         refusals: ("wan t2v",),
     }.items()
     for name in names

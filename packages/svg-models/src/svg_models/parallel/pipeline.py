@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from svg_attention import CallRecord, UnsupportedError
 from svg_models.families import Family, family_of, transformers_of
 from svg_models.parallel.crew import Crew
+from svg_models.parallel.direct import Direct
 from svg_models.parallel.guidance import SplitGuidance
 from svg_models.parallel.share import Share
 from svg_models.parallel.sharing import SharedTransformer, is_shared
@@ -28,6 +29,7 @@ def parallelize(
     ring: int = 1,
     guidance: int | None = None,
     balance: bool = True,
+    exchange: Literal["auto", "direct", "collective"] = "collective",
     group: Any = None,
 ) -> SharedRun:
     """Have several ranks make each video together, each computing a share of its tokens.
@@ -61,6 +63,9 @@ def parallelize(
             ranks.
         balance: deal the heads of sparse layers to ranks by what they cost in the step before,
             where a method lets them cost what they need (`run.stats()` tells the imbalance).
+        exchange: "direct" has ranks write heads into each other's memory, for which they have to
+            be GPUs of one host; "collective" has NCCL or gloo send them; "auto" is direct where
+            that can be had. `SharedRun.exchange` tells which it is.
         group: the ranks; by default all.
 
     Returns:
@@ -71,15 +76,16 @@ def parallelize(
         ValueError: if no family covers it, it is shared already, by this function or by diffusers,
             or the ranks are no multiple of those of a video.
         UnsupportedError: if there is no group of ranks, or more of them exchange heads than there
-            are.
+            are; with the first attention, if `exchange="direct"` cannot be had.
     """
+    if exchange not in ("auto", "direct", "collective"):
+        raise ValueError(f"exchange must be auto, direct or collective, got {exchange!r}")
     found = [(name, model, family_of(model)) for name, model in transformers_of(pipe).items()]
     for _, transformer, family in found:
         _refuse_shared(transformer, family)
     crew = Crew.of(group, ulysses, ring, guidance, whole=isinstance(pipe, nn.Module))
-    run = SharedRun(crew.ranks)
     if crew.ranks == 1:
-        return run
+        return SharedRun(1)
     heads = [
         (module.heads, path)
         for _, transformer, family in found
@@ -87,16 +93,17 @@ def parallelize(
     ]
     _refuse_few_heads(heads, crew.ulysses)
     together = crew.together(ulysses, min(heads)[0])
-    team = replace(crew.team, balanced=balance)
+    team = _exchanging(replace(crew.team, balanced=balance), exchange)
     if together is not None:
-        together = replace(together, balanced=balance)
+        together = _exchanging(replace(together, balanced=balance), exchange)
+    run = SharedRun(crew.ranks, team, together)
     try:
         if together is not None or crew.team.ranks > 1:
             for _, transformer, family in found:
                 run.share(transformer, family, team)
         if crew.pair is not None:
             models = {name: getattr(pipe, name, model) for name, model, _ in found}
-            run.split(pipe, models, crew, (team, together))
+            run.split(pipe, models, crew)
     except BaseException:
         run.restore()
         raise
@@ -110,8 +117,9 @@ class SharedRun:
         ranks: how many share a video.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, *shares: Share | None) -> None:
         self.ranks = ranks
+        self._team, self._together = (*shares, None, None)[:2]
         self._shared: list[SharedTransformer] = []
         self._split: SplitGuidance | None = None
         self._pair: Any = None
@@ -129,8 +137,26 @@ class SharedRun:
 
     def __repr__(self) -> str:
         active = self._shared or self._split is not None
-        state = f"{self.ranks} ranks" if active else "restored"
-        return f"SharedRun({state})"
+        words = [f"{self.ranks} ranks", self.exchange] if active else ["restored"]
+        return f"SharedRun({', '.join(filter(None, words))})"
+
+    @property
+    def exchange(self) -> str:
+        """Return how heads are exchanged; empty if none have to be, or directly but none were yet.
+
+        "direct, 1161 MB", the memory that each GPU has for it; "collective"; or "collective, since
+        <why it is not direct>".
+        """
+        for share in (self._team, self._together):
+            if share is None or share.of_heads.ranks == 1:
+                continue
+            if share.direct is None:
+                return "collective"
+            if share.direct.refusal:
+                return f"collective, since {share.direct.refusal}"
+            if share.direct.size:
+                return f"direct, {share.direct.size / 1e6:.0f} MB"
+        return ""
 
     def share(self, transformer: nn.Module, family: Family, share: Share) -> None:
         """Share one transformer more.
@@ -147,27 +173,19 @@ class SharedRun:
             )
         self._shared.append(SharedTransformer(transformer, family, family.sharing, share))
 
-    def split(
-        self,
-        pipe: Any,
-        transformers: dict[str, nn.Module],
-        crew: Crew,
-        shares: tuple[Share, Share | None],
-    ) -> None:
+    def split(self, pipe: Any, transformers: dict[str, nn.Module], crew: Crew) -> None:
         """Have two teams compute a branch of guidance each.
 
         Args:
             pipe: the pipeline.
             transformers: its transformers.
             crew: the ranks of a video.
-            shares: this rank's of a sequence that its team shares, and of one that both do; None
-                if they cannot.
         """
-        apart, together = shares
+        apart, together = self._team, self._together
 
         def use(everyone: bool) -> None:
             for shared in self._shared:
-                if together is not None:
+                if apart is not None and together is not None:
                     shared.share = together if everyone else apart
 
         self._pair = crew.pair
@@ -204,6 +222,16 @@ class SharedRun:
             self._split = None
         while self._shared:
             self._shared.pop().restore()
+        for share in (self._team, self._together):
+            if share is not None and share.direct is not None:
+                share.direct.release()
+
+
+def _exchanging(share: Share, exchange: str) -> Share:
+    """Return a share whose ranks exchange heads as was asked for."""
+    if exchange == "collective" or share.of_heads.ranks == 1:
+        return share
+    return replace(share, direct=Direct(share.of_heads.group, required=exchange == "direct"))
 
 
 def _name(record: CallRecord) -> tuple[Any, ...]:

@@ -38,6 +38,8 @@ class Share:
             heads.
         heads: the ranks that exchange heads, each so many in a row, where there is a ring.
         balanced: whether heads of a sparse run are dealt to ranks by what they cost.
+        direct: exchanges heads, where it can, by writing into the memory of other ranks; None for
+            messages.
     """
 
     group: Any
@@ -47,6 +49,7 @@ class Share:
     ring: Ring | None = None
     heads: Any = None
     balanced: bool = False
+    direct: Any = None
 
     @classmethod
     def of(cls, group: Any, tokens: int, ring: Ring | None = None, heads: Any = None) -> Share:
@@ -73,7 +76,7 @@ class Share:
         ranks = self.ring.parts
         first = self.rank - self.rank % ranks
         tokens = sum(self.sizes[first : first + ranks])
-        return Share(self.heads, ranks, self.rank % ranks, tokens)
+        return Share(self.heads, ranks, self.rank % ranks, tokens, direct=self.direct)
 
     @property
     def sizes(self) -> list[int]:

@@ -1,0 +1,302 @@
+"""Exchanging heads by writing into the memory of other ranks.
+
+A rank copies the heads of another one straight to their places in the sequence there: no message is
+packed, and none unpacked. Barriers on the GPU, of which the host knows nothing, keep readers and
+writers apart.
+
+**Why no rank reads too early.** A rank reads queries, keys or values after a barrier of their own,
+which each rank reaches when it has written them to all others; outputs likewise.
+
+**Why none writes too early.** Every call uses the same memory, and begins with a barrier. A rank
+reaches it when all that its stream has run before is done, so when it has read what the call before
+left in its memory. Others write there only after it. That holds as well after an error amid a call.
+What a call returns is memory of its own, because a model, or a compiler that reuses memory, may
+keep it for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from svg_attention import UnsupportedError
+from svg_models.parallel.copies import copy_bits
+from svg_models.parallel.peers import PeerMemory
+from svg_models.parallel.places import Places
+
+__all__ = ["Direct"]
+
+# Memory of each tensor begins at a multiple of so many bytes.
+_ALIGNMENT = 512
+_BEGIN, _BACK = 0, 1
+_ARRIVAL = 2  # and the next ones: queries, keys, values
+
+_log = logging.getLogger(__name__)
+
+
+class Memory(Protocol):
+    """Memory that ranks write into; see `PeerMemory`."""
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of each rank."""
+        ...
+
+    def view(self, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor in the memory of a rank."""
+        ...
+
+    def barrier(self, channel: int) -> None:
+        """Have the current stream wait for all ranks."""
+        ...
+
+
+class Direct:
+    """Exchanges heads between the ranks of a group by writing into each other's memory.
+
+    The memory is made with the first call, and anew with one that needs more. Where it cannot be
+    had, that is known once for all ranks and all later calls.
+
+    Args:
+        group: the ranks; None for all.
+        required: raise where there is no such memory, instead of leaving the call to others.
+        allocate: makes the memory: given group, bytes and device, on all ranks or on none.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        required: bool = False,
+        allocate: Callable[[Any, int, torch.device], Memory] = PeerMemory,
+    ) -> None:
+        self._group, self._required, self._allocate = group, required, allocate
+        self._memory: Memory | None = None
+        self._refusal: UnsupportedError | None = None
+        self._side: _Side | None = None
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes of memory each rank has for this."""
+        return 0 if self._memory is None else self._memory.size
+
+    @property
+    def refusal(self) -> str:
+        """Return why nothing is exchanged directly; empty if it is, or if no call was made yet."""
+        return "" if self._refusal is None else "; ".join(self._refusal.reasons.values())
+
+    def exchange(self, tensors: Sequence[Tensor], places: Places) -> Exchange | None:
+        """Return the exchange of a call; None, on all ranks alike, if it has to go another way.
+
+        Args:
+            tensors: queries, keys and values, `[B, S, H, D]`, what this rank holds.
+            places: where it belongs.
+
+        Raises:
+            UnsupportedError: if there is no such memory and it was required.
+        """
+        if self._refusal is None:
+            layout = _Layout(tensors, places)
+            if layout.size > self.size:
+                if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                    return None  # nothing can be allocated; all ranks capture the same
+                self._grow(layout.size, tensors[0].device)
+            if self._memory is not None:
+                return Exchange(tensors, layout, self._memory, self._side)
+        if self._refusal is not None and self._required:
+            raise self._refusal
+        return None
+
+    def release(self) -> None:
+        """Give the memory back; a further call makes it again."""
+        self._memory = None
+
+    def _grow(self, size: int, device: torch.device) -> None:
+        self._memory = None  # both at once might not fit; what is under way is waited for
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._side = self._side or _Side(device)
+        try:
+            self._memory = self._allocate(self._group, size, device)
+        except UnsupportedError as error:
+            self._refusal = error
+            if device.type == "cuda" and dist.get_rank(self._group) == 0:
+                _log.warning("heads are exchanged by messages: %s", self.refusal)
+
+
+class Exchange:
+    """The exchange of one call; whatever it has joined is overwritten by that of the next.
+
+    Args:
+        tensors: queries, keys and values, `[B, S, H, D]`, what this rank holds.
+        layout: where in memory they go.
+        memory: of all ranks.
+        side: a stream for what others read; None on a device that has none.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], layout: _Layout, memory: Memory, side: _Side | None
+    ) -> None:
+        self._tensors, self._layout, self._memory = tensors, layout, memory
+        self._places, self._side = layout.places, side
+
+    def join_heads(self) -> tuple[list[Tensor], list[Callable[[], None]]]:
+        """Begin to gather whole sequences of this rank's heads; see `Collective.join_heads`."""
+        places, me = self._places, self._places.share.rank
+        video, words = places.of_rank(me)
+        whole, pending = [], []
+        if self._side is not None:
+            self._side.follow()
+        with self._aside():
+            self._memory.barrier(_BEGIN)
+            for n, x in enumerate(self._tensors):
+                for rank in _others(places):
+                    there = self._layout.joined(self._memory, n, rank)
+                    heads = places.picked(x[:, video], 2, rank)
+                    copy_bits(there[:, places.token_slices[me]], heads)
+                self._memory.barrier(_ARRIVAL + n)
+                pending.append(self._written())
+        for n, x in enumerate(self._tensors):
+            here = self._layout.joined(self._memory, n, me)
+            copy_bits(here[:, places.token_slices[me]], places.picked(x[:, video], 2, me))
+            if places.text:
+                copy_bits(here[:, places.words], places.picked(x[:, words], 2, me))
+            whole.append(here)
+        return whole, pending
+
+    def part_tokens(self, local: Tensor) -> Tensor:
+        """Return all heads of this rank's tokens; see `Collective.part_tokens`."""
+        places, me = self._places, self._places.share.rank
+        out = local.new_empty(self._tensors[0].shape)
+        with self._aside():
+            for rank in _others(places):
+                box = self._layout.box(self._memory, rank, me)
+                video, words = places.of_rank(rank)
+                copy_bits(box[:, video], local[:, places.token_slices[rank]])
+                if places.text:
+                    copy_bits(box[:, words], local[:, places.words])
+            self._memory.barrier(_BACK)
+            written = self._written()
+        video, words = places.of_rank(me)
+        copy_bits(out[:, video, places.mine], local[:, places.token_slices[me]])
+        if places.text:
+            copy_bits(out[:, words, places.mine], local[:, places.words])
+        written()
+        for rank in _others(places):
+            copy_bits(out[:, :, places.head_slices[rank]], self._layout.box(self._memory, me, rank))
+        if self._side is not None:
+            self._side.finish()
+        return places.numbered(out)
+
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._side is None else self._side.after_current()
+
+    def _written(self) -> Callable[[], None]:
+        return _nothing if self._side is None else self._side.waiter()
+
+
+class _Side:
+    """A stream beside the current one, on which what others read is written.
+
+    Args:
+        device: of both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Short copies go before the long kernels of the other stream.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._last: torch.cuda.Event | None = None
+
+    def follow(self) -> None:
+        """Have the current stream wait for the call before, should that have run on another."""
+        if self._last is not None and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().wait_event(self._last)
+
+    def finish(self) -> None:
+        """Take note of where a call ends on the current stream."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._last = torch.cuda.Event()
+            self._last.record()
+
+    @contextlib.contextmanager
+    def after_current(self) -> Iterator[None]:
+        """Launch on this stream, after all that the current one has so far."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def waiter(self) -> Callable[[], None]:
+        """Return what has the then current stream wait for what is on this one by now."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return lambda: torch.cuda.current_stream().wait_event(event)
+
+
+class _Layout:
+    """Where in the memory of the ranks the tensors of a call are.
+
+    One after the other: whole queries, keys and values, then outputs from each other rank. All
+    begin at the same byte on every rank, with room for the most heads and tokens that one has.
+
+    Args:
+        tensors: queries, keys and values, `[B, S, H, D]`.
+        places: where they belong.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], places: Places) -> None:
+        self.places = places
+        self._dtypes = [x.dtype for x in tensors]
+        self._by_head = [x.transpose(1, 2).is_contiguous() for x in tensors]
+        self._batch, self._width = tensors[0].shape[0], tensors[0].shape[3]
+        most_heads = _size(places.head_slices[0])
+        item = self._width * max(dtype.itemsize for dtype in self._dtypes)
+        self._whole = _rounded(self._batch * places.length * most_heads * item)
+        most_tokens = places.text + _size(places.token_slices[0])
+        self._boxed = _rounded(self._batch * most_tokens * most_heads * item)
+        self.size = len(tensors) * self._whole + (places.share.ranks - 1) * self._boxed
+
+    def joined(self, memory: Memory, number: int, rank: int) -> Tensor:
+        """Return where a rank has whole sequences of one of the tensors, `[B, S, H, D]`.
+
+        Head by head in memory, or token by token, as what it is made from.
+        """
+        heads, length = _size(self.places.head_slices[rank]), self.places.length
+        by_head, dtype = self._by_head[number], self._dtypes[number]
+        middle = (heads, length) if by_head else (length, heads)
+        shape = (self._batch, *middle, self._width)
+        found = memory.view(rank, number * self._whole, shape, dtype)
+        return found.transpose(1, 2) if by_head else found
+
+    def box(self, memory: Memory, rank: int, source: int) -> Tensor:
+        """Return where a rank gets outputs from another one, `[B, S, H, D]`."""
+        number = source if source < rank else source - 1
+        start = len(self._dtypes) * self._whole + number * self._boxed
+        tokens = self.places.text + _size(self.places.token_slices[rank])
+        heads = _size(self.places.head_slices[source])
+        shape = (self._batch, tokens, heads, self._width)
+        return memory.view(rank, start, shape, self._dtypes[0])
+
+
+def _others(places: Places) -> list[int]:
+    """Return the other ranks, the next one first, so that no two begin with the same."""
+    ranks, me = places.share.ranks, places.share.rank
+    return [(me + n) % ranks for n in range(1, ranks)]
+
+
+def _size(part: slice) -> int:
+    size: int = part.stop - part.start
+    return size
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,168 @@
+"""Memory of a GPU that the other ranks of its host write into: torch's symmetric memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from svg_attention import UnsupportedError
+
+__all__ = ["PeerMemory"]
+
+# How long a rank waits for others at a barrier, as long as NCCL by default.
+_TIMEOUT_MS = 10 * 60 * 1000
+# A path of a socket may be so long.
+_LONGEST_PATH = 107
+
+
+class PeerMemory:
+    """Memory of which every rank has as much, and which every rank can write.
+
+    Every rank of the group has to make it. They agree: it is there for all, or for none.
+
+    Args:
+        group: the ranks; None for all.
+        size: in bytes, the same on every rank.
+        device: of this rank.
+
+    Raises:
+        UnsupportedError: on every rank, if one of them cannot; it says why.
+
+    Attributes:
+        size: in bytes.
+    """
+
+    def __init__(self, group: Any, size: int, device: torch.device) -> None:
+        group = dist.group.WORLD if group is None else group
+        self.size = size
+        _refuse_groups(group, device)
+        memory, problem = None, ""
+        try:
+            memory = _empty(size, device)
+        except (RuntimeError, AttributeError, ImportError) as error:
+            problem = _first_line(error)
+        _agree(group, problem)
+        try:
+            self._handle = _rendezvous(memory, group)
+            self._bytes = [
+                self._handle.get_buffer(rank, (size,), torch.uint8)
+                for rank in range(dist.get_world_size(group))
+            ]
+        except (RuntimeError, AttributeError, TypeError, OSError) as error:
+            problem = _first_line(error)
+        _agree(group, problem)
+        self._memory = memory  # lives as long as this
+
+    def view(self, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor in the memory of a rank.
+
+        Args:
+            rank: in the group.
+            start: its first byte, a multiple of 16.
+            shape: of the tensor.
+            dtype: of the tensor.
+        """
+        size = prod(shape) * dtype.itemsize
+        return self._bytes[rank].narrow(0, start, size).view(dtype).view(shape)
+
+    def barrier(self, channel: int) -> None:
+        """Have what the current stream runs next wait until all ranks' streams have come here.
+
+        What ranks have written before is then seen by all. The host does not wait.
+
+        Args:
+            channel: one for each barrier between two of which streams need not wait for each other.
+        """
+        self._handle.barrier(channel, _TIMEOUT_MS)
+
+
+def _refuse_groups(group: Any, device: torch.device) -> None:
+    """Refuse ranks that cannot reach each other's memory, before they try: they would wait."""
+    folder = tempfile.gettempdir() if "TMPDIR" not in os.environ else os.environ["TMPDIR"]
+    problem = ""
+    if device.type != "cuda":
+        problem = f"the tensors are on {device}, not on a GPU"
+    elif not os.access(folder, os.W_OK) or len(f"{folder}/symm_mem-{os.getpid()}") > _LONGEST_PATH:
+        problem = f"no socket can be made in the folder of temporary files, {folder}"
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = socket.gethostname() + (boot.read_text(encoding="ascii") if boot.exists() else "")
+    card = str(torch.cuda.get_device_properties(device).uuid) if not problem else str(os.getpid())
+    ranks = _gather(group, (problem, host, card, folder))
+    problems, hosts, cards, folders = (list(dict.fromkeys(one)) for one in zip(*ranks, strict=True))
+    refusals = [
+        *filter(None, problems),
+        *["the ranks are on several hosts"] * (len(hosts) > 1),
+        *["several ranks share a GPU"] * (len(cards) < len(ranks)),
+        *["the ranks have different folders of temporary files"] * (len(folders) > 1),
+    ]
+    if refusals:
+        raise UnsupportedError({"direct": refusals[0]})
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    """Allocate outside of torch's pools.
+
+    Of a pool two ranks may be given different blocks, whose handles others keep from before.
+    """
+    from torch.distributed import _symmetric_memory as symmetric
+
+    make = symmetric._SymmetricMemory.empty_strided_p2p
+    try:
+        return make((size,), (1,), torch.uint8, device)
+    except RuntimeError:  # perhaps since torch holds memory that nobody uses
+        torch.cuda.empty_cache()
+        return make((size,), (1,), torch.uint8, device)
+
+
+def _rendezvous(memory: Any, group: Any) -> Any:
+    from torch.distributed import _symmetric_memory as symmetric
+
+    with _several_devices_of_one_number():
+        return symmetric.rendezvous(memory, group)
+
+
+@contextlib.contextmanager
+def _several_devices_of_one_number() -> Iterator[None]:
+    """Tell torch for a while that devices of ranks may have the same number.
+
+    Each process may see one GPU alone, which is then its first; that they are different ones is
+    known by now. Torch also leaves multicast alone then, for which there is no use.
+    """
+    name = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _agree(group: Any, problem: str) -> None:
+    """Raise on every rank what one of them has met, if one has."""
+    problems = list(filter(None, _gather(group, problem)))
+    if problems:
+        raise UnsupportedError({"direct": problems[0]})
+
+
+def _gather(group: Any, value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
