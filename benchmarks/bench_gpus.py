@@ -3,6 +3,7 @@
     python benchmarks/bench_gpus.py run --gpus 4 --output benchmarks/results/h100/gpus.json
     python benchmarks/bench_gpus.py table --gpu h100
     python benchmarks/bench_gpus.py run --gpus 2 --ways svg2 --output two.json    # ring on two, too
+    python benchmarks/bench_gpus.py run --gpus 2 --ways '^svg2$' 'svg2, exch' --output how.json
     python benchmarks/bench_gpus.py run --gpus 2 --tiny --output tiny.json    # two processes, a CPU
 
 It starts a process for each GPU. Models, inputs and settings are those of `bench_models.py`. Each
@@ -19,6 +20,7 @@ import copy
 import datetime
 import itertools
 import os
+import re
 import socket
 import time
 import traceback
@@ -129,6 +131,11 @@ def diffusers_shares(model: Any, gpus: int) -> bool:
     """Return whether diffusers has a plan for a model."""
     planned = type(model)._cp_plan is not None and torch.cuda.is_available()
     return planned and everyone(gpus)
+
+
+def is_named(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether one of some patterns is in a name."""
+    return any(re.search(pattern, name, re.IGNORECASE) for pattern in patterns)
 
 
 def everyone(gpus: int) -> bool:
@@ -451,10 +458,10 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     subjects = [
         subject
         for subject in (toys(args.gpus) if args.tiny else SUBJECTS)
-        if not args.models or any(word in subject.name.lower() for word in args.models)
+        if not args.models or is_named(subject.name, args.models)
     ]
 
-    ways = [way for way in WAYS if not args.ways or any(w in way.name.lower() for w in args.ways)]
+    ways = [way for way in WAYS if not args.ways or is_named(way.name, args.ways)]
     members: list[Member] = []
 
     def say(text: str) -> None:
@@ -542,7 +549,7 @@ def run(args: argparse.Namespace) -> None:
         (args.models, "model", names),
         (args.ways, "way", [way.name for way in WAYS]),
     ):
-        if words and not any(word in name.lower() for word in words for name in known):
+        if words and not any(is_named(name, words) for name in known):
             raise SystemExit(f"no {kind} is named {' or '.join(words)}; there are {known}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -621,8 +628,8 @@ def main() -> None:
     timed = commands.add_parser("run", help="start a process for each GPU and time")
     timed.add_argument("--gpus", type=at_least(1), default=torch.cuda.device_count() or 2)
     timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    timed.add_argument("--models", nargs="*", default=[], help="only those with such a name")
-    timed.add_argument("--ways", nargs="*", default=[], help="only those with such a name")
+    timed.add_argument("--models", nargs="*", default=[], help="patterns of their names")
+    timed.add_argument("--ways", nargs="*", default=[], help="patterns of their names")
     # Fewer than two have no quartiles.
     timed.add_argument(
         "--samples", type=at_least(2), default=3, help="forward passes in a turn, 2 or more"
