@@ -51,8 +51,8 @@ from torch import Tensor, nn
 
 from svg_attention import SVG2, Arrivals, Dense
 from svg_models import parallelize, sparsify
-from svg_models.parallel import SharedRun, ulysses
-from svg_models.parallel.direct import Direct
+from svg_models.parallel import SharedRun, direct, ulysses
+from svg_models.parallel.copies import copy_bits, picked
 from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
@@ -61,6 +61,8 @@ SPARSE, GUIDED, SKEWED = "SVG2", "SVG2, guided", "SVG2 by top_p, skewed heads as
 # Factors of the queries of the first head and of the last: dealt by their numbers, a rank of two
 # has about 1.3 times the mean.
 SKEW = (1.0, 12.0)
+# Whose exchanges are timed in a row, so that the GPU need not wait for the host.
+LAYERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,17 @@ class AtOnce(Arrivals):
 def shared_at_once(model: Any, team: Any, **settings: Any) -> Iterator[Any]:
     """Share by `parallelize`, and wait for keys and values before anything else begins."""
     with mock.patch.object(ulysses, "Arrivals", AtOnce), shared(model, team, **settings) as run:
+        yield run
+
+
+@contextmanager
+def shared_by_copies_of_torch(model: Any, team: Any) -> Iterator[Any]:
+    """Share by `parallelize`, and write to other GPUs by torch's own kernel."""
+
+    def copy(target: Tensor, source: Tensor, order: Tensor | None = None) -> None:
+        copy_bits(target, source if order is None else picked(source, 2, order))
+
+    with mock.patch.object(direct, "copy_beside", copy), shared(model, team) as run:
         yield run
 
 
@@ -196,6 +209,13 @@ WAYS = (
         name="SVG2, exchanges waited for at once",
         method=svg2,
         share=shared_at_once,
+        one=SPARSE,
+        suits=lambda model, gpus: gpus > 1,
+    ),
+    Way(
+        name="SVG2, exchanged by copies of torch",
+        method=svg2,
+        share=shared_by_copies_of_torch,
         one=SPARSE,
         suits=lambda model, gpus: gpus > 1,
     ),
@@ -368,7 +388,7 @@ class Member:
                     f"{self.subject.name}, {way.name}: {gpus} GPUs are {found:.2e} from one"
                 )
 
-    def _time(self, forward: Callable[[], Tensor], team: Any) -> float:
+    def _time(self, forward: Callable[[], Any], team: Any) -> float:
         """Return milliseconds until the slowest rank has its output."""
         self._meet(team)
         start = time.perf_counter()
@@ -403,18 +423,22 @@ class Member:
             arrivals.wait()
             return v
 
-        for name, direct in (("collective", None), ("direct", Direct(team))):
-            forward = partial(
+        for name, written in (("collective", None), ("direct", direct.Direct(team))):
+            exchange = partial(
                 ulysses.attend_over_ranks,
-                replace(share, direct=direct),
+                replace(share, direct=written),
                 *(by_head, by_head, by_token, values),
                 text_position=position,
             )
-            for _ in range(3):
-                forward()
-            if direct is not None and direct.refusal:
+
+            def several(exchange: Callable[[], Tensor] = exchange) -> None:
+                for _ in range(LAYERS):
+                    exchange()
+
+            several()
+            if written is not None and written.refusal:
                 continue
-            times = [self._time(forward, team) for _ in range(samples)]
+            times = [self._time(several, team) / LAYERS for _ in range(samples)]
             self.exchange.setdefault(name, {})[gpus] = summary(times)["median"]
 
     def result(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from processes import run_ranks
@@ -34,3 +36,30 @@ def test_copy_bits_keeps_every_bit_of_strided_tensors(width: int, dtype: torch.d
     assert not bits[:, :1].any()
     assert parcel.is_contiguous()
     assert torch.equal(parcel.view(torch.int16), pairs.transpose(1, 2)[:, 1:3])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [16, 6, 3])
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_copy_rows_keeps_every_bit_of_strided_tensors(
+    dtype: torch.dtype, width: int, by_head: bool, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton: Any = pytest.importorskip("svg_models.parallel.triton")
+    monkeypatch.setattr(triton, "PROGRAMS", 3)
+    monkeypatch.setattr(triton, "BLOCK_ROWS", 4)
+    words = width * dtype.itemsize // 2
+    bits = torch.randint(-(2**15), 2**15, (2, 11, 7, words), dtype=torch.int16)
+    x = bits.view(dtype)
+    if by_head:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    order = torch.tensor([5, 0, 3]) if chosen else None
+    target = torch.zeros(2, 3, 20, width, dtype=dtype).transpose(1, 2)
+
+    triton.copy_rows(target[:, 4:15], x if chosen else x[:, :, 2:5], order)
+
+    found = target.transpose(1, 2).view(torch.int16).transpose(1, 2)
+    assert torch.equal(found[:, 4:15], bits[:, :, order if chosen else slice(2, 5)])
+    assert not found[:, :4].any()
+    assert not found[:, 15:].any()

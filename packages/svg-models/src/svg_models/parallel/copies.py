@@ -6,10 +6,13 @@ two bytes.
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 from torch import Tensor
 
-__all__ = ["copy_bits", "packed", "picked"]
+__all__ = ["copy_beside", "copy_bits", "packed", "picked"]
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
@@ -24,6 +27,22 @@ def copy_bits(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
     else:
         wide[0].copy_(wide[1])
+
+
+def copy_beside(target: Tensor, source: Tensor, order: Tensor | None = None) -> None:
+    """Copy heads, on a GPU by few of its processors: others compute meanwhile.
+
+    Args:
+        target: `[B, S, H, D]`, of this GPU or of another one, its last axis contiguous.
+        source: as `target`; of any number of heads if they are chosen.
+        order: int64 `[H]`, which heads of the source; None for all, in their order.
+    """
+    if source.is_cuda and _has_triton():
+        from svg_models.parallel.triton import copy_rows
+
+        copy_rows(target, source, order)
+    else:
+        copy_bits(target, source if order is None else picked(source, 2, order))
 
 
 def packed(x: Tensor) -> Tensor:
@@ -41,6 +60,11 @@ def picked(x: Tensor, axis: int, places: Tensor) -> Tensor:
     if wide is None:
         return x.index_select(axis, places)
     return wide.index_select(axis, places).view(x.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _wide(x: Tensor) -> Tensor | None:

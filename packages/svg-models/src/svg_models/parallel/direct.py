@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svg_attention import UnsupportedError
-from svg_models.parallel.copies import copy_bits
+from svg_models.parallel.copies import copy_beside, copy_bits
 from svg_models.parallel.peers import PeerMemory
 from svg_models.parallel.places import Places
 
@@ -149,26 +149,30 @@ class Exchange:
     def join_heads(self) -> tuple[list[Tensor], list[Callable[[], None]]]:
         """Begin to gather whole sequences of this rank's heads; see `Collective.join_heads`."""
         places, me = self._places, self._places.share.rank
-        video, words = places.of_rank(me)
-        whole, pending = [], []
+        video, _ = places.of_rank(me)
+        whole = [self._layout.joined(self._memory, n, me) for n in range(len(self._tensors))]
+        pending = []
         if self._side is not None:
             self._side.follow()
         with self._aside():
             self._memory.barrier(_BEGIN)
             for n, x in enumerate(self._tensors):
                 for rank in _others(places):
-                    there = self._layout.joined(self._memory, n, rank)
-                    heads = places.picked(x[:, video], 2, rank)
-                    copy_bits(there[:, places.token_slices[me]], heads)
+                    there = self._layout.joined(self._memory, n, rank)[:, places.token_slices[me]]
+                    copy_beside(there, *places.chosen(x[:, video], rank))
+                if n:  # the current stream goes on with the first, and has no time for the others
+                    self._copy_own(whole[n], x)
                 self._memory.barrier(_ARRIVAL + n)
                 pending.append(self._written())
-        for n, x in enumerate(self._tensors):
-            here = self._layout.joined(self._memory, n, me)
-            copy_bits(here[:, places.token_slices[me]], places.picked(x[:, video], 2, me))
-            if places.text:
-                copy_bits(here[:, places.words], places.picked(x[:, words], 2, me))
-            whole.append(here)
+        self._copy_own(whole[0], self._tensors[0])
         return whole, pending
+
+    def _copy_own(self, joined: Tensor, x: Tensor) -> None:
+        """Copy this rank's heads of what it holds itself."""
+        places, me = self._places, self._places.share.rank
+        parts = zip((places.token_slices[me], places.words), places.of_rank(me), strict=True)
+        for target, source in parts:
+            copy_beside(joined[:, target], *places.chosen(x[:, source], me))
 
     def part_tokens(self, local: Tensor) -> Tensor:
         """Return all heads of this rank's tokens; see `Collective.part_tokens`."""
@@ -178,15 +182,13 @@ class Exchange:
             for rank in _others(places):
                 box = self._layout.box(self._memory, rank, me)
                 video, words = places.of_rank(rank)
-                copy_bits(box[:, video], local[:, places.token_slices[rank]])
-                if places.text:
-                    copy_bits(box[:, words], local[:, places.words])
+                copy_beside(box[:, video], local[:, places.token_slices[rank]])
+                copy_beside(box[:, words], local[:, places.words])
             self._memory.barrier(_BACK)
             written = self._written()
         video, words = places.of_rank(me)
         copy_bits(out[:, video, places.mine], local[:, places.token_slices[me]])
-        if places.text:
-            copy_bits(out[:, words, places.mine], local[:, places.words])
+        copy_bits(out[:, words, places.mine], local[:, places.words])
         written()
         for rank in _others(places):
             copy_bits(out[:, :, places.head_slices[rank]], self._layout.box(self._memory, me, rank))

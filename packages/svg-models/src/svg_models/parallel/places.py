@@ -107,6 +107,19 @@ class Places:
             return x.narrow(axis, heads.start, heads.stop - heads.start)
         return picked(x, axis, self.order[heads])
 
+    def chosen(self, x: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
+        """Return what has a rank's heads, `[B, S, H, D]`, and which of its heads these are.
+
+        Args:
+            x: what has all heads.
+            rank: whose.
+
+        Returns:
+            The heads alone and None, or all and their numbers where they are out of order.
+        """
+        heads = self.head_slices[rank]
+        return (x[:, :, heads], None) if self.order is None else (x, self.order[heads])
+
     def numbered(self, x: Tensor) -> Tensor:
         """Return `[B, S, H, D]` with its heads in the order of their numbers again."""
         return x if self.order is None else picked(x, 2, self.order.argsort())
