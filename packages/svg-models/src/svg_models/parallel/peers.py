@@ -23,6 +23,9 @@ __all__ = ["PeerMemory"]
 _TIMEOUT_MS = 10 * 60 * 1000
 # A path of a socket may be so long.
 _LONGEST_PATH = 107
+# Each process may see one GPU alone, which is then its first: torch takes equal numbers for one and
+# the same, unless told otherwise. Multicast is of no use here, and not to be had everywhere.
+_SETTINGS = ("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "TORCH_SYMM_MEM_DISABLE_MULTICAST")
 
 
 class PeerMemory:
@@ -127,27 +130,23 @@ def _empty(size: int, device: torch.device) -> Tensor:
 def _rendezvous(memory: Any, group: Any) -> Any:
     from torch.distributed import _symmetric_memory as symmetric
 
-    with _several_devices_of_one_number():
+    with _settings():
         return symmetric.rendezvous(memory, group)
 
 
 @contextlib.contextmanager
-def _several_devices_of_one_number() -> Iterator[None]:
-    """Tell torch for a while that devices of ranks may have the same number.
-
-    Each process may see one GPU alone, which is then its first; that they are different ones is
-    known by now. Torch also leaves multicast alone then, for which there is no use.
-    """
-    name = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _settings() -> Iterator[None]:
+    """Tell torch for a while how ranks reach each other's memory."""
+    before = {name: os.environ.get(name) for name in _SETTINGS}
+    os.environ |= dict.fromkeys(_SETTINGS, "1")
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _agree(group: Any, problem: str) -> None:
