@@ -154,6 +154,8 @@ class Consumer {
     if (tile_.lane == 0) tile_.shared.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
   }
 
+  // The same in all four warps, which may wait for products on it: they read the same votes, given
+  // before a barrier of the warpgroup and replaced behind the next one.
   __device__ __forceinline__ bool must_rescale(int j) const {
     const int4 any =
         *reinterpret_cast<const int4*>(&tile_.shared.rescale_votes[j & 1][tile_.group * 4]);

@@ -135,11 +135,10 @@ class Consumer {
     const float largest = max(pending_sum_[0], pending_sum_[1]);
     const bool lost = largest > kLargestLowered ||
                       min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY;
-    if (__any_sync(~0u, largest > kLargestByte)) {
-      hopper::wgmma_wait<0>();
-      hopper::fence_registers(partial);
-      if (!__any_sync(~0u, lost)) lower(scores, partial);
-    }
+    // A warp lowers by itself, and so must not wait for products there, which all four do together:
+    // what is being summed up follows behind the wait that is theirs.
+    const bool lowers = __any_sync(~0u, largest > kLargestByte) && !__any_sync(~0u, lost);
+    if (lowers) lower(scores);
     vote_rescale(j, lost);
     uint16_t halves[32];
 #pragma unroll
@@ -149,6 +148,7 @@ class Consumer {
     hopper::fence_registers(partial);
     release_values(value.stage);
     value.advance();
+    if (lowers) lower_partial(partial);
     if (j % kPromoteStages == 0) promote(partial);
     to_operand(halves, probabilities);
   }
@@ -168,6 +168,8 @@ class Consumer {
     if (lane_ == 0) shared_.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
   }
 
+  // The same in all four warps, which may wait for products on it: they read the same votes, given
+  // before a barrier of the warpgroup and replaced behind the next one.
   __device__ __forceinline__ bool must_rescale(int j) const {
     const int4 any = *reinterpret_cast<const int4*>(&shared_.rescale_votes[j & 1][group_ * 4]);
     return __any_sync(~0u, any.x | any.y | any.z | any.w);
@@ -183,33 +185,38 @@ class Consumer {
     if (kMasked) mask(scores, j, stage);
     float correction[2];
     softmax_.rescale(scores, scale_, correction);
-#pragma unroll
-    for (int i = 0; i < 64; ++i) output_[i] *= correction[i / 2 % 2];
-    if (j % kPromoteStages > 0) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) partial[i] *= correction[i / 2 % 2];
-    }
+    multiply(output_, correction);
+    if (j % kPromoteStages > 0) multiply(partial, correction);
     to_operand(scores, probabilities);
     pending_sum_[0] = pending_sum_[1] = 0.f;
   }
 
   // Raises the maxima of a warp's rows to those of its last stage, and lowers its probabilities and
-  // older results alike.
-  __device__ __forceinline__ void lower(float (&scores)[64], float (&partial)[64]) {
+  // the output alike.
+  __device__ __forceinline__ void lower(float (&scores)[64]) {
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float factor = softmax_.lower(scores, r);
-      pending_sum_[r] *= factor;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          scores[4 * i + 2 * r + e] *= factor;
-          partial[4 * i + 2 * r + e] *= factor;
-          output_[4 * i + 2 * r + e] *= factor;
-        }
-      }
+      factor[r] = softmax_.lower(scores, r);
+      pending_sum_[r] *= factor[r];
+      if (lane_ % 4 == 0) shared_.factors[group_ * 64 + row() + 8 * r] = factor[r];
     }
+    __syncwarp();
+    multiply(scores, factor);
+    multiply(output_, factor);
+  }
+
+  // The same for sums of products that were not done then. Factors would not fit in registers.
+  __device__ __forceinline__ void lower_partial(float (&partial)[64]) const {
+    const float* factors = shared_.factors + group_ * 64 + row();
+    const float factor[2] = {factors[0], factors[8]};
+    multiply(partial, factor);
+  }
+
+  // Multiplies what belongs to each of a thread's two rows by a factor of its own.
+  __device__ __forceinline__ static void multiply(float (&x)[64], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[i] *= factor[i / 2 % 2];
   }
 
   // Counts the last stage's probabilities, which nobody asks to compute once more.
@@ -256,8 +263,7 @@ class Consumer {
       weigh(scores, first);
       float correction[2];
       softmax_.rescale(scores, unit, correction);
-#pragma unroll
-      for (int i = 0; i < 64; ++i) output_[i] *= correction[i / 2 % 2];
+      multiply(output_, correction);
       uint32_t probabilities[32];
 #pragma unroll
       for (int i = 0; i < 32; ++i) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
