@@ -52,11 +52,42 @@ def test_is_dense_where_the_density_of_a_step_is_1() -> None:
     assert dense == [True] * 3 + [False] * 5
 
 
+def test_density_at_is_that_of_the_step_times_the_factor_of_the_layer() -> None:
+    schedule = Schedule(
+        dense_steps=0.0, dense_layers=0.0, density=[0.4, 0.2], layer_factors=[2.0, 0.5, 1.0, 4.0]
+    )
+    found = [
+        [
+            schedule.density_at(step=step, num_steps=2, layer=layer, num_layers=4)
+            for layer in range(4)
+        ]
+        for step in range(2)
+    ]
+    assert found == [pytest.approx([0.8, 0.2, 0.4, 1.0]), pytest.approx([0.4, 0.1, 0.2, 0.8])]
+    assert schedule.density_at(step=0, num_steps=2) == 0.4
+    dense = [
+        schedule.is_dense(step=0, num_steps=2, layer=layer, num_layers=4) for layer in range(4)
+    ]
+    assert dense == [False, False, False, True]
+    # One past the last asks for all layers.
+    assert not schedule.is_dense(step=0, num_steps=2, layer=1, num_layers=1)
+
+
+def test_density_at_with_factors_alone_is_relative_to_the_methods_own() -> None:
+    schedule = Schedule(dense_steps=0.0, dense_layers=0.0, layer_factors=((0.0, 2.0), (0.5, 1.0)))
+    place = {"step": 3, "num_steps": 8, "num_layers": 4}
+    found = [schedule.density_at(layer=layer, own=0.3, **place) for layer in range(4)]
+    assert found == pytest.approx([0.6, 0.45, 0.3, 0.3])
+    assert schedule.density_at(layer=0, **place) is None
+    assert not schedule.is_dense(layer=0, **place)
+
+
 def test_to_dict_and_back_is_the_same_schedule() -> None:
     for schedule in (
         Schedule(),
         Schedule(dense_steps=0.1, density=((0.0, 0.5), (1.0, 0.2))),
         Schedule.sparse([0.5, 0.25, 0.1]),
+        Schedule(layer_factors=[1.5, 0.5]),
     ):
         assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
@@ -71,6 +102,9 @@ def test_to_dict_and_back_is_the_same_schedule() -> None:
         ({"density": [0.5, (0.6, 0.2)]}, "a density breakpoint is"),
         ({"density": [0.5, 1.5]}, "density of a breakpoint must lie"),
         ({"density": ((0.5, 0.0),)}, r"density of a breakpoint must lie in \(0, 1\]"),
+        ({"layer_factors": []}, "at least one breakpoint"),
+        ({"layer_factors": [1.0, -0.5]}, "factor of a breakpoint must be above 0"),
+        ({"layer_factors": ((0.5, 1.0), (0.2, 1.0))}, "fractions of factor breakpoints must rise"),
     ],
 )
 def test_schedule_refuses_bad_fields(fields: dict, message: str) -> None:

@@ -251,6 +251,21 @@ def test_attend_takes_the_density_of_a_step_from_the_schedule(
     assert [r.density for r in session.records()] == pytest.approx([1, 0.5, 0.3, 0.3], abs=0.02)
 
 
+def test_attend_multiplies_the_density_by_the_factor_of_a_layer(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    factors = [0.5, 1.5, 9.0]
+    schedule = Schedule(dense_steps=0.0, dense_layers=0.0, layer_factors=factors)
+    session = Session(METHOD, schedule, layout=LAYOUT, num_steps=1, num_layers=3)
+    with session.step(0):
+        for layer in range(3):
+            session.attend(*clustered(LAYOUT), layer=layer)
+    assert [r.method for r in session.records()] == ["SVG2", "SVG2", "Dense"]
+    assert [r.density for r in session.records()] == pytest.approx([0.2, 0.6, 1.0], abs=0.02)
+    with pytest.raises(ValueError, match="layer_factors multiply a density"):
+        Session(replace(METHOD, density=None, top_p=0.7), schedule)
+
+
 @pytest.mark.parametrize("position", ["first", "last"])
 def test_attend_masks_padding_in_dense_calls(position: str) -> None:
     layout = TokenLayout(grid=(2, 10, 11), text_tokens=40, text_position=position)

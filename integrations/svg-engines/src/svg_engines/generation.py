@@ -182,6 +182,11 @@ class Generation:
         return self._sessions[num_steps]
 
     def _start(self, method: Method, schedule: Schedule) -> tuple[Session, Schedule]:
+        if schedule.layer_factors is not None:
+            self.reasons(
+                "the engine does not say how many layers there are, so all have one density, where "
+                "the schedule asks for factors by layer"
+            )
         never = Schedule(dense_steps=0.0, dense_layers=0.0, density=schedule.density)
         session = Session(method, never, backend=self.settings.backend, seed=self.settings.seed)
         return session, schedule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -37,6 +38,21 @@ def fraction(name: str, value: Any, *, zero: bool = False) -> float:
     number = float(value)
     if not (0.0 < number <= 1.0 or (zero and number == 0.0)):
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    """Return `value` as a float above zero.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is zero, negative, infinite or not a number in the sense of IEEE 754.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not (0.0 < number < math.inf):
+        raise ValueError(f"{name} must be above 0 and finite, got {value}")
     return number
 
 

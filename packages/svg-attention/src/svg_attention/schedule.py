@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +28,33 @@ class Schedule:
             density)` breakpoints with rising fractions. Between two of them the density is
             interpolated, outside it is held, so a curve suits any number of steps. Steps of
             density 1 are dense. A list is kept as breakpoints.
+        layer_factors: optional factors by which the layers' densities differ: a list of factors,
+            one for each layer, or `(fraction of layers done, factor)` breakpoints as above. The
+            density of a call is that of its step, or the method's own, times its layer's factor,
+            and never more than 1, where the call is dense. With a mean of 1 a step keeps its
+            density.
 
     Raises:
         TypeError: if a value is of the wrong type.
-        ValueError: if a fraction or a density is out of range, or breakpoints do not rise.
+        ValueError: if a fraction, a density or a factor is out of range, or breakpoints do not
+            rise.
     """
 
     dense_steps: float = 0.2
     dense_layers: float = 0.03
     density: tuple[tuple[float, float], ...] | None = None
+    layer_factors: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_layers"):
             checked = config.fraction(name, getattr(self, name), zero=True)
             config.assign(self, **{name: checked})
-        if self.density is None:
-            return
-        points = _points(self.density)
-        if not points:
-            raise ValueError("density needs at least one breakpoint, or None")
-        if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
-            raise ValueError(f"the fractions of density breakpoints must rise, got {points}")
-        config.assign(self, density=points)
+        if self.density is not None:
+            points = _points(self.density, "steps", "density", "densities", config.fraction)
+            config.assign(self, density=points)
+        if self.layer_factors is not None:
+            points = _points(self.layer_factors, "layers", "factor", "factors", config.positive)
+            config.assign(self, layer_factors=points)
 
     @classmethod
     def sparse(cls, density: Iterable[Any] | None = None) -> Schedule:
@@ -68,34 +73,56 @@ class Schedule:
             return True
         if step is None:
             return True
-        if self.density_at(step=step, num_steps=num_steps) == 1.0:
+        density = self.density_at(
+            step=step, num_steps=num_steps, layer=layer, num_layers=num_layers
+        )
+        if density == 1.0:
             return True
         if num_steps is None:
             return self.dense_steps > 0.0
         return step < math.floor(self.dense_steps * num_steps)
 
-    def density_at(self, *, step: int | None, num_steps: int | None) -> float | None:
-        """Return the density asked of this step, or None when the method keeps its own."""
-        if self.density is None:
-            return None
-        done = 0.0 if step is None or not num_steps else step / num_steps
-        before = self.density[0]
-        for after in self.density:
-            if done <= after[0]:
-                span = after[0] - before[0]
-                blend = (done - before[0]) / span if span > 0.0 else 1.0
-                return before[1] + blend * (after[1] - before[1])
-            before = after
-        return before[1]
+    def density_at(
+        self,
+        *,
+        step: int | None,
+        num_steps: int | None,
+        layer: int | None = None,
+        num_layers: int | None = None,
+        own: float | None = None,
+    ) -> float | None:
+        """Return the density of a call, or None if it is the method's own and that is unknown.
+
+        Args:
+            step: of the call; None if unknown.
+            num_steps: of the run; None if unknown.
+            layer: of the call; None asks for the density of the step. One past the last stands for
+                the layer of the smallest factor, the last to become dense.
+            num_layers: of the model.
+            own: the method's own density.
+        """
+        density = own
+        if self.density is not None:
+            done = 0.0 if step is None or not num_steps else step / num_steps
+            density = _value_at(self.density, done)
+        if density is None or self.layer_factors is None or layer is None or not num_layers:
+            return density
+        if layer >= num_layers:
+            factor = min(factor for _, factor in self.layer_factors)
+        else:
+            factor = _value_at(self.layer_factors, layer / num_layers)
+        return min(1.0, density * factor)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        points = None if self.density is None else [list(point) for point in self.density]
-        return {
+        fields: dict[str, Any] = {
             "dense_steps": self.dense_steps,
             "dense_layers": self.dense_layers,
-            "density": points,
+            "density": None if self.density is None else [list(point) for point in self.density],
         }
+        if self.layer_factors is not None:
+            fields["layer_factors"] = [list(point) for point in self.layer_factors]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Schedule:
@@ -108,28 +135,46 @@ class Schedule:
         return cls(**config.settings(cls, fields))
 
 
-def _points(density: Any) -> tuple[tuple[float, float], ...]:
-    """Return breakpoints as pairs of floats; raise unless they are pairs of fractions."""
-    if isinstance(density, (str, bytes)) or not isinstance(density, Iterable):
+def _value_at(points: tuple[tuple[float, float], ...], done: float) -> float:
+    """Return the value of breakpoints at a fraction, interpolated between them, held outside."""
+    before = points[0]
+    for after in points:
+        if done <= after[0]:
+            span = after[0] - before[0]
+            blend = (done - before[0]) / span if span > 0.0 else 1.0
+            return before[1] + blend * (after[1] - before[1])
+        before = after
+    return before[1]
+
+
+def _points(
+    values: Any, of: str, one: str, many: str, check: Callable[[str, Any], float]
+) -> tuple[tuple[float, float], ...]:
+    """Return breakpoints as pairs of floats; raise unless they are pairs whose fractions rise."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(
-            f"density must be a list of densities or of (fraction of steps done, density), got "
-            f"{density!r}; one density for every step is a setting of the method"
+            f"expected a list of {many} or of (fraction of {of} done, {one}), got {values!r}; one "
+            "density for every call is a setting of the method"
         )
-    density = list(density)
-    if density and all(isinstance(value, numbers.Real) for value in density):
-        density = [(i / len(density), value) for i, value in enumerate(density)]
+    values = list(values)
+    if not values:
+        raise ValueError(f"a list of {many} needs at least one breakpoint, or None stands for it")
+    if all(isinstance(value, numbers.Real) for value in values):
+        values = [(i / len(values), value) for i, value in enumerate(values)]
     points = []
-    for point in density:
+    for point in values:
         try:
             done, value = point
         except (TypeError, ValueError):
             raise ValueError(
-                f"a density breakpoint is (fraction of steps done, density), got {point!r}"
+                f"a {one} breakpoint is (fraction of {of} done, {one}), got {point!r}"
             ) from None
         points.append(
             (
-                config.fraction("the fraction of a density breakpoint", done, zero=True),
-                config.fraction("the density of a breakpoint", value),
+                config.fraction(f"the fraction of a {one} breakpoint", done, zero=True),
+                check(f"the {one} of a breakpoint", value),
             )
         )
+    if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
+        raise ValueError(f"the fractions of {one} breakpoints must rise, got {tuple(points)}")
     return tuple(points)

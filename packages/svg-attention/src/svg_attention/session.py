@@ -93,6 +93,13 @@ class Session:
         for one in (schedule, *(schedules or {}).values()):
             if not isinstance(one, Schedule | None):
                 raise TypeError(f"schedule must be a Schedule or None, got {one!r}")
+            if one is None or one.layer_factors is None or one.density is not None:
+                continue
+            if getattr(method, "density", None) is None:
+                raise ValueError(
+                    f"layer_factors multiply a density, and {method} has none; give it a density, "
+                    "or the schedule a curve"
+                )
         self.method = method
         self.schedule = Schedule() if schedule is None else schedule
         self.schedules = dict(schedules or {})
@@ -339,11 +346,21 @@ class Session:
             num_layers=call.num_layers,
         ):
             return Dense()
-        density = schedule.density_at(step=call.step, num_steps=call.num_steps)
         method: Any = self.method
-        if density is not None and hasattr(method, "density"):
-            return replace(method, density=density)
-        return self.method
+        if not hasattr(method, "density"):
+            return self.method
+        density = schedule.density_at(
+            step=call.step,
+            num_steps=call.num_steps,
+            layer=call.layer,
+            num_layers=call.num_layers,
+            own=method.density,
+        )
+        if density is None or density == method.density:
+            return self.method
+        if density == 1.0:  # the method's own, times its layer's factor
+            return Dense()
+        return replace(method, density=density)
 
     def _leader(self, call: Call, memory: LayerMemory, device: torch.device) -> LayerMemory | None:
         """Return the memory of the branch that planned this layer and step first, if another."""
