@@ -13,6 +13,7 @@ from typing import Any
 
 from svg_models.errors import SettingError, first_line
 from svg_models.files import atomic_path, regular_file
+from svg_models.tuning.fit import FITTED, is_only
 from svg_models.tuning.space import AXES, Point
 
 __all__ = ["Journal", "Trial", "key_of"]
@@ -88,9 +89,11 @@ class Trial:
         ):
             raise ValueError("a number is none")
         if trial.point is not None:
-            for name, known in AXES.items():
+            for name, known in {**AXES, "schedule": (*AXES["schedule"], *FITTED)}.items():
                 if getattr(trial.point, name) not in known:
                     raise ValueError(f"unknown {name}")
+            if trial.point.only and not is_only(trial.point.only):
+                raise ValueError("unknown steps or layers")
         return trial
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from svg_models.files import atomic_path
 from svg_models.report.plots import Tried, quality_against_cost
 from svg_models.report.render import NBSP, decibels, percent, render, seconds
+from svg_models.tuning.fit import FITTED
 from svg_models.tuning.journal import Trial
 from svg_models.tuning.result import Means, Tuned
 from svg_models.tuning.space import SCHEDULES, Point
@@ -89,7 +90,7 @@ def tune_page(tuned: Tuned) -> str:
         settings=_settings(tuned),
         recipe="" if tuned.recipe is None else _json(tuned),
         trials=[_trial(trial) for trial in tuned.trials],
-        schedules=list(SCHEDULES.items()),
+        schedules=list((SCHEDULES if tuned.fit is None else SCHEDULES | FITTED).items()),
         command=_command(tuned),
     )
 

@@ -65,6 +65,13 @@ class TuneRequest(Request):
         most=1e6,
         panel=BUDGET,
     )
+    fit: bool = option(
+        False,
+        "First measure what each step and layer costs, and search schedules fitted to that, too. "
+        "Takes up to 18 clips more, most of whose attention is dense.",
+        "--fit",
+        panel=BUDGET,
+    )
     journal: str | os.PathLike[str] | None = None
     tell: Callable[[str], None] | None = None
 

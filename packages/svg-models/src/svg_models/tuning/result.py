@@ -11,6 +11,7 @@ import numpy as np
 from svg_models.generation.settings import Settings
 from svg_models.recipe import Recipe
 from svg_models.summary import Summarised
+from svg_models.tuning.fit import Fit
 from svg_models.tuning.journal import Trial
 from svg_models.tuning.search import Target
 from svg_models.tuning.space import Point
@@ -40,6 +41,7 @@ class Tuned(Summarised):
             there was no time.
         machine: what it ran on.
         time_by: "seconds" or "density".
+        fit: what steps and layers were measured to cost, if that was asked for.
     """
 
     recipe: Recipe | None
@@ -55,15 +57,17 @@ class Tuned(Summarised):
     noise_floor: float | None
     machine: Mapping[str, Any]
     time_by: str
+    fit: Fit | None = None
 
     def means(self) -> Means:
         """Return, for each point, on how many prompts it was tried, mean PSNR and mean cost.
 
-        A clip that is identical to the dense one counts as 99 dB.
+        Points of a fit, in which little is sparse, are left out. A clip that is identical to the
+        dense one counts as 99 dB.
         """
         found: dict[Point, list[Trial]] = {}
         for trial in self.trials:
-            if trial.point is not None:
+            if trial.point is not None and not trial.point.only:
                 found.setdefault(trial.point, []).append(trial)
         return {
             point: (
@@ -100,6 +104,7 @@ class Tuned(Summarised):
             "time_by": self.time_by,
             "machine": dict(self.machine),
             "noise_floor": self.noise_floor,
+            "fit": None if self.fit is None else asdict(self.fit),
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "trials": [trial.to_dict() for trial in self.trials],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -24,11 +25,12 @@ from svg_models.generation.settings import Settings
 from svg_models.loading import LoadedPipeline
 from svg_models.method_names import MethodSpec
 from svg_models.recipe import Layers, Measured, Recipe
+from svg_models.tuning.fit import FITTED, Fit, fit, trials_of_a_fit
 from svg_models.tuning.journal import Journal, Trial, key_of
 from svg_models.tuning.request import TuneRequest
 from svg_models.tuning.result import Tuned
-from svg_models.tuning.search import Outcome, OutOfTime, Search, Target, most_trials
-from svg_models.tuning.space import Point, axes_for
+from svg_models.tuning.search import SCOUTS, Outcome, OutOfTime, Search, Target, most_trials
+from svg_models.tuning.space import START, Point, axes_for
 from svg_models.video import Spread, similarity
 
 __all__ = ["tune"]
@@ -81,6 +83,9 @@ class _Tuner:
         self._warm: set[tuple[Any, ...]] = set()
         self._began = time.monotonic()
         self._most = most_trials(len(self._prompts)) + len(self._prompts) + 1
+        self._fit: Fit | None = None
+        if request.fit:
+            self._most += trials_of_a_fit(settings.steps_to_run)
 
     def run(self) -> Tuned:
         """Search, and say what was found."""
@@ -89,12 +94,12 @@ class _Tuner:
             psnr=request.psnr, cost=None if request.speedup is None else 1 / request.speedup
         )
         steps = self._settings.steps_to_run
-        search = Search(
-            target,
-            self._evaluate,
-            prompts=len(self._prompts),
-            axes=axes_for(steps, cached=self._can_cache(), guided=self._settings.guidance > 1.0),
-        )
+        axes = axes_for(steps, cached=self._can_cache(), guided=self._settings.guidance > 1.0)
+        if request.fit:
+            with contextlib.suppress(OutOfTime):
+                self._fit = self._measure_fit(steps)
+                axes = {**axes, "schedule": (*axes["schedule"], *FITTED)}
+        search = Search(target, self._evaluate, prompts=len(self._prompts), axes=axes)
         point = search.run()
         floor = self._noise_floor()
         closest = search.closest()
@@ -112,7 +117,17 @@ class _Tuner:
             noise_floor=floor,
             machine=self._machine,
             time_by=request.time_by,
+            fit=self._fit,
         )
+
+    def _measure_fit(self, steps: int) -> Fit:
+        """Return what steps and layers cost on the first prompt."""
+
+        def psnr(name: str, density: float) -> float | None:
+            return self._trial(START.replace(density=density, only=name), 0).psnr
+
+        layers = 1 + max(record.layer for record in self._dense(0).stats.records)
+        return fit(psnr, density=START.density, scouts=SCOUTS, steps=steps, layers=layers)
 
     def _can_cache(self) -> bool:
         """Return whether caches are among what is tried: not where one was asked for already."""
@@ -164,11 +179,11 @@ class _Tuner:
 
     def _measure(self, point: Point, index: int) -> Trial:
         dense = self._dense(index)
-        spec = MethodSpec.of_recipe(point.recipe(self._layers))
+        spec = MethodSpec.of_recipe(point.recipe(self._layers, self._fit))
         # A step is not timed twice beside a cache, to which it would be two: blocks that are left
         # out are counted, and those that are not take the time that they take without it.
         without = None
-        timed = self._request.time_by == "seconds"
+        timed = self._request.time_by == "seconds" and not point.only
         if timed and point.cache != NO_CACHE:
             without, timed = self._trial(point.replace(cache=NO_CACHE), index), False
         if timed:
@@ -335,7 +350,7 @@ class _Tuner:
             versions={name: str(machine[name]) for name in names},
             date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         )
-        return dataclasses.replace(point.recipe(self._layers), measured=(measured,))
+        return dataclasses.replace(point.recipe(self._layers, self._fit), measured=(measured,))
 
 
 def _prompts(request: TuneRequest, loaded: LoadedPipeline, settings: Settings) -> list[str]:

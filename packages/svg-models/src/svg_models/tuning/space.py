@@ -11,6 +11,7 @@ from typing import Any
 from svg_attention import SVG2, Schedule
 from svg_models.caching import NO_CACHE
 from svg_models.recipe import Layers, Recipe
+from svg_models.tuning.fit import FITTED, Fit, schedule_of_only
 
 __all__ = [
     "ALIKE",
@@ -82,12 +83,14 @@ class Point:
     Attributes:
         density: share of the query-key pairs in sparse calls.
         corrections: a key of `CORRECTIONS`.
-        schedule: a key of `SCHEDULES`.
+        schedule: a key of `SCHEDULES` or, once a fit was measured, of `FITTED`.
         probe_rows: see `svg_attention.SVG2`; means nothing unless routed by error.
         metric: see there.
         alike: a key of `ALIKE`.
         spend: see `svg_attention.SVG2`; means nothing unless routed by error.
         cache: steps whose blocks are not computed, see `svg_models.caching`.
+        only: what alone is sparse, as `fit.only` names it, to measure its cost; "" for all that the
+            schedule says.
     """
 
     density: float
@@ -98,6 +101,7 @@ class Point:
     alike: str = "nothing"
     spend: str = "tile"
     cache: str = NO_CACHE
+    only: str = ""
 
     @property
     def routed(self) -> bool:
@@ -108,8 +112,13 @@ class Point:
         """Return a copy with other choices."""
         return dataclasses.replace(self, **changes)
 
-    def recipe(self, layers: Layers) -> Recipe:
-        """Return what this runs with."""
+    def recipe(self, layers: Layers, fit: Fit | None = None) -> Recipe:
+        """Return what this runs with.
+
+        Args:
+            layers: what computes other layers.
+            fit: what fitted schedules are fitted to.
+        """
         return Recipe(
             method=SVG2(
                 density=self.density,
@@ -120,13 +129,19 @@ class Point:
                 **CORRECTIONS[self.corrections],
                 **ALIKE[self.alike],
             ),
-            schedule=self._schedule(),
+            schedule=self._schedule(fit),
             layers=layers if self.cache == NO_CACHE else layers.changed(cache=self.cache),
             source="svg tune",
         )
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, fit: Fit | None) -> Schedule:
         density, name = self.density, self.schedule
+        if self.only:
+            return schedule_of_only(self.only, density)
+        if name in FITTED:
+            if fit is None:
+                raise ValueError(f"the schedule '{name}' needs a fit, and none was measured")
+            return fit.schedule(name, density)
         points: tuple[tuple[float, float], ...] | None = None
         dense = 0.0
         if name == "falling":
@@ -150,6 +165,8 @@ class Point:
             words.append("spent by error")
         if self.cache != NO_CACHE:
             words.append(f"cache {self.cache}")
+        if self.only:
+            words.append(f"only {self.only} sparse")
         return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
