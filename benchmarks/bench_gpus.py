@@ -51,8 +51,7 @@ from torch import Tensor, nn
 
 from svg_attention import SVG2, Arrivals, Dense
 from svg_models import parallelize, sparsify
-from svg_models.parallel import SharedRun, direct, ulysses
-from svg_models.parallel.copies import copy_bits, picked
+from svg_models.parallel import SharedRun, copies, direct, ulysses
 from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"
@@ -119,13 +118,9 @@ def shared_at_once(model: Any, team: Any, **settings: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def shared_by_copies_of_torch(model: Any, team: Any) -> Iterator[Any]:
-    """Share by `parallelize`, and write to other GPUs by torch's own kernel."""
-
-    def copy(target: Tensor, source: Tensor, order: Tensor | None = None) -> None:
-        copy_bits(target, source if order is None else picked(source, 2, order))
-
-    with mock.patch.object(direct, "copy_beside", copy), shared(model, team) as run:
+def shared_without_engines(model: Any, team: Any) -> Iterator[Any]:
+    """Share by `parallelize`, and write to other GPUs by a kernel alone."""
+    with mock.patch.object(copies, "copy_by_engine", lambda *_: False), shared(model, team) as run:
         yield run
 
 
@@ -213,9 +208,9 @@ WAYS = (
         suits=lambda model, gpus: gpus > 1,
     ),
     Way(
-        name="SVG2, exchanged by copies of torch",
+        name="SVG2, exchanged by a kernel",
         method=svg2,
-        share=shared_by_copies_of_torch,
+        share=shared_without_engines,
         one=SPARSE,
         suits=lambda model, gpus: gpus > 1,
     ),

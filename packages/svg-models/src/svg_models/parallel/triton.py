@@ -7,11 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of a copy, each on a processor of its own. Two H200s, torch 2.11, 2026-11-28, 194 MB to
-# the other one and as much that stays: 64 of them write 306 GB/s, 264 write 331, 16 write 172.
-# Beside matrix products three such copies cost 1.35 ms by 64 of them, 1.7 by 32, 2.1 by 264, and
-# 2.0 by torch's own kernel.
-PROGRAMS = 64
 BLOCK_ROWS = 64
 
 
@@ -39,16 +34,25 @@ def copy_rows_kernel(
         tl.store(y + channel, x, mask)
 
 
-def copy_rows(target: Tensor, source: Tensor, order: Tensor | None = None) -> None:
-    """Launch `copy_rows_kernel`; see `svg_models.parallel.copies.copy_beside`."""
+def copy_rows(target: Tensor, source: Tensor, order: Tensor | None, programs: int) -> None:
+    """Launch `copy_rows_kernel`; see `svg_models.parallel.copies`.
+
+    Args:
+        target: `[B, S, H, D]`, its last axis contiguous.
+        source: as `target`; of any number of heads if they are chosen.
+        order: int64 `[H]`, which heads of the source; None for all, in their order.
+        programs: how many blocks of threads copy.
+    """
     if target.numel() == 0:
         return
     y, x = _as_words(target, source)
+    if order is None and y.shape[1] < y.shape[2]:  # tiles are of rows along the longer axis
+        y, x = y.transpose(1, 2), x.transpose(1, 2)
     batch, tokens, heads, width = y.shape
     tiles = batch * heads * triton.cdiv(tokens, BLOCK_ROWS)
     strides = [t.stride(axis) for t in (x, y) for axis in (0, 1, 2)]
     with torch.cuda.device_of(x):
-        copy_rows_kernel[(min(PROGRAMS, tiles),)](
+        copy_rows_kernel[(min(programs, tiles),)](
             y, x, x if order is None else order, tokens, heads, tiles, *strides,
             WIDTH=width, ORDERED=order is not None, BY_TOKEN=x.stride(2) < x.stride(1),
             BLOCK_S=BLOCK_ROWS, BLOCK_D=triton.next_power_of_2(width), num_warps=8,
