@@ -50,7 +50,7 @@ from bench_models import DENSITY, EVERY_STEP, build, forwards, make_inputs
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Arrivals, Dense
-from svg_models import parallelize, sparsify
+from svg_models import attention_op, parallelize, sparsify
 from svg_models.parallel import SharedRun, copies, direct, ulysses
 from svg_models.parallel.share import Share
 
@@ -62,6 +62,7 @@ SPARSE, GUIDED, SKEWED = "SVG2", "SVG2, guided", "SVG2 by top_p, skewed heads as
 SKEW = (1.0, 12.0)
 # Whose exchanges are timed in a row, so that the GPU need not wait for the host.
 LAYERS = 10
+LAYER_COUNTS = ("num_layers", "num_single_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,15 @@ def shared_at_once(model: Any, team: Any, **settings: Any) -> Iterator[Any]:
 @contextmanager
 def shared_without_engines(model: Any, team: Any) -> Iterator[Any]:
     """Share by `parallelize`, and write to other GPUs by a kernel alone."""
-    with mock.patch.object(copies, "copy_by_engine", lambda *_: False), shared(model, team) as run:
+    refused = mock.patch.object(copies, "copy_by_engine", return_value=False)
+    with refused, shared(model, team) as run:
+        yield run
+
+
+@contextmanager
+def shared_with_values(model: Any, team: Any) -> Iterator[Any]:
+    """Share by `parallelize`, and send nothing before values are computed, too."""
+    with mock.patch.object(attention_op, "begin"), shared(model, team) as run:
         yield run
 
 
@@ -222,9 +231,9 @@ WAYS = (
         suits=lambda model, gpus: gpus > 1,
     ),
     Way(
-        name="SVG2, exchanged by NCCL, waited for at once",
+        name="SVG2, exchanged with the values",
         method=svg2,
-        share=partial(shared_at_once, exchange="collective"),
+        share=shared_with_values,
         one=SPARSE,
         suits=lambda model, gpus: gpus > 1,
     ),
@@ -466,6 +475,17 @@ def toys(gpus: int) -> list[Subject]:
     return [replace(toy, config={**toy.config, **heads}) for toy in TINY]
 
 
+def deeper(subject: Subject, layers: int | None) -> Subject:
+    """Return a model with so many layers; what is computed once a forward pass weighs less then."""
+    if layers is None:
+        return subject
+    config = {
+        name: count * layers // subject.layers if name in LAYER_COUNTS else count
+        for name, count in subject.config.items()
+    }
+    return replace(subject, config=config, layers=sum(config.get(n, 0) for n in LAYER_COUNTS))
+
+
 def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) -> None:
     """Time all subjects, as far as the seconds last; the first rank stores after each round."""
     began, rank = time.perf_counter(), dist.get_rank()
@@ -475,7 +495,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     result: dict[str, Any] = {} if alone else {"environment": environment(args.commit)}
     result |= {"density": DENSITY, "gpus": args.gpus, "models": []}
     subjects = [
-        subject
+        deeper(subject, args.layers)
         for subject in (toys(args.gpus) if args.tiny else SUBJECTS)
         if not args.models or is_named(subject.name, args.models)
     ]
@@ -655,6 +675,7 @@ def main() -> None:
     )
     timed.add_argument("--rounds", type=at_least(1), default=3, help="turns of all ways")
     timed.add_argument("--seconds", type=float, default=120.0, help="that no further turn exceeds")
+    timed.add_argument("--layers", type=at_least(1), help="of each model; by default a few")
     timed.add_argument("--commit", help="of the code, where it is no repository")
     timed.add_argument("--tiny", action="store_true", help="toy models, on the CPU")
     timed.set_defaults(do=run)

@@ -1,7 +1,8 @@
 """One of the processes that exchange heads, started by `test_ulysses.py`.
 
-With "cpu", "cuda", or "one cuda" for processes that see one GPU each. On the CPU ranks write into
-files that all have mapped, where GPUs have each other's memory.
+With "cpu", "cuda", "one cuda" for processes that see one GPU each, or "captured cuda" for a graph
+of the exchange. On the CPU ranks write into files that all have mapped, where GPUs have memory of
+each other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from svg_attention import Arrivals
 from svg_models.parallel.direct import Direct
 from svg_models.parallel.share import Share, part_sizes
-from svg_models.parallel.ulysses import attend_over_ranks
+from svg_models.parallel.ulysses import attend_over_ranks, begin_over_ranks
 
 WIDTH = 16
 
@@ -103,6 +104,11 @@ def check_reuse(device: str, direct: Direct) -> None:
             return out
 
         query, key, value = (share.part(x, 1) for x in whole_sequence(1, 600, 6, device, number))
+        if number % 4 == 1:  # of a call that does not come
+            begin_over_ranks(share, value, key)
+        if number % 4:
+            begin_over_ranks(share, query, key)
+            pause(device)
         found = attend_over_ranks(share, query, key, value, attend)
         kept.append((found, query + 2 * key - 3 * value))
     for found, expected in kept:  # what was returned is nobody else's
@@ -138,25 +144,32 @@ def pause(device: str) -> None:
 
 
 def main() -> None:
-    device = sys.argv[1].removeprefix("one ")
+    kind, device = sys.argv[1].rpartition(" ")[::2]
     torch.set_num_threads(1)
     group, memory = "gloo", {"allocate": MappedFiles}
     if device == "cuda":
         group, memory, number = "nccl", {}, int(os.environ["RANK"])
-        if device != sys.argv[1]:
+        if kind == "one":
             seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
             os.environ["CUDA_VISIBLE_DEVICES"], number = seen[number], 0
         torch.cuda.set_device(number)
     dist.init_process_group(group, timeout=datetime.timedelta(seconds=60))
     direct = Direct(None, required=True, **memory)
+    if kind == "captured":
+        check_capture(direct)
+        end()
+        return
     cases = itertools.product((1, 2), (12, 4001), (4, 5), ("none", "first", "last"), (False, True))
     for seed, case in enumerate(cases):
         check(device, None, case, seed)
         check(device, direct, case, seed)
     assert direct.size > 0
     check_reuse(device, direct)
-    if device == "cuda":
-        check_capture(direct)
+    end()
+
+
+def end() -> None:
+    """Say that all is right."""
     if dist.get_rank() == 0:
         print("done")
     dist.destroy_process_group()

@@ -26,7 +26,14 @@ from svg_attention import Dense, Schedule
 from svg_models import sparsify
 from svg_models.families import cogvideox, cosmos, fused, hunyuan_video, wan
 from svg_models.families.blocks import FusedForward
-from svg_models.families.steps import ACROSS_HEADS, PER_HEAD, PER_HEAD_IN_HALVES, join, make_heads
+from svg_models.families.steps import (
+    ACROSS_HEADS,
+    PER_HEAD,
+    PER_HEAD_IN_HALVES,
+    join,
+    make_heads,
+    make_pair,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -61,16 +68,22 @@ def case(request: pytest.FixtureRequest) -> zoo.Case:
 
 @pytest.fixture
 def calls(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
-    """Return the arguments of `make_heads` in one step of a dense run."""
+    """Return the arguments of `make_heads` in one step of a dense run; queries are values, too."""
     seen: list[tuple[tuple, dict]] = []
 
     def spy(*args: Any, **options: Any) -> Any:
         seen.append((args, options))
         return make_heads(*args, **options)
 
+    def spy_pair(*args: Any, **options: Any) -> Any:
+        *others, projected, rotation = args
+        seen.append(((*others, (*projected, projected[0]), rotation), options))
+        return make_pair(*args, **options)
+
     with monkeypatch.context() as patch:
-        for module in (wan, hunyuan_video, cosmos, cogvideox):
+        for module in (hunyuan_video, cosmos, cogvideox):
             patch.setattr(module, "make_heads", spy)
+        patch.setattr(wan, "make_pair", spy_pair)
         pipe = case.build()
         with sparsify(pipe, Dense(), ALWAYS_SPARSE):
             case.run(pipe, num_inference_steps=1)

@@ -17,7 +17,7 @@ def test_attend_over_ranks_gives_each_its_heads() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("seen", ["cuda", "one cuda"])
+@pytest.mark.parametrize("seen", ["cuda", "one cuda", "captured cuda"])
 def test_attend_over_ranks_on_two_gpus(seen: str) -> None:
     assert run_ranks("exchange_member.py", 2, seen) == "done\n"
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "make_handle", "owner", "register"]
+__all__ = ["attention", "begin", "make_handle", "owner", "register"]
 
 
 class Attends(Protocol):
@@ -23,6 +23,10 @@ class Attends(Protocol):
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute attention of the layer behind `slot`; `[B, S, H, D]` in and out."""
+        ...
+
+    def begin(self, slot: int, query: Tensor, key: Tensor) -> None:
+        """Take queries and keys before `attend` has values as well, to make use of the time."""
         ...
 
     def tell(self, message: str) -> None:
@@ -64,6 +68,24 @@ def make_handle(number: int, slot: int) -> Tensor:
         int64 `[2]` on the CPU, so that reading it never waits for an accelerator.
     """
     return torch.tensor([number, slot], dtype=torch.int64, device="cpu")
+
+
+def begin(query: Tensor, key: Tensor, handle: Tensor) -> None:
+    """Give queries and keys of an attention that follows to the run behind `handle`.
+
+    Not while something compiles, or where autocast will hand over others.
+
+    Args:
+        query: `[B, S, H, D]`, as `attention` gets it next.
+        key: as `query`.
+        handle: from `make_handle`.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return
+    number, slot = handle.tolist()
+    session = _owners.get(number)
+    if session is not None:
+        session.begin(slot, query, key)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ class SparseProcessor(StandIn):
             _tell(self.handle, mode)
         return True
 
+    def begin(self, query: Tensor, key: Tensor) -> None:
+        """Give what `attend` gets next while values are still to be computed."""
+        attention_op.begin(query, key, self.handle)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend `[B, S, H, D]` to itself; under context parallelism S is this rank's share."""
         return attention_op.attention(query, key, value, self.handle)

@@ -19,6 +19,7 @@ __all__ = [
     "HeadRule",
     "join",
     "make_heads",
+    "make_pair",
     "project_out",
     "project_qkv",
     "rotate_pairs",
@@ -128,7 +129,25 @@ def make_heads(
     Returns:
         Query, key and value, `[B, S, H, D]`.
     """
-    query, key, value = projected
+    pair = make_pair(
+        rule, heads, norms, projected[:2], rotation,
+        text_before=text_before, text_after=text_after,
+    )  # fmt: skip
+    return *pair, split_heads(projected[2], heads)
+
+
+def make_pair(
+    rule: HeadRule,
+    heads: int,
+    norms: tuple[Any, Any],
+    projected: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor] | None,
+    *,
+    text_before: int = 0,
+    text_after: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Make heads of queries and keys alone; see `make_heads`."""
+    query, key = projected
     video = slice(text_before, query.shape[1] - text_after)
     both = fused.norm_rope(
         query, key, norms, heads, rotation, video,
@@ -138,8 +157,7 @@ def make_heads(
         query = _normalised(rule, heads, norms[0], query)
         key = _normalised(rule, heads, norms[1], key)
         both = (query, key) if rotation is None else _rotated(rule, query, key, rotation, video)
-    query, key = both
-    return query, key, split_heads(value, heads)
+    return both
 
 
 def _normalised(rule: HeadRule, heads: int, norm: Any, states: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ from svg_models.families.blocks import WAN_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, Sharing
-from svg_models.families.steps import ACROSS_HEADS, make_heads, project_qkv
+from svg_models.families.steps import (
+    ACROSS_HEADS,
+    make_heads,
+    make_pair,
+    project_qkv,
+    split_heads,
+)
 
 __all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]
 
@@ -26,9 +32,15 @@ class SparseWanProcessor(VideoProcessor):
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalise over all heads at once, then split them and rotate neighbouring channels."""
-        projected = project_qkv(attn, hidden_states)
         norms = (attn.norm_q, attn.norm_k)
-        return make_heads(ACROSS_HEADS, attn.heads, norms, projected, rotation)
+        if getattr(attn, "fused_projections", False):
+            projected = project_qkv(attn, hidden_states)
+            return make_heads(ACROSS_HEADS, attn.heads, norms, projected, rotation)
+        # Values last: where ranks exchange heads, queries and keys are on their way meanwhile.
+        pair = attn.to_q(hidden_states), attn.to_k(hidden_states)
+        query, key = make_pair(ACROSS_HEADS, attn.heads, norms, pair, rotation)
+        self.begin(query, key)
+        return query, key, split_heads(attn.to_v(hidden_states), attn.heads)
 
 
 def task(transformer: Any) -> str:

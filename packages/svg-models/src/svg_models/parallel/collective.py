@@ -21,24 +21,28 @@ class Collective:
     """The exchange of one call.
 
     Args:
-        tensors: queries, keys and values, `[B, S, H, D]`, what this rank holds.
-        places: where it belongs.
+        places: what belongs where.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], places: Places) -> None:
-        self._tensors, self._places = tensors, places
+    def __init__(self, places: Places) -> None:
+        self._places = places
 
-    def join_heads(self) -> tuple[list[Tensor], list[Callable[[], None]]]:
+    def join_heads(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Callable[[], None]]]:
         """Begin to gather whole sequences of this rank's heads.
 
         All tensors are on their way before the first is waited for, and arrive in their order.
+
+        Args:
+            tensors: queries, keys and values, `[B, S, H, D]`, what this rank holds.
 
         Returns:
             `[B, text + tokens, its heads, D]` of each, and what has to be called before it is read.
         """
         places, whole, pending = self._places, [], []
         video, words = places.of_rank(places.share.rank)
-        for x in self._tensors:
+        for x in tensors:
             by_head = x.transpose(1, 2).is_contiguous()
             joined = self._empty_joined(x, by_head=by_head)
             if places.text:
@@ -64,7 +68,10 @@ class Collective:
         Returns:
             `[B, S, H, D]`, contiguous.
         """
-        places, out = self._places, local.new_empty(self._tensors[0].shape)
+        places = self._places
+        batch, _, _, width = local.shape
+        here = places.text + places.share.sizes[places.share.rank]
+        out = local.new_empty(batch, here, places.heads, width)
         video, words = places.of_rank(places.share.rank)
         shares = [local[:, tokens] for tokens in places.token_slices]
         targets = [out[:, video, heads] for heads in places.head_slices]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ __all__ = ["Direct"]
 _ALIGNMENT = 512
 _BEGIN, _BACK = 0, 1
 _ARRIVAL = 2  # and the next ones: queries, keys, values
+_TENSORS = 3
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Direct:
         self._memory: Memory | None = None
         self._refusal: UnsupportedError | None = None
         self._side: _Side | None = None
+        self._begun: Exchange | None = None
 
     @property
     def size(self) -> int:
@@ -91,6 +94,24 @@ class Direct:
         """Return why nothing is exchanged directly; empty if it is, or if no call was made yet."""
         return "" if self._refusal is None else "; ".join(self._refusal.reasons.values())
 
+    def begin(self, tensors: Sequence[Tensor], places: Places) -> None:
+        """Begin the exchange of a call whose other tensors are still to come.
+
+        The next call with these goes on from there.
+
+        Args:
+            tensors: queries, or queries and keys, `[B, S, H, D]`, what this rank holds.
+            places: where it belongs.
+
+        Raises:
+            UnsupportedError: if there is no memory for it and it was required.
+        """
+        self._drop_begun()
+        exchange = self._exchange(tensors, places)
+        if exchange is not None:
+            exchange.send(tensors, early=True)
+            self._begun = exchange
+
     def exchange(self, tensors: Sequence[Tensor], places: Places) -> Exchange | None:
         """Return the exchange of a call; None, on all ranks alike, if it has to go another way.
 
@@ -99,22 +120,37 @@ class Direct:
             places: where it belongs.
 
         Raises:
-            UnsupportedError: if there is no such memory and it was required.
+            UnsupportedError: if there is no memory for it and it was required.
         """
+        begun = self._begun
+        if begun is not None and begun.is_of(tensors, places):
+            self._begun = None
+            return begun
+        self._drop_begun()
+        return self._exchange(tensors, places)
+
+    def _exchange(self, tensors: Sequence[Tensor], places: Places) -> Exchange | None:
         if self._refusal is None:
-            layout = _Layout(tensors, places)
+            layout = _Layout(tensors[0], places)
             if layout.size > self.size:
                 if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
                     return None  # nothing can be allocated; all ranks capture the same
                 self._grow(layout.size, tensors[0].device)
             if self._memory is not None:
-                return Exchange(tensors, layout, self._memory, self._side)
+                return Exchange(layout, self._memory, self._side)
         if self._refusal is not None and self._required:
             raise self._refusal
         return None
 
+    def _drop_begun(self) -> None:
+        """Forget an exchange that was begun for a call that did not come."""
+        if self._begun is not None:
+            self._begun.wait()
+            self._begun = None
+
     def release(self) -> None:
         """Give the memory back; a further call makes it again."""
+        self._drop_begun()
         self._memory = None
 
     def _grow(self, size: int, device: torch.device) -> None:
@@ -134,38 +170,66 @@ class Exchange:
     """The exchange of one call; whatever it has joined is overwritten by that of the next.
 
     Args:
-        tensors: queries, keys and values, `[B, S, H, D]`, what this rank holds.
-        layout: where in memory they go.
+        layout: where in memory its tensors go.
         memory: of all ranks.
         side: a stream for what others read; None on a device that has none.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], layout: _Layout, memory: Memory, side: _Side | None
-    ) -> None:
-        self._tensors, self._layout, self._memory = tensors, layout, memory
-        self._places, self._side = layout.places, side
+    def __init__(self, layout: _Layout, memory: Memory, side: _Side | None) -> None:
+        self._layout, self._memory, self._places, self._side = layout, memory, layout.places, side
+        self._sent: list[Tensor] = []
+        self._whole: list[Tensor] = []
+        self._pending: list[Callable[[], None]] = []
 
-    def join_heads(self) -> tuple[list[Tensor], list[Callable[[], None]]]:
-        """Begin to gather whole sequences of this rank's heads; see `Collective.join_heads`."""
+    def is_of(self, tensors: Sequence[Tensor], places: Places) -> bool:
+        """Return whether these are the tensors that were sent, and what follows."""
+        here = self._places
+        return (
+            here.order is places.order
+            and replace(here, order=None) == replace(places, order=None)
+            and all(_same(x, y) for x, y in zip(self._sent, tensors, strict=False))
+        )
+
+    def wait(self) -> None:
+        """Have the current stream wait for all that was sent."""
+        for arrived in self._pending:
+            arrived()
+
+    def send(self, tensors: Sequence[Tensor], *, early: bool) -> None:
+        """Write this rank's part of tensors to where it belongs, beside the current stream.
+
+        Args:
+            tensors: `[B, S, H, D]`, one after the other of the call.
+            early: whether the current stream has other work than to wait for the first of them.
+        """
         places, me = self._places, self._places.share.rank
-        video, _ = places.of_rank(me)
-        whole = [self._layout.joined(self._memory, n, me) for n in range(len(self._tensors))]
-        pending = []
-        if self._side is not None:
+        helps = not early and not self._sent
+        if not self._sent and self._side is not None:
             self._side.follow()
         with self._aside():
-            self._memory.barrier(_BEGIN)
-            for n, x in enumerate(self._tensors):
+            if not self._sent:
+                self._memory.barrier(_BEGIN)
+            for x in tensors:
+                joined = self._layout.joined(self._memory, x, len(self._sent))
+                mine = x[:, places.of_rank(me)[0]]
                 for rank in _others(places):
-                    there = self._layout.joined(self._memory, n, rank)[:, places.token_slices[me]]
-                    copy_beside(there, *places.chosen(x[:, video], rank))
-                if n:  # the current stream goes on with the first, and has no time for the others
-                    self._copy_own(whole[n], x)
-                self._memory.barrier(_ARRIVAL + n)
-                pending.append(self._written())
-        self._copy_own(whole[0], self._tensors[0])
-        return whole, pending
+                    there = joined[rank][:, places.token_slices[me]]
+                    copy_beside(there, *places.chosen(mine, rank))
+                if self._sent or not helps:
+                    self._copy_own(joined[me], x)
+                self._memory.barrier(_ARRIVAL + len(self._sent))
+                self._whole.append(joined[me])
+                self._pending.append(self._written())
+                self._sent.append(x)
+        if helps:
+            self._copy_own(self._whole[0], tensors[0])
+
+    def join_heads(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Callable[[], None]]]:
+        """Begin to gather whole sequences of this rank's heads; see `Collective.join_heads`."""
+        self.send(tensors[len(self._sent) :], early=False)
+        return self._whole, self._pending
 
     def _copy_own(self, joined: Tensor, x: Tensor) -> None:
         """Copy this rank's heads of what it holds itself."""
@@ -177,7 +241,7 @@ class Exchange:
     def part_tokens(self, local: Tensor) -> Tensor:
         """Return all heads of this rank's tokens; see `Collective.part_tokens`."""
         places, me = self._places, self._places.share.rank
-        out = local.new_empty(self._tensors[0].shape)
+        out = local.new_empty(self._sent[0].shape)
         with self._aside():
             for rank in _others(places):
                 box = self._layout.box(self._memory, rank, me)
@@ -247,48 +311,57 @@ class _Layout:
     begin at the same byte on every rank, with room for the most heads and tokens that one has.
 
     Args:
-        tensors: queries, keys and values, `[B, S, H, D]`.
+        query: `[B, S, H, D]`, as which keys and values are shaped and typed.
         places: where they belong.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], places: Places) -> None:
-        self.places = places
-        self._dtypes = [x.dtype for x in tensors]
-        self._by_head = [x.transpose(1, 2).is_contiguous() for x in tensors]
-        self._batch, self._width = tensors[0].shape[0], tensors[0].shape[3]
+    def __init__(self, query: Tensor, places: Places) -> None:
+        self.places, self._dtype = places, query.dtype
+        self._batch, self._width = query.shape[0], query.shape[3]
         most_heads = _size(places.head_slices[0])
-        item = self._width * max(dtype.itemsize for dtype in self._dtypes)
-        self._whole = _rounded(self._batch * places.length * most_heads * item)
         most_tokens = places.text + _size(places.token_slices[0])
-        self._boxed = _rounded(self._batch * most_tokens * most_heads * item)
-        self.size = len(tensors) * self._whole + (places.share.ranks - 1) * self._boxed
+        row = self._batch * self._width * query.element_size()
+        self._whole = _rounded(places.length * most_heads * row)
+        self._boxed = _rounded(most_tokens * most_heads * row)
+        self.size = _TENSORS * self._whole + (places.share.ranks - 1) * self._boxed
 
-    def joined(self, memory: Memory, number: int, rank: int) -> Tensor:
-        """Return where a rank has whole sequences of one of the tensors, `[B, S, H, D]`.
+    def joined(self, memory: Memory, x: Tensor, number: int) -> list[Tensor]:
+        """Return where each rank has whole sequences of one of the tensors, `[B, S, H, D]`.
 
-        Head by head in memory, or token by token, as what it is made from.
+        Head by head in memory, or token by token, as what they are made from.
+
+        Args:
+            memory: of all ranks.
+            x: what they are made from.
+            number: 0 for queries, 1 for keys, 2 for values.
         """
-        heads, length = _size(self.places.head_slices[rank]), self.places.length
-        by_head, dtype = self._by_head[number], self._dtypes[number]
-        middle = (heads, length) if by_head else (length, heads)
-        shape = (self._batch, *middle, self._width)
-        found = memory.view(rank, number * self._whole, shape, dtype)
-        return found.transpose(1, 2) if by_head else found
+        found, by_head = [], x.transpose(1, 2).is_contiguous()
+        for rank, heads in enumerate(map(_size, self.places.head_slices)):
+            middle = (heads, self.places.length) if by_head else (self.places.length, heads)
+            shape = (self._batch, *middle, self._width)
+            view = memory.view(rank, number * self._whole, shape, self._dtype)
+            found.append(view.transpose(1, 2) if by_head else view)
+        return found
 
     def box(self, memory: Memory, rank: int, source: int) -> Tensor:
         """Return where a rank gets outputs from another one, `[B, S, H, D]`."""
         number = source if source < rank else source - 1
-        start = len(self._dtypes) * self._whole + number * self._boxed
+        start = _TENSORS * self._whole + number * self._boxed
         tokens = self.places.text + _size(self.places.token_slices[rank])
         heads = _size(self.places.head_slices[source])
         shape = (self._batch, tokens, heads, self._width)
-        return memory.view(rank, start, shape, self._dtypes[0])
+        return memory.view(rank, start, shape, self._dtype)
 
 
 def _others(places: Places) -> list[int]:
     """Return the other ranks, the next one first, so that no two begin with the same."""
     ranks, me = places.share.ranks, places.share.rank
     return [(me + n) % ranks for n in range(1, ranks)]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors are the same numbers in memory."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
 def _size(part: slice) -> int:

@@ -20,7 +20,7 @@ from svg_models.families.processors import SparseProcessor, StandIn, put_process
 from svg_models.families.sharing import Axis, Sharing
 from svg_models.parallel.ring import dense_in_ring
 from svg_models.parallel.share import Share
-from svg_models.parallel.ulysses import attend_over_ranks, context_config
+from svg_models.parallel.ulysses import attend_over_ranks, begin_over_ranks, context_config
 
 __all__ = ["SharedTransformer", "is_shared", "share_of"]
 
@@ -70,6 +70,11 @@ class SharedTransformer:
 
     def tell(self, message: str) -> None:
         """Say nothing: the model's own processors compute what it is about, on whole sequences."""
+
+    def begin(self, slot: int, query: Tensor, key: Tensor) -> None:
+        """Send queries and keys of a call on their way, `[B, S, H, D]`."""
+        position = self._family.text_position
+        begin_over_ranks(self.share.of_heads, query, key, text_position=position)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute dense attention over what all ranks hold, `[B, S, H, D]`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 BLOCK_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "heads", "tiles"))
 def copy_rows_kernel(
     y_ptr, x_ptr, order_ptr, tokens, heads, tiles, xb, xs, xh, yb, ys, yh,
     WIDTH: tl.constexpr, ORDERED: tl.constexpr, BY_TOKEN: tl.constexpr,

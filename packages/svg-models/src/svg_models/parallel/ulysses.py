@@ -23,7 +23,13 @@ from svg_models.parallel.collective import Collective
 from svg_models.parallel.places import Places
 from svg_models.parallel.share import Share
 
-__all__ = ["attend_over_ranks", "context_config", "head_share", "refuse_parallel"]
+__all__ = [
+    "attend_over_ranks",
+    "begin_over_ranks",
+    "context_config",
+    "head_share",
+    "refuse_parallel",
+]
 
 
 def context_config(holder: Any) -> Any:
@@ -92,8 +98,8 @@ def attend_over_ranks(
         return attend(query, key, value, Arrivals())
     given, places = (query, key, value), Places.of(share, query, text_position, order)
     direct = None if share.direct is None else share.direct.exchange(given, places)
-    exchange = Collective(given, places) if direct is None else direct
-    whole, pending = exchange.join_heads()
+    exchange = Collective(places) if direct is None else direct
+    whole, pending = exchange.join_heads(given)
     pending[0]()
     arrivals = Arrivals(key=pending[1], value=pending[2])
     try:
@@ -101,6 +107,27 @@ def attend_over_ranks(
     finally:
         arrivals.wait()  # memory that is still written must not be given to others
     return exchange.part_tokens(local)
+
+
+def begin_over_ranks(
+    share: Share,
+    query: Tensor,
+    key: Tensor,
+    *,
+    text_position: Literal["first", "last"] | None = None,
+    order: Tensor | None = None,
+) -> None:
+    """Send queries and keys on their way, if that can be, while values are still computed.
+
+    Args:
+        share: what this rank holds.
+        query: as `attend_over_ranks` gets it next.
+        key: as `query`.
+        text_position: see there.
+        order: see there.
+    """
+    if share.ranks > 1 and share.direct is not None:
+        share.direct.begin((query, key), Places.of(share, query, text_position, order))
 
 
 def refuse_parallel(transformer: nn.Module, family: Family) -> None:

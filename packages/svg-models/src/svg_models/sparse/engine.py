@@ -30,7 +30,13 @@ from svg_attention import (
 from svg_models import attention_op
 from svg_models.caching import NO_CACHE
 from svg_models.method_names import MethodSpec
-from svg_models.parallel import Share, attend_over_ranks, head_share, share_of
+from svg_models.parallel import (
+    Share,
+    attend_over_ranks,
+    begin_over_ranks,
+    head_share,
+    share_of,
+)
 from svg_models.recipe import Layers, Recipe
 from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
@@ -361,6 +367,21 @@ class Engine:
                     f"{len(left_alone)} attention processors of {installed.name} were replaced by "
                     f"others after sparsify, first at {left_alone[0]}; restore left them in place"
                 )
+
+    def begin(self, slot: int, query: Tensor, key: Tensor) -> None:
+        """Send queries and keys of a call on their way to where several ranks share it.
+
+        Args:
+            slot: which attention.
+            query: as `attend` gets it next.
+            key: as `query`.
+        """
+        place = self.slots[slot]
+        share = share_of(place.processor.original, query.shape[1])
+        if share is not None and share.direct is not None:
+            exchanged, position = share.of_heads, place.family.text_position
+            order = self._head_order(place, exchanged.ranks, query.device)
+            begin_over_ranks(exchanged, query, key, text_position=position, order=order)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of one layer in the current forward pass.
