@@ -91,8 +91,38 @@ def test_peer_memory_that_one_rank_cannot_have_none_has(
     monkeypatch.setattr(peers, "_refuse_groups", lambda *_: None)
     monkeypatch.setattr(peers, "_gather", gather)
     monkeypatch.setattr(peers.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peers.dist, "get_rank", lambda group: 0)
     for name in ("_empty", "_rendezvous"):
         monkeypatch.setattr(peers, name, step(name))
     with pytest.raises(UnsupportedError, match=r"RuntimeError: out of memory$"):
         PeerMemory("two ranks", 4096, CPU)
     assert reached[-1] == failing, "no rank waits for one that has given up"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_peer_memory_is_checked_before_it_is_used(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories: list[torch.Tensor] = []
+
+    class Handle:
+        def get_buffer(self, rank: int, shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+            memories.append(torch.zeros(shape, dtype=dtype))
+            return memories[-1]
+
+        def barrier(self, channel: int, timeout: int) -> None:
+            if not lost:  # the other rank writes the same, by its own number
+                other = torch.arange(peers._CHECKED) * 4 % 251
+                memories[0][-peers._CHECKED :] = other.to(torch.uint8)
+
+    monkeypatch.setattr(peers, "_refuse_groups", lambda *_: None)
+    monkeypatch.setattr(peers, "_gather", lambda group, value: [value, value])
+    monkeypatch.setattr(peers.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peers.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(peers, "_empty", lambda *_: None)
+    monkeypatch.setattr(peers, "_rendezvous", lambda *_: Handle())
+    if lost:
+        with pytest.raises(UnsupportedError, match="does not arrive"):
+            PeerMemory("two ranks", 4096, CPU)
+    else:
+        assert PeerMemory("two ranks", 4096, CPU).size == 4096

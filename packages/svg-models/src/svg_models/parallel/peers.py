@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svg_attention import UnsupportedError
+from svg_models.parallel.copies import copy_beside, copy_bits
 
 __all__ = ["PeerMemory"]
 
+# Bytes that each rank writes into the memory of each other one, to see whether they arrive.
+_CHECKED = 1 << 14
 # How long a rank waits for others at a barrier, as long as NCCL by default.
 _TIMEOUT_MS = 10 * 60 * 1000
 # A path of a socket may be so long.
@@ -49,22 +52,21 @@ class PeerMemory:
         group = dist.group.WORLD if group is None else group
         self.size = size
         _refuse_groups(group, device)
-        memory, problem = None, ""
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        memory, problem, room = None, "", size + ranks * _CHECKED
         try:
-            memory = _empty(size, device)
+            memory = _empty(room, device)
         except (RuntimeError, AttributeError, ImportError) as error:
             problem = _first_line(error)
         _agree(group, problem)
         try:
             self._handle = _rendezvous(memory, group)
-            self._bytes = [
-                self._handle.get_buffer(rank, (size,), torch.uint8)
-                for rank in range(dist.get_world_size(group))
-            ]
+            self._bytes = [self._handle.get_buffer(n, (room,), torch.uint8) for n in range(ranks)]
         except (RuntimeError, AttributeError, TypeError, OSError) as error:
             problem = _first_line(error)
         _agree(group, problem)
         self._memory = memory  # lives as long as this
+        _agree(group, "" if self._arrives(rank, device) else "what GPUs write does not arrive")
 
     def view(self, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor in the memory of a rank.
@@ -77,6 +79,23 @@ class PeerMemory:
         """
         size = prod(shape) * dtype.itemsize
         return self._bytes[rank].narrow(0, start, size).view(dtype).view(shape)
+
+    def _arrives(self, rank: int, device: torch.device) -> bool:
+        """Return whether this rank finds what all have written into its memory, in every way."""
+
+        def block(writer: int) -> Tensor:
+            numbers = torch.arange(_CHECKED, device=device) * (writer + 3) % 251
+            return numbers.to(torch.uint8).view(1, 8, 2, -1)
+
+        for peer in range(len(self._bytes)):
+            there = self.view(
+                peer, self.size + rank * _CHECKED, (1, 8, 2, _CHECKED // 16), torch.uint8
+            )
+            copy_beside(there[:, :, :1], block(rank)[:, :, :1])
+            copy_bits(there[:, :, 1:], block(rank)[:, :, 1:])
+        self.barrier(0)
+        here = self._bytes[rank][self.size :].view(len(self._bytes), -1)
+        return all(torch.equal(x, block(n).flatten()) for n, x in enumerate(here))
 
     def barrier(self, channel: int) -> None:
         """Have what the current stream runs next wait until all ranks' streams have come here.
