@@ -106,8 +106,8 @@ def ring(model: Any, team: Any) -> AbstractContextManager[Any]:
 class AtOnce(Arrivals):
     """Tensors on their way, which are waited for before anything else begins."""
 
-    def __init__(self, **pending: Callable[[], None]) -> None:
-        super().__init__(**pending)
+    def __init__(self, give: Callable[[Tensor], None], /, **pending: Callable[[], None]) -> None:
+        super().__init__(give, **pending)
         self.wait()
 
 

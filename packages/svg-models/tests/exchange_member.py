@@ -99,6 +99,8 @@ def check_reuse(device: str, direct: Direct) -> None:
                 pause(device)
             arrivals.wait()
             out = (query + 2 * key - 3 * value).contiguous()
+            if number % 2:  # as soon as it is there, or what is not the output in the end
+                arrivals.give((-out if number % 4 == 3 else out).transpose(1, 2))
             pause(device)
             assert torch.equal(out, query + 2 * key - 3 * value)
             return out

@@ -21,12 +21,20 @@ class Arrivals:
     Their shapes and types may be read at any time, their numbers after `wait` alone.
 
     Args:
+        give: takes the output, `[B, H, S, D]`, on its way to other devices; None if nobody does.
         pending: what waits for each of them, by the name that the call has for it; on a GPU the
             host goes on, and what it launches from then on waits.
     """
 
-    def __init__(self, **pending: Callable[[], None]) -> None:
-        self._pending = pending
+    def __init__(
+        self, give: Callable[[Tensor], None] | None = None, /, **pending: Callable[[], None]
+    ) -> None:
+        self._give, self._pending = give, pending
+
+    def give(self, out: Tensor) -> None:
+        """Let other devices have the output, before anything is launched that they need not."""
+        if self._give is not None:
+            self._give(out)
 
     def wait(self, *names: str) -> None:
         """Wait for tensors by their names, or for all if none is named; again does no harm."""

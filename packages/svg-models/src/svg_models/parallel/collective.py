@@ -59,6 +59,12 @@ class Collective:
             whole.append(joined)
         return whole, pending
 
+    def give(self, local: Tensor) -> None:
+        """Do nothing with an output that is known before `part_tokens` is called.
+
+        Messages go one after the other, and small ones of others would wait for those of outputs.
+        """
+
     def part_tokens(self, local: Tensor) -> Tensor:
         """Return all heads of this rank's tokens, given whole sequences of its heads.
 

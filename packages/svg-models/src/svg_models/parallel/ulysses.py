@@ -101,7 +101,9 @@ def attend_over_ranks(
     exchange = Collective(places) if direct is None else direct
     whole, pending = exchange.join_heads(given)
     pending[0]()
-    arrivals = Arrivals(key=pending[1], value=pending[2])
+    arrivals = Arrivals(
+        lambda out: exchange.give(out.transpose(1, 2)), key=pending[1], value=pending[2]
+    )
     try:
         local = attend(whole[0], whole[1], whole[2], arrivals)
     finally:

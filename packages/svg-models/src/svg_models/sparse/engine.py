@@ -479,6 +479,7 @@ class Engine:
         # that stand on the other side than the text go between both, where they all count.
         if before and heads_here is not None:
             heads_here.arrivals.wait()
+            heads_here = dataclasses.replace(heads_here, arrivals=Arrivals())
         heads = tuple(_swapped(x, before, video).transpose(1, 2) for x in (query, key, value))
         out = session.attend(
             *heads,
