@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<SharedStorage*>(raw);
   const int tile = params.tile_order ? params.tile_order[blockIdx.x] : blockIdx.x;
-  const int sequence = tile / params.tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (warp == 0) {
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {
     hopper::setmaxnreg_dec<40>();
-    const int key_sequence = sequence / (params.heads / params.key_heads);
+    const int key_sequence = tile / params.tiles / (params.heads / params.key_heads);
     if (warp == 0) {
       produce_runs(params, shared, key_sequence, tile, lane);
       produce_summaries(params, shared, key_sequence, lane);
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     hopper::setmaxnreg_inc<232>();
-    Consumer<T>(params, shared, sequence, tile % params.tiles).run();
+    Consumer<T>(params, shared, tile).run();
   }
 }
 
@@ -116,7 +115,6 @@ cudaError_t attend(const Arguments& arguments, cudaStream_t stream) {
   if (arguments.head_dim != kHeadDim) return cudaErrorInvalidValue;
   Params params{};
   static_cast<Arguments&>(params) = arguments;
-  params.tiles = static_cast<int>((arguments.query_length + kTileRows - 1) / kTileRows);
   const cudaError_t error = encode_maps(params);
   if (error != cudaSuccess) return error;
   return arguments.dtype == kBFloat16 ? launch<__nv_bfloat16>(params, stream)

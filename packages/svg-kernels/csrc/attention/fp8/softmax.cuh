@@ -7,7 +7,6 @@
 
 namespace svg::attention::fp8 {
 
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLargestByte = 448.f;  // of e4m3
 constexpr float kLargestLowered = 0x1p100f;  // sums above are of probabilities that may be infinite
 // What the maximum of a row stands at when it is set: 2^5.8 below the largest number, room for later

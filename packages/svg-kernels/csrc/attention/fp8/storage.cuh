@@ -28,7 +28,6 @@ struct Params : Arguments {
   CUtensorMap value_maps[kBoxes];
   CUtensorMap summary_key_map;  // boxes of one atom
   CUtensorMap summary_value_map;
-  int tiles;
 };
 
 // The stages of the pipeline while runs are read.
