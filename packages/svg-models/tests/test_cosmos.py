@@ -24,8 +24,8 @@ def test_processor_repeats_the_stock_one_to_the_bit(dtype: torch.dtype) -> None:
     processor = SparseCosmosProcessor(attn.processor, torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
         expected = attn(states, image_rotary_emb=rotation)
-        query, key, value = processor.prepare(attn, states, rotation)
-        out = project_out(attn, COSMOS.dense(query, key, value))
+        query, key, values = processor.prepare(attn, states, rotation)
+        out = project_out(attn, COSMOS.dense(query, key, values()))
     assert torch.equal(out, expected)
 
 

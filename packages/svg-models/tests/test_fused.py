@@ -26,14 +26,7 @@ from svg_attention import Dense, Schedule
 from svg_models import sparsify
 from svg_models.families import cogvideox, cosmos, fused, hunyuan_video, wan
 from svg_models.families.blocks import FusedForward
-from svg_models.families.steps import (
-    ACROSS_HEADS,
-    PER_HEAD,
-    PER_HEAD_IN_HALVES,
-    join,
-    make_heads,
-    make_pair,
-)
+from svg_models.families.steps import ACROSS_HEADS, PER_HEAD, PER_HEAD_IN_HALVES, join, make_heads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALWAYS_SPARSE = Schedule(dense_steps=0.0, dense_layers=0.0)
@@ -68,22 +61,16 @@ def case(request: pytest.FixtureRequest) -> zoo.Case:
 
 @pytest.fixture
 def calls(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
-    """Return the arguments of `make_heads` in one step of a dense run; queries are values, too."""
+    """Return the arguments of `make_heads` in one step of a dense run."""
     seen: list[tuple[tuple, dict]] = []
 
     def spy(*args: Any, **options: Any) -> Any:
         seen.append((args, options))
         return make_heads(*args, **options)
 
-    def spy_pair(*args: Any, **options: Any) -> Any:
-        *others, projected, rotation = args
-        seen.append(((*others, (*projected, projected[0]), rotation), options))
-        return make_pair(*args, **options)
-
     with monkeypatch.context() as patch:
-        for module in (hunyuan_video, cosmos, cogvideox):
+        for module in (wan, hunyuan_video, cosmos, cogvideox):
             patch.setattr(module, "make_heads", spy)
-        patch.setattr(wan, "make_pair", spy_pair)
         pipe = case.build()
         with sparsify(pipe, Dense(), ALWAYS_SPARSE):
             case.run(pipe, num_inference_steps=1)
@@ -126,12 +113,14 @@ def in_fp64(
 def make(call: tuple[tuple, dict], dtype: torch.dtype, serve: bool) -> tuple[Tensor, ...]:
     (rule, heads, norms, projected, rotation), options = call
     norms = copy.deepcopy(norms)
-    projected = tuple(x.to(dtype) for x in projected)
+    *pair, value = projected
+    projected = *(x.to(dtype) for x in pair), lambda: value().to(dtype)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(fused, "serves", lambda device: serve)
         for norm in norms:
             norm.to(dtype)
-        return make_heads(rule, heads, norms, projected, rotation, **options)
+        query, key, values = make_heads(rule, heads, norms, projected, rotation, **options)
+        return query, key, values()
 
 
 def test_make_heads_fused_heads_equal_those_of_the_modules(
@@ -277,7 +266,7 @@ def test_make_heads_modules_are_called_where_a_kernel_may_not_stand_for_them(
 def test_make_heads_no_kernel_where_a_gradient_is_needed(launches: list[str]) -> None:
     attn = tiny.transformer().blocks[0].attn1
     states = torch.randn(1, 6, 24, requires_grad=True)
-    projected = (attn.to_q(states), attn.to_k(states), attn.to_v(states))
+    projected = attn.to_q(states), attn.to_k(states), lambda: attn.to_v(states)
     norms = (attn.norm_q, attn.norm_k)
     query, _, _ = make_heads(ACROSS_HEADS, 2, norms, projected, None)
     assert launches == []
@@ -293,10 +282,11 @@ def test_make_heads_a_hooked_norm_is_called_and_its_heads_are_rotated(
     heard: list[Tensor] = []
     norms = (norm(), norm())
     norms[0].register_forward_hook(lambda module, args, out: heard.append(out.clone()))
-    projected = tuple(torch.randn(3, 2, 9, 16).unbind(0))
+    *pair, value = torch.randn(3, 2, 9, 16).unbind(0)
+    projected = *pair, lambda: value
     text = dict(text_before=2, text_after=1)
     with torch.no_grad():
-        query, key, value = make_heads(rule, 2, norms, projected, tables(), **text)
+        query, key, values = make_heads(rule, 2, norms, projected, tables(), **text)
         assert launches == ["rope"]
         assert len(heard) == 1
         assert torch.equal(query[:, :2], heard[0][:, :2])
@@ -304,7 +294,7 @@ def test_make_heads_a_hooked_norm_is_called_and_its_heads_are_rotated(
         truth = in_fp64(rule, 2, norms, projected, tables(), **text)
     for found, exact in zip((query, key), truth, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
-    assert torch.equal(value.flatten(2), projected[2])
+    assert torch.equal(values().flatten(2), value)
 
 
 def test_make_heads_queries_and_keys_rotate_together_or_not_at_all(launches: list[str]) -> None:

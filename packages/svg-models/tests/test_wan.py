@@ -58,9 +58,9 @@ def test_sparsify_the_shared_steps_repeat_the_stock_processor_to_the_bit(
     cos, sin = model.rope(torch.zeros(1, 4, *tiny.GRID))
     with torch.no_grad():
         expected = attn(states, None, None, (cos, sin))
-        query, key, value = project_qkv(attn, states)
+        query, key, values = project_qkv(attn, states)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
+        query, key, value = (split_heads(x, attn.heads) for x in (query, key, values()))
         query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
         out = WAN.dense(query, key, value)
         assert torch.equal(project_out(attn, out.type_as(query)), expected)

@@ -11,7 +11,7 @@ from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.sharing import STATES, Sharing
-from svg_models.families.steps import project_qkv, split_heads
+from svg_models.families.steps import Values, project_qkv, split_heads
 
 __all__ = ["ALLEGRO", "SparseAllegroProcessor"]
 
@@ -23,15 +23,16 @@ class SparseAllegroProcessor(VideoProcessor):
 
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Split the heads and rotate them by tables and places of the tokens in them."""
-        query, key, value = (split_heads(x, attn.heads) for x in project_qkv(attn, hidden_states))
+        query, key, values = project_qkv(attn, hidden_states)
+        query, key = split_heads(query, attn.heads), split_heads(key, attn.heads)
         if rotation is not None:  # the original function takes heads first
             query, key = (
                 apply_rotary_emb_allegro(x.transpose(1, 2), *rotation).transpose(1, 2)
                 for x in (query, key)
             )
-        return query, key, value
+        return query, key, lambda: split_heads(values(), attn.heads)
 
 
 ALLEGRO = Family(

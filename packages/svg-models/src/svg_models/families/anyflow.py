@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svg_models.families.base import Family
 from svg_models.families.processors import VideoProcessor
-from svg_models.families.steps import ACROSS_HEADS, make_heads, project_qkv
+from svg_models.families.steps import ACROSS_HEADS, Values, make_heads, project_qkv
 from svg_models.families.wan import task
 
 __all__ = ["ANYFLOW", "SparseAnyFlowProcessor"]
@@ -21,17 +21,17 @@ class SparseAnyFlowProcessor(VideoProcessor):
 
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise over all heads at once, split them, and rotate by the original function."""
         projected = project_qkv(attn, hidden_states)
         norms = (attn.norm_q, attn.norm_k)
-        query, key, value = make_heads(ACROSS_HEADS, attn.heads, norms, projected, None)
+        query, key, values = make_heads(ACROSS_HEADS, attn.heads, norms, projected, None)
         if rotation is not None:  # it takes heads first
             query, key = (
                 apply_rotary_emb(x.transpose(1, 2), rotation[name]).transpose(1, 2)
                 for name, x in (("query", query), ("key", key))
             )
-        return query, key, value
+        return query, key, values
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from svg_models.families.dense import torch_attention
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, TABLE, Sharing
-from svg_models.families.steps import PER_HEAD, make_heads, project_out, project_qkv
+from svg_models.families.steps import PER_HEAD, Values, make_heads, project_out, project_qkv
 
 __all__ = ["COGVIDEOX", "SparseCogVideoXProcessor"]
 
@@ -24,7 +24,7 @@ class SparseCogVideoXProcessor(JointProcessor):
 
     def prepare(
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise each head of the joined tokens; 1.0 for text has no rotation."""
         projected = project_qkv(attn, text, video)
         return make_heads(

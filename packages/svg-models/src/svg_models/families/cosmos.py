@@ -12,7 +12,7 @@ from svg_models.families.blocks import COSMOS_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
-from svg_models.families.steps import PER_HEAD_IN_HALVES, make_heads, project_qkv
+from svg_models.families.steps import PER_HEAD_IN_HALVES, Values, make_heads, project_qkv
 
 __all__ = ["COSMOS", "SparseCosmosProcessor"]
 
@@ -22,7 +22,7 @@ class SparseCosmosProcessor(VideoProcessor):
 
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Split the heads, normalise each, rotate the halves of its channels into each other."""
         norms, projected = (attn.norm_q, attn.norm_k), project_qkv(attn, hidden_states)
         return make_heads(PER_HEAD_IN_HALVES, attn.heads, norms, projected, rotation)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
-from svg_models.families.hunyuan_video import text_heads
+from svg_models.families.hunyuan_video import joined, text_heads
 from svg_models.families.processors import JointProcessor
 from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
-from svg_models.families.steps import PER_HEAD, join, make_heads, project_out, project_qkv
+from svg_models.families.steps import PER_HEAD, Values, make_heads, project_out, project_qkv
 
 __all__ = ["EASYANIMATE", "SparseEasyAnimateProcessor"]
 
@@ -21,15 +21,14 @@ class SparseEasyAnimateProcessor(JointProcessor):
 
     def prepare(
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise each head; text has layers of its own where there are two streams."""
         norms = (attn.norm_q, attn.norm_k)
         if attn.add_q_proj is None:
             projected, before = project_qkv(attn, text, video), text.shape[1]
             return make_heads(PER_HEAD, attn.heads, norms, projected, rotation, text_before=before)
         heads = make_heads(PER_HEAD, attn.heads, norms, project_qkv(attn, video), rotation)
-        query, key, value = map(join, text_heads(attn, text), heads)
-        return query, key, value
+        return joined(text_heads(attn, text), heads)
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Part text from the beginning and project both."""

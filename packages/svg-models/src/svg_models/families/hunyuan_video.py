@@ -14,7 +14,7 @@ from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.processors import JointProcessor
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
-from svg_models.families.steps import PER_HEAD, HeadRule, join, make_heads, project_qkv
+from svg_models.families.steps import PER_HEAD, HeadRule, Values, join, make_heads, project_qkv
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
 
@@ -27,15 +27,14 @@ class SparseHunyuanVideoProcessor(JointProcessor):
 
     def prepare(
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise each head; text has layers of its own in a dual-stream block."""
         norms = (attn.norm_q, attn.norm_k)
         if attn.add_q_proj is None:
             projected, after = project_qkv(attn, video, text), text.shape[1]
             return make_heads(self.rule, attn.heads, norms, projected, rotation, text_after=after)
         heads = make_heads(self.rule, attn.heads, norms, project_qkv(attn, video), rotation)
-        query, key, value = map(join, heads, text_heads(attn, text))
-        return query, key, value
+        return joined(heads, text_heads(attn, text))
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Part text from the end."""
@@ -46,10 +45,18 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(rest)
 
 
-def text_heads(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def text_heads(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Values]:
     """Make query, key and value of the text, `[B, T, H, D]`, by layers of its own."""
-    projected = (attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
+    projected = attn.add_q_proj(states), attn.add_k_proj(states), lambda: attn.add_v_proj(states)
     return make_heads(PER_HEAD, attn.heads, (attn.norm_added_q, attn.norm_added_k), projected, None)
+
+
+def joined(
+    first: tuple[Tensor, Tensor, Values], second: tuple[Tensor, Tensor, Values]
+) -> tuple[Tensor, Tensor, Values]:
+    """Join the heads of two streams along the tokens."""
+    query, key = join(first[0], second[0]), join(first[1], second[1])
+    return query, key, lambda: join(first[2](), second[2]())
 
 
 def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:

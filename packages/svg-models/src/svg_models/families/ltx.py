@@ -13,7 +13,7 @@ from svg_models.families.base import Family
 from svg_models.families.blocks import LTX_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.sharing import IN_A_ROW
-from svg_models.families.steps import project_qkv, split_heads
+from svg_models.families.steps import Values, project_qkv, split_heads
 
 __all__ = ["LTX", "SparseLTXProcessor"]
 
@@ -23,14 +23,14 @@ class SparseLTXProcessor(VideoProcessor):
 
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise and rotate over all heads at once, then split them."""
-        query, key, value = project_qkv(attn, hidden_states)
+        query, key, values = project_qkv(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if rotation is not None:
             query, key = apply_rotary_emb(query, rotation), apply_rotary_emb(key, rotation)
-        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
-        return query, key, value
+        query, key = split_heads(query, attn.heads), split_heads(key, attn.heads)
+        return query, key, lambda: split_heads(values(), attn.heads)
 
 
 def grid(transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -54,12 +54,14 @@ class SparseLTX2Processor(SparseProcessor):
                 **perturbed,
             )
             return out
-        query, key, value = project_qkv(attn, hidden_states)
+        query, key, values = project_qkv(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if query_rotary_emb is not None:
             rotate = _ROTATIONS[attn.rope_type]
             query, key = rotate(query, query_rotary_emb), rotate(key, query_rotary_emb)
-        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))
+        query, key = split_heads(query, attn.heads), split_heads(key, attn.heads)
+        self.begin(query, key)
+        value = split_heads(values(), attn.heads)
         attended = self.attend(query, key, value).type_as(query)
         if attn.to_gate_logits is not None:
             attended = attended * (2.0 * attn.to_gate_logits(hidden_states).sigmoid()).unsqueeze(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svg_models import attention_op
 from svg_models.families.modes import foreign_mode
-from svg_models.families.steps import project_out
+from svg_models.families.steps import Values, project_out
 
 __all__ = [
     "JointProcessor",
@@ -103,8 +103,10 @@ class VideoProcessor(SparseProcessor, ABC):
     @abstractmethod
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value as `[B, S, H, D]`, normalised and rotated.
+    ) -> tuple[Tensor, Tensor, Values]:
+        """Return query and key, normalised and rotated, and what computes the value.
+
+        All are `[B, S, H, D]`.
 
         Args:
             attn: the attention module.
@@ -128,8 +130,9 @@ class VideoProcessor(SparseProcessor, ABC):
             rest = () if rotation else (image_rotary_emb,)
             out: Tensor = self.original(*given, *rest, **rotation)
             return out
-        query, key, value = self.prepare(attn, hidden_states, image_rotary_emb)
-        return project_out(attn, self.attend(query, key, value).type_as(query))
+        query, key, values = self.prepare(attn, hidden_states, image_rotary_emb)
+        self.begin(query, key)
+        return project_out(attn, self.attend(query, key, values()).type_as(query))
 
 
 class JointProcessor(SparseProcessor, ABC):
@@ -145,8 +148,10 @@ class JointProcessor(SparseProcessor, ABC):
     @abstractmethod
     def prepare(
         self, attn: Any, video: Tensor, text: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value as `[B, S, H, D]`, normalised and the video part rotated.
+    ) -> tuple[Tensor, Tensor, Values]:
+        """Return query and key, normalised, the video part rotated, and what computes the value.
+
+        All are `[B, S, H, D]`.
 
         Args:
             attn: the attention module.
@@ -179,10 +184,11 @@ class JointProcessor(SparseProcessor, ABC):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
-        query, key, value = self.prepare(
+        query, key, values = self.prepare(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )
-        return self.finish(attn, self.attend(query, key, value), encoder_hidden_states.shape[1])
+        self.begin(query, key)
+        return self.finish(attn, self.attend(query, key, values()), encoder_hidden_states.shape[1])
 
 
 def original_of(processor: Any) -> Any:

@@ -17,9 +17,9 @@ __all__ = [
     "PER_HEAD",
     "PER_HEAD_IN_HALVES",
     "HeadRule",
+    "Values",
     "join",
     "make_heads",
-    "make_pair",
     "project_out",
     "project_qkv",
     "rotate_pairs",
@@ -27,7 +27,11 @@ __all__ = [
 ]
 
 
-def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Values = Callable[[], Tensor]
+"""Computes values when they are needed: last, when queries and keys may be on their way already."""
+
+
+def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Values]:
     """Project tokens to query, key and value, each `[B, S, H * D]`, by one or three layers.
 
     Only calls modules and reads no weights, so LoRA, quantised layers and offloading keep working.
@@ -35,12 +39,15 @@ def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         attn: the attention module.
         *streams: one or more `[B, S_i, C]`, joined in this order.
+
+    Returns:
+        Query, key, and what computes the value.
     """
     states = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
     if getattr(attn, "fused_projections", False):
         query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(states), attn.to_k(states), attn.to_v(states)
+        return query, key, lambda: value
+    return attn.to_q(states), attn.to_k(states), lambda: attn.to_v(states)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -106,12 +113,12 @@ def make_heads(
     rule: HeadRule,
     heads: int,
     norms: tuple[Any, Any],
-    projected: tuple[Tensor, Tensor, Tensor],
+    projected: tuple[Tensor, Tensor, Values],
     rotation: tuple[Tensor, Tensor] | None,
     *,
     text_before: int = 0,
     text_after: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Values]:
     """Normalise queries and keys, split all three into heads, and rotate the video tokens.
 
     On a GPU that svg-kernels serves, one kernel does all that it can stand for, see `fused`; what
@@ -121,33 +128,15 @@ def make_heads(
         rule: of the model.
         heads: H.
         norms: the modules that normalise queries and keys, or None for one that is not there.
-        projected: query, key and value, `[B, S, H * D]`.
+        projected: query and key, `[B, S, H * D]`, and what computes the value.
         rotation: cosines and sines of the video tokens; None if they are not rotated.
         text_before: text tokens in front of the video.
         text_after: text tokens behind the video.
 
     Returns:
-        Query, key and value, `[B, S, H, D]`.
+        Query and key, `[B, S, H, D]`, and what computes the value.
     """
-    pair = make_pair(
-        rule, heads, norms, projected[:2], rotation,
-        text_before=text_before, text_after=text_after,
-    )  # fmt: skip
-    return *pair, split_heads(projected[2], heads)
-
-
-def make_pair(
-    rule: HeadRule,
-    heads: int,
-    norms: tuple[Any, Any],
-    projected: tuple[Tensor, Tensor],
-    rotation: tuple[Tensor, Tensor] | None,
-    *,
-    text_before: int = 0,
-    text_after: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Make heads of queries and keys alone; see `make_heads`."""
-    query, key = projected
+    query, key, values = projected
     video = slice(text_before, query.shape[1] - text_after)
     both = fused.norm_rope(
         query, key, norms, heads, rotation, video,
@@ -157,7 +146,7 @@ def make_pair(
         query = _normalised(rule, heads, norms[0], query)
         key = _normalised(rule, heads, norms[1], key)
         both = (query, key) if rotation is None else _rotated(rule, query, key, rotation, video)
-    return both
+    return *both, lambda: split_heads(values(), heads)
 
 
 def _normalised(rule: HeadRule, heads: int, norm: Any, states: Tensor) -> Tensor:

@@ -14,13 +14,7 @@ from svg_models.families.blocks import WAN_BLOCKS
 from svg_models.families.processors import VideoProcessor
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, Sharing
-from svg_models.families.steps import (
-    ACROSS_HEADS,
-    make_heads,
-    make_pair,
-    project_qkv,
-    split_heads,
-)
+from svg_models.families.steps import ACROSS_HEADS, Values, make_heads, project_qkv
 
 __all__ = ["SKYREELS", "WAN", "SparseWanProcessor"]
 
@@ -30,17 +24,11 @@ class SparseWanProcessor(VideoProcessor):
 
     def prepare(
         self, attn: Any, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Values]:
         """Normalise over all heads at once, then split them and rotate neighbouring channels."""
+        projected = project_qkv(attn, hidden_states)
         norms = (attn.norm_q, attn.norm_k)
-        if getattr(attn, "fused_projections", False):
-            projected = project_qkv(attn, hidden_states)
-            return make_heads(ACROSS_HEADS, attn.heads, norms, projected, rotation)
-        # Values last: where ranks exchange heads, queries and keys are on their way meanwhile.
-        pair = attn.to_q(hidden_states), attn.to_k(hidden_states)
-        query, key = make_pair(ACROSS_HEADS, attn.heads, norms, pair, rotation)
-        self.begin(query, key)
-        return query, key, split_heads(attn.to_v(hidden_states), attn.heads)
+        return make_heads(ACROSS_HEADS, attn.heads, norms, projected, rotation)
 
 
 def task(transformer: Any) -> str:
