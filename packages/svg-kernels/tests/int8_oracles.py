@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attention_oracles import brute_force
 from torch import Tensor
 
 from svg_kernels import Int8Key
+from svg_kernels.attention import reference
+from svg_kernels.attention.operands import Operands
 from svg_kernels.key_int8.rows import LARGEST
 from svg_kernels.rotation import rotate, unrotate
 
@@ -20,9 +21,10 @@ def attend_in_int8(
     run_starts: Tensor,
     run_lengths: Tensor,
     *,
+    query_order: Tensor | None = None,
     summary: tuple[Tensor, Tensor, Tensor] | None = None,
     scale: float | None = None,
-    **keywords: Any,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute output and log-sum-exp of rounded queries and keys; summaries are not rounded.
 
@@ -35,21 +37,17 @@ def attend_in_int8(
     rounded = round_query(query, key.channel_scale.repeat_interleave(group, dim=1))
     queries = torch.cat((rounded, query.double()), dim=-1)
     keys = torch.cat((key.dequantized().double() - mean, mean.expand(key.key.shape)), dim=-1)
+    extra: tuple[Tensor | None, ...] = (None, None, None)
     if summary is not None:
-        rows, values, weights = summary
-        rows = torch.cat((torch.zeros_like(rows), rows), dim=-1)
-        summary = (rows, _widened(values), weights)
-    out, lse = brute_force(
-        queries,
-        keys,
-        _widened(value),
-        run_starts,
-        run_lengths,
-        summary=summary,
-        scale=width**-0.5 if scale is None else scale,
-        **keywords,
-    )
-    return out[..., :width], lse
+        rows, values, weights = (x.double() for x in summary)
+        extra = (torch.cat((torch.zeros_like(rows), rows), dim=-1), values, weights)
+    out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.zeros(query.shape[:3], dtype=torch.float64, device=query.device)
+    scale = width**-0.5 if scale is None else scale
+    runs = (run_starts, run_lengths, query_order)
+    operands = Operands(queries, keys, value.double(), *runs, *extra, None, scale)
+    reference.block_sparse_attention(operands, out, lse)
+    return out, lse
 
 
 def round_query(query: Tensor, channel_scale: Tensor) -> Tensor:
@@ -58,7 +56,3 @@ def round_query(query: Tensor, channel_scale: Tensor) -> Tensor:
     rotated = rotate(query.float() * scale)
     step = rotated.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / LARGEST
     return unrotate((rotated / step).round().double() * step) / scale
-
-
-def _widened(value: Tensor) -> Tensor:
-    return torch.cat((value, torch.zeros_like(value)), dim=-1)
