@@ -1,9 +1,9 @@
 // Attention over runs of key rows with 8-bit keys and values, for Hopper (sm_90a).
 //
-// Plans, tiles, stages and lazy rescaling are those of block_sparse_attention_sm90a.cu. What eight
+// Plans, tiles, stages and lazy rescaling are those of kernel.cuh. What eight
 // bits change:
 //
-//   queries         are gathered in 16 bits; each row is rotated, divided by its largest element and
+//   queries         are gathered in 16 bits; each row is rotated, divided by its largest and
 //                   rounded to e4m3 where it is laid out for the product (fp8/consumer.cuh).
 //   values          arrive as rows. Two warps beside the producer transpose each stage once, and
 //                   leave the keys in the order in which the registers of the scores hold
@@ -78,8 +78,8 @@ cudaError_t encode_maps(Params& params) {
   cudaError_t error = cudaSuccess;
   for (int box = 0; box < kBoxes && error == cudaSuccess; ++box) {
     const auto encode = [&](CUtensorMap& map, const void* base, const int64_t (&strides)[2]) {
-      return hopper::encode_byte_row_map(&map, base, params.key_length, strides[1], sequences, strides[0],
-                              kAtomRows << box);
+      return hopper::encode_byte_row_map(&map, base, params.key_length, strides[1], sequences,
+                                         strides[0], kAtomRows << box);
     };
     error = encode(params.key_maps[box], params.key, params.key_strides);
     if (error == cudaSuccess)
@@ -87,8 +87,8 @@ cudaError_t encode_maps(Params& params) {
   }
   if (error != cudaSuccess || params.summaries == 0) return error;
   const auto encode = [&](CUtensorMap& map, const void* base) {
-    return hopper::encode_row_map(&map, params.dtype == kBFloat16, base, kHeadDim, params.summaries, kHeadDim,
-                       sequences, int64_t{params.summaries} * kHeadDim, 1);
+    return hopper::encode_row_map(&map, params.dtype == kBFloat16, base, kHeadDim, params.summaries,
+                                  kHeadDim, sequences, int64_t{params.summaries} * kHeadDim, 1);
   };
   error = encode(params.summary_key_map, params.summary_key);
   return error != cudaSuccess ? error : encode(params.summary_value_map, params.summary_value);

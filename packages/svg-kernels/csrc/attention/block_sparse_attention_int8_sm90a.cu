@@ -1,9 +1,9 @@
 // Attention over runs of key rows whose keys are in 8 bits, for Hopper (sm_90a).
 //
-// kernel.cuh has the kernel. Queries are gathered in 16 bits, and each row is rotated, divided by its
-// largest element and rounded to an integer where it is laid out for the product. S = Q K^T is summed
-// in integers, exactly and at twice the rate, then scaled by row and by key. Probabilities and values
-// stay in 16 bits, and so do the summaries, which follow the runs.
+// kernel.cuh has the kernel. Queries are gathered in 16 bits, and each row is rotated, divided by
+// its largest element and rounded to an integer where it is laid out for the product. S = Q K^T is
+// summed in integers, exactly and at twice the rate, then scaled by row and by key. Probabilities
+// and values stay in 16 bits, and so do the summaries, which follow the runs.
 #include "attention/kernel.cuh"
 #include "ffi/launch.h"
 

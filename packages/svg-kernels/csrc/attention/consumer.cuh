@@ -45,7 +45,8 @@ class Consumer {
 
   __device__ void run(int summary_stages) {
     tile_.load([&] {
-      extent_ = measure(params_.run_lengths + int64_t{tile_.index} * params_.runs, params_.runs, tile_.lane);
+      extent_ = measure(params_.run_lengths + int64_t{tile_.index} * params_.runs, params_.runs,
+                        tile_.lane);
     });
     run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
     key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
@@ -211,14 +212,14 @@ class Consumer {
   // The same in all four warps, which may wait for products on it: they read the same votes, given
   // before a barrier of the warpgroup and replaced behind the next one.
   __device__ __forceinline__ bool must_rescale(int j) const {
-    const int4 any =
-        *reinterpret_cast<const int4*>(&shared_.rescale_votes[j & 1][tile_.group * 4]);
+    const int4 any = *reinterpret_cast<const int4*>(&shared_.rescale_votes[j & 1][tile_.group * 4]);
     return __any_sync(~0u, any.x | any.y | any.z | any.w);
   }
 
   // Computes the probabilities of stage j once more, relative to a maximum that includes them.
   template <typename K, bool kMasked>
-  __device__ __forceinline__ void rescale(int j, Sum<K> (&sums)[64], uint32_t (&probabilities)[32], int stage) {
+  __device__ __forceinline__ void rescale(int j, Sum<K> (&sums)[64], uint32_t (&probabilities)[32],
+                                          int stage) {
     float converted[64], correction[2];
     multiply_keys<K>(sums, stage);
     hopper::wgmma_wait<0>();
@@ -343,8 +344,9 @@ class Consumer {
     }
   }
 
-  // Zeros the value rows of stage j that count for nothing, a thread a row. Both warpgroups write the same zeros, each before its own
-  // product; the keys of the stage are not given back yet, so `valid` still belongs to it.
+  // Zeros the value rows of stage j that count for nothing, a thread a row. Both warpgroups write
+  // the same zeros, each before its own product; the keys of the stage are not given back yet, so
+  // `valid` still belongs to it.
   __device__ __forceinline__ void clear_values(int j, int key_stage) {
     const int row = tile_.thread;
     bool counts = true;
@@ -375,8 +377,7 @@ class Consumer {
   // answers for its warp, which is 7 % faster.
   template <typename K>
   __device__ __forceinline__ void release_keys(int stage) {
-    if (key_arrivals_ > 0)
-      hopper::mbarrier_arrive(&Ring<K>::empty(shared_)[stage], key_arrivals_);
+    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&Ring<K>::empty(shared_)[stage], key_arrivals_);
   }
 
   __device__ __forceinline__ void release_values(int stage) {

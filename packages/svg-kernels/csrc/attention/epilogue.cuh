@@ -23,7 +23,8 @@ __device__ __forceinline__ void store_output(const QueryTile<T, kHeadDim>& tile,
     const int local = tile.row() + 8 * r;
     if (params.log_sum_exp && tile.lane % 4 == 0 && tile.first_row() + local < params.query_length)
       params.log_sum_exp[tile.row_of_all(tile.token(tile.first_row() + local))] =
-          sum == 0.f ? -INFINITY : softmax.log_sum_exp(r, sum) + (shift ? shift[tile.group * 64 + local] : 0.f);
+          sum == 0.f ? -INFINITY
+                     : softmax.log_sum_exp(r, sum) + (shift ? shift[tile.group * 64 + local] : 0.f);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i)
       *reinterpret_cast<uint32_t*>(tile.element(local, i) + tile.lane % 4 * 4) =

@@ -4,10 +4,9 @@
 // row, rows) of the reordered keys; everything a tile does not read is left out of its softmax. One
 // thread block computes one tile:
 //
-//   producer warp   turns runs into full 128-row stages of K and V. A stage is sixteen swizzle
-//   atoms
-//                   of eight rows, an atom comes from one run, and neighbouring atoms are fetched
-//                   by one TMA load of 8 to 128 rows (producer.cuh).
+//   producer warp   turns runs into full 128-row stages of K and V. A stage is sixteen
+//                   swizzle atoms of eight rows, an atom comes from one run, and neighbouring
+//                   atoms are fetched by one TMA load of 8 to 128 rows (producer.cuh).
 //   two consumer    each own 64 query rows: S = Q K^T, online softmax with lazy rescaling,
 //   warpgroups      O += P V, in ping-pong (consumer.cuh, softmax.cuh).
 //

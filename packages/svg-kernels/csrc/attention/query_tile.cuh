@@ -23,7 +23,7 @@ struct QueryTile {
 
   const Arguments& params;
   unsigned char* query;  // of both warpgroups, in shared memory
-  int index;  // among the tiles of all sequences
+  int index;             // among the tiles of all sequences
   int thread, group, lane;
 
   __device__ __forceinline__ QueryTile(const Arguments& params, unsigned char* query, int index)

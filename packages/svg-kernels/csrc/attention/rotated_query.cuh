@@ -41,10 +41,10 @@ __device__ __forceinline__ uint32_t round_four<__nv_fp8_e4m3>(float a, float b, 
   return hopper::join(hopper::round_to_e4m3(a, b), hopper::round_to_e4m3(c, d));
 }
 
-// Rounds the 64 rows that a warpgroup has loaded to bytes, in their place, with a scale for each row:
-// `query_scale` takes sums of products of bytes to units of log 2, `query_shift` is the logit of the
-// mean key. Two threads share a row, sixty-four channels each, so that all but the last of the
-// rotation's seven steps stay within a thread.
+// Rounds the 64 rows that a warpgroup has loaded to bytes, in their place, with a scale for each
+// row: `query_scale` takes sums of products of bytes to units of log 2, `query_shift` is the logit
+// of the mean key. Two threads share a row, sixty-four channels each, so that all but the last of
+// the rotation's seven steps stay within a thread.
 template <typename Byte, typename T>
 __device__ __forceinline__ void round_query(const QueryTile<T, 128>& tile, const float* key_mean,
                                             const float* key_scale, float* query_scale,
@@ -99,7 +99,8 @@ __device__ __forceinline__ void round_query(const QueryTile<T, 128>& tile, const
       words[w] = round_four<Byte>(four[0] * inverse, four[1] * inverse, four[2] * inverse,
                                   four[3] * inverse);
     }
-    *reinterpret_cast<uint4*>(tile.rows() + local * kHeadDim + ((half * 4 + i / 16) ^ local % 8) * 16) =
+    *reinterpret_cast<uint4*>(tile.rows() + local * kHeadDim +
+                              ((half * 4 + i / 16) ^ local % 8) * 16) =
         make_uint4(words[0], words[1], words[2], words[3]);
   }
   if (half == 0) {

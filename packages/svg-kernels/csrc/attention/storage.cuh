@@ -11,9 +11,9 @@
 
 namespace svg::attention {
 
-constexpr int kBoxes = 5;       // TMA boxes of 8, 16, 32, 64 and 128 rows
-constexpr int kStages = 3;      // of values, and of keys in 16 bits
-constexpr int kByteStages = 4;  // of keys in 8 bits
+constexpr int kBoxes = 5;        // TMA boxes of 8, 16, 32, 64 and 128 rows
+constexpr int kStages = 3;       // of values, and of keys in 16 bits
+constexpr int kByteStages = 4;   // of keys in 8 bits
 constexpr int kConsumers = 256;  // threads of the two consumer warpgroups
 constexpr int kThreads = kConsumers + 128;
 constexpr uint64_t kAllValid = 0x8888888888888888ull;
@@ -40,8 +40,8 @@ template <typename Key>
 using ParamsOf = std::conditional_t<std::is_same_v<Key, int8_t>, ByteParams, Params>;
 
 // `Key` is the type of the keys of runs: int8_t, or the 16-bit one of everything else. With int8_t
-// the queries are first laid out as bytes, and the keys of the summaries follow those of the runs in
-// the same memory, in fewer stages.
+// the queries are first laid out as bytes, and the keys of the summaries follow those of the runs
+// in the same memory, in fewer stages.
 template <int kHeadDim, typename Key>
 struct SharedStorage {
   static constexpr bool kBytes = std::is_same_v<Key, int8_t>;
@@ -55,7 +55,8 @@ struct SharedStorage {
   alignas(1024) unsigned char value[kStages][kStageBytes];
   alignas(16) float row_scale[kBytes ? kKeyStages : 1][kStageRows];  // of keys in bytes
   float query_scale[kBytes ? kTileRows : 1];  // from products of bytes to units of log 2
-  float query_shift[kBytes ? kTileRows : 1];  // the logit of the mean key, left out of all of a row's
+  float
+      query_shift[kBytes ? kTileRows : 1];  // the logit of the mean key, left out of all of a row's
   // Rows that count in each atom of a stage, four bits each; read where a tile is not whole.
   uint64_t valid[kKeyStages];
   alignas(16) int rescale_votes[2][kConsumers / 32];  // by stage modulo two, and warp

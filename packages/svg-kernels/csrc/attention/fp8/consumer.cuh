@@ -1,11 +1,12 @@
-// A consumer warpgroup of the kernel for 8-bit keys and values. consumer.cuh has the loop in 16 bits;
-// what products at twice the rate change is that exponentials take longer than they do:
+// A consumer warpgroup of the kernel for 8-bit keys and values. consumer.cuh has the loop in 16
+// bits; what products at twice the rate change is that exponentials take longer than they do:
 //
 //   a turn at the tensor cores is only that of S = Q K^T. O += P V is issued step by step among the
 //   exponentials of the next stage (multiply_values).
-//   rows outgrow their maxima more often, since e4m3 has less room above them, and must be cheaper to
-//   raise: a warp raises those of its sixteen rows by itself, from the probabilities that it holds
-//   in fp32. Only where these may be infinite is a stage's S computed once more, by the warpgroup.
+//   rows outgrow their maxima more often, since e4m3 has less room above them, and must be cheaper
+//   to raise: a warp raises those of its sixteen rows by itself, from the probabilities that it
+//   holds in fp32. Only where these may be infinite is a stage's S computed once more, by the
+//   warpgroup.
 #pragma once
 
 #include "attention/fp8/softmax.cuh"
@@ -29,7 +30,8 @@ class Consumer {
 
   __device__ void run() {
     tile_.load([&] {
-      extent_ = measure(params_.run_lengths + int64_t{tile_.index} * params_.runs, params_.runs, tile_.lane);
+      extent_ = measure(params_.run_lengths + int64_t{tile_.index} * params_.runs, params_.runs,
+                        tile_.lane);
     });
     round_query<__nv_fp8_e4m3>(tile_, params_.key_mean, params_.key_scale, shared_.query_scale,
                                shared_.query_shift);
@@ -54,9 +56,11 @@ class Consumer {
     hopper::PipelineState<kRowStages> key;
     hopper::PipelineState<kValueStages> value;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) scale_[r] = shared_.query_scale[tile_.group * 64 + tile_.row() + 8 * r];
+    for (int r = 0; r < 2; ++r)
+      scale_[r] = shared_.query_scale[tile_.group * 64 + tile_.row() + 8 * r];
 
-    if (tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);  // the first warpgroup starts
+    if (tile_.group == 1)
+      hopper::named_barrier_arrive(kWarpScheduler, kConsumers);  // the first warpgroup starts
     hopper::mbarrier_wait(&shared_.key_full[key.stage], key.phase);
     warp_scheduler_barrier_sync();
     multiply_keys(scores, key.stage);
@@ -88,7 +92,8 @@ class Consumer {
   // values. Keys stay until no warp asks to compute their scores once more.
   template <bool kMasked>
   __device__ __forceinline__ void step(int j, float (&scores)[64], float (&partial)[64],
-                                       uint32_t (&probabilities)[16], hopper::PipelineState<kRowStages>& key,
+                                       uint32_t (&probabilities)[16],
+                                       hopper::PipelineState<kRowStages>& key,
                                        hopper::PipelineState<kValueStages>& value) {
     const int before = key.stage;
     key.advance();
@@ -111,8 +116,8 @@ class Consumer {
     multiply_values(partial, probabilities, value.stage, (j - 1) % kPromoteStages > 0,
                     [&](int k) { softmax_.exponentiate(k, scores, scale_, pending_sum_); });
     const float largest = max(pending_sum_[0], pending_sum_[1]);
-    const bool lost = largest > kLargestLowered ||
-                      min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY;
+    const bool lost =
+        largest > kLargestLowered || min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY;
     // A warp lowers by itself, and so must not wait for products there, which all four do together:
     // what is being summed up follows behind the wait that is theirs.
     const bool lowers = __any_sync(~0u, largest > kLargestByte) && !__any_sync(~0u, lost);
@@ -156,7 +161,7 @@ class Consumer {
   // Computes the probabilities of stage j once more, relative to a maximum that includes them.
   template <bool kMasked>
   __device__ __forceinline__ void rescale(int j, float (&scores)[64], float (&partial)[64],
-                                        uint32_t (&probabilities)[16], int stage) {
+                                          uint32_t (&probabilities)[16], int stage) {
     multiply_keys(scores, stage);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(scores);
@@ -213,7 +218,8 @@ class Consumer {
 
   // Gives the output the scale of the values; from here on all is in 16 bits.
   __device__ void scale_output() {
-    const float* scale = params_.value_scale + int64_t{tile_.key_sequence()} * kHeadDim + tile_.column();
+    const float* scale =
+        params_.value_scale + int64_t{tile_.key_sequence()} * kHeadDim + tile_.column();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       const float2 both = *reinterpret_cast<const float2*>(scale + 8 * i);
@@ -226,7 +232,8 @@ class Consumer {
   }
 
   __device__ void attend_to_summaries() {
-    hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);  // nobody reads the bytes of the queries any more
+    // Nobody reads the bytes of the queries any more.
+    hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
     tile_.load([] {});
     tile_.show();
     if (tile_.lane == 0) hopper::mbarrier_arrive(&shared_.runs_read);
@@ -276,17 +283,19 @@ class Consumer {
     hopper::fence_registers(scores);
     hopper::wgmma_fence();
     const uint64_t query = hopper::matrix_descriptor(shared_.query[tile_.group], kAtomBytes, 0);
-    const uint64_t key = hopper::advance_descriptor(hopper::matrix_descriptor(shared_.runs.key, kAtomBytes, 0), kStageBytes, stage);
+    const uint64_t key = hopper::advance_descriptor(
+        hopper::matrix_descriptor(shared_.runs.key, kAtomBytes, 0), kStageBytes, stage);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 32; ++k)
-      hopper::WgmmaSS<__nv_fp8_e4m3, kStageRows>::run(scores, hopper::advance_descriptor(query, 32 * k), hopper::advance_descriptor(key, 32 * k),
-                                           k > 0);
+      hopper::WgmmaSS<__nv_fp8_e4m3, kStageRows>::run(
+          scores, hopper::advance_descriptor(query, 32 * k),
+          hopper::advance_descriptor(key, 32 * k), k > 0);
     hopper::wgmma_commit();
   }
 
-  // Issues O (+)= P V in four steps, and calls `behind(k)` behind step k. A warp cannot issue a step,
-  // whose probabilities are in its registers, before the tensor cores have room for it: if all four
-  // came at once, it would wait where it has something else to do.
+  // Issues O (+)= P V in four steps, and calls `behind(k)` behind step k. A warp cannot issue a
+  // step, whose probabilities are in its registers, before the tensor cores have room for it: if
+  // all four came at once, it would wait where it has something else to do.
   template <typename Behind>
   __device__ __forceinline__ void multiply_values(float (&partial)[64],
                                                   const uint32_t (&probabilities)[16], int stage,
@@ -310,13 +319,14 @@ class Consumer {
     hopper::fence_registers(scores);
     hopper::wgmma_fence();
     const uint64_t query = hopper::matrix_descriptor(shared_.query[tile_.group], kWideAtomBytes, 0);
-    const uint64_t key =
-        hopper::advance_descriptor(hopper::matrix_descriptor(shared_.summaries.key, kWideAtomBytes, 0), kWideStageBytes, stage);
+    const uint64_t key = hopper::advance_descriptor(
+        hopper::matrix_descriptor(shared_.summaries.key, kWideAtomBytes, 0), kWideStageBytes,
+        stage);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const int offset = k / 4 * 1024 + k % 4 * 32;
-      hopper::WgmmaSS<T, kStageRows>::run(scores, hopper::advance_descriptor(query, offset), hopper::advance_descriptor(key, offset),
-                                        k > 0);
+      hopper::WgmmaSS<T, kStageRows>::run(scores, hopper::advance_descriptor(query, offset),
+                                          hopper::advance_descriptor(key, offset), k > 0);
     }
     hopper::wgmma_commit();
   }
@@ -325,8 +335,9 @@ class Consumer {
                                                           int stage) {
     hopper::fence_registers(output_);
     hopper::wgmma_fence();
-    const uint64_t value =
-        hopper::advance_descriptor(hopper::matrix_descriptor(shared_.summaries.value, kWideAtomBytes, 1024), kWideStageBytes, stage);
+    const uint64_t value = hopper::advance_descriptor(
+        hopper::matrix_descriptor(shared_.summaries.value, kWideAtomBytes, 1024), kWideStageBytes,
+        stage);
 #pragma unroll
     for (int k = 0; k < kStageRows / 16; ++k)
       hopper::WgmmaRS<T, kHeadDim>::run(output_, probabilities + 4 * k,
@@ -382,7 +393,8 @@ class Consumer {
                                              uint32_t (&probabilities)[16]) {
     uint16_t halves[32];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) halves[i] = hopper::round_to_e4m3(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < 32; ++i)
+      halves[i] = hopper::round_to_e4m3(scores[2 * i], scores[2 * i + 1]);
     to_operand(halves, probabilities);
   }
 
@@ -392,15 +404,19 @@ class Consumer {
     int tokens[8];  // asked for first: they take longest
 #pragma unroll
     for (int pass = 0; pass < 8; ++pass)
-      tokens[pass] = static_cast<int>(tile_.token(min(tile_.first_row() + pass * 8 + tile_.thread / 16, params_.query_length - 1)));
-    const float* mean = params_.value_mean + int64_t{tile_.key_sequence()} * kHeadDim + tile_.column();
-    hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);  // nobody reads the queries any more
+      tokens[pass] = static_cast<int>(tile_.token(
+          min(tile_.first_row() + pass * 8 + tile_.thread / 16, params_.query_length - 1)));
+    const float* mean =
+        params_.value_mean + int64_t{tile_.key_sequence()} * kHeadDim + tile_.column();
+    // Nobody reads the queries any more.
+    hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax_.sum[r]);
       const float inverse = sum > 0.f ? 1.f / sum : 0.f;
       const int local = tile_.row() + 8 * r;
-      if (params_.log_sum_exp && tile_.lane % 4 == 0 && tile_.first_row() + local < params_.query_length)
+      if (params_.log_sum_exp && tile_.lane % 4 == 0 &&
+          tile_.first_row() + local < params_.query_length)
         params_.log_sum_exp[tile_.row_of_all(tile_.token(tile_.first_row() + local))] =
             sum > 0.f ? softmax_.log_sum_exp(r, sum) + shared_.query_shift[tile_.group * 64 + local]
                       : -INFINITY;
@@ -419,9 +435,8 @@ class Consumer {
     for (int pass = 0; pass < 8; ++pass) {
       const int local = pass * 8 + tile_.thread / 16, chunk = tile_.thread % 16;
       if (tile_.first_row() + local < params_.query_length)
-        __stcs(
-            reinterpret_cast<uint4*>(base + tokens[pass] * params_.output_strides[2]) + chunk,
-            *reinterpret_cast<const uint4*>(tile_.element(local, chunk)));
+        __stcs(reinterpret_cast<uint4*>(base + tokens[pass] * params_.output_strides[2]) + chunk,
+               *reinterpret_cast<const uint4*>(tile_.element(local, chunk)));
     }
   }
 
