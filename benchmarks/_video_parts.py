@@ -21,6 +21,7 @@ QUANTISING = 8.0
 WARMING = 3.0
 LONG = 20.0
 FP8, FEW, SHARED = "SVG2, fp8", "SVG2 corrected, fp8", "SVG2, shared plans"
+INT8 = "SVG2, shared plans, int8 attention"
 
 
 def svg2(video: Video) -> Method:
@@ -61,7 +62,7 @@ class Part:
         kinds: of its steps, in order.
         method: what attention computes; None leaves the pipeline as it is.
         linears: whether products are in fp8.
-        attention: whether attention is, where heads have 128 channels.
+        attention: precision of attention, where heads have 128 channels; "" for the model's.
         compiled: whether the blocks are compiled first.
         quantised: whether torchao converts the linear layers first, for good.
         guided: whether its steps are guided, since its branches do not compute the same.
@@ -73,7 +74,7 @@ class Part:
     kinds: tuple[str, ...]
     method: Callable[[Video], Method] | None = None
     linears: bool = False
-    attention: bool = False
+    attention: str = ""
     compiled: bool = False
     quantised: bool = False
     guided: bool = False
@@ -105,7 +106,7 @@ PARTS = (
         kinds=(DENSE, FIRST, SPARSE, SPARSE),
         method=svg2,
         linears=True,
-        attention=True,
+        attention="fp8",
     ),
     Part(name="SVG2, fp8 products", kinds=(FIRST, SPARSE, SPARSE), method=svg2, linears=True),
     Part(
@@ -113,7 +114,7 @@ PARTS = (
         kinds=(FIRST, SPARSE),
         method=corrected,
         linears=True,
-        attention=True,
+        attention="fp8",
         guided=True,
     ),
     Part(
@@ -138,11 +139,19 @@ MORE = (
         varied=True,
     ),
     Part(
+        name=INT8,
+        kinds=(FIRST, SPARSE, SPARSE),
+        method=shared,
+        attention="int8",
+        guided=True,
+        varied=True,
+    ),
+    Part(
         name="SVG2, fp8, taylor@2",
         kinds=(FIRST, SPARSE, SPARSE, OUT, SPARSE, OUT, SPARSE),
         method=svg2,
         linears=True,
-        attention=True,
+        attention="fp8",
         cache="taylor@2",
     ),
 )

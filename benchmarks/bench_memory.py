@@ -57,7 +57,7 @@ STEPS = {
     "diffusers": Part(name="diffusers", kinds=(STOCK,)),
     "SVG2": Part(name="SVG2", kinds=KINDS, method=svg2),
     "SVG2, fp8 products": Part(name=PRODUCTS.name, kinds=KINDS, method=svg2, linears=True),
-    FP8: Part(name=FP8, kinds=KINDS, method=svg2, linears=True, attention=True),
+    FP8: Part(name=FP8, kinds=KINDS, method=svg2, linears=True, attention="fp8"),
 }
 
 

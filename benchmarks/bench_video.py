@@ -183,7 +183,7 @@ class Bench:
         if part.linears:
             given["linears"] = "fp8"
         if part.attention and self.wide_heads:
-            given["attention"] = "fp8"
+            given["attention"] = part.attention
             if self.device == "cpu":
                 given["backend"] = "reference"
         if "linears" in given or "attention" in given:
