@@ -49,12 +49,13 @@ DOCS = ROOT / "docs"
 PAGES = {"embedded": DOCS / "embedded-model.md", "footage": DOCS / "footage-model.md"}
 DENSITY = 0.3
 FUSED = "fused blocks"
+BASES = ("blocks as they are", FUSED)  # what other rows are held against, measured every time
 PRODUCTS: dict[str, Any] = {"linears": "fp8"}
 ATTENTION: dict[str, Any] = {"attention": "fp8"}
 INTEGERS: dict[str, Any] = {"attention": "int8"}
 START: dict[str, Any] = {"fp8_from": "start"}
 ROWS: dict[str, dict[str, Any]] = {
-    "blocks as they are": {"fuse": False},
+    BASES[0]: {"fuse": False},
     FUSED: {},
     "fp8 products in sparse steps": PRODUCTS,
     "the same, weights rounded once": PRODUCTS,
@@ -101,9 +102,12 @@ def run(args: argparse.Namespace) -> None:
         "noise_floor": floor,
         "rows": [],
     }
+    known = known_rows(args, result)
     for name, method in (("dense", Dense()), ("SVG2", sparse)):
         plain = fused = None
         for label, options in ROWS.items():
+            if label not in BASES and not any(word in label for word in args.rows):
+                continue
             rounded = "linears" in options or "attention" in options
             if method == Dense() and rounded and "fp8_from" not in options:
                 continue  # a dense run has no sparse step
@@ -132,7 +136,41 @@ def run(args: argparse.Namespace) -> None:
             )
             took = time.perf_counter() - began
             print(f"{took:6.1f} s  {name}, {label}: {quality.decibels(result['rows'][-1]['psnr'])}")
-            store(args.output, result)
+            store(args.output, joined(result, known))
+
+
+def known_rows(args: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rows that are stored and not measured now, each with the commit that measured it.
+
+    Raises:
+        SystemExit: if they were measured under other conditions.
+    """
+    if args.rows == [""] or not args.output.exists():
+        return []
+    found = stored(args.output)
+    same = [name for name in result if name not in ("environment", "rows", "noise_floor")]
+    differs = [name for name in same if found.get(name) != result[name]]
+    if differs:
+        raise SystemExit(
+            f"{args.output} was measured with other {', '.join(differs)}; name another --output"
+        )
+    commit = found["environment"]["commit"]
+    return [{"commit": commit, **row} for row in found["rows"]]
+
+
+def joined(result: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a result with known rows in the place of those that were not measured, in order.
+
+    What the others were held against stays as it was then.
+    """
+    if not known:
+        return result
+    places = {(row["method"], row["precision"]): row for row in known}
+    for row in result["rows"]:
+        if row["precision"] not in BASES:
+            places[row["method"], row["precision"]] = row
+    order = [(method, label) for method in ("dense", "SVG2") for label in ROWS]
+    return result | {"rows": [places[place] for place in order if place in places]}
 
 
 @contextmanager
@@ -205,6 +243,10 @@ def main() -> None:
     quality.add_options(parser)
     parser.set_defaults(prompts=8)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], metavar="WORD",
+        help="measure only rows with one of these words; others of the file stay",
+    )  # fmt: skip
     parser.add_argument("--side", type=int, help="of square clips; the judge's first size if none")
     args = parser.parse_args()
     if args.action == "run":
