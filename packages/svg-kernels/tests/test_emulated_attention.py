@@ -131,12 +131,9 @@ def test_block_sparse_attention_int8_emulated_matches_the_oracle(plan, dtype, ge
     assert_lse_close(lse, want_lse)
 
 
-@pytest.mark.parametrize(("plan", "seed"), [("ragged runs", 1), ("summaries", 0)])
-def test_block_sparse_attention_int8_emulated_keeps_nan_to_the_rows_that_read_it(
-    plan, seed, generator
-):
-    generator.manual_seed(seed)
-    sizes = PLANS[plan] | {"batch": 2}
+def test_block_sparse_attention_int8_emulated_keeps_nan_to_the_rows_that_read_it(generator):
+    generator.manual_seed(0)
+    sizes = PLANS["summaries"] | {"batch": 2}
     arguments, keywords = random_call(generator, dtype=torch.bfloat16, dim=128, **sizes)
     spoil(arguments, keywords, generator)
     query, key, value, starts, lengths = arguments
