@@ -80,8 +80,8 @@ def test_peer_memory_that_one_rank_cannot_have_none_has(
         return run
 
     class Handle:
-        def get_buffer(self, *_: Any) -> None:
-            return None
+        def get_buffer(self, rank: int, shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype)
 
     def gather(group: Any, value: str) -> list[str]:
         elsewhere = "" if here or reached[-1] != failing else "RuntimeError: out of memory"

@@ -2,14 +2,15 @@
 
 A rank copies the heads of another one straight to their places in the sequence there: no message is
 packed, and none unpacked. Barriers on the GPU, of which the host knows nothing, keep readers and
-writers apart.
+writers apart. Queries and keys are written while values are projected, values while queries and
+keys are clustered, outputs as soon as attention has them.
 
 **Why no rank reads too early.** A rank reads queries, keys or values after a barrier of their own,
 which each rank reaches when it has written them to all others; outputs likewise.
 
 **Why none writes too early.** Every call uses the same memory, and begins with a barrier. A rank
 reaches it when all that its stream has run before is done, so when it has read what the call before
-left in its memory. Others write there only after it. That holds as well after an error amid a call.
+left in its memory. Others write there only after it, that holds after an error amid a call as well.
 What a call returns is memory of its own, because a model, or a compiler that reuses memory, may
 keep it for as long as it likes.
 """

@@ -62,11 +62,13 @@ class PeerMemory:
         try:
             self._handle = _rendezvous(memory, group)
             self._bytes = [self._handle.get_buffer(n, (room,), torch.uint8) for n in range(ranks)]
+            self._write_blocks(rank)
         except (RuntimeError, AttributeError, TypeError, OSError) as error:
             problem = _first_line(error)
         _agree(group, problem)
         self._memory = memory  # lives as long as this
-        _agree(group, "" if self._arrives(rank, device) else "what GPUs write does not arrive")
+        self.barrier(0)
+        _agree(group, "" if self._has_blocks(rank) else "what GPUs write does not arrive")
 
     def view(self, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor in the memory of a rank.
@@ -80,22 +82,18 @@ class PeerMemory:
         size = prod(shape) * dtype.itemsize
         return self._bytes[rank].narrow(0, start, size).view(dtype).view(shape)
 
-    def _arrives(self, rank: int, device: torch.device) -> bool:
-        """Return whether this rank finds what all have written into its memory, in every way."""
+    def _write_blocks(self, rank: int) -> None:
+        """Write known bytes into the memory of each rank, in every way that there is."""
+        for memory in self._bytes:
+            block = _block(rank, memory.device)
+            there = memory[self.size + rank * _CHECKED :][:_CHECKED].view(block.shape)
+            copy_beside(there[:, :, :1], block[:, :, :1])
+            copy_bits(there[:, :, 1:], block[:, :, 1:])
 
-        def block(writer: int) -> Tensor:
-            numbers = torch.arange(_CHECKED, device=device) * (writer + 3) % 251
-            return numbers.to(torch.uint8).view(1, 8, 2, -1)
-
-        for peer in range(len(self._bytes)):
-            there = self.view(
-                peer, self.size + rank * _CHECKED, (1, 8, 2, _CHECKED // 16), torch.uint8
-            )
-            copy_beside(there[:, :, :1], block(rank)[:, :, :1])
-            copy_bits(there[:, :, 1:], block(rank)[:, :, 1:])
-        self.barrier(0)
-        here = self._bytes[rank][self.size :].view(len(self._bytes), -1)
-        return all(torch.equal(x, block(n).flatten()) for n, x in enumerate(here))
+    def _has_blocks(self, rank: int) -> bool:
+        """Return whether what all have written is here."""
+        here = self._bytes[rank][self.size :].split(_CHECKED)
+        return all(torch.equal(x, _block(n, x.device).flatten()) for n, x in enumerate(here))
 
     def barrier(self, channel: int) -> None:
         """Have what the current stream runs next wait until all ranks' streams have come here.
@@ -106,6 +104,11 @@ class PeerMemory:
             channel: one for each barrier between two of which streams need not wait for each other.
         """
         self._handle.barrier(channel, _TIMEOUT_MS)
+
+
+def _block(writer: int, device: torch.device) -> Tensor:
+    numbers = torch.arange(_CHECKED, device=device) * (writer + 3) % 251
+    return numbers.to(torch.uint8).view(1, 8, 2, -1)
 
 
 def _refuse_groups(group: Any, device: torch.device) -> None:
