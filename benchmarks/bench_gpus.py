@@ -121,15 +121,23 @@ def shared_at_once(model: Any, team: Any, **settings: Any) -> Iterator[Any]:
 @contextmanager
 def shared_without_engines(model: Any, team: Any) -> Iterator[Any]:
     """Share by `parallelize`, and write to other GPUs by a kernel alone."""
-    refused = mock.patch.object(copies, "copy_by_engine", return_value=False)
-    with refused, shared(model, team) as run:
+
+    # No Mock: it would keep the tensors of every call.
+    def refuse(target: Tensor, source: Tensor) -> bool:
+        return False
+
+    with mock.patch.object(copies, "copy_by_engine", refuse), shared(model, team) as run:
         yield run
 
 
 @contextmanager
 def shared_with_values(model: Any, team: Any) -> Iterator[Any]:
     """Share by `parallelize`, and send nothing before values are computed, too."""
-    with mock.patch.object(attention_op, "begin"), shared(model, team) as run:
+
+    def begin(query: Tensor, key: Tensor, handle: Tensor) -> None:
+        return None
+
+    with mock.patch.object(attention_op, "begin", begin), shared(model, team) as run:
         yield run
 
 

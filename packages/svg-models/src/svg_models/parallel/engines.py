@@ -72,7 +72,7 @@ def copy_by_engine(target: Tensor, source: Tensor) -> bool:
         target.copy_(source)
         return True
     rows = [rectangle(y, x) for y, x in zip(target, source, strict=True)]
-    copy = _driver()
+    copy = None if torch.cuda.is_current_stream_capturing() else _driver()
     if copy is None or None in rows:
         return False
     stream = torch.cuda.current_stream(source.device).cuda_stream
