@@ -22,6 +22,7 @@ from svg_models.generation.settings import options_of
 from svg_models.loading import LoadedPipeline
 from svg_models.loading.inputs import Inputs
 from svg_models.method_names import MethodSpec, read_method
+from svg_models.tuning.request import TuneRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,6 +138,13 @@ def test_every_option_of_the_command_line_says_what_it_is() -> None:
     for kind in (GenerateRequest, CompareRequest):
         for name, about in options_of(kind).items():
             assert about.help.endswith((".", "]")), name
+
+
+@pytest.mark.parametrize("kind", [GenerateRequest, CompareRequest, TuneRequest])
+def test_what_is_true_or_false_is_a_flag_of_the_command_line(kind: type) -> None:
+    options = options_of(kind)
+    flags = {f.name for f in dataclasses.fields(kind) if isinstance(f.default, bool)}
+    assert {name for name, about in options.items() if about.kind is bool} == flags & {*options}
 
 
 def test_a_request_is_read_without_torch() -> None:

@@ -473,6 +473,7 @@ def test_frontier_is_what_no_other_point_beats(tuned: Any) -> None:
         ({"psnr": 30, "prompts": ["x", "x"]}, "stands there twice"),
         ({"psnr": 30, "prompts": ["x"], "prompt": "y"}, "give all as prompts"),
         ({"psnrr": 30}, "did you mean 'psnr'"),
+        ({"psnr": 30, "fit": "no"}, "fit must be True or False, got 'no'"),
     ],
     ids=str,
 )

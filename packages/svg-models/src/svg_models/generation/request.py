@@ -150,7 +150,6 @@ class Request(Settings):
         False,
         "Compile the transformer: a slower first step, faster later ones.",
         "--compile",
-        kind=bool,
         panel=HOW,
     )
     device: str = option(
@@ -261,7 +260,6 @@ class GenerateRequest(Request):
         False,
         "Let unread clusters contribute through their centroids: auto and svg2 become svg2-comp.",
         "--compensate",
-        kind=bool,
         panel=HOW,
     )
     preset: str | None = option(

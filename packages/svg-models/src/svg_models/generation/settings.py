@@ -65,6 +65,8 @@ class Option:
                 f"{name} must be one of {', '.join(self.choices)}, got {written(value)}"
                 f"{did_you_mean(value, self.choices)}"
             )
+        if self.kind is bool and not isinstance(value, bool):
+            raise SettingError(f"{name} must be True or False, got {written(value)}")
         if self.kind not in (int, float) or value is None:
             return value
         number = (as_whole if self.kind is int else as_number)(name, value)
@@ -78,7 +80,9 @@ class Option:
 
 
 def option(default: Any, help: str, *names: str, positional: bool = False, **about: Any) -> Any:
-    """Return a dataclass field that says about itself what `Option` holds."""
+    """Return a dataclass field that says about itself what `Option` holds; of a bool, a flag."""
+    if isinstance(default, bool):
+        about["kind"] = bool
     metadata = {"option": Option(help=help, names=names, **about)}
     return field(default=default, kw_only=not positional, metadata=metadata)
 
