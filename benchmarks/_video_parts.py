@@ -21,7 +21,6 @@ QUANTISING = 8.0
 WARMING = 3.0
 LONG = 20.0
 FP8, FEW, SHARED = "SVG2, fp8", "SVG2 corrected, fp8", "SVG2, shared plans"
-INT8 = "SVG2, shared plans, int8 attention"
 
 
 def svg2(video: Video) -> Method:
@@ -135,14 +134,6 @@ MORE = (
         kinds=(FIRST, SPARSE, SPARSE),
         method=shared,
         compiled=True,
-        guided=True,
-        varied=True,
-    ),
-    Part(
-        name=INT8,
-        kinds=(FIRST, SPARSE, SPARSE),
-        method=shared,
-        attention="int8",
         guided=True,
         varied=True,
     ),

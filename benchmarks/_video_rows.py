@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from _video_parts import DENSE, FEW, FIRST, FP8, INT8, OUT, SHARED, SPARSE, STOCK
+from _video_parts import DENSE, FEW, FIRST, FP8, OUT, SHARED, SPARSE, STOCK
 
 from svg_models.recipe import last_steps
 
@@ -52,13 +52,6 @@ ROWS = (
     Row(name="dense", dense=("SVG2", DENSE)),
     Row(name="SVG2", dense=("SVG2", DENSE), sparse="SVG2"),
     Row(name=SHARED, dense=("SVG2", DENSE), sparse=SHARED),
-    Row(
-        name=INT8,
-        dense=("SVG2", DENSE),
-        sparse=INT8,
-        fp8=f"scores in int8, {MOST}",
-        last=SHARED,
-    ),
     Row(name="SVG2, compiled", dense=("SVG2", DENSE), sparse="SVG2, compiled"),
     Row(name=f"{SHARED}, compiled", dense=("SVG2", DENSE), sparse=f"{SHARED}, compiled"),
     Row(

@@ -1,4 +1,4 @@
-"""Measure what fused blocks, fp8 products and attention in 8 bits cost in decibels.
+"""Measure what fused blocks, fp8 products and fp8 attention cost in decibels.
 
     export PYTHONPATH=packages/svg-models  # for the scenes of the training script
     python benchmarks/quality_precision.py run --output benchmarks/results/h100/precision.json
@@ -9,7 +9,7 @@ schedule, prompts and noise; only the precision changes. PSNR against the dense 
 pipeline as it is says what a person would see, and what a row loses is that PSNR beside the one of
 fused blocks in bf16, clip by clip; PSNR against the row without fusing, at the same method, is what
 the change itself does. The noise floor is a second dense kernel. Heads of the embedded model have
-64 channels, which the kernels in 8 bits pad to 128. Rows "rounded once" and "to the last step" are
+64 channels, which the kernel in fp8 pads to 128. Rows "rounded once" and "to the last step" are
 without what fp8 products do against their errors, so that each of it has its worth beside it.
 
 Eight prompts take less than two minutes on an H100. On a CPU the reference rounds keys and values.
@@ -52,7 +52,6 @@ FUSED = "fused blocks"
 BASES = ("blocks as they are", FUSED)  # what other rows are held against, measured every time
 PRODUCTS: dict[str, Any] = {"linears": "fp8"}
 ATTENTION: dict[str, Any] = {"attention": "fp8"}
-INTEGERS: dict[str, Any] = {"attention": "int8"}
 START: dict[str, Any] = {"fp8_from": "start"}
 ROWS: dict[str, dict[str, Any]] = {
     BASES[0]: {"fuse": False},
@@ -62,8 +61,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "the same, to the last step": PRODUCTS,
     "the same, weights rounded once, to the last step": PRODUCTS,
     "fp8 products in all steps": PRODUCTS | START,
-    "int8 attention in sparse steps": INTEGERS,
-    "int8 attention in all steps": INTEGERS | START,
     "fp8 attention in sparse steps": ATTENTION,
     "fp8 attention in all steps": ATTENTION | START,
     "both in sparse steps": PRODUCTS | ATTENTION,
@@ -125,7 +122,6 @@ def run(args: argparse.Namespace) -> None:
                     "method": name,
                     "precision": label,
                     "fp8_calls": stats.fp8_calls,
-                    "int8_calls": stats.int8_calls,
                     "calls": stats.calls,
                     "psnr": quality.summary(close["psnr"]),
                     "ssim": quality.summary(close["ssim"]),
@@ -184,7 +180,7 @@ def without(label: str) -> Iterator[None]:
             once = mock.patch.object(linears, "largest_at", return_value=linears.LARGEST_E4M3)
             changes.enter_context(once)
         if "to the last step" in label:
-            whole = mock.patch.object(Layers, "in_8_bits", lambda self, *, sparse, **where: sparse)
+            whole = mock.patch.object(Layers, "in_fp8", lambda self, *, sparse, **where: sparse)
             changes.enter_context(whole)
         yield
 

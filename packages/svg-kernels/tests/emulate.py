@@ -14,12 +14,7 @@ from svg_kernels import _build
 SOURCES = Path(__file__).parents[1] / "csrc"
 EMULATOR = Path(__file__).parent / "emulator"
 KERNELS = ("norm", "gate_residual", "rope", "qk_norm_rope", "permute_rows")
-ATTENTION = (
-    "block_sparse_attention_sm90a",
-    "block_sparse_attention_int8_sm90a",
-    "block_sparse_attention_fp8_sm90a",
-)
-HEADERS = ("attention/kernel.cuh",)  # that hold launches
+ATTENTION = ("block_sparse_attention_sm90a", "block_sparse_attention_fp8_sm90a")
 _LAUNCH = re.compile(
     r"([A-Za-z_][\w.]*(?:<[\w, ]*>)?(?:\(\w+\))?)<<<(.+?),\s*([\w.]+),\s*(?:0|bytes),\s*stream>>>"
     r"\(([^;]*)\);",
@@ -54,11 +49,15 @@ def _build_kernels(folder: Path, of: str, kernels: tuple[str, ...]) -> Path:
     include = [f"-I{path}" for path in (EMULATOR, copy, _build.find_headers())]
     common = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-Wno-attributes"]
     commands, objects = [], []
-    for name in HEADERS:
-        (copy / name).write_text(_translated(SOURCES / name))
     for name in kernels:
+        text, launches = _LAUNCH.subn(
+            r"emulated::launch(\2, \3, [&] { \1(\4); });",
+            (SOURCES / of / f"{name}.cu").read_text(),
+        )
+        if not launches or "<<<" in text:
+            raise RuntimeError(f"{name}.cu has a launch that emulate.py does not recognise")
         source = copy / f"{name}.cc"
-        source.write_text(_translated(SOURCES / of / f"{name}.cu"))
+        source.write_text(text.replace(_SHARED, "unsigned char* raw = emulated::dynamic_shared();"))
         objects.append(str(source.with_suffix(".o")))
         commands.append([*common, *include, "-c", str(source), "-o", objects[-1]])
     with ThreadPoolExecutor(2) as pool:
@@ -66,14 +65,6 @@ def _build_kernels(folder: Path, of: str, kernels: tuple[str, ...]) -> Path:
     library = folder / "libemulated.so"
     _run([*common, "-shared", *objects, "-o", str(library)])
     return library
-
-
-def _translated(path: Path) -> str:
-    """Return a source whose launches run on the emulator; one may leave them to a header."""
-    text = _LAUNCH.sub(r"emulated::launch(\2, \3, [&] { \1(\4); });", path.read_text())
-    if "<<<" in text:
-        raise RuntimeError(f"{path.name} has a launch that emulate.py does not recognise")
-    return text.replace(_SHARED, "unsigned char* raw = emulated::dynamic_shared();")
 
 
 def _run(command: list[str]) -> None:

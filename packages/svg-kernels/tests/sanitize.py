@@ -13,9 +13,7 @@ from attention_oracles import random_call
 from svg_kernels import (
     block_sparse_attention,
     block_sparse_attention_fp8,
-    block_sparse_attention_int8,
     permute_rows,
-    quantize_key,
     quantize_key_value,
 )
 
@@ -41,7 +39,7 @@ def attend(draw: torch.Generator, backend: str) -> None:
         assert torch.isfinite(out).all(), (backend, dim)
 
 
-def attend_in_8_bits(draw: torch.Generator) -> None:
+def attend_in_fp8(draw: torch.Generator) -> None:
     """Quantise keys and values, and run every list of runs that takes a path of its own."""
     for runs, summaries, multiple, magnitude in (
         (40, 0, 1, 1.0),
@@ -52,13 +50,12 @@ def attend_in_8_bits(draw: torch.Generator) -> None:
             draw, dtype=torch.bfloat16, queries=300, keys=1437, runs=runs, dim=128,
             summaries=summaries, ordered=True, key_heads=1, magnitude=magnitude, multiple=multiple,
         )  # fmt: skip
-        query, key, value, *plan = (x.cuda() for x in (query, key, value, *plan))
-        how = {"return_lse": True, "backend": "cuda", **on_gpu(keywords)}
-        rows = quantize_key_value(key, value)
-        in_e4m3, _ = block_sparse_attention_fp8(query, rows, *plan, **how)
-        in_int8, _ = block_sparse_attention_int8(query, quantize_key(key), value, *plan, **how)
-        assert torch.isfinite(in_e4m3).all(), runs
-        assert torch.isfinite(in_int8).all(), runs
+        rows = quantize_key_value(key.cuda(), value.cuda())
+        out, _ = block_sparse_attention_fp8(
+            query.cuda(), rows, *(x.cuda() for x in plan), return_lse=True, backend="cuda",
+            **on_gpu(keywords),
+        )  # fmt: skip
+        assert torch.isfinite(out).all(), runs
 
 
 def on_gpu(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def main() -> None:
     draw = torch.Generator().manual_seed(1)
     for backend in ("cuda", "triton"):
         attend(draw, backend)
-    attend_in_8_bits(draw)
+    attend_in_fp8(draw)
     permute(draw)
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_data import DATA, relative_error
 from attention_oracles import brute_force, random_call
-from fp8_oracles import attend_in_e4m3
+from fp8_oracles import DATA, attend_in_e4m3, relative_error
 
 from svg_kernels import (
     Fp8KeyValue,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_data import DATA, relative_error
 from attention_oracles import permutations, random_call, random_runs
-from fp8_oracles import attend_in_e4m3
+from fp8_oracles import DATA, attend_in_e4m3, relative_error
 
 from svg_kernels import block_sparse_attention, block_sparse_attention_fp8, quantize_key_value
 from svg_kernels.attention import reference

@@ -95,20 +95,6 @@ def test_fp8_attention_checks_its_indices(debugging, generator):
         svg_kernels.quantize_key_value(key, value, order + 1)
 
 
-def test_int8_attention_checks_its_indices(debugging, generator):
-    arguments, keywords = random_call(generator, dtype=torch.bfloat16, dim=128, ordered=True)
-    query, key, value, starts, lengths = arguments
-    order = torch.arange(300).int().expand(1, 2, 300)
-    rows = svg_kernels.quantize_key(key, order)
-    svg_kernels.block_sparse_attention_int8(query, rows, value, starts, lengths, **keywords)
-    with pytest.raises(ValueError, match="runs must end within 300 key rows"):
-        svg_kernels.block_sparse_attention_int8(
-            query, rows, value, starts + 300, lengths, **keywords
-        )
-    with pytest.raises(ValueError, match="order must hold rows 0 to 299"):
-        svg_kernels.quantize_key(key, order + 1)
-
-
 def accepted(check, *arguments, **options):
     try:
         check(*arguments, **options)

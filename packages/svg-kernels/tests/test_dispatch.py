@@ -47,7 +47,6 @@ OPERATIONS = {
     "qk_norm_rope": {"qk_norm_rope"},
     "permute": {"permute_rows"},
     "attention": {"block_sparse_attention"},
-    "attention_int8": {"block_sparse_attention_int8"},
     "attention_fp8": {"block_sparse_attention_fp8"},
     "probe_sums": {"probe_sums"},
 }
@@ -60,8 +59,8 @@ def test_select_backend_finds_every_operation_in_every_backend(operation, backen
         pytest.importorskip("triton")
         if operation == "probe_sums":
             pytest.skip("svg_attention.planning has the Triton kernel")
-        if operation in ("attention_fp8", "attention_int8"):
-            pytest.skip("attention in 8 bits has no portable kernel")
+        if operation == "attention_fp8":
+            pytest.skip("attention in e4m3 has no portable kernel")
     module = importlib.import_module(f"svg_kernels.{operation}.{backend}")
     assert OPERATIONS[operation] <= set(vars(module))
 

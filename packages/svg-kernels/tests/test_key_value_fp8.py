@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from attention_data import DATA, offset_rows, outlier_rows, random_rows, relative_error
+from fp8_oracles import DATA, offset_rows, outlier_rows, random_rows, relative_error
 
 from svg_kernels import UnsupportedError, quantize_key_value
-from svg_kernels.rotation import rotate, signed_hadamard, unrotate
+from svg_kernels.key_value_fp8.rows import rotate, signed_hadamard, unrotate
 
 BACKENDS = [
     pytest.param("reference", id="reference"),

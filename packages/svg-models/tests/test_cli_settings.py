@@ -203,7 +203,7 @@ def test_last_image_reaches_the_pipeline(tmp_path: Path, loaded: LoadedPipeline)
     ("line", "word", "found"),
     [
         ("svg generate --method sv", 3, {"svg1", "svg2", "svg2-comp", "svg2-error"}),
-        ("svg generate --backend cu", 3, {"cuda", "cuda_int8", "cuda_fp8"}),
+        ("svg generate --backend cu", 3, {"cuda", "cuda_fp8"}),
         ("svg generate --offload ", 3, set(OFFLOAD)),
         ("svg compare --preset ", 3, {"quality", "balanced", "fast"}),
         ("svg batch --dtype bf", 3, {"bfloat16"}),

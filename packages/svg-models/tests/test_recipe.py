@@ -71,17 +71,17 @@ def test_from_dict_fills_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "last"), [(1, 1), (4, 1), (10, 1), (11, 2), (50, 2)])
-def test_in_8_bits_leaves_out_the_last_steps(num_steps: int, last: int) -> None:
+def test_in_fp8_leaves_out_the_last_steps(num_steps: int, last: int) -> None:
     layers = Layers(linears="fp8")
     every = range(num_steps)
-    inside = [layers.in_8_bits(sparse=True, step=step, num_steps=num_steps) for step in every]
+    inside = [layers.in_fp8(sparse=True, step=step, num_steps=num_steps) for step in every]
     assert inside == [True] * (num_steps - last) + [False] * last
-    assert not any(layers.in_8_bits(sparse=False, step=step, num_steps=num_steps) for step in every)
+    assert not any(layers.in_fp8(sparse=False, step=step, num_steps=num_steps) for step in every)
     whole = Layers(linears="fp8", fp8_from="start")
     for sparse in (False, True):
-        assert all(whole.in_8_bits(sparse=sparse, step=step, num_steps=num_steps) for step in every)
+        assert all(whole.in_fp8(sparse=sparse, step=step, num_steps=num_steps) for step in every)
     # Nobody knows which step is the last.
-    assert layers.in_8_bits(sparse=True, step=num_steps - 1, num_steps=None)
+    assert layers.in_fp8(sparse=True, step=num_steps - 1, num_steps=None)
 
 
 def test_measured_says_the_conditions() -> None:

@@ -5,8 +5,6 @@
 
 namespace svg::attention {
 
-constexpr int kTileRows = 128;  // query rows of a tile
-
 // Strides are in elements.
 struct Arguments {
   const void* query;             // [B, H, Sq, D], 16-bit
@@ -27,7 +25,6 @@ struct Arguments {
   int64_t value_strides[2];
   int64_t batch;
   int heads, key_heads, query_length, key_length, runs, summaries, head_dim, dtype;
-  int tiles;  // of a sequence
   float scale;
 };
 
@@ -55,7 +52,6 @@ inline Arguments read_arguments(const int64_t* packed, double scale) {
   a.query_length = number(25), a.key_length = number(26);
   a.runs = number(27), a.summaries = number(28);
   a.head_dim = number(29), a.dtype = number(30);
-  a.tiles = (a.query_length + kTileRows - 1) / kTileRows;
   a.scale = static_cast<float>(scale);
   return a;
 }

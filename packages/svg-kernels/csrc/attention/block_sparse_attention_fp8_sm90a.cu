@@ -1,9 +1,9 @@
 // Attention over runs of key rows with 8-bit keys and values, for Hopper (sm_90a).
 //
-// Plans, tiles, stages and lazy rescaling are those of kernel.cuh. What eight
+// Plans, tiles, stages and lazy rescaling are those of block_sparse_attention_sm90a.cu. What eight
 // bits change:
 //
-//   queries         are gathered in 16 bits; each row is rotated, divided by its largest and
+//   queries         are gathered in 16 bits; each row is rotated, divided by its largest element and
 //                   rounded to e4m3 where it is laid out for the product (fp8/consumer.cuh).
 //   values          arrive as rows. Two warps beside the producer transpose each stage once, and
 //                   leave the keys in the order in which the registers of the scores hold
@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<SharedStorage*>(raw);
   const int tile = params.tile_order ? params.tile_order[blockIdx.x] : blockIdx.x;
+  const int sequence = tile / params.tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (warp == 0) {
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (hopper::warp_uniform(threadIdx.x / 128) == 0) {
     hopper::setmaxnreg_dec<40>();
-    const int key_sequence = tile / params.tiles / (params.heads / params.key_heads);
+    const int key_sequence = sequence / (params.heads / params.key_heads);
     if (warp == 0) {
       produce_runs(params, shared, key_sequence, tile, lane);
       produce_summaries(params, shared, key_sequence, lane);
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     hopper::setmaxnreg_inc<232>();
-    Consumer<T>(params, shared, tile).run();
+    Consumer<T>(params, shared, sequence, tile % params.tiles).run();
   }
 }
 
@@ -78,8 +79,8 @@ cudaError_t encode_maps(Params& params) {
   cudaError_t error = cudaSuccess;
   for (int box = 0; box < kBoxes && error == cudaSuccess; ++box) {
     const auto encode = [&](CUtensorMap& map, const void* base, const int64_t (&strides)[2]) {
-      return hopper::encode_byte_row_map(&map, base, params.key_length, strides[1], sequences,
-                                         strides[0], kAtomRows << box);
+      return hopper::encode_byte_row_map(&map, base, params.key_length, strides[1], sequences, strides[0],
+                              kAtomRows << box);
     };
     error = encode(params.key_maps[box], params.key, params.key_strides);
     if (error == cudaSuccess)
@@ -87,8 +88,8 @@ cudaError_t encode_maps(Params& params) {
   }
   if (error != cudaSuccess || params.summaries == 0) return error;
   const auto encode = [&](CUtensorMap& map, const void* base) {
-    return hopper::encode_row_map(&map, params.dtype == kBFloat16, base, kHeadDim, params.summaries,
-                                  kHeadDim, sequences, int64_t{params.summaries} * kHeadDim, 1);
+    return hopper::encode_row_map(&map, params.dtype == kBFloat16, base, kHeadDim, params.summaries, kHeadDim,
+                       sequences, int64_t{params.summaries} * kHeadDim, 1);
   };
   error = encode(params.summary_key_map, params.summary_key);
   return error != cudaSuccess ? error : encode(params.summary_value_map, params.summary_value);
@@ -115,6 +116,7 @@ cudaError_t attend(const Arguments& arguments, cudaStream_t stream) {
   if (arguments.head_dim != kHeadDim) return cudaErrorInvalidValue;
   Params params{};
   static_cast<Arguments&>(params) = arguments;
+  params.tiles = static_cast<int>((arguments.query_length + kTileRows - 1) / kTileRows);
   const cudaError_t error = encode_maps(params);
   if (error != cudaSuccess) return error;
   return arguments.dtype == kBFloat16 ? launch<__nv_bfloat16>(params, stream)

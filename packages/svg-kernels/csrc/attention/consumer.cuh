@@ -8,129 +8,88 @@
 // point does not mind that they exceed one, so no later stage looks for its maximum or rescales O,
 // which is half of the work between products. Only where a sum passes kRescaleThreshold is that
 // stage's S computed once more and the maximum raised.
-//
-// Keys may be 8-bit integers: then S is summed in integers and scaled by key and by row.
 #pragma once
 
 #include "attention/epilogue.cuh"
 #include "attention/query_tile.cuh"
-#include "attention/rotated_query.cuh"
 #include "attention/softmax.cuh"
 #include "attention/storage.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace svg::attention {
 
-// `Key` is the type of the keys of runs, T or int8_t. Methods are templates of the type `K` of the
-// keys at hand: those of summaries are of type T.
-//
+// The same value, of which the compiler knows nothing: what is rarely computed from it is not kept
+// in registers meanwhile.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // With `kClears` value rows that count for nothing are cleared before they are multiplied by their
 // probabilities of 0, which do not silence NaN and infinity. That costs a twelfth of the time, so
 // only tiles whose output would not be finite without are computed so, in a launch of their own.
-template <typename T, int kHeadDim, typename Key, bool kClears>
+template <typename T, int kHeadDim, bool kClears>
 class Consumer {
  public:
-  using Storage = SharedStorage<kHeadDim, Key>;
-  static constexpr bool kBytes = Storage::kBytes;
-  static constexpr int kAtomBytes = Storage::kAtomBytes;
-  static constexpr int kStageBytes = Storage::kStageBytes;
-  template <typename K>
-  using Ring = KeyRing<K, kHeadDim, Key>;
-  // What products with keys are summed up in.
-  template <typename K>
-  using Sum = std::conditional_t<std::is_same_v<K, int8_t>, int, float>;
+  static constexpr int kAtomBytes = SharedStorage<kHeadDim>::kAtomBytes;
+  static constexpr int kStageBytes = SharedStorage<kHeadDim>::kStageBytes;
 
-  __device__ Consumer(const ParamsOf<Key>& params, Storage& shared, int tile)
-      : params_(params), shared_(shared), tile_(params, shared.query, tile) {}
+  __device__ Consumer(const Params& params, SharedStorage<kHeadDim>& shared, int sequence, int tile)
+      : tile_(params, shared, sequence, tile) {
+    softmax_.scale_log2 = params.scale * kLog2E;
+  }
 
   __device__ void run(int summary_stages) {
-    tile_.load([&] {
-      extent_ = measure(params_.run_lengths + int64_t{tile_.index} * params_.runs, params_.runs,
-                        tile_.lane);
-    });
+    tile_.load();
+    const Params& params = tile_.params;
+    extent_ = measure(params.run_lengths + tile_.index() * params.runs, params.runs, tile_.lane);
     run_stages_ = (extent_.atoms + kStageAtoms - 1) / kStageAtoms;
     key_arrivals_ = !extent_.whole ? 1 : tile_.lane == 0 ? 32 : 0;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
-    if (tile_.group == 1)  // the first warpgroup starts
-      hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
-    if constexpr (kBytes) {
-      round_query<int8_t>(tile_, params_.key_mean, params_.key_scale, shared_.query_scale,
-                          shared_.query_shift);
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        softmax_.scale[r] = shared_.query_scale[tile_.group * 64 + tile_.row() + 8 * r];
-      attend<int8_t>(hopper::warp_uniform(run_stages_));
-      if (summary_stages > 0) {
-        hopper::named_barrier_sync(kQueryReady + tile_.group, 128);  // nobody reads the bytes now
-        tile_.find_places();
-        tile_.load([] {});
-        run_stages_ = 0;
-        extent_ = {0, true};
-        attend_wide(summary_stages);
-      }
-    } else {
-      attend_wide(hopper::warp_uniform(run_stages_) + summary_stages);
-    }
+    const int stages = hopper::warp_uniform(run_stages_) + summary_stages;
+    if (stages > 0) attend(stages);
     if (!kClears && (!extent_.whole || summary_stages > 0)) list_if_spoiled();
-    tile_.find_places();
-    store_output(tile_, softmax_, output_, kBytes ? shared_.query_shift : nullptr);
+    store_output(tile_, softmax_, output_);
   }
 
  private:
-  // Attends to keys in 16 bits.
-  __device__ __forceinline__ void attend_wide(int stages) {
-    tile_.show();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) softmax_.scale[r] = params_.scale * kLog2E;
-    attend<T>(stages);
-  }
-
-  template <typename K>
   __device__ __forceinline__ void attend(int stages) {
-    if (stages == 0) return;
     // Stages that need no mask, a loop of their own.
     const int filled =
         hopper::warp_uniform(extent_.whole && !kClears ? extent_.atoms / kStageAtoms : 0);
-    Sum<K> sums[64];
+    float scores[64];
     uint32_t probabilities[32];
-    typename Ring<K>::State key;
+    PipelineState key, value;
+    SharedStorage<kHeadDim>& shared = tile_.shared;
 
-    hopper::mbarrier_wait(&Ring<K>::full(shared_)[key.stage], key.phase);
+    // The first warpgroup starts.
+    if (tile_.group == 1) hopper::named_barrier_arrive(kWarpScheduler, kConsumers);
+    hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
     warp_scheduler_barrier_sync();
-    {
-      float converted[64], correction[2];
-      multiply_keys<K>(sums, key.stage);
-      warp_scheduler_barrier_arrive();
-      hopper::wgmma_wait<0>();
-      hopper::fence_registers(sums);
-      auto& scores = to_scores<K>(sums, converted, key.stage);
-      mask(scores, 0, key.stage);
-      softmax_.rescale(scores, correction);
-      if (!Ring<K>::kOfRuns) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) output_[i] *= correction[i / 2 % 2];
-      }
-      to_operand(scores, probabilities);
-    }
+    multiply_keys(scores, key.stage);
+    warp_scheduler_barrier_arrive();
+    hopper::wgmma_wait<0>();
+    hopper::fence_registers(scores);
+    mask(scores, 0, key.stage);
+    float correction[2];
+    softmax_.rescale(scores, correction);
+    to_operand(scores, probabilities);
     vote_rescale(0, false);
     pending_sum_[0] = pending_sum_[1] = 0.f;
 
     int j = 1;
-    for (; j < filled; ++j) step<K, false>(j, sums, probabilities, key);
-    for (; j < stages; ++j) step<K, true>(j, sums, probabilities, key);
+    for (; j < filled; ++j) step<false>(j, scores, probabilities, key, value);
+    for (; j < stages; ++j) step<true>(j, scores, probabilities, key, value);
 
     hopper::named_barrier_sync(kRescaleVotes + tile_.group, 128);
-    if (must_rescale(j - 1)) rescale<K, true>(j - 1, sums, probabilities, key.stage);
+    if (must_rescale(j - 1)) rescale<true>(j - 1, scores, probabilities, key.stage);
     add_pending_sum();
-    if (kClears) clear_values(j - 1, key.stage);
-    release_keys<K>(key.stage);
-    hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
-    multiply_values(probabilities, value_.stage);
+    if (kClears) clear_values(j - 1, value);
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
+    multiply_values(probabilities, value.stage);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(output_);
-    release_values(value_.stage);
-    value_.advance();
   }
 
   // Leaves a tile whose output is not finite to the next launch, which clears values.
@@ -139,57 +98,43 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) zero = fmaf(output_[i], 0.f, zero);
     if (!__any_sync(~0u, zero != 0.f) || tile_.lane != 0) return;
-    if (atomicExch(&shared_.listed, 1) != 0) return;  // by another warp
-    int* spoiled = params_.spoiled;
-    spoiled[1 + atomicAdd(spoiled, 1)] = tile_.index;
+    if (atomicExch(&tile_.shared.listed, 1) != 0) return;  // by another warp
+    int* spoiled = tile_.params.spoiled;
+    spoiled[1 + atomicAdd(spoiled, 1)] = static_cast<int>(tile_.index());
   }
 
   // The scores and probabilities of stage j, and the product of those of the stage before with its
   // values. Keys stay until no warp asks to rescale what was made of them.
-  template <typename K, bool kMasked>
-  __device__ __forceinline__ void step(int j, Sum<K> (&sums)[64], uint32_t (&probabilities)[32],
-                                       typename Ring<K>::State& key) {
-    float converted[64];
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int j, float (&scores)[64], uint32_t (&probabilities)[32],
+                                       PipelineState& key, PipelineState& value) {
+    SharedStorage<kHeadDim>& shared = tile_.shared;
     const int before = key.stage;
     key.advance();
-    hopper::mbarrier_wait(&Ring<K>::full(shared_)[key.stage], key.phase);
+    hopper::mbarrier_wait(&shared.key_full[key.stage], key.phase);
     warp_scheduler_barrier_sync();
-    multiply_keys<K>(sums, key.stage);
+    multiply_keys(scores, key.stage);
     if (must_rescale(j - 1)) {
       hopper::wgmma_wait<0>();
-      rescale<K, kMasked>(j - 1, sums, probabilities, opaque(before));
-      multiply_keys<K>(sums, opaque(key.stage));
+      rescale<kMasked>(j - 1, scores, probabilities, opaque(before));
+      multiply_keys(scores, opaque(key.stage));
     }
     add_pending_sum();
-    if (kClears) clear_values(j - 1, before);
-    release_keys<K>(before);
-    hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
-    if constexpr (std::is_same_v<K, T>) {
-      multiply_values(probabilities, value_.stage);
-      warp_scheduler_barrier_arrive();
-      hopper::wgmma_wait<1>();
-    } else {
-      hopper::wgmma_wait<0>();
-      warp_scheduler_barrier_arrive();
-    }
-    hopper::fence_registers(sums);
-    auto& scores = to_scores<K>(sums, converted, key.stage);
+    if (kClears) clear_values(j - 1, value);
+    release_keys(before);
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
+    multiply_values(probabilities, value.stage);
+    warp_scheduler_barrier_arrive();
+    hopper::wgmma_wait<1>();
+    hopper::fence_registers(scores);
     if (kMasked) mask(scores, j, key.stage);
-    if constexpr (std::is_same_v<K, T>) {
-      softmax_.exponentiate(scores, pending_sum_);
-    } else {
-      // These products are longer than those of the scores, and not part of the turn: issued step
-      // by step among the exponentials, they let those of the other warpgroup through.
-      pending_sum_[0] = pending_sum_[1] = 0.f;
-      multiply_values(probabilities, value_.stage,
-                      [&](int k) { softmax_.exponentiate(k, scores, pending_sum_); });
-    }
+    softmax_.exponentiate(scores, pending_sum_);
     vote_rescale(j, max(pending_sum_[0], pending_sum_[1]) > kRescaleThreshold<T> ||
                         min(softmax_.maximum[0], softmax_.maximum[1]) == -INFINITY);
     hopper::wgmma_wait<0>();
     hopper::fence_registers(output_);
-    release_values(value_.stage);
-    value_.advance();
+    release_values(value.stage);
+    value.advance();
     to_operand(scores, probabilities);
   }
 
@@ -206,26 +151,26 @@ class Consumer {
   // probabilities of stage j rescaled. Warps may be a stage apart, hence the two places.
   __device__ __forceinline__ void vote_rescale(int j, bool needed) {
     const bool any = __any_sync(~0u, needed);
-    if (tile_.lane == 0) shared_.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
+    if (tile_.lane == 0) tile_.shared.rescale_votes[j & 1][threadIdx.x / 32 - 4] = any;
   }
 
   // The same in all four warps, which may wait for products on it: they read the same votes, given
   // before a barrier of the warpgroup and replaced behind the next one.
   __device__ __forceinline__ bool must_rescale(int j) const {
-    const int4 any = *reinterpret_cast<const int4*>(&shared_.rescale_votes[j & 1][tile_.group * 4]);
+    const int4 any =
+        *reinterpret_cast<const int4*>(&tile_.shared.rescale_votes[j & 1][tile_.group * 4]);
     return __any_sync(~0u, any.x | any.y | any.z | any.w);
   }
 
   // Computes the probabilities of stage j once more, relative to a maximum that includes them.
-  template <typename K, bool kMasked>
-  __device__ __forceinline__ void rescale(int j, Sum<K> (&sums)[64], uint32_t (&probabilities)[32],
+  template <bool kMasked>
+  __device__ __forceinline__ void rescale(int j, float (&scores)[64], uint32_t (&probabilities)[32],
                                           int stage) {
-    float converted[64], correction[2];
-    multiply_keys<K>(sums, stage);
+    multiply_keys(scores, stage);
     hopper::wgmma_wait<0>();
-    hopper::fence_registers(sums);
-    auto& scores = to_scores<K>(sums, converted, stage);
+    hopper::fence_registers(scores);
     if (kMasked) mask(scores, j, stage);
+    float correction[2];
     softmax_.rescale(scores, correction);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) output_[i] *= correction[i / 2 % 2];
@@ -240,69 +185,33 @@ class Consumer {
   }
 
   // Issues S = Q K^T; whoever needs it waits for it.
-  template <typename K>
-  __device__ __forceinline__ void multiply_keys(Sum<K> (&sums)[64], int stage) {
-    hopper::fence_registers(sums);
+  __device__ __forceinline__ void multiply_keys(float (&scores)[64], int stage) {
+    hopper::fence_registers(scores);
     hopper::wgmma_fence();
-    const uint64_t query = hopper::matrix_descriptor(tile_.rows(), Ring<K>::kAtomBytes, 0);
-    const uint64_t key =
-        hopper::advance_descriptor(hopper::matrix_descriptor(shared_.key, Ring<K>::kAtomBytes, 0),
-                                   Ring<K>::kStageBytes, stage);
+    const uint64_t query =
+        hopper::matrix_descriptor(tile_.shared.query + tile_.group * 8 * kAtomBytes, kAtomBytes, 0);
+    const uint64_t key = hopper::advance_descriptor(
+        hopper::matrix_descriptor(tile_.shared.key, kAtomBytes, 0), kStageBytes, stage);
 #pragma unroll
-    for (int k = 0; k < kHeadDim * sizeof(K) / 32; ++k) {
+    for (int k = 0; k < kHeadDim / 16; ++k) {
       const int offset = k / 4 * 1024 + k % 4 * 32;
-      hopper::WgmmaSS<K, kStageRows>::run(sums, hopper::advance_descriptor(query, offset),
+      hopper::WgmmaSS<T, kStageRows>::run(scores, hopper::advance_descriptor(query, offset),
                                           hopper::advance_descriptor(key, offset), k > 0);
     }
     hopper::wgmma_commit();
   }
 
-  // Gives sums of products of bytes the scales of their keys. The integer s, at most 127^2 128, plus
-  // the bits of 1.5 x 2^23 are those of the float 1.5 x 2^23 + s: an addition, which takes half as
-  // long as a conversion, and the product with the scale takes the constant out again.
-  template <typename K>
-  __device__ __forceinline__ auto& to_scores(Sum<K> (&sums)[64], float (&scores)[64],
-                                             int stage) const {
-    if constexpr (std::is_same_v<K, int8_t>) {
-      constexpr float kOnes = 12582912.f;
-      const int bits = 0x4B400000;
-      const float* scales = shared_.row_scale[stage] + tile_.column();
-#pragma unroll
-      for (int i = 0; i < kStageAtoms; ++i) {
-        const float2 both = *reinterpret_cast<const float2*>(scales + 8 * i);
-        const float down[2] = {-kOnes * both.x, -kOnes * both.y};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int at = 4 * i + 2 * r;
-          scores[at] = fmaf(__int_as_float(sums[at] + bits), both.x, down[0]);
-          scores[at + 1] = fmaf(__int_as_float(sums[at + 1] + bits), both.y, down[1]);
-        }
-      }
-      return scores;
-    } else {
-      return sums;
-    }
-  }
-
-  // Issues O += P V, and calls `behind(k)` behind each of eight steps.
-  template <typename Behind>
-  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage,
-                                                  Behind behind) {
+  // Issues O += P V.
+  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage) {
     hopper::fence_registers(output_);
     hopper::wgmma_fence();
     const uint64_t value = hopper::advance_descriptor(
-        hopper::matrix_descriptor(shared_.value, kAtomBytes, 1024), kStageBytes, stage);
+        hopper::matrix_descriptor(tile_.shared.value, kAtomBytes, 1024), kStageBytes, stage);
 #pragma unroll
-    for (int k = 0; k < kStageRows / 16; ++k) {
+    for (int k = 0; k < kStageRows / 16; ++k)
       hopper::WgmmaRS<T, kHeadDim>::run(output_, probabilities + 4 * k,
                                         hopper::advance_descriptor(value, 2 * k * kAtomBytes));
-      if (k == kStageRows / 16 - 1) hopper::wgmma_commit();
-      behind(k);
-    }
-  }
-
-  __device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[32], int stage) {
-    multiply_values(probabilities, stage, [](int) {});
+    hopper::wgmma_commit();
   }
 
   // Takes out the rows an atom read beyond its run, and weighs the summaries of keys that were not
@@ -311,7 +220,7 @@ class Consumer {
     if (j >= run_stages_) {
       weigh_summaries(scores, j - run_stages_);
     } else if (!extent_.whole) {
-      const uint64_t valid = shared_.valid[stage];
+      const uint64_t valid = tile_.shared.valid[stage];
       if (valid != kAllValid)
         keep(scores, [&](int atom) { return static_cast<int>(valid >> (4 * atom)) & 15; });
     } else if ((j + 1) * kStageAtoms > extent_.atoms) {
@@ -323,7 +232,7 @@ class Consumer {
   // Keeps the first rows(i) rows of each atom i.
   template <typename Rows>
   __device__ __forceinline__ void keep(float (&scores)[64], Rows rows) {
-    const int column = tile_.column();
+    const int column = 2 * (tile_.lane % 4);
 #pragma unroll
     for (int i = 0; i < kStageAtoms; ++i) {
       const int count = rows(i);
@@ -334,15 +243,16 @@ class Consumer {
   }
 
   __device__ __forceinline__ void weigh_summaries(float (&scores)[64], int j) {
-    const int first = j * kStageRows + tile_.column();
-    const float* weights = params_.summary_weights + int64_t{tile_.index} * params_.summaries;
-    const float inverse_scale = 1.f / params_.scale;
+    const Params& params = tile_.params;
+    const int first = j * kStageRows + 2 * (tile_.lane % 4);
+    const float* weights = params.summary_weights + tile_.index() * params.summaries;
+    const float inverse_scale = 1.f / params.scale;
 #pragma unroll
     for (int i = 0; i < kStageAtoms; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int c = first + 8 * i + e;
-        const float weight = c < params_.summaries ? weights[c] * inverse_scale : -INFINITY;
+        const float weight = c < params.summaries ? weights[c] * inverse_scale : -INFINITY;
         const bool left_out = weight == -INFINITY;  // even where the score is NaN
         scores[4 * i + e] = left_out ? weight : scores[4 * i + e] + weight;
         scores[4 * i + 2 + e] = left_out ? weight : scores[4 * i + 2 + e] + weight;
@@ -350,27 +260,28 @@ class Consumer {
     }
   }
 
-  // Zeros the value rows of stage j that count for nothing, a thread a row. Both warpgroups write
-  // the same zeros, each before its own product; the keys of the stage are not given back yet, so
-  // `valid` still belongs to it.
-  __device__ __forceinline__ void clear_values(int j, int key_stage) {
+  // Zeros the value rows of stage j that count for nothing, a thread a row. Both warpgroups write the same zeros, each before its own
+  // product; the keys of the stage are not given back yet, so `valid` still belongs to it.
+  __device__ __forceinline__ void clear_values(int j, const PipelineState& value) {
+    SharedStorage<kHeadDim>& shared = tile_.shared;
     const int row = tile_.thread;
     bool counts = true;
     if (j >= run_stages_) {
+      const Params& params = tile_.params;
       const int c = (j - run_stages_) * kStageRows + row;
-      if (c < params_.summaries)  // TMA fills rows beyond with zeros
-        counts = params_.summary_weights[int64_t{tile_.index} * params_.summaries + c] != -INFINITY;
+      if (c < params.summaries)  // TMA fills rows beyond with zeros
+        counts = params.summary_weights[tile_.index() * params.summaries + c] != -INFINITY;
     } else if (!extent_.whole) {
-      const uint64_t valid = shared_.valid[key_stage];
+      const uint64_t valid = shared.valid[value.stage];
       if (valid == kAllValid) return;
       counts = row % kAtomRows < (static_cast<int>(valid >> (4 * (row / kAtomRows))) & 15);
     } else {
       return;
     }
-    hopper::mbarrier_wait(&shared_.value_full[value_.stage], value_.phase);
+    hopper::mbarrier_wait(&shared.value_full[value.stage], value.phase);
     if (!counts) {
       unsigned char* place =
-          shared_.value[value_.stage] + row / kAtomRows * kAtomBytes + row % kAtomRows * 128;
+          shared.value[value.stage] + row / kAtomRows * kAtomBytes + row % kAtomRows * 128;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i)
         *reinterpret_cast<uint4*>(place + i / 8 * 1024 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
@@ -381,13 +292,12 @@ class Consumer {
 
   // Where lanes read how many rows of a stage count, each gives the stage back itself; else one
   // answers for its warp, which is 7 % faster.
-  template <typename K>
   __device__ __forceinline__ void release_keys(int stage) {
-    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&Ring<K>::empty(shared_)[stage], key_arrivals_);
+    if (key_arrivals_ > 0) hopper::mbarrier_arrive(&tile_.shared.key_empty[stage], key_arrivals_);
   }
 
   __device__ __forceinline__ void release_values(int stage) {
-    if (tile_.lane == 0) hopper::mbarrier_arrive(&shared_.value_empty[stage]);
+    if (tile_.lane == 0) hopper::mbarrier_arrive(&tile_.shared.value_empty[stage]);
   }
 
   // The accumulator layout of S is the register layout of P's operand, two column groups of eight
@@ -398,13 +308,10 @@ class Consumer {
     for (int i = 0; i < 32; ++i) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  const ParamsOf<Key>& params_;
-  Storage& shared_;
   QueryTile<T, kHeadDim> tile_;
   int run_stages_;
   Extent extent_;
   int key_arrivals_;  // on behalf of how many lanes this one gives keys back
-  hopper::PipelineState<kStages> value_;
   Softmax softmax_;
   float pending_sum_[2];  // of the last stage's probabilities, which may yet be rescaled
   float output_[kHeadDim / 2];

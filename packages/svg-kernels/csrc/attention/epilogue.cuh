@@ -7,24 +7,22 @@
 namespace svg::attention {
 
 // Normalizes, turns fragments into rows through the query tile's shared memory, and scatters them
-// to their tokens, in any layout whose last axis is contiguous. Rows that read nothing give 0. What
-// was left out of all logits of a row is added to its log-sum-exp, if `shift` is not null.
+// to their tokens, in any layout whose last axis is contiguous. Rows that read nothing give 0.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_output(const QueryTile<T, kHeadDim>& tile,
                                              const Softmax& softmax,
-                                             const float (&output)[kHeadDim / 2],
-                                             const float* shift) {
+                                             const float (&output)[kHeadDim / 2]) {
   constexpr int kChunks = QueryTile<T, kHeadDim>::kChunks;
-  const Arguments& params = tile.params;
+  const Params& params = tile.params;
+  const int row = tile.thread / 32 * 16 + tile.lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.sum[r]);
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // NaN stays NaN
-    const int local = tile.row() + 8 * r;
-    if (params.log_sum_exp && tile.lane % 4 == 0 && tile.first_row() + local < params.query_length)
-      params.log_sum_exp[tile.row_of_all(tile.token(tile.first_row() + local))] =
-          sum == 0.f ? -INFINITY
-                     : softmax.log_sum_exp(r, sum) + (shift ? shift[tile.group * 64 + local] : 0.f);
+    const int local = row + 8 * r;
+    if (params.log_sum_exp && tile.lane % 4 == 0 && tile.first_row + local < params.query_length)
+      params.log_sum_exp[tile.row_of_all(tile.token(tile.first_row + local))] =
+          sum == 0.f ? -INFINITY : softmax.maximum[r] * params.scale + logf(sum);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i)
       *reinterpret_cast<uint32_t*>(tile.element(local, i) + tile.lane % 4 * 4) =
@@ -36,8 +34,8 @@ __device__ __forceinline__ void store_output(const QueryTile<T, kHeadDim>& tile,
   for (int pass = 0; pass < 64 * kChunks / 128; ++pass) {
     const int piece = pass * 128 + tile.thread;
     const int local = piece / kChunks, chunk = piece % kChunks;
-    if (tile.first_row() + local < params.query_length)
-      __stcs(reinterpret_cast<uint4*>(base + tile.token(tile.first_row() + local) *
+    if (tile.first_row + local < params.query_length)
+      __stcs(reinterpret_cast<uint4*>(base + tile.token(tile.first_row + local) *
                                                  params.output_strides[2]) +
                  chunk,
              *reinterpret_cast<const uint4*>(tile.element(local, chunk)));

@@ -13,7 +13,6 @@ namespace svg::attention {
 using hopper::exp2_approx;  // its error is far below the rounding of P
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -45,23 +44,23 @@ constexpr float kRescaleThreshold = 0x1p40f;
 template <>
 constexpr float kRescaleThreshold<__half> = 0x1p15f;
 
-// The running softmax of the two rows a thread holds. Maxima are in units of log 2.
+// The running softmax of the two rows a thread holds. Scores arrive unscaled.
 struct Softmax {
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.f, 0.f};  // of this thread's columns only
-  float scale[2];             // from scores to units of log 2
+  float scale_log2;
 
   // Replaces scores by probabilities relative to a maximum that includes them; returns what older
   // results must be multiplied by.
   __device__ __forceinline__ void rescale(float (&scores)[64], float (&correction)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = -INFINITY;
+      float highest = maximum[r];
 #pragma unroll
       for (int i = 0; i < 16; ++i)
         highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-      highest = fmaxf(maximum[r], quad_max(highest) * scale[r]);
-      correction[r] = exp2_approx(maximum[r] - (highest == -INFINITY ? 0.f : highest));
+      highest = quad_max(highest);
+      correction[r] = exp2_approx(maximum[r] * scale_log2 - offset(highest));
       maximum[r] = highest;
       sum[r] = sum[r] * correction[r] + exponentiate(scores, r);
     }
@@ -73,35 +72,20 @@ struct Softmax {
     for (int r = 0; r < 2; ++r) sums[r] = exponentiate(scores, r);
   }
 
-  // Replaces the eighth k of the scores by such probabilities, and adds them to the sums.
-  __device__ __forceinline__ void exponentiate(int k, float (&scores)[64], float (&sums)[2]) const {
-    const float shifts[2] = {shift(0), shift(1)};
-#pragma unroll
-    for (int i = 8 * k; i < 8 * k + 8; ++i) {
-      const int r = i / 2 % 2;
-      scores[i] = exp2_approx(fmaf(scores[i], scale[r], -shifts[r]));
-      sums[r] += scores[i];
-    }
-  }
-
-  __device__ __forceinline__ float log_sum_exp(int r, float total) const {
-    return maximum[r] * kLn2 + logf(total);
-  }
-
  private:
-  __device__ __forceinline__ float shift(int r) const {
-    return maximum[r] == -INFINITY ? 0.f : maximum[r];
+  __device__ __forceinline__ float offset(float highest) const {
+    return highest == -INFINITY ? 0.f : highest * scale_log2;
   }
 
   __device__ __forceinline__ float exponentiate(float (&scores)[64], int r) {
-    const float down = shift(r);
+    const float shift = offset(maximum[r]);
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& score = scores[4 * i + 2 * r + e];
-        score = exp2_approx(fmaf(score, scale[r], -down));
+        score = exp2_approx(fmaf(score, scale_log2, -shift));
         total += score;
       }
     }

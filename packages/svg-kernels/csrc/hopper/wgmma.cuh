@@ -50,11 +50,6 @@ __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
-template <int kCount>
-__device__ __forceinline__ void fence_registers(int (&registers)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
 
 // d[64, N] += a[64, 16] b[N, 16]^T, both in shared memory, the reduced axis contiguous in both.
 template <typename T, int kColumns>
@@ -72,13 +67,11 @@ struct WgmmaRS;
   SVG_NAMES_32                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SVG_BIND_8(C, i) \
-  C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
-#define SVG_BIND_32_OF(C) SVG_BIND_8(C, 0), SVG_BIND_8(C, 8), SVG_BIND_8(C, 16), SVG_BIND_8(C, 24)
-#define SVG_BIND_64_OF(C) \
-  SVG_BIND_32_OF(C), SVG_BIND_8(C, 32), SVG_BIND_8(C, 40), SVG_BIND_8(C, 48), SVG_BIND_8(C, 56)
-#define SVG_BIND_32 SVG_BIND_32_OF("+f")
-#define SVG_BIND_64 SVG_BIND_64_OF("+f")
+#define SVG_BIND_8(i)                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SVG_BIND_32 SVG_BIND_8(0), SVG_BIND_8(8), SVG_BIND_8(16), SVG_BIND_8(24)
+#define SVG_BIND_64 SVG_BIND_32, SVG_BIND_8(32), SVG_BIND_8(40), SVG_BIND_8(48), SVG_BIND_8(56)
 
 #define SVG_WGMMA_SS(TYPE, NAME)                                                         \
   template <>                                                                            \
@@ -142,25 +135,11 @@ struct WgmmaRS<__nv_fp8_e4m3, 128> {
   }
 };
 
-// The same for 8-bit integers; sums are exact.
-template <>
-struct WgmmaSS<int8_t, 128> {
-  static __device__ __forceinline__ void run(int (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SVG_NAMES_64 "}, %64, %65, p;\n}"
-        : SVG_BIND_64_OF("+r")
-        : "l"(a), "l"(b), "r"(accumulate));
-  }
-};
-
 #undef SVG_WGMMA
 #undef SVG_WGMMA_RS
 #undef SVG_WGMMA_SS
 #undef SVG_BIND_64
 #undef SVG_BIND_32
-#undef SVG_BIND_64_OF
-#undef SVG_BIND_32_OF
 #undef SVG_BIND_8
 #undef SVG_NAMES_64
 #undef SVG_NAMES_32

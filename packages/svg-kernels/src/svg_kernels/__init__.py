@@ -4,10 +4,8 @@ from svg_kernels import modulation, norm, permute, quantize
 from svg_kernels._dispatch import BackendStatus
 from svg_kernels.attention import block_sparse_attention
 from svg_kernels.attention_fp8 import block_sparse_attention_fp8
-from svg_kernels.attention_int8 import block_sparse_attention_int8
 from svg_kernels.errors import UnsupportedError
 from svg_kernels.gelu import gelu
-from svg_kernels.key_int8 import Int8Key, quantize_key
 from svg_kernels.key_value_fp8 import Fp8KeyValue, quantize_key_value
 from svg_kernels.modulation import *  # noqa: F403
 from svg_kernels.norm import *  # noqa: F403
@@ -33,9 +31,6 @@ __all__ = [
     "block_sparse_attention",
     "probe_sums",
     "ProbeSums",
-    "quantize_key",
-    "block_sparse_attention_int8",
-    "Int8Key",
     "quantize_key_value",
     "block_sparse_attention_fp8",
     "Fp8KeyValue",

@@ -73,19 +73,6 @@ def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
     check_companion(name, value, x)
 
 
-def expanded_order(order: Tensor, x: Tensor) -> Tensor:
-    """Return `order` expanded to `[B, H, T]` for `x` of shape `[B, H, S, D]`, or raise."""
-    if order.dtype != torch.int32:
-        raise TypeError(f"order must be int32, got {order.dtype}; use order.int()")
-    if order.device != x.device:
-        raise ValueError(f"order must be on {x.device} like the tensors, got {order.device}")
-    heads = x.shape[:2]
-    fits = all(size in (1, full) for size, full in zip(order.shape[:-1], heads, strict=False))
-    if order.ndim != 3 or not fits:
-        raise ValueError(f"order must expand to {[*heads, 'T']}, got {list(order.shape)}")
-    return order.expand(*heads, order.shape[-1])
-
-
 def check_tokens(x: Tensor) -> None:
     """Raise unless `x` is `[B, S, C]`."""
     if x.ndim != 3:

@@ -272,8 +272,6 @@ inline float __uint_as_float(unsigned w) {
   return f;
 }
 
-inline float __int_as_float(int w) { return __uint_as_float(static_cast<unsigned>(w)); }
-
 inline unsigned __float_as_uint(float f) {
   unsigned w;
   std::memcpy(&w, &f, 4);
@@ -282,7 +280,6 @@ inline unsigned __float_as_uint(float f) {
 
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;

@@ -25,13 +25,9 @@ from svg_models.summary import Summarised, described
 if TYPE_CHECKING:
     from svg_attention import Method, Schedule
 
-__all__ = [
-    *("FORMAT", "AttentionPrecision", "From", "Layers", "Measured", "Precision", "Recipe"),
-    "read_document",
-]
+__all__ = ["FORMAT", "From", "Layers", "Measured", "Precision", "Recipe", "read_document"]
 
 Precision: TypeAlias = Literal["bf16", "fp8"]
-AttentionPrecision: TypeAlias = Literal["bf16", "int8", "fp8"]
 From: TypeAlias = Literal["sparse", "start"]
 
 FORMAT = "svg-recipe/1"
@@ -50,15 +46,14 @@ class Layers:
         fuse: join what stands between the matrix products of a block.
         linears: precision of the matrix products.
         attention: precision of self-attention.
-        fp8_from: which steps have in 8 bits what is to be: sparse ones but those at the end, or
-            all; for attention in int8, too.
+        fp8_from: which steps have in fp8 what is to be: sparse ones but those at the end, or all.
         cache: steps whose blocks are not computed, see `svg_models.caching`.
     """
 
     exact_dense: bool = False
     fuse: bool = True
     linears: Precision = "bf16"
-    attention: AttentionPrecision = "bf16"
+    attention: Precision = "bf16"
     fp8_from: From = "sparse"
     cache: str = NO_CACHE
 
@@ -67,7 +62,7 @@ class Layers:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise SettingError(f"{name} must be True or False, got {written(value)}")
-        kinds = (("linears", Precision), ("attention", AttentionPrecision), ("fp8_from", From))
+        kinds = (("linears", Precision), ("attention", Precision), ("fp8_from", From))
         for name, kind in kinds:
             value, known = getattr(self, name), get_args(kind)
             if value not in known:
@@ -76,20 +71,19 @@ class Layers:
                     f"{did_you_mean(str(value), known)}"
                 )
         read_cache(self.cache)
-        if self.exact_dense and self.attention != "bf16" and self.fp8_from == "start":
+        if self.exact_dense and self.attention == "fp8" and self.fp8_from == "start":
             raise SettingError(
-                "exact_dense=True computes dense calls by the model's own kernel, "
-                f"attention={self.attention!r} with fp8_from='start' computes them in "
-                f"{self.attention}; leave one of them out"
+                "exact_dense=True computes dense calls by the model's own kernel, attention='fp8' "
+                "with fp8_from='start' computes them in fp8; leave one of them out"
             )
 
     @property
-    def has_8_bits(self) -> bool:
-        """Whether anything is computed in fp8 or int8."""
-        return (self.linears, self.attention) != ("bf16", "bf16")
+    def has_fp8(self) -> bool:
+        """Whether anything is computed in fp8."""
+        return "fp8" in (self.linears, self.attention)
 
-    def in_8_bits(self, *, sparse: bool, step: int | None, num_steps: int | None) -> bool:
-        """Return whether a step is one of those that fp8 and int8 are for.
+    def in_fp8(self, *, sparse: bool, step: int | None, num_steps: int | None) -> bool:
+        """Return whether a step is one of those that fp8 is for.
 
         Args:
             sparse: whether its attention is sparse.
@@ -106,19 +100,19 @@ class Layers:
         """Return a copy in which what was given, that is not None, takes the place of the rest.
 
         Raises:
-            SettingError: if a value is unknown, or says when 8 bits begin where nothing is in them.
+            SettingError: if a value is unknown, or says when fp8 begins where nothing is in fp8.
         """
         new = dataclasses.replace(self, **{k: v for k, v in given.items() if v is not None})
-        if given.get("fp8_from") is not None and not new.has_8_bits:
+        if given.get("fp8_from") is not None and not new.has_fp8:
             raise SettingError(
-                "fp8_from says in which step 8 bits begin, and nothing is in 8 bits; give "
-                "linears='fp8' or attention='int8' or 'fp8' beside it"
+                "fp8_from says in which step fp8 begins, and nothing is in fp8; give "
+                "linears='fp8' or attention='fp8' beside it"
             )
         return new
 
 
 def last_steps(num_steps: int) -> int:
-    """Return how many steps at the end of a video keep their precision, unless 8 bits are for all.
+    """Return how many steps at the end of a video keep their precision, unless fp8 is for all.
 
     No later step takes their errors away. If only one of 20 steps of the embedded model rounds the
     inputs of its products, the clip keeps a PSNR of 47 dB where that is the last, 51.5 where it is

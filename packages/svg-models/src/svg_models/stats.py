@@ -73,12 +73,6 @@ class RunStats(Summarised):
 
     @property
     @statistic
-    def int8_calls(self) -> int:
-        """Return the number of attention calls whose scores came from 8-bit integers."""
-        return sum(record.backend.endswith("_int8") for record in self.records)
-
-    @property
-    @statistic
     def tokens(self) -> int:
         """Return the video tokens of the clip; 0 before the first forward pass."""
         return 0 if self.grid is None else self.grid[0] * self.grid[1] * self.grid[2]
@@ -168,16 +162,13 @@ class RunStats(Summarised):
             "records": [asdict(record) for record in self.records],
         }
 
-    def _in_8_bits(self) -> list[tuple[str, str]]:
-        """Return a line on what was in fp8 and one on int8; none on what nothing was in."""
+    def _in_fp8(self) -> list[tuple[str, str]]:
+        """Return a line on what was asked for in fp8; none if nothing was."""
         which = {"sparse": "sparse steps but those at the end", "start": "all steps"}
         told = [f"{self.fp8_calls:,} attention calls"] if self.fp8_calls else []
         if self.recipe.get("linears") == "fp8":
             told.append(f"linear layers in {which[self.recipe['fp8_from']]}")
-        lines = [("fp8", ", ".join(told))] if told else []
-        if self.int8_calls:
-            lines.append(("int8", f"{self.int8_calls:,} attention calls"))
-        return lines
+        return [("fp8", ", ".join(told))] if told else []
 
     def _by(
         self,
@@ -210,7 +201,7 @@ class RunStats(Summarised):
                 f"{self.mean_density_with_dense_calls:.1%} of all; {probed}"
                 f"{steps} steps, {layers} layers{size}",
             ),
-            *self._in_8_bits(),
+            *self._in_fp8(),
             ("time", "not timed" if seconds is None else f"{seconds:.2f} s"),
         ]
 

@@ -2,8 +2,8 @@
 
 A backend is an object with `name`, `unsupported(...)` and `attend(...)`. `BACKENDS` lists them from
 the fastest to the one that runs everywhere, which "auto" never passes; after it come those that are
-taken by name only: ours in 8 bits, which are less exact, and other people's kernels, which wait for
-the device.
+taken by name only: ours in fp8, which is less exact, and other people's kernels, which wait for the
+device.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from torch import Tensor
 
 from svg_attention.backends.flash_attn import FlashAttentionBackend
 from svg_attention.backends.flashinfer import FlashInferBackend
-from svg_attention.backends.kernels import (
-    Fp8KernelsBackend,
-    Int8KernelsBackend,
-    KernelsBackend,
-)
+from svg_attention.backends.kernels import Fp8KernelsBackend, KernelsBackend
 from svg_attention.backends.reference import ReferenceBackend
 from svg_attention.errors import UnsupportedError
 from svg_attention.plan import SparsePlan
@@ -62,8 +58,6 @@ _ALL: tuple[Backend, ...] = (
     KernelsBackend("cuda"),
     KernelsBackend("triton"),
     ReferenceBackend(),
-    Int8KernelsBackend("cuda_int8"),
-    Int8KernelsBackend("reference_int8"),
     Fp8KernelsBackend("cuda_fp8"),
     Fp8KernelsBackend("reference_fp8"),
     FlashInferBackend(),

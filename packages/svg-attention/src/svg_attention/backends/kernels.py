@@ -159,49 +159,54 @@ class KernelsBackend:
         return found
 
 
-class ByteKernelsBackend(KernelsBackend):
-    """Round keys to 8 bits as they are permuted, then attend run by run; taken by name only.
+class Fp8KernelsBackend(KernelsBackend):
+    """Round keys and values to e4m3 as they are permuted, then attend in e4m3 run by run.
 
-    Heads of fewer channels than the kernels' 128 are padded, which costs what 128 channels cost. A
-    summary stays in 16 bits.
+    Twice the rate of the tensor cores for errors of some 5 % of an output row, where bf16 has
+    0.3 %; taken by name only. Heads of fewer channels than the kernel's 128 are padded, which costs
+    what 128 channels cost. A summary stays in 16 bits.
 
     Attributes:
-        name: of the kernel written for compute capability 9.0, "cuda" and the format, or of plain
-            torch on any device, "reference" and the format, which rounds the same keys and values
-            and computes in fp32.
+        name: "cuda_fp8" for the kernel written for compute capability 9.0, "reference_fp8" for
+            plain torch on any device, which rounds keys and values alike and computes in fp32.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Literal["cuda_fp8", "reference_fp8"]) -> None:
         self.name = name
-        self._kernel, _, self._format = name.rpartition("_")
+        self._kernel = name.removesuffix("_fp8")
 
     def unsupported(
         self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan
     ) -> str | None:
         """Return one sentence saying why this call cannot run here, or None if it can."""
-        if self._kernel == "cuda":
+        if self.name == "cuda_fp8":
             return super().unsupported(query, key, value, plan)
         if importlib.util.find_spec("svg_kernels") is None:
             return "svg-kernels is not installed; pip install 'svg-attention[kernels]'"
         return self._unsupported_tensors(query, key, value, plan)
 
     def _unsupported(self, query: Tensor) -> str | None:
-        from svg_kernels.rotation import HEAD_DIM
+        from svg_kernels.attention_fp8 import unsupported
+        from svg_kernels.key_value_fp8.rows import HEAD_DIM
 
         width = query.shape[-1]
         if width > HEAD_DIM:
-            return f"heads must have at most {HEAD_DIM} channels in {self._format}, got {width}"
-        return self._unsupported_by_kernel(query, HEAD_DIM)
+            return f"heads must have at most {HEAD_DIM} channels in e4m3, got {width}"
+        return unsupported(self._kernel, query.device, query.dtype, HEAD_DIM)
 
-    def _unsupported_by_kernel(self, query: Tensor, head_dim: int) -> str | None:
-        """Return why the kernel cannot take such queries when they are padded, or None."""
-        raise NotImplementedError
+    def _copied_bytes(self, key: Tensor, value: Tensor, plan: SparsePlan) -> int:
+        """Return the bytes of a head's keys and values in e4m3, whatever their order."""
+        from svg_kernels.key_value_fp8.rows import HEAD_DIM
+
+        rows = key.shape[2] if plan.key_order is None else plan.key_order.shape[-1]
+        return 2 * rows * HEAD_DIM
 
     def _attend_to_runs(
         self, query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, **keywords: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Pad heads, quantise and launch the kernel."""
-        from svg_kernels.rotation import HEAD_DIM
+        """Quantise keys and values and launch the kernel."""
+        import svg_kernels
+        from svg_kernels.key_value_fp8.rows import HEAD_DIM
 
         order = plan.key_order
         if order is not None:
@@ -214,115 +219,18 @@ class ByteKernelsBackend(KernelsBackend):
                 summary = _widened(keys, HEAD_DIM), _widened(values, HEAD_DIM), weights
                 keywords["summary"] = summary
             keywords["out"] = None
-        runs = (plan.run_starts, plan.run_lengths)
-        result = self._attend_quantised(query, key, value, order, *runs, **keywords)
+        rows = svg_kernels.quantize_key_value(
+            key, value, order, backend="auto" if self._kernel == "cuda" else self._kernel
+        )
+        result: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention_fp8(
+            query, rows, plan.run_starts, plan.run_lengths, backend=self._kernel, **keywords
+        )
         if width == HEAD_DIM:
             return result
         found, lse = (result, None) if isinstance(result, Tensor) else result
         found = found[..., :width]
         found = found if out is None else out.copy_(found)
         return found if lse is None else (found, lse)
-
-    @property
-    def _quantiser(self) -> str:
-        """The backend that rounds keys and values."""
-        return "auto" if self._kernel == "cuda" else self._kernel
-
-    def _attend_quantised(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        order: Tensor | None,
-        run_starts: Tensor,
-        run_lengths: Tensor,
-        **keywords: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Quantise heads of 128 channels in the order of the plan and launch the kernel."""
-        raise NotImplementedError
-
-
-class Int8KernelsBackend(ByteKernelsBackend):
-    """Keys in 8-bit integers: scores at twice the rate, probabilities and values in 16 bits.
-
-    Errors are some 1 % of an output row for random data, 0.2 to 0.4 % for trained queries and keys.
-    """
-
-    def __init__(self, name: Literal["cuda_int8", "reference_int8"]) -> None:
-        super().__init__(name)
-
-    def _unsupported_by_kernel(self, query: Tensor, head_dim: int) -> str | None:
-        from svg_kernels.attention_int8 import unsupported
-
-        return unsupported(self._kernel, query.device, query.dtype, head_dim)
-
-    def _copied_bytes(self, key: Tensor, value: Tensor, plan: SparsePlan) -> int:
-        """Return the bytes of a head's keys in integers and of its values, if they are copied."""
-        from svg_kernels.rotation import HEAD_DIM
-
-        if plan.key_order is None:
-            return key.shape[2] * HEAD_DIM
-        return plan.key_order.shape[-1] * HEAD_DIM * (1 + value.itemsize)
-
-    def _attend_quantised(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        order: Tensor | None,
-        run_starts: Tensor,
-        run_lengths: Tensor,
-        **keywords: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        import svg_kernels
-
-        rows = svg_kernels.quantize_key(key, order, backend=self._quantiser)
-        if order is not None:
-            value = svg_kernels.permute_rows(value, order)
-        found: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention_int8(
-            query, rows, value, run_starts, run_lengths, backend=self._kernel, **keywords
-        )
-        return found
-
-
-class Fp8KernelsBackend(ByteKernelsBackend):
-    """Keys and values in e4m3: both products at twice the rate.
-
-    Errors are some 5 % of an output row, where bf16 has 0.3 %.
-    """
-
-    def __init__(self, name: Literal["cuda_fp8", "reference_fp8"]) -> None:
-        super().__init__(name)
-
-    def _unsupported_by_kernel(self, query: Tensor, head_dim: int) -> str | None:
-        from svg_kernels.attention_fp8 import unsupported
-
-        return unsupported(self._kernel, query.device, query.dtype, head_dim)
-
-    def _copied_bytes(self, key: Tensor, value: Tensor, plan: SparsePlan) -> int:
-        """Return the bytes of a head's keys and values in e4m3, whatever their order."""
-        from svg_kernels.rotation import HEAD_DIM
-
-        rows = key.shape[2] if plan.key_order is None else plan.key_order.shape[-1]
-        return 2 * rows * HEAD_DIM
-
-    def _attend_quantised(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        order: Tensor | None,
-        run_starts: Tensor,
-        run_lengths: Tensor,
-        **keywords: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        import svg_kernels
-
-        rows = svg_kernels.quantize_key_value(key, value, order, backend=self._quantiser)
-        found: Tensor | tuple[Tensor, Tensor] = svg_kernels.block_sparse_attention_fp8(
-            query, rows, run_starts, run_lengths, backend=self._kernel, **keywords
-        )
-        return found
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -1,5 +1,4 @@
-// The online softmax of the rows that a thread holds, with lazy rescaling, for probabilities in
-// e4m3.
+// The online softmax of the rows that a thread holds, with lazy rescaling, for probabilities in e4m3.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -8,10 +7,11 @@
 
 namespace svg::attention::fp8 {
 
-constexpr float kLargestByte = 448.f;        // of e4m3
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLargestByte = 448.f;  // of e4m3
 constexpr float kLargestLowered = 0x1p100f;  // sums above are of probabilities that may be infinite
-// What the maximum of a row stands at when it is set: 2^5.8 below the largest number, room for
-// later scores that are higher, and as much above 2^-6, down to where e4m3 keeps all its digits.
+// What the maximum of a row stands at when it is set: 2^5.8 below the largest number, room for later
+// scores that are higher, and as much above 2^-6, down to where e4m3 keeps all its digits.
 constexpr float kMaximumLog2 = 3.f;
 
 // The running softmax of the two rows a thread holds. Maxima are in units of log 2.
@@ -22,7 +22,7 @@ struct Softmax {
   // Replaces scores by probabilities relative to a maximum that includes them; returns what older
   // results must be multiplied by.
   __device__ __forceinline__ void rescale(float (&scores)[64], const float (&scale)[2],
-                                          float (&correction)[2]) {
+                                        float (&correction)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float highest = -INFINITY;
@@ -47,8 +47,8 @@ struct Softmax {
     }
   }
 
-  // Replaces the quarter k of the scores by probabilities relative to the maximum as it is, and
-  // adds them to the sums.
+  // Replaces the quarter k of the scores by probabilities relative to the maximum as it is, and adds
+  // them to the sums.
   __device__ __forceinline__ void exponentiate(int k, float (&scores)[64], const float (&scale)[2],
                                                float (&sums)[2]) const {
     const float down[2] = {shift(0), shift(1)};
@@ -60,8 +60,8 @@ struct Softmax {
     }
   }
 
-  // Raises the maximum of row r to its largest probability, which then stands at 2^kMaximumLog2,
-  // where e4m3 rounds nothing; returns by what results relative to the old one must be multiplied.
+  // Raises the maximum of row r to its largest probability, which then stands at 2^kMaximumLog2, where
+  // e4m3 rounds nothing; returns by what results relative to the old one must be multiplied.
   __device__ __forceinline__ float lower(const float (&probabilities)[64], int r) {
     float highest = 0.f;
 #pragma unroll

@@ -28,6 +28,7 @@ struct Params : Arguments {
   CUtensorMap value_maps[kBoxes];
   CUtensorMap summary_key_map;  // boxes of one atom
   CUtensorMap summary_value_map;
+  int tiles;
 };
 
 // The stages of the pipeline while runs are read.
@@ -53,7 +54,7 @@ struct SharedStorage {
   };
   float query_scale[kTileRows];  // from sums of products of bytes to units of log 2
   float query_shift[kTileRows];  // the logit of the mean key, which is left out of all of a row's
-  float factors[kTileRows];      // by which a warp has lowered its rows
+  float factors[kTileRows];  // by which a warp has lowered its rows
   // Rows that count in each atom of a stage, four bits each; read where a tile is not whole.
   uint64_t valid[kRowStages];
   alignas(16) int rescale_votes[2][kConsumers / 32];  // by stage modulo two, and warp

@@ -48,8 +48,8 @@ __device__ __forceinline__ void transpose(const unsigned char* rows, unsigned ch
 }
 
 // Called by warp `warp` of the transposers: transposes the values of a tile's runs.
-__device__ inline void transpose_runs(const Params& params, SharedStorage& shared, int64_t tile,
-                                      int warp, int lane) {
+__device__ inline void transpose_runs(const Params& params, SharedStorage& shared, int64_t tile, int warp,
+                               int lane) {
   const Extent extent = measure(params.run_lengths + tile * params.runs, params.runs, lane);
   const int stages = (extent.atoms + kStageAtoms - 1) / kStageAtoms;
   hopper::PipelineState<kRowStages> row;

@@ -18,17 +18,11 @@ _VECTOR = 16  # bytes
 
 def block_sparse_attention(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
     """Launch the kernel on the current stream; see `svg_kernels.block_sparse_attention`."""
-    function = _library.functions(operands.query.device).block_sparse_attention
-    launch(function, operands, out, lse, (spoiled_tiles(operands),))
-
-
-def spoiled_tiles(operands: Operands) -> Tensor:
-    """Return where a kernel notes how many tiles, and which, hold what is not finite.
-
-    They are computed once more.
-    """
     tiles = operands.run_starts.shape[:3].numel()
-    return torch.zeros(1 + tiles, dtype=torch.int32, device=operands.query.device)
+    # How many tiles, and which, hold what is not finite: they are computed once more.
+    spoiled = torch.zeros(1 + tiles, dtype=torch.int32, device=operands.query.device)
+    function = _library.functions(operands.query.device).block_sparse_attention
+    launch(function, operands, out, lse, (spoiled,))
 
 
 def launch(

@@ -17,8 +17,7 @@ from svg_kernels.attention.operands import (
     check_operands,
     check_out,
 )
-from svg_kernels.key_value_fp8.rows import DTYPE, Fp8KeyValue
-from svg_kernels.rotation import HEAD_DIM
+from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
 
 __all__ = ["block_sparse_attention_fp8"]
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from svg_kernels import _debug, _dispatch
-from svg_kernels._checks import FLOATS, expanded_order
+from svg_kernels._checks import FLOATS
 from svg_kernels._dispatch import define_op, select_backend
-from svg_kernels.key_value_fp8.rows import DTYPE, Fp8KeyValue
-from svg_kernels.rotation import HEAD_DIM
+from svg_kernels.key_value_fp8.rows import DTYPE, HEAD_DIM, Fp8KeyValue
 
 __all__ = ["Fp8KeyValue", "quantize_key_value"]
 
@@ -44,7 +43,7 @@ def quantize_key_value(
     """
     _check(key, value)
     if order is not None:
-        order = expanded_order(order, key)
+        order = _expanded(order, key)
     return Fp8KeyValue(**dict(zip(_NAMES, _quantize(key, value, order, backend), strict=True)))
 
 
@@ -75,6 +74,18 @@ def _check(key: Tensor, value: Tensor) -> None:
             "key and value must have one shape and device, got "
             f"{list(key.shape)} on {key.device} and {list(value.shape)} on {value.device}"
         )
+
+
+def _expanded(order: Tensor, key: Tensor) -> Tensor:
+    if order.dtype != torch.int32:
+        raise TypeError(f"order must be int32, got {order.dtype}; use order.int()")
+    if order.device != key.device:
+        raise ValueError(f"order must be on {key.device} like the tensors, got {order.device}")
+    heads = key.shape[:2]
+    fits = all(size in (1, full) for size, full in zip(order.shape[:-1], heads, strict=False))
+    if order.ndim != 3 or not fits:
+        raise ValueError(f"order must expand to {[*heads, 'T']}, got {list(order.shape)}")
+    return order.expand(*heads, order.shape[-1])
 
 
 def _run(key: Tensor, value: Tensor, order: Tensor | None, backend: str) -> tuple[Tensor, ...]:

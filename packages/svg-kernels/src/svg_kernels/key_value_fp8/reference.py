@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from svg_kernels.key_value_fp8.rows import DTYPE, LARGEST, SMALLEST, key_scales
-from svg_kernels.rotation import rotate
+from svg_kernels.key_value_fp8.rows import DTYPE, LARGEST, SMALLEST, key_scales, rotate
 
 
 def quantize_key_value(key: Tensor, value: Tensor, order: Tensor | None) -> tuple[Tensor, ...]:

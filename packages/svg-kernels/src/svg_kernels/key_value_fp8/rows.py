@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from svg_kernels.rotation import unrotate
-
+HEAD_DIM = 128
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -16,6 +17,8 @@ SMALLEST = 1e-30
 """The least scale."""
 FLATTEST = 2.0**-10
 """The least scale of a key's channel, relative to the mean of all: less is rounding alone."""
+SIGNS = 0x13198A2E03707344243F6A8885A308D3
+"""The signs of the rotation, the lowest bit for channel 0; the compiled kernel has the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +69,29 @@ def key_scales(deviation: Tensor) -> Tensor:
     """Return the scales of keys whose channels have the standard deviations `[..., 128]`."""
     mean = deviation.mean(dim=-1, keepdim=True)
     return torch.maximum((deviation * mean).sqrt(), mean * FLATTEST).clamp_min(SMALLEST)
+
+
+@cache
+def signed_hadamard(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the Hadamard matrix `[128, 128]` in Sylvester's order, columns signed.
+
+    A fixed pattern of signs keeps channels that are alike from meeting in one.
+    """
+    matrix = torch.ones(1, 1)
+    while len(matrix) < HEAD_DIM:
+        matrix = torch.cat([torch.cat([matrix, matrix]), torch.cat([matrix, -matrix])], dim=1)
+    signs = torch.tensor([1.0 - 2.0 * (SIGNS >> i & 1) for i in range(HEAD_DIM)])
+    return (matrix * signs).to(device, dtype)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate rows `[..., 128]`, spreading each channel over all of them.
+
+    Dot products of two rotated rows are those of the rows. Ashkboos et al. 2024, arXiv:2404.00456.
+    """
+    return x @ signed_hadamard(x.device, x.dtype).T / math.sqrt(HEAD_DIM)
+
+
+def unrotate(x: Tensor) -> Tensor:
+    """Undo `rotate`."""
+    return x @ signed_hadamard(x.device, x.dtype) / math.sqrt(HEAD_DIM)

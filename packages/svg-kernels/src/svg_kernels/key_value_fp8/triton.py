@@ -8,8 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_kernels._rows import contiguous_rows
-from svg_kernels.key_value_fp8.rows import DTYPE, FLATTEST, LARGEST, SMALLEST
-from svg_kernels.rotation import HEAD_DIM, signed_hadamard
+from svg_kernels.key_value_fp8.rows import (
+    DTYPE,
+    FLATTEST,
+    HEAD_DIM,
+    LARGEST,
+    SMALLEST,
+    signed_hadamard,
+)
 
 STATISTICS = 5  # sum and sum of squares of keys; sum, least and largest of values
 CHUNK_ROWS = 2048  # rows whose statistics one program gathers

@@ -31,13 +31,6 @@ inline uint16_t round_to_e4m3(float low, float high) {
   return static_cast<uint16_t>(to_e4m3(low) | to_e4m3(high) << 8);
 }
 
-inline uint32_t round_to_int8(float a, float b, float c, float d) {
-  uint32_t word = 0;
-  int place = 0;
-  for (float x : {a, b, c, d}) word |= (static_cast<int>(std::nearbyint(x)) & 255u) << 8 * place++;
-  return word;
-}
-
 inline uint32_t join(uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; }
 
 }  // namespace svg::hopper

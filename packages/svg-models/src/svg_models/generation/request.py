@@ -26,14 +26,7 @@ from svg_models.method_names import (
     read_method,
 )
 from svg_models.presets import PRESETS
-from svg_models.recipe import (
-    AttentionPrecision,
-    From,
-    Layers,
-    Precision,
-    Recipe,
-    read_document,
-)
+from svg_models.recipe import From, Layers, Precision, Recipe, read_document
 from svg_models.spelling import DIFFUSERS_NAMES, check_names, respell
 
 if TYPE_CHECKING:
@@ -51,8 +44,7 @@ FOR_LOADING = ("loras", "compiled", "device", "dtype", "offload")
 # Named here so that a misspelt one is refused before torch is imported; a test compares.
 BACKEND_NAMES = (
     *("auto", "cuda", "triton", "reference"),
-    *("cuda_int8", "reference_int8", "cuda_fp8", "reference_fp8"),
-    *("flashinfer", "flash_attn"),
+    *("cuda_fp8", "reference_fp8", "flashinfer", "flash_attn"),
 )
 
 
@@ -95,16 +87,15 @@ class Request(Settings):
     )
     attention: str | None = option(
         None,
-        "Precision of attention in sparse steps except the last two. int8 (compute capability "
-        "9.0) is faster and changes the clip little, fp8 changes it more. "
-        "[dim]Default: bf16, or as in the recipe.[/]",
+        "Precision of attention in sparse steps. fp8 (compute capability 9.0) is faster and "
+        "changes the clip more. [dim]Default: bf16, or as in the recipe.[/]",
         "--attention",
         panel=HOW,
-        suggestions=get_args(AttentionPrecision),
+        suggestions=get_args(Precision),
     )
     fp8_from: str | None = option(
         None,
-        "Where --linears and --attention use 8 bits: sparse (sparse steps except the last two) or "
+        "Where --linears and --attention use fp8: sparse (sparse steps except the last two) or "
         "start (every step). [dim]Default: sparse, or as in the recipe.[/]",
         "--fp8-from",
         panel=HOW,
@@ -203,7 +194,7 @@ class Request(Settings):
 
     @property
     def computed_dense(self) -> dict[str, Any]:
-        """Return by what the dense clip is computed that others are compared with: in 16 bits."""
+        """Return by what the dense clip is computed that others are compared with: not in fp8."""
         return {"backend": self.backend}
 
     @property

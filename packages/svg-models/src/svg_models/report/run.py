@@ -163,9 +163,8 @@ def _settings(stats: RunStats) -> list[tuple[str, str]]:
         given = ((k.replace("_", " "), v) for k, v in recipe.get(part, {}).items())
         named = ((f"{part} {k}" if k in dict(pairs) else k, v) for k, v in given)
         pairs += [(k, f"{v}") for k, v in named if v is not None]
-    if {"fp8", "int8"} & {recipe.get("linears"), recipe.get("attention")}:
+    if "fp8" in (recipe.get("linears"), recipe.get("attention")):
         pairs += [(k, recipe[k]) for k in ("linears", "attention")]
-        calls = stats.fp8_calls + stats.int8_calls
-        pairs.append(("8 bits from", f"{recipe['fp8_from']} ({calls:,} attention calls)"))
+        pairs.append(("fp8 from", f"{recipe['fp8_from']} ({stats.fp8_calls:,} attention calls)"))
     pairs += [(k, recipe[k]) for k in ("source", "note") if recipe.get(k)]
     return pairs

@@ -42,7 +42,7 @@ from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.hooks import Installation, Slot
-from svg_models.sparse.layers import FastLayers, backend_in_8_bits
+from svg_models.sparse.layers import FastLayers, fp8_backend
 from svg_models.sparse.tracker import StepTracker
 
 __all__ = ["Engine"]
@@ -116,7 +116,7 @@ class Engine:
         layers: Layers,
     ) -> None:
         self._layers = layers
-        self._byte_backend = backend_in_8_bits(layers.attention, backend)
+        self._fp8_backend = fp8_backend(backend) if layers.attention == "fp8" else None
         self._pipe = weakref.ref(pipe)
         self._spec, self._schedule = spec, schedule
         self._options: dict[str, Any] = {"backend": backend, "seed": seed, "profile": profile}
@@ -240,7 +240,7 @@ class Engine:
             )
         generation.contexts[transformer] = context
         if transformer in self.fast_layers:
-            fp8, step = self._in_8_bits(transformer), context.moment.step
+            fp8, step = self._in_fp8(transformer), context.moment.step
             if fp8:  # two transformers take turns, and both with copies would not fit on a GPU
                 for name, others in self.fast_layers.items():
                     if name != transformer:
@@ -254,10 +254,10 @@ class Engine:
         sparse = _is_sparse(generation.recipe, transformer, moment.step, moment.num_steps)
         return moment, sparse
 
-    def _in_8_bits(self, transformer: str) -> bool:
-        """Return whether the forward pass of a transformer is one of those that 8 bits are for."""
+    def _in_fp8(self, transformer: str) -> bool:
+        """Return whether the forward pass of a transformer is one of those that fp8 is for."""
         moment, sparse = self.where(transformer)
-        return self._layers.in_8_bits(sparse=sparse, step=moment.step, num_steps=moment.num_steps)
+        return self._layers.in_fp8(sparse=sparse, step=moment.step, num_steps=moment.num_steps)
 
     def watch(self, watch: Callable[[Call, Tensor, Tensor, SparsePlan], None] | None) -> None:
         """Have each sparse call of the generation on this thread watched; see `Session.watch`."""
@@ -287,7 +287,7 @@ class Engine:
         finally:
             self._here.session = None
             if layers is not None:
-                layers.begin_forward(fp8=self._in_8_bits(transformer), step=moment.step)
+                layers.begin_forward(fp8=self._in_fp8(transformer), step=moment.step)
 
     def _begin_video(self, generation: Generation, context: ForwardContext) -> None:
         generation.recipe = recipe = self._choose(generation, context)
@@ -316,16 +316,16 @@ class Engine:
         )
         if isinstance(recipe.method, Dense) and recipe.note:
             self.tell(recipe.note)
-        why = self._why_without_8_bits(recipe, context.moment.num_steps)
+        why = self._why_without_fp8(recipe, context.moment.num_steps)
         if why:
             self.tell(
-                f"{why}, so none is computed in 8 bits; fp8_from='start' computes all steps in them"
+                f"{why}, so none is computed in fp8; fp8_from='start' computes all steps in it"
             )
         return dataclasses.replace(recipe, layers=self._layers)
 
-    def _why_without_8_bits(self, recipe: Recipe, num_steps: int | None) -> str:
-        """Return why no step will be in 8 bits; empty if one is, may be, or nothing has to be."""
-        waits = self._layers.has_8_bits and self._layers.fp8_from == "sparse"
+    def _why_without_fp8(self, recipe: Recipe, num_steps: int | None) -> str:
+        """Return why no step will be in fp8; empty if one is, or may be, or nothing has to be."""
+        waits = self._layers.has_fp8 and self._layers.fp8_from == "sparse"
         if not waits or (num_steps is None and not isinstance(recipe.method, Dense)):
             return ""
         sparse = {
@@ -336,10 +336,10 @@ class Engine:
         }
         if not sparse:
             return "no step of this video is sparse"
-        in_8_bits = self._layers.in_8_bits
-        if any(in_8_bits(sparse=True, step=step, num_steps=num_steps) for step in sparse):
+        in_fp8 = self._layers.in_fp8
+        if any(in_fp8(sparse=True, step=step, num_steps=num_steps) for step in sparse):
             return ""
-        return "only the last steps of this video are sparse, and 8 bits leave them as they are"
+        return "only the last steps of this video are sparse, and fp8 leaves them as they are"
 
     def _tell_replaced(self, generation: Generation) -> None:
         """Warn of transformers of the pipeline that were exchanged for others, which are dense."""
@@ -456,9 +456,9 @@ class Engine:
             tokens += share.tokens - ring.shares(share.tokens)[ring.rank]
         layout = _layout(place, context.grid, tokens)
         session: Session = getattr(self._here, "session", None) or generation.session
-        in_bytes = None
-        if session is generation.session and self._byte_backend is not None:
-            in_bytes = self._byte_backend if self._in_8_bits(place.transformer) else None
+        fp8 = None
+        if session is generation.session and self._fp8_backend is not None:
+            fp8 = self._fp8_backend if self._in_fp8(place.transformer) else None
         video, counts, before = layout.video_tokens, context.text_counts, context.before
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -468,10 +468,10 @@ class Engine:
                 backend=getattr(place.processor.original, "_attention_backend", None),
                 key_lengths=None if counts is None else tuple(before + video + n for n in counts),
             )
-            if in_bytes is not None and not self._layers.exact_dense:
+            if fp8 is not None and not self._layers.exact_dense:
                 self.tell(
                     "dense calls are computed by the kernel that set_attention_backend chose, not "
-                    f"in {self._layers.attention}"
+                    "in fp8"
                 )
             return _swapped(out, before, video).transpose(1, 2)
 
@@ -481,7 +481,6 @@ class Engine:
             heads_here.arrivals.wait()
             heads_here = dataclasses.replace(heads_here, arrivals=Arrivals())
         heads = tuple(_swapped(x, before, video).transpose(1, 2) for x in (query, key, value))
-        asks_original = self._asks_original(place, *heads, in_bytes=in_bytes is not None)
         out = session.attend(
             *heads,
             layout=layout,
@@ -491,20 +490,20 @@ class Engine:
                 if context.text_lengths is not None and before
                 else context.text_lengths
             ),
-            dense=dense if asks_original else None,
+            dense=dense if self._asks_original(place, *heads, fp8=fp8 is not None) else None,
             head_share=heads_here,
             out_layout="BSHD",  # as the model goes on with it, so that nothing is copied
             ring=ring,
-            backend=in_bytes,
+            backend=fp8,
         )
         return _swapped(out.transpose(1, 2), video, before)
 
     def _asks_original(
-        self, place: Slot, query: Tensor, key: Tensor, value: Tensor, *, in_bytes: bool
+        self, place: Slot, query: Tensor, key: Tensor, value: Tensor, *, fp8: bool
     ) -> bool:
         """Return whether dense calls are computed by the kernel of the original processor."""
         chosen = getattr(place.processor.original, "_attention_backend", None)
-        faster = in_bytes or dense_backend(query, key, value) != "sdpa"
+        faster = fp8 or dense_backend(query, key, value) != "sdpa"
         return self._layers.exact_dense or chosen is not None or not faster
 
 

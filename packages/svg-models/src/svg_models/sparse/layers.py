@@ -18,31 +18,30 @@ from svg_models.recipe import Layers
 from svg_models.sparse.checks import why_not
 from svg_models.sparse.linears import Fp8Linears, refuse_device
 
-__all__ = ["FastLayers", "backend_in_8_bits", "check_layers", "slow_in_8_bits"]
+__all__ = ["FastLayers", "check_layers", "fp8_backend", "slow_in_fp8"]
 
-# The kernels of attention in 8 bits, by who computes sparse attention otherwise.
-KERNELS = {"auto": "cuda", "cuda": "cuda", "reference": "reference"}
+# Who computes attention in fp8, by who computes sparse attention otherwise.
+FP8_BACKENDS = {
+    "auto": "cuda_fp8",
+    "cuda": "cuda_fp8",
+    "cuda_fp8": "cuda_fp8",
+    "reference": "reference_fp8",
+    "reference_fp8": "reference_fp8",
+}
 
 
-def backend_in_8_bits(attention: str, backend: str) -> str | None:
-    """Return the backend that computes attention in 8 bits for a run that was given `backend`.
-
-    Args:
-        attention: its precision; for "bf16" there is none.
-        backend: who computes sparse attention.
+def fp8_backend(backend: str) -> str:
+    """Return the backend that computes attention in fp8 for a run that was given `backend`.
 
     Raises:
-        SettingError: if the one given has no such precision.
+        SettingError: if the one given has no fp8.
     """
-    if attention == "bf16":
-        return None
-    kernel = KERNELS.get(backend.removesuffix(f"_{attention}"))
-    if kernel is None:
+    if backend not in FP8_BACKENDS:
         raise SettingError(
-            f"attention={attention!r} has a kernel of its own, and backend {backend!r} is another; "
-            "leave backend out (or take 'reference', which computes slowly and anywhere)"
+            f"attention='fp8' has a kernel of its own, and backend {backend!r} is another; leave "
+            "backend out (or take 'reference', which computes slowly and anywhere)"
         )
-    return f"{kernel}_{attention}"
+    return FP8_BACKENDS[backend]
 
 
 def check_layers(
@@ -63,28 +62,26 @@ def check_layers(
         head_dim: of each head; 128 while it is not known.
 
     Raises:
-        SettingError: if the backend has no such precision.
+        SettingError: if the backend has no fp8.
         UnsupportedError: if the device or the installation has none.
     """
-    computes = backend_in_8_bits(layers.attention, backend)
+    computes = fp8_backend(backend) if layers.attention == "fp8" else None
     if layers.linears == "fp8":
         refuse_device(torch.device(device))
     if computes is not None:
         reason = why_not(computes, device, dtype, head_dim=head_dim)
         if reason:
-            named = f"attention={layers.attention!r}"
-            raise UnsupportedError({"attention": f"{named} cannot run here: {reason}"})
+            raise UnsupportedError({"attention": f"attention='fp8' cannot run here: {reason}"})
 
 
-def slow_in_8_bits(layers: Layers, backend: str, head_dim: int | None) -> str:
-    """Return in a sentence why attention in 8 bits gains nothing; empty where it can."""
-    computes = backend_in_8_bits(layers.attention, backend)
+def slow_in_fp8(layers: Layers, backend: str, head_dim: int | None) -> str:
+    """Return in a sentence why attention in fp8 gains nothing; empty where it can."""
     padded = head_dim is not None and head_dim < 128
-    if computes is None or not computes.startswith("cuda") or not padded:
+    if layers.attention != "fp8" or fp8_backend(backend) != "cuda_fp8" or not padded:
         return ""
     return (
-        f"attention={layers.attention!r} pads heads of {head_dim} channels to 128, which takes as "
-        "long as in bf16 or longer; it is for models whose heads have 128"
+        f"attention='fp8' pads heads of {head_dim} channels to 128, which takes as long as in bf16 "
+        "or longer; it is for models whose heads have 128"
     )
 
 

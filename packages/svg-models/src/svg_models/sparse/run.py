@@ -19,7 +19,7 @@ from svg_models.errors import shortened
 from svg_models.families import family_of, transformers_of
 from svg_models.families.base import unwrap
 from svg_models.method_names import MethodSpec, read_method
-from svg_models.recipe import AttentionPrecision, From, Layers, Precision, Recipe
+from svg_models.recipe import From, Layers, Precision, Recipe
 from svg_models.sparse.checks import (
     check_backend,
     check_flag,
@@ -29,7 +29,7 @@ from svg_models.sparse.checks import (
 )
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
-from svg_models.sparse.layers import FastLayers, check_layers, slow_in_8_bits
+from svg_models.sparse.layers import FastLayers, check_layers, slow_in_fp8
 from svg_models.sparse.pairs import DensePairs
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
@@ -54,7 +54,7 @@ def sparsify(
     exact_dense: bool | None = None,
     fuse: bool | None = None,
     linears: Precision | None = None,
-    attention: AttentionPrecision | None = None,
+    attention: Precision | None = None,
     fp8_from: From | None = None,
     cache: str | None = None,
     seed: int = 0,
@@ -100,14 +100,13 @@ def sparsify(
             fp8, from copies of the weights that lie beside them and are rounded anew at each step.
             It changes the picture; see the documentation for how much. "bf16", unless the recipe
             says otherwise.
-        attention: "int8" computes the scores of self-attention from 8-bit integers, "fp8" all of it
-            in e4m3, which changes the picture more than `linears` do (compute capability 9.0; with
-            `backend="reference"` keys, and values in e4m3, are rounded alike, slowly and anywhere).
-            "bf16", unless the recipe says otherwise.
+        attention: "fp8" computes self-attention in fp8 (compute capability 9.0; with
+            `backend="reference"` keys and values are rounded alike, slowly and anywhere). It
+            changes the picture more than `linears`. "bf16", unless the recipe says otherwise.
         fp8_from: "sparse" leaves dense steps, which decide the picture, as they are, and so the
             last two steps (of up to ten the last one), whose errors no later step takes away;
-            "start" computes all steps in 8 bits. For `linears` and `attention` alike, in int8 too.
-            "sparse", unless the recipe says otherwise.
+            "start" computes all steps in fp8. For `linears` and `attention` alike. "sparse", unless
+            the recipe says otherwise.
         cache: "first-block@0.1" or "taylor@2" has diffusers leave out the blocks of steps that
             change little, see `svg_models.caching`; they compute neither attention nor anything
             else. It changes the picture. "none", unless the recipe says otherwise.
@@ -122,8 +121,8 @@ def sparsify(
         TypeError: if `pipe` has no transformer, or an argument is of another type or unknown.
         ValueError: if no family covers it, it is sparse already, its attention processors were
             replaced by some that this package cannot reproduce, or a name or number is wrong.
-        UnsupportedError: if `backend`, fp8 or int8 cannot run here, or the pipeline runs ring
-            attention over several devices (Ulysses is supported).
+        UnsupportedError: if `backend` or fp8 cannot run here, or the pipeline runs ring attention
+            over several devices (Ulysses is supported).
     """
     spec = read_method(method, density=density, top_p=top_p, recipe=recipe, preset=preset)
     check_schedule(schedule)
@@ -194,7 +193,7 @@ class SparseRun(Summarised):
                 self._engine.installations.append(installed)
                 self._engine.slots.extend(installed.slots)
                 fast = self._engine.fast_layers[name] = FastLayers(transformer, family, layers)
-                slow = slow_in_8_bits(layers, options["backend"], _head_dim(transformer))
+                slow = slow_in_fp8(layers, options["backend"], _head_dim(transformer))
                 if slow:
                     self._engine.tell(slow)
                 if fast.linears is not None and not fast.linears.layers:
