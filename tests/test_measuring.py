@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import inspect
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +74,27 @@ def test_several_gpus_refuses_a_name_that_nothing_has(script, option, kind):
     setattr(args, option, ["nosuch"])
     with pytest.raises(SystemExit, match=f"no {kind} is named nosuch; there are "):
         script("bench_gpus").run(args)
+
+
+@pytest.mark.parametrize(
+    ("way", "module", "name"),
+    [
+        ("shared_without_engines", "copies", "copy_by_engine"),
+        ("shared_with_values", "attention_op", "begin"),
+    ],
+)
+def test_ways_to_exchange_keep_no_tensor_of_a_call(script, way, module, name, monkeypatch):
+    bench = script("bench_gpus")
+    monkeypatch.setattr(bench, "shared", lambda *_: contextlib.nullcontext())
+    replaced = getattr(getattr(bench, module), name)
+    with getattr(bench, way)(None, None):
+        call = getattr(getattr(bench, module), name)
+        assert call is not replaced
+        tensors = [torch.zeros(3) for _ in inspect.signature(replaced).parameters]
+        alive = [weakref.ref(x) for x in tensors]
+        call(*tensors)
+        del tensors
+        assert [x() for x in alive] == [None] * len(alive)
 
 
 def test_rows_of_ways_without_what_they_are_held_against(script):

@@ -64,15 +64,20 @@ def rectangle(target: Tensor, source: Tensor) -> Rectangle | None:
 def copy_by_engine(target: Tensor, source: Tensor) -> bool:
     """Copy on the current stream by a copy engine; return whether one takes these tensors.
 
+    None is asked while a graph is captured, since memory of another GPU is not known to be allowed
+    in such a copy there.
+
     Args:
         target: `[B, S, H, D]`, of this GPU or of another one whose memory it can write.
         source: as `target`, of this GPU.
     """
+    if torch.cuda.is_current_stream_capturing():
+        return False
     if target.is_contiguous() and source.is_contiguous():
         target.copy_(source)
         return True
     rows = [rectangle(y, x) for y, x in zip(target, source, strict=True)]
-    copy = None if torch.cuda.is_current_stream_capturing() else _driver()
+    copy = _driver()
     if copy is None or None in rows:
         return False
     stream = torch.cuda.current_stream(source.device).cuda_stream
