@@ -16,7 +16,7 @@ def copy_rows_kernel(
     WIDTH: tl.constexpr, ORDERED: tl.constexpr, BY_TOKEN: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copy tiles of `BLOCK_S` rows of one head, every so manieth."""
+    """Copy tiles of `BLOCK_S` rows of one head; programs take them in turns."""
     blocks = tl.cdiv(tokens, BLOCK_S)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if BY_TOKEN:  # rows of all heads of a token lie side by side
