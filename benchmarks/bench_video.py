@@ -65,6 +65,7 @@ class Watch:
         self.steps: list[dict[str, Any]] = [{"passes": []}]
         self.first_began = self.last_ended = self.decoding = 0.0
         self.peak_denoising = 0
+        self.num_layers: dict[str, int] = {}
         self._began = 0.0
         self._seen: set[str] = set()
         self._undo = ExitStack()
@@ -77,6 +78,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         for name, model in transformers_of(self.pipe).items():
+            self.num_layers[name] = len(family_of(model).find_attentions(model))
             self._undo.callback(model.register_forward_pre_hook(self._before, prepend=True).remove)
             self._undo.callback(model.register_forward_hook(self._after(name)).remove)
         step, decode = self.pipe.scheduler.step, self.pipe.vae.decode
@@ -121,8 +123,11 @@ class Watch:
         """Return the kind of a step in which a transformer runs."""
         if self.method is None or self.schedule is None:
             return STOCK
-        if isinstance(self.method, Dense) or self.schedule.is_dense(
-            step=step, num_steps=self.num_steps, layer=1, num_layers=1
+        if isinstance(self.method, Dense) or self.schedule.is_dense_throughout(
+            step=step,
+            num_steps=self.num_steps,
+            num_layers=self.num_layers[name],
+            own=getattr(self.method, "density", None),
         ):
             return DENSE
         first = name not in self._seen

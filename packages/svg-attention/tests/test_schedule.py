@@ -69,8 +69,32 @@ def test_density_at_is_that_of_the_step_times_the_factor_of_the_layer() -> None:
         schedule.is_dense(step=0, num_steps=2, layer=layer, num_layers=4) for layer in range(4)
     ]
     assert dense == [False, False, False, True]
-    # One past the last asks for all layers.
-    assert not schedule.is_dense(step=0, num_steps=2, layer=1, num_layers=1)
+    assert not schedule.is_dense_throughout(step=0, num_steps=2, num_layers=4)
+
+
+def test_is_dense_throughout_counts_dense_layers_and_the_methods_own_density() -> None:
+    place = {"step": 0, "num_steps": 2, "num_layers": 4}
+    schedule = Schedule(dense_steps=0.0, dense_layers=0.25, layer_factors=[0.5, 4.0, 4.0, 4.0])
+    assert schedule.is_dense_throughout(own=0.3, **place)
+    assert not schedule.is_dense_throughout(own=0.2, **place)
+    assert not schedule.is_dense_throughout(**place)
+    assert Schedule(dense_steps=0.0, dense_layers=1.0).is_dense_throughout(own=0.3, **place)
+    # Nothing was said of the density, so a method of density 1 plans.
+    assert not Schedule.sparse().is_dense_throughout(own=1.0, **place)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.49, 0.057])
+@pytest.mark.parametrize("layers", [6, 28])
+def test_is_dense_where_a_factor_makes_the_density_1_but_for_rounding(
+    density: float, layers: int
+) -> None:
+    factors = [1.0 if layer == 1 else 1.0 / density for layer in range(layers)]
+    schedule = Schedule(dense_steps=0.0, dense_layers=0.0, density=[density], layer_factors=factors)
+    dense = [
+        schedule.is_dense(step=0, num_steps=2, layer=layer, num_layers=layers)
+        for layer in range(layers)
+    ]
+    assert dense == [layer != 1 for layer in range(layers)]
 
 
 def test_density_at_with_factors_alone_is_relative_to_the_methods_own() -> None:
@@ -104,9 +128,18 @@ def test_to_dict_and_back_is_the_same_schedule() -> None:
         ({"density": ((0.5, 0.0),)}, r"density of a breakpoint must lie in \(0, 1\]"),
         ({"layer_factors": []}, "at least one breakpoint"),
         ({"layer_factors": [1.0, -0.5]}, "factor of a breakpoint must be above 0"),
+        ({"layer_factors": [1.0, 10**400]}, "factor of a breakpoint must be above 0 and finite"),
+        ({"density": [0.5, 10**400]}, "density of a breakpoint must lie"),
         ({"layer_factors": ((0.5, 1.0), (0.2, 1.0))}, "fractions of factor breakpoints must rise"),
     ],
 )
 def test_schedule_refuses_bad_fields(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**fields)
+
+
+@pytest.mark.parametrize("field", ["density", "layer_factors"])
+@pytest.mark.parametrize("value", [{0.0: 0.5}, {0.5, 0.2}, "0.5", 0.5])
+def test_schedule_refuses_what_has_no_order(field: str, value: object) -> None:
+    with pytest.raises(TypeError, match="expected a list of"):
+        Schedule(**{field: value})

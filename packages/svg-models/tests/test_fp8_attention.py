@@ -89,7 +89,12 @@ def test_sparsify_dense_in_fp8_from_the_start() -> None:
 @pytest.mark.parametrize("options", [FP8, {"linears": "fp8"}])
 @pytest.mark.parametrize(
     ("method", "schedule"),
-    [(Dense(), HALF), (METHOD, Schedule(dense_steps=1.0, dense_layers=0.0))],
+    [
+        (Dense(), HALF),
+        (METHOD, Schedule(dense_steps=1.0, dense_layers=0.0)),
+        (METHOD, Schedule(dense_steps=0.0, dense_layers=1.0)),
+        (METHOD, Schedule(dense_steps=0.0, dense_layers=0.0, layer_factors=[1e3])),
+    ],
 )
 def test_sparsify_says_that_nothing_is_in_fp8(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: Any, schedule: Schedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from svg_models import tune
 from svg_models.loading import load_pipeline
 from svg_models.tuning import run as tuning_run
 from svg_models.tuning.fit import FITTED, Fit, fit, is_only, only, schedule_of_only
-from svg_models.tuning.journal import Trial
+from svg_models.tuning.journal import Trial, key_of
 from svg_models.tuning.page import tune_page
 from svg_models.tuning.space import START
 
@@ -122,6 +123,7 @@ def test_trial_of_a_fit_is_read_back_and_a_wrong_one_refused() -> None:
     trial = Trial(point=point, prompt=0, psnr=40.0, ssim=1.0, flip=0.0, flicker=0.0, work=0.9)
     assert Trial.from_dict(trial.to_dict()) == trial
     assert "only steps 0 to 2 of 8 sparse" in str(point)
+    assert "only" not in START.to_dict()  # as in journals that know of no fit
     values = trial.to_dict()
     values["point"]["only"] = "steps of somebody"
     with pytest.raises(ValueError, match="unknown steps or layers"):
@@ -135,6 +137,13 @@ def test_tune_with_a_fit_tries_what_it_found_and_shows_it(
 ) -> None:
     axes = {"corrections": ("compensation",), "schedule": ("flat",)}
     monkeypatch.setattr(tuning_run, "axes_for", lambda steps, cached, guided: axes)
+    kept: dict[Any, Any] = {}
+
+    def key(conditions: Any, point: Any) -> str:
+        kept[point] = conditions
+        return key_of(conditions, point)
+
+    monkeypatch.setattr(tuning_run, "key_of", key)
     path = tmp_path / "tiny"
     tiny.pipeline().save_pretrained(path)
     loaded = load_pipeline(str(path), device="cpu")
@@ -148,6 +157,9 @@ def test_tune_with_a_fit_tries_what_it_found_and_shows_it(
     alone = {only(of, i, i + 1, n) for of, n in (("steps", 2), ("layers", 3)) for i in range(n)}
     assert {point.only for point in tried} == {"", *alone}
     assert {point.schedule for point in tried} == {"flat", *FITTED}
+    # A fit is to the first prompt, so another one must not find these trials in the journal.
+    fits = {p: kept[p].get("fit") for p in tried}
+    assert all(fits[p] == (asdict(tuned.fit) if p.schedule in FITTED else None) for p in tried)
     assert not any(point.only for point in tuned.means())
     assert "more where a step was measured to cost more" in tune_page(tuned)
     assert tuned.to_dict()["fit"]["slope"] == tuned.fit.slope

@@ -33,9 +33,7 @@ def fraction(name: str, value: Any, *, zero: bool = False) -> float:
         TypeError: if it is no number.
         ValueError: if it is out of range or not a number in the sense of IEEE 754.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    number = _number(name, value)
     if not (0.0 < number <= 1.0 or (zero and number == 0.0)):
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value}")
     return number
@@ -48,12 +46,20 @@ def positive(name: str, value: Any) -> float:
         TypeError: if it is no number.
         ValueError: if it is zero, negative, infinite or not a number in the sense of IEEE 754.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    number = _number(name, value)
     if not (0.0 < number < math.inf):
         raise ValueError(f"{name} must be above 0 and finite, got {value}")
     return number
+
+
+def _number(name: str, value: Any) -> float:
+    """Return `value` as a float, infinite if it is a whole number too large for one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def flag(name: str, value: Any) -> bool:

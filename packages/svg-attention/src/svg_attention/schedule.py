@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from svg_attention import config
+
+# 0.49 times 1 / 0.49 is a little below 1.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +69,47 @@ class Schedule:
         return cls(dense_steps=0.0, dense_layers=0.0, density=density)  # type: ignore[arg-type]
 
     def is_dense(
-        self, *, step: int | None, num_steps: int | None, layer: int, num_layers: int
+        self,
+        *,
+        step: int | None,
+        num_steps: int | None,
+        layer: int,
+        num_layers: int,
+        own: float | None = None,
     ) -> bool:
-        """Return whether the call at this step and layer stays dense."""
+        """Return whether the call at this step and layer stays dense.
+
+        Args:
+            step: of the call; None if unknown.
+            num_steps: of the run; None if unknown.
+            layer: of the call.
+            num_layers: of the model.
+            own: the method's own density, if it has one.
+        """
         if layer < math.floor(self.dense_layers * num_layers):
             return True
         if step is None:
             return True
         density = self.density_at(
-            step=step, num_steps=num_steps, layer=layer, num_layers=num_layers
+            step=step, num_steps=num_steps, layer=layer, num_layers=num_layers, own=own
         )
-        if density == 1.0:
+        # A method whose own density is 1 still plans, unless the schedule says something of it.
+        if density == 1.0 and (self.density, self.layer_factors) != (None, None):
             return True
         if num_steps is None:
             return self.dense_steps > 0.0
         return step < math.floor(self.dense_steps * num_steps)
+
+    def is_dense_throughout(
+        self, *, step: int | None, num_steps: int | None, num_layers: int, own: float | None = None
+    ) -> bool:
+        """Return whether every layer of a step stays dense; for the arguments see `is_dense`."""
+        return all(
+            self.is_dense(
+                step=step, num_steps=num_steps, layer=layer, num_layers=num_layers, own=own
+            )
+            for layer in reversed(range(num_layers))
+        )
 
     def density_at(
         self,
@@ -96,8 +125,7 @@ class Schedule:
         Args:
             step: of the call; None if unknown.
             num_steps: of the run; None if unknown.
-            layer: of the call; None asks for the density of the step. One past the last stands for
-                the layer of the smallest factor, the last to become dense.
+            layer: of the call; None asks for the density of the step.
             num_layers: of the model.
             own: the method's own density.
         """
@@ -107,11 +135,8 @@ class Schedule:
             density = _value_at(self.density, done)
         if density is None or self.layer_factors is None or layer is None or not num_layers:
             return density
-        if layer >= num_layers:
-            factor = min(factor for _, factor in self.layer_factors)
-        else:
-            factor = _value_at(self.layer_factors, layer / num_layers)
-        return min(1.0, density * factor)
+        density *= _value_at(self.layer_factors, layer / num_layers)
+        return 1.0 if density > 1.0 - _ROUNDING else density
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -151,10 +176,10 @@ def _points(
     values: Any, of: str, one: str, many: str, check: Callable[[str, Any], float]
 ) -> tuple[tuple[float, float], ...]:
     """Return breakpoints as pairs of floats; raise unless they are pairs whose fractions rise."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        alike = "; one density for every call is a setting of the method" * (one == "density")
         raise TypeError(
-            f"expected a list of {many} or of (fraction of {of} done, {one}), got {values!r}; one "
-            "density for every call is a setting of the method"
+            f"expected a list of {many} or of (fraction of {of} done, {one}), got {values!r}{alike}"
         )
     values = list(values)
     if not values:

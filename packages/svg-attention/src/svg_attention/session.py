@@ -340,27 +340,20 @@ class Session:
     def _method_for(self, call: Call) -> Method:
         """Return what runs this call: dense, or the method at the density of this step."""
         schedule = self.schedules.get(call.transformer, self.schedule)
-        if schedule.is_dense(
-            step=call.step,
-            num_steps=call.num_steps,
-            layer=call.layer,
-            num_layers=call.num_layers,
-        ):
-            return Dense()
         method: Any = self.method
-        if not hasattr(method, "density"):
-            return self.method
-        density = schedule.density_at(
-            step=call.step,
-            num_steps=call.num_steps,
-            layer=call.layer,
-            num_layers=call.num_layers,
-            own=method.density,
-        )
-        if density is None or density == method.density:
-            return self.method
-        if density == 1.0:  # the method's own, times its layer's factor
+        own = getattr(method, "density", None)
+        where: dict[str, Any] = {
+            "step": call.step,
+            "num_steps": call.num_steps,
+            "layer": call.layer,
+            "num_layers": call.num_layers,
+            "own": own,
+        }
+        if schedule.is_dense(**where):
             return Dense()
+        density = schedule.density_at(**where)
+        if not hasattr(method, "density") or density is None or density == own:
+            return self.method
         return replace(method, density=density)
 
     def _leader(self, call: Call, memory: LayerMemory, device: torch.device) -> LayerMemory | None:

@@ -251,7 +251,8 @@ class Engine:
         """Return where the forward pass of a transformer stands, and whether its step is sparse."""
         generation: Generation = self._here.generation
         moment = generation.contexts[transformer].moment
-        sparse = _is_sparse(generation.recipe, transformer, moment.step, moment.num_steps)
+        layers = next(place.num_layers for place in self.slots if place.transformer == transformer)
+        sparse = _is_sparse(generation.recipe, transformer, moment.step, moment.num_steps, layers)
         return moment, sparse
 
     def _in_fp8(self, transformer: str) -> bool:
@@ -332,7 +333,7 @@ class Engine:
             step
             for installed in self.installations
             for step in range(num_steps or 0)
-            if _is_sparse(recipe, installed.name, step, num_steps)
+            if _is_sparse(recipe, installed.name, step, num_steps, len(installed.slots))
         }
         if not sparse:
             return "no step of this video is sparse"
@@ -527,13 +528,22 @@ def _swapped(x: Tensor, first: int, second: int) -> Tensor:
 
 
 def _is_sparse(
-    recipe: Recipe | None, transformer: str, step: int | None, num_steps: int | None
+    recipe: Recipe | None,
+    transformer: str,
+    step: int | None,
+    num_steps: int | None,
+    num_layers: int,
 ) -> bool:
-    """Return whether attention is sparse in a step, at least in the last layers."""
+    """Return whether attention is sparse in a step, in one layer at least."""
     if recipe is None or isinstance(recipe.method, Dense):
         return False
     schedule = recipe.schedule_of(transformer)
-    return not schedule.is_dense(step=step, num_steps=num_steps, layer=1, num_layers=1)
+    return not schedule.is_dense_throughout(
+        step=step,
+        num_steps=num_steps,
+        num_layers=num_layers,
+        own=getattr(recipe.method, "density", None),
+    )
 
 
 def _layout(place: Slot, grid: tuple[int, int, int], tokens: int) -> TokenLayout:

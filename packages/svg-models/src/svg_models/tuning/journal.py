@@ -69,7 +69,8 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+        point = None if self.point is None else self.point.to_dict()
+        return dataclasses.asdict(self) | {"point": point}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:

@@ -153,7 +153,10 @@ class _Tuner:
         made = self._trials.get((point, index))
         if made is not None:
             return made
-        key = key_of(self._conditions(index), point)
+        conditions = self._conditions(index)
+        if point.schedule in FITTED:  # which another first prompt would give other numbers
+            conditions["fit"] = None if self._fit is None else dataclasses.asdict(self._fit)
+        key = key_of(conditions, point)
         trial = self._journal.get(key)
         if trial is None:
             self._check_time()

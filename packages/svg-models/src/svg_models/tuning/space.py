@@ -170,8 +170,11 @@ class Point:
         return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+        """Return plain values for JSON, without `only` where it says nothing."""
+        values = dataclasses.asdict(self)
+        if not self.only:
+            del values["only"]
+        return values
 
 
 START = Point(density=0.2, corrections="error+bias+repair", schedule="flat", metric="response")
