@@ -53,13 +53,13 @@ def positive(name: str, value: Any) -> float:
 
 
 def _number(name: str, value: Any) -> float:
-    """Return `value` as a float, infinite if it is a whole number too large for one."""
+    """Return `value` as a float; infinite if it is an integer that is out of the range of one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf
 
 
 def flag(name: str, value: Any) -> bool:
