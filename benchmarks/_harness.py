@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import traceback
@@ -131,6 +132,24 @@ def stored(path: Path) -> dict[str, Any]:
 def load(gpu: str, name: str) -> dict[str, Any]:
     """Read a stored result, `benchmarks/results/<gpu>/<name>.json`; see `stored`."""
     return stored(RESULTS / gpu / f"{name}.json")
+
+
+def named(kind: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names that one of some patterns is in, of any case; all if there is no pattern.
+
+    Raises:
+        SystemExit: if a pattern is none, or is in no name.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            having = [name for name in names if re.search(pattern, name, re.IGNORECASE)]
+        except re.error as error:
+            raise SystemExit(f"{pattern} is no pattern of a {kind}'s name ({error})") from None
+        if not having:
+            raise SystemExit(f"no {kind} is named {pattern}; there are {'; '.join(names)}")
+        found.update(having)
+    return [name for name in names if name in found or not patterns]
 
 
 def at_least(least: int) -> Callable[[str], int]:

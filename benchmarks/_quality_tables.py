@@ -54,15 +54,18 @@ def tables(results: dict[str, Any]) -> str:
         for name in ("commit", "device")
     )
     clocks = {row.get("device", env["device"]) for row in results["times"].values()}
-    timed = f", on {' and '.join(sorted(clocks))}" if clocks else ""
+    timed = ""
+    if clocks:
+        timed = (
+            " The last column is what the attention of a step and layer would take at Wan 720p, "
+            f"dense steps included, on {' and '.join(sorted(clocks))}."
+        )
     parts = [
         f"{len(results['prompts'])} prompts that no setting was chosen on, guidance "
         f"{results['guidance']}, {env['dtype']} on {' and '.join(devices)}, torch {env['torch']}, "
         f"commit {', '.join(commits)}. Mean ± standard deviation over prompts; differences to "
         "routing by error are of the same prompts at the same density, with their standard error. "
-        "All calls counts dense steps and what probes read. The last column is what the attention "
-        "of a step and layer would take at Wan 720p, dense steps included"
-        f"{timed}.\n"
+        f"All calls counts dense steps and what probes read.{timed}\n"
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["cases"].values():
@@ -75,7 +78,8 @@ def tables(results: dict[str, Any]) -> str:
             f"{_spread(floor['psnr'], 1)}, SSIM {_spread(floor['ssim'], 3)}.\n"
         )
         lines = [_line(row, rows, results["times"]) for row in sorted(rows, key=_density)]
-        parts.append(table(HEAD, lines))
+        columns = len(HEAD) if clocks else len(HEAD) - 1
+        parts.append(table(HEAD[:columns], [line[:columns] for line in lines]))
     return "\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _harness import RESULTS, ROOT, conditions, load, replace_between, table
+from _harness import ROOT, conditions, load, replace_between, table
 from _video_parts import FIRST, SPARSE
 from _video_rows import BOTH, ROWS, Row, known, run_whole, seconds_of, step_seconds
 
@@ -169,13 +169,14 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    """Fill the tables and draw the picture; nothing is there while nothing is stored."""
-    path = RESULTS / args.gpu / f"{args.name}.json"
-    result = load(args.gpu, args.name) if path.exists() else {"videos": []}
-    if not any(rows_of(video) for video in result["videos"]):
-        for page in PAGES:
-            replace_between(page, "videos", "")
-        return
+    """Fill the tables and draw the picture.
+
+    Raises:
+        SystemExit: if nothing is stored.
+    """
+    result = load(args.gpu, args.name)
+    if not any(rows_of(video) for video in result.get("videos", [])):
+        raise SystemExit(f"no video is stored for {args.gpu} as {args.name}; name another")
     picture = f"![Seconds of a video, stock and sparse](assets/{PICTURE.name})"
     text = f"{picture}\n\n{machines(result)}\n\n{written(result)}"
     replace_between(PAGES[0], "videos", text)

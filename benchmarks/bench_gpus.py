@@ -20,7 +20,6 @@ import copy
 import datetime
 import itertools
 import os
-import re
 import socket
 import time
 import traceback
@@ -40,6 +39,7 @@ from _harness import (
     conditions,
     environment,
     load,
+    named,
     replace_between,
     store,
     summary,
@@ -156,11 +156,6 @@ def diffusers_shares(model: Any, gpus: int) -> bool:
     """Return whether diffusers has a plan for a model."""
     planned = type(model)._cp_plan is not None and torch.cuda.is_available()
     return planned and everyone(gpus)
-
-
-def is_named(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of some patterns is in a name."""
-    return any(re.search(pattern, name, re.IGNORECASE) for pattern in patterns)
 
 
 def everyone(gpus: int) -> bool:
@@ -494,6 +489,14 @@ def deeper(subject: Subject, layers: int | None) -> Subject:
     return replace(subject, config=config, layers=sum(config.get(n, 0) for n in LAYER_COUNTS))
 
 
+def asked(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Return the models and the ways that the command line names, see `named`."""
+    subjects = toys(args.gpus) if args.tiny else SUBJECTS
+    models = named("model", [subject.name for subject in subjects], args.models)
+    ways = named("way", [way.name for way in WAYS], args.ways)
+    return [s for s in subjects if s.name in models], [way for way in WAYS if way.name in ways]
+
+
 def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) -> None:
     """Time all subjects, as far as the seconds last; the first rank stores after each round."""
     began, rank = time.perf_counter(), dist.get_rank()
@@ -502,13 +505,8 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     alone = args.tiny or rank
     result: dict[str, Any] = {} if alone else {"environment": environment(args.commit)}
     result |= {"density": DENSITY, "gpus": args.gpus, "models": []}
-    subjects = [
-        deeper(subject, args.layers)
-        for subject in (toys(args.gpus) if args.tiny else SUBJECTS)
-        if not args.models or is_named(subject.name, args.models)
-    ]
-
-    ways = [way for way in WAYS if not args.ways or is_named(way.name, args.ways)]
+    chosen, ways = asked(args)
+    subjects = [deeper(subject, args.layers) for subject in chosen]
     members: list[Member] = []
 
     def say(text: str) -> None:
@@ -589,15 +587,9 @@ def run(args: argparse.Namespace) -> None:
     """Start the processes.
 
     Raises:
-        SystemExit: if no model, or no way, has a chosen word in its name.
+        SystemExit: if no model, or no way, has a chosen pattern in its name.
     """
-    names = [subject.name for subject in (toys(args.gpus) if args.tiny else SUBJECTS)]
-    for words, kind, known in (
-        (args.models, "model", names),
-        (args.ways, "way", [way.name for way in WAYS]),
-    ):
-        if words and not any(is_named(name, words) for name in known):
-            raise SystemExit(f"no {kind} is named {' or '.join(words)}; there are {known}")
+    asked(args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -28,6 +28,7 @@ from _harness import (
     UNAVAILABLE,
     conditions,
     environment,
+    named,
     reason,
     replace_between,
     store,
@@ -394,10 +395,11 @@ def run(args: argparse.Namespace) -> None:
         result = stored(args.output)
     if not args.tiny:
         result["environment"] = environment(args.commit)
-    words = [word.lower() for word in args.models]
-    for video in TINY if args.tiny else VIDEOS:
-        known = [one["name"] for one in result["models"]]
-        if video.name in known or (words and not any(w in video.name.lower() for w in words)):
+    videos = TINY if args.tiny else VIDEOS
+    asked = named("video", [video.name for video in videos], args.models)
+    known = [one["name"] for one in result["models"]]
+    for video in videos:
+        if video.name in known or video.name not in asked:
             continue
         expected = SECONDS + MORE_SECONDS * min(1.5, video.pass_s / 12.6) + video.decode_s
         if not budget.has(expected, video.name):
@@ -411,11 +413,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_table(path: Path) -> None:
-    """Fill the documentation and the table of the package; nothing while nothing is stored."""
+    """Fill the documentation and the table of the package.
+
+    Raises:
+        SystemExit: if nothing is stored.
+    """
     page = PAGES[0].parent / "guide" / "low-memory.md"
-    if not path.exists():
-        replace_between(page, "memory", "")
-        return
     result = stored(path)
     lines = []
     for model in result["models"]:

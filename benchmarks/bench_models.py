@@ -28,6 +28,7 @@ from _harness import (
     environment,
     interleave,
     load,
+    named,
     replace_between,
     store,
     summary,
@@ -257,8 +258,10 @@ def run(args: argparse.Namespace) -> None:
         result["models"] = [r for r in result["models"] if r["name"] != row["name"]] + [row]
         store(args.output / "models.json", result)
 
-    for subject in TINY if args.tiny else SUBJECTS:
-        if args.models and not any(word in subject.name.lower() for word in args.models):
+    subjects = TINY if args.tiny else SUBJECTS
+    asked = named("model", [subject.name for subject in subjects], args.models)
+    for subject in subjects:
+        if subject.name not in asked:
             continue
         measure(
             subject,

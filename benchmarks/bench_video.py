@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, UNAVAILABLE, environment, reason, store, stored
+from _harness import RESULTS, UNAVAILABLE, environment, named, reason, store, stored
 from _video_parts import ALL_PARTS, DENSE, DENSITY, FIRST, OUT, PARTS, SPARSE, STOCK, Part
 from _video_rows import ROWS, Row, is_measured, known, step_seconds
 from _video_subjects import SEED, TINY, VIDEOS, Video
@@ -463,9 +463,9 @@ def measure(
 
 def chosen(args: argparse.Namespace) -> list[Video]:
     """Return the videos that were asked for."""
-    words = [word.lower() for word in args.models]
     videos = TINY if args.tiny else VIDEOS
-    return [v for v in videos if not words or any(word in v.name.lower() for word in words)]
+    names = named("video", [video.name for video in videos], args.models)
+    return [video for video in videos if video.name in names]
 
 
 def read(path: Path) -> dict[str, Any]:

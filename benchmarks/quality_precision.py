@@ -32,6 +32,7 @@ from _harness import (
     ROOT,
     conditions,
     environment,
+    named,
     replace_between,
     store,
     stored,
@@ -70,6 +71,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def run(args: argparse.Namespace) -> None:
     """Measure and store."""
+    asked = {*BASES, *named("row", list(ROWS), args.rows)}
     began = time.perf_counter()
     warnings.simplefilter("ignore", UserWarning)  # that padded heads gain no time
     cpu = args.device == "cpu"
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     for name, method in (("dense", Dense()), ("SVG2", sparse)):
         plain = fused = None
         for label, options in ROWS.items():
-            if label not in BASES and not any(word in label for word in args.rows):
+            if label not in asked:
                 continue
             rounded = "linears" in options or "attention" in options
             if method == Dense() and rounded and "fp8_from" not in options:
@@ -141,7 +143,7 @@ def known_rows(args: argparse.Namespace, result: dict[str, Any]) -> list[dict[st
     Raises:
         SystemExit: if they were measured under other conditions.
     """
-    if args.rows == [""] or not args.output.exists():
+    if not args.rows or not args.output.exists():
         return []
     found = stored(args.output)
     same = [name for name in result if name not in ("environment", "rows", "noise_floor")]
@@ -240,8 +242,8 @@ def main() -> None:
     parser.set_defaults(prompts=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--rows", nargs="+", default=[""], metavar="WORD",
-        help="measure only rows with one of these words; others of the file stay",
+        "--rows", nargs="+", default=[], metavar="WORD",
+        help="measure only rows with one of these in their names; others of the file stay",
     )  # fmt: skip
     parser.add_argument("--side", type=int, help="of square clips; the judge's first size if none")
     args = parser.parse_args()

@@ -68,6 +68,28 @@ def test_load_refuses_a_folder_without_a_pipeline(script, tmp_path):
         script("quality").load(args)
 
 
+@pytest.mark.parametrize("pattern", ["nosuch", "*"])
+def test_named_refuses_a_pattern_that_is_in_no_name(script, pattern):
+    named = script("_harness").named
+    assert named("video", ["Wan 1", "Wan 2"], ["wAn .$"]) == ["Wan 1", "Wan 2"]
+    assert named("video", ["Wan 1", "Wan 2"], []) == ["Wan 1", "Wan 2"]
+    with pytest.raises(SystemExit, match="video"):
+        named("video", ["Wan 1", "Wan 2"], ["Wan", pattern])
+
+
+def test_precision_refuses_a_row_that_nothing_has(script):
+    with pytest.raises(SystemExit, match="no row is named int8; there are blocks as they are"):
+        script("quality_precision").run(argparse.Namespace(rows=["int8"]))
+
+
+def test_table_of_videos_refuses_a_gpu_without_results(script):
+    tables = script("_video_tables")
+    pages = [page.read_text("utf-8") for page in tables.PAGES]
+    with pytest.raises(SystemExit, match="name a stored result"):
+        tables.write_table(argparse.Namespace(gpu="nosuch", name="videos"))
+    assert pages == [page.read_text("utf-8") for page in tables.PAGES]
+
+
 @pytest.mark.parametrize(("option", "kind"), [("models", "model"), ("ways", "way")])
 def test_several_gpus_refuses_a_name_that_nothing_has(script, option, kind):
     args = argparse.Namespace(tiny=True, gpus=2, models=[], ways=[])
