@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,8 @@ class Bench:
         steps = self.args.steps
         yield FLAT, TOTAL - probes, Schedule.sparse()
         shared = getattr(made, "share_steps", 1)
-        groups = [found.steps[i : i + shared] for i in range(0, steps, shared)]
-        alike = replace(found, steps=[sum(g) / len(g) for g in groups for _ in g])  # as plans are
         for name in FITTED:
-            yield name, TOTAL - probes, alike.schedule(name, TOTAL - probes)
+            yield name, TOTAL - probes, found.schedule(name, TOTAL - probes, alike=shared)
         for dense in DENSE_STEPS:
             share = dense / steps
             left = (TOTAL - share) / (1 - share) - probes

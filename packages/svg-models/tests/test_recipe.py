@@ -104,6 +104,7 @@ def test_measured_says_the_conditions() -> None:
         ({"settings": {"first_iterations": 10**9}}, "first_iterations must be at most 10,000"),
         ({"settings": {"correct_bias": True}}, "set route='error'"),
         ({"settings": []}, "settings must be an object, got []"),
+        ({"schedule": {"layer_factors": [1, 2]}}, "layer_factors multiply a density, and SVG2 was"),
         ({"schedule": {"dense_step": 0.2}}, "did you mean 'dense_steps'"),
         ({"schedule": {"density": [[0.5, 0.2], [0.2, 0.5]]}}, "must rise"),
         ({"schedule": 0.3}, "schedule must be an object, got 0.3"),

@@ -91,6 +91,15 @@ def test_fitted_schedules_have_no_density_above_1_and_keep_the_mean() -> None:
     assert [whole.density_at(step=step, num_steps=4) for step in range(4)] == [1.0] * 4
 
 
+def test_fitted_schedules_keep_one_density_where_steps_read_alike() -> None:
+    found = Fit(steps=(0.4, 0.3, 0.1, 0.1, 0.1), layers=(1.0,), slope=1.0)
+    point = START.replace(schedule="fitted to the steps", alike="two steps")
+    schedule = point.recipe(tuning_run.Layers(), found).schedule
+    densities = [schedule.density_at(step=step, num_steps=5) for step in range(5)]
+    assert densities[0] == densities[1] > densities[2] == densities[3] == densities[4]
+    assert sum(x or 0.0 for x in densities) / 5 == pytest.approx(point.density)
+
+
 def test_fit_of_parts_that_cost_nothing_gives_them_a_little() -> None:
     def psnr(name: str, density: float) -> float | None:
         return 30.0 if name in ("", "steps 0 to 1 of 4", "layers 0 to 1 of 2") else None
@@ -161,5 +170,7 @@ def test_tune_with_a_fit_tries_what_it_found_and_shows_it(
     fits = {p: kept[p].get("fit") for p in tried}
     assert all(fits[p] == (asdict(tuned.fit) if p.schedule in FITTED else None) for p in tried)
     assert not any(point.only for point in tuned.means())
-    assert "more where a step was measured to cost more" in tune_page(tuned)
+    page = tune_page(tuned)
+    assert "more where a step was measured to cost more" in page
+    assert "--time-by density --fit --model" in page
     assert tuned.to_dict()["fit"]["slope"] == tuned.fit.slope

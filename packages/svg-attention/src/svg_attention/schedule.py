@@ -68,6 +68,20 @@ class Schedule:
         """
         return cls(dense_steps=0.0, dense_layers=0.0, density=density)  # type: ignore[arg-type]
 
+    def check_suits(self, method: Any) -> None:
+        """Raise unless a method has what this schedule needs of it.
+
+        Raises:
+            ValueError: if there are factors by layer, and nothing that they multiply.
+        """
+        if self.layer_factors is None or self.density is not None:
+            return
+        if getattr(method, "density", None) is None:
+            raise ValueError(
+                f"layer_factors multiply a density, and {type(method).__name__} was given none; "
+                "give it a density, or the schedule a curve"
+            )
+
     def is_dense(
         self,
         *,

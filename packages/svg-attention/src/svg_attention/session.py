@@ -93,13 +93,8 @@ class Session:
         for one in (schedule, *(schedules or {}).values()):
             if not isinstance(one, Schedule | None):
                 raise TypeError(f"schedule must be a Schedule or None, got {one!r}")
-            if one is None or one.layer_factors is None or one.density is not None:
-                continue
-            if getattr(method, "density", None) is None:
-                raise ValueError(
-                    f"layer_factors multiply a density, and {method} has none; give it a density, "
-                    "or the schedule a curve"
-                )
+            if one is not None:
+                one.check_suits(method)
         self.method = method
         self.schedule = Schedule() if schedule is None else schedule
         self.schedules = dict(schedules or {})

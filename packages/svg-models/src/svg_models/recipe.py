@@ -211,6 +211,9 @@ class Recipe(Summarised):
         source: where the settings come from.
         note: why they differ from the published ones; empty if they don't.
         measured: what it came to, once for each set of conditions.
+
+    Raises:
+        ValueError: if a schedule needs what the method does not have.
     """
 
     method: Method
@@ -220,6 +223,10 @@ class Recipe(Summarised):
     source: str = "user"
     note: str = ""
     measured: tuple[Measured, ...] = ()
+
+    def __post_init__(self) -> None:
+        for schedule in (self.schedule, *self.schedules.values()):
+            schedule.check_suits(self.method)
 
     def schedule_of(self, transformer: str) -> Schedule:
         """Return the schedule of a transformer of the pipeline."""

@@ -50,22 +50,25 @@ class Fit:
     layers: tuple[float, ...]
     slope: float
 
-    def schedule(self, name: str, density: float) -> Schedule:
+    def schedule(self, name: str, density: float, *, alike: int = 1) -> Schedule:
         """Return a schedule of a mean density.
 
         Args:
             name: a key of `FITTED`.
             density: mean over steps and layers.
+            alike: steps in a row that read alike, see `SVG2.share_steps`; they need one density.
         """
         by_steps, by_layers = _EXPONENTS[name]
         exponent = 1.0 / (1.0 + self.slope)
         factors = None
         if by_layers:
             factors = _points(_spread(self.layers, by_layers * exponent, mean=1.0, most=math.inf))
+        groups = [self.steps[i : i + alike] for i in range(0, len(self.steps), alike)]
+        steps = [sum(group) / len(group) for group in groups for _ in group]
         return Schedule(
             dense_steps=0.0,
             dense_layers=0.0,
-            density=_points(_spread(self.steps, by_steps * exponent, mean=density, most=1.0)),
+            density=_points(_spread(steps, by_steps * exponent, mean=density, most=1.0)),
             layer_factors=factors,
         )
 

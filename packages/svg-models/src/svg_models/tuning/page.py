@@ -247,6 +247,8 @@ def _command(tuned: Tuned) -> str:
     else:
         words += ["--speedup", f"{1 / (tuned.target.cost or 1.0):.3g}"]
     words += ["--time-by", tuned.time_by]
+    if any(trial.point is not None and trial.point.only for trial in tuned.trials):
+        words.append("--fit")
     if tuned.model != "embedded":
         words += ["--model", tuned.model]
     words += [word for prompt in tuned.prompts for word in ("--prompt", prompt)]

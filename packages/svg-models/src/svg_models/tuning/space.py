@@ -141,7 +141,8 @@ class Point:
         if name in FITTED:
             if fit is None:
                 raise ValueError(f"the schedule '{name}' needs a fit, and none was measured")
-            return fit.schedule(name, density)
+            alike = ALIKE[self.alike].get("share_steps", 1)
+            return fit.schedule(name, density, alike=alike)
         points: tuple[tuple[float, float], ...] | None = None
         dense = 0.0
         if name == "falling":
