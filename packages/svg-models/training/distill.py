@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ from .clips import caption
 from .codec import WholeClip
 from .data import Batch, Batches, Size, choose_size, make_batch, stream
 from .evaluate import contact_sheet, generate, held_out_scenes
-from .loop import Clock, Log, Slice, join_logs, run
+from .loop import Clock, Log, Slice, join_logs, passed, run
 from .ranks import ALONE, Ranks, join
 from .render import render
 from .train import TOY_SHAPE, VOCABULARY, autocast
@@ -83,7 +82,6 @@ RESERVE_SECONDS = 40.0
 KEEP_SECONDS = 60.0
 # Below this, in units of a velocity, an error counts by its square.
 ROUND = 0.03
-STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +123,7 @@ class Options:
     @property
     def left(self) -> float:
         """Return the seconds that this call can still train."""
-        return self.max_seconds - RESERVE_SECONDS - (time.perf_counter() - STARTED)
+        return self.max_seconds - RESERVE_SECONDS - passed()
 
 
 def few_step_scheduler(config: Mapping[str, Any]) -> Any:
@@ -381,7 +379,7 @@ def train(options: Options) -> dict[str, Any]:
         card["psnr"] = compare(options.out, options.teacher, card, options.device)
         with atomic_path(options.out / CARD) as temporary:
             temporary.write_text(json.dumps(card), "utf-8")
-        print(f"{_passed():.0f} s: {json.dumps(card['psnr'])}", flush=True)
+        print(f"{passed():.0f} s: {json.dumps(card['psnr'])}", flush=True)
     return card
 
 
@@ -397,7 +395,7 @@ def _set_up(student: Student, teacher: Teacher, options: Options) -> None:
             step_loss(student, teacher, batch, generator, options)[0].backward()
         student.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        print(f"{_passed():.0f} s: first steps of {size.frames}x{size.side}", flush=True)
+        print(f"{passed():.0f} s: first steps of {size.frames}x{size.side}", flush=True)
 
 
 def _conditions(options: Options, student: Student) -> dict[str, Any]:
@@ -515,7 +513,7 @@ def show(model: Path, sheet: Path, teacher: Path, *, device: str, clips: int = 8
     picture = contact_sheet(rows, card["prompts"][:clips])
     with atomic_path(sheet) as temporary:
         picture.save(temporary, "JPEG", quality=88)
-    print(f"{_passed():.0f} s: {sheet}", flush=True)
+    print(f"{passed():.0f} s: {sheet}", flush=True)
 
 
 def write_toy_teacher(folder: Path) -> None:
@@ -530,10 +528,6 @@ def write_toy_teacher(folder: Path) -> None:
 
 def _wide(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1, 1)
-
-
-def _passed() -> float:
-    return time.perf_counter() - STARTED
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,10 +18,16 @@ from svg_models.files import atomic_path
 from .optim import Average, learning_rate, make_optimisers
 from .ranks import ALONE, Ranks
 
+STARTED = time.perf_counter()
 LOG_EVERY = 50
 
 Log = list[dict[str, Any]]
 Keep = Callable[["Clock", Sequence[Tensor], Log], None]
+
+
+def passed() -> float:
+    """Return the seconds since the script of a stage has its imports."""
+    return time.perf_counter() - STARTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ from .card import CARD, read_card
 from .codec import WholeClip
 from .compact import pack, unpack
 from .footage import make_source, read_index, write
-from .loop import Clock, Log, Slice, join_logs, run
+from .loop import Clock, Log, Slice, join_logs, passed, run
 from .ranks import ALONE, Ranks, join
 from .train import TOY_SHAPE, VOCABULARY, Denoiser, Vae, autocast
 from .train import Options as DenoiserOptions
@@ -70,7 +70,6 @@ TOY_PLAN = Plan(
 )  # fmt: skip
 # A machine that is lost costs no more of the run than this.
 KEEP_SECONDS = 120.0
-STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class Options:
     @property
     def left(self) -> float:
         """Return the seconds that this slice can still train."""
-        return self.max_seconds - RESERVE_SECONDS - (time.perf_counter() - STARTED)
+        return self.max_seconds - RESERVE_SECONDS - passed()
 
 
 def fix_cross_attention(transformer: Any) -> None:
@@ -140,7 +139,7 @@ def train(options: Options) -> dict[str, Any]:
     card = read_card(options.out)
     stored = unpack(options.out) if card else {}
     clips = Footage(options.data, options.device)
-    print(f"{_passed():.0f} s: {len(clips.sources)} clips decoded", flush=True)
+    print(f"{passed():.0f} s: {len(clips.sources)} clips decoded", flush=True)
     vae, card["autoencoder"] = _autoencoder(clips, options, stored, card)
     codec = WholeClip(vae.eval().requires_grad_(False), compiled=options.compiled)
     statistics = {"mean": vae.config.latents_mean, "std": vae.config.latents_std}
@@ -149,9 +148,7 @@ def train(options: Options) -> dict[str, Any]:
             LatentClips(clips, codec, options.plan, held_out=held_out, **statistics)
             for held_out in (False, True)
         )
-    print(
-        f"{_passed():.0f} s: latents of {sum(len(s[0]) for s in seen.stored)} windows", flush=True
-    )
+    print(f"{passed():.0f} s: latents of {sum(len(s[0]) for s in seen.stored)} windows", flush=True)
     model = Denoiser(
         DenoiserOptions(
             out=options.work, steps=options.steps, lr=options.lr, shape=options.shape,
@@ -256,7 +253,7 @@ def _autoencoder(
         model.zero_grad(set_to_none=True)
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()
-        print(f"{_passed():.0f} s: a first step of {size[0]}x{size[1]}", flush=True)
+        print(f"{passed():.0f} s: a first step of {size[0]}x{size[1]}", flush=True)
     clock = run(
         model,
         "vae",
@@ -280,7 +277,7 @@ def _autoencoder(
             "log": json.loads((options.work / "vae_log.json").read_text()),
         }
     print(
-        f"{_passed():.0f} s: reconstruction of clips held out {found['psnr_held_out']}", flush=True
+        f"{passed():.0f} s: reconstruction of clips held out {found['psnr_held_out']}", flush=True
     )
     model.codec.restore()
     return _with_statistics(model.vae, found), found
@@ -382,7 +379,7 @@ def _attention(
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         else:
-            print(f"{_passed():.0f} s: attention by {order[0].name}", flush=True)
+            print(f"{passed():.0f} s: attention by {order[0].name}", flush=True)
             return sdpa_kernel(order, set_priority=True)
     torch.compiler.set_stance("force_eager")
     return nullcontext()
@@ -506,7 +503,7 @@ class Store:
             if path.name not in {kept.name for kept in paths}:
                 path.unlink()
         print(
-            f"{_passed():.0f} s: {size / 1e6:.1f} MB in {len(paths)} files of {self.out}",
+            f"{passed():.0f} s: {size / 1e6:.1f} MB in {len(paths)} files of {self.out}",
             flush=True,
         )
 
@@ -595,7 +592,7 @@ def show(
         rows += [_row(video), _row(decoded)]
     with atomic_path(sheet) as temporary:
         Image.fromarray(torch.cat(rows).cpu().numpy()).save(temporary, "JPEG", quality=88)
-    print(f"{_passed():.0f} s: {sheet}", flush=True)
+    print(f"{passed():.0f} s: {sheet}", flush=True)
 
 
 def _middle(footage: Footage, index: int, size: tuple[int, int, int]) -> Tensor:
@@ -624,10 +621,6 @@ def write_toy(path: Path) -> None:
         name = f"toy-{number}"
         clips[name] = make_source(name, frames, 15.0, held_out=number == 2)
     write(path, clips)
-
-
-def _passed() -> float:
-    return time.perf_counter() - STARTED
 
 
 def main(argv: list[str] | None = None) -> None:
