@@ -118,11 +118,13 @@ class Schedule:
         self, *, step: int | None, num_steps: int | None, num_layers: int, own: float | None = None
     ) -> bool:
         """Return whether every layer of a step stays dense; for the arguments see `is_dense`."""
+        # Without factors the last layer is the last to become dense.
+        layers = (num_layers - 1,) if self.layer_factors is None else range(num_layers)
         return all(
             self.is_dense(
                 step=step, num_steps=num_steps, layer=layer, num_layers=num_layers, own=own
             )
-            for layer in reversed(range(num_layers))
+            for layer in layers
         )
 
     def density_at(
