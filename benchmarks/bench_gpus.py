@@ -163,6 +163,11 @@ def everyone(gpus: int) -> bool:
     return gpus > 1 and gpus == dist.get_world_size()
 
 
+def several(model: Any, gpus: int) -> bool:
+    """Return whether there is more than one GPU, of which a way is a matter."""
+    return gpus > 1
+
+
 def is_guided(model: Any, gpus: int) -> bool:
     """Return whether a model has two branches of guidance; HunyuanVideo is told its scale."""
     return not getattr(model.config, "guidance_embeds", False)
@@ -212,33 +217,14 @@ WAYS = (
         close=2e-2,
     ),
     Way(name=SPARSE, method=svg2, share=shared, one=SPARSE),
-    Way(
-        name="SVG2, exchanges waited for at once",
-        method=svg2,
-        share=shared_at_once,
-        one=SPARSE,
-        suits=lambda model, gpus: gpus > 1,
-    ),
-    Way(
-        name="SVG2, exchanged by a kernel",
-        method=svg2,
-        share=shared_without_engines,
-        one=SPARSE,
-        suits=lambda model, gpus: gpus > 1,
-    ),
-    Way(
-        name="SVG2, exchanged by NCCL",
-        method=svg2,
-        share=partial(shared, exchange="collective"),
-        one=SPARSE,
-        suits=lambda model, gpus: gpus > 1,
-    ),
-    Way(
-        name="SVG2, exchanged with the values",
-        method=svg2,
-        share=shared_with_values,
-        one=SPARSE,
-        suits=lambda model, gpus: gpus > 1,
+    *(
+        Way(name=f"SVG2, {how}", method=svg2, share=share, one=SPARSE, suits=several)
+        for how, share in (
+            ("exchanges waited for at once", shared_at_once),
+            ("exchanged by a kernel", shared_without_engines),
+            ("exchanged by NCCL", partial(shared, exchange="collective")),
+            ("exchanged with the values", shared_with_values),
+        )
     ),
     Way(
         name="diffusers' own Ulysses",
@@ -289,7 +275,7 @@ WAYS = (
         method=by_top_p,
         share=shared,
         one=SKEWED,
-        suits=lambda model, gpus: gpus > 1 and has_scales_by_head(model, gpus),
+        suits=lambda model, gpus: several(model, gpus) and has_scales_by_head(model, gpus),
         close=1e-1,
         skewed=True,
     ),

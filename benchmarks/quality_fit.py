@@ -53,7 +53,10 @@ class Bench:
         self.tokens = Geometry.of(self.pipe).tokens(**shape)
         self.layout = TokenLayout(grid=(1, 1, self.tokens))
         self.branches = 2 if args.guidance > 1 else 1
-        self.prompts = {"fit": (fitted.prompts, 0), "test": (self.judge.prompts, 32)}
+        self.prompts = {
+            "fit": (fitted.prompts, 0),
+            "test": (self.judge.prompts, quality.FIRST_PROMPT),
+        }
         self.dense = {which: self.sample(which) for which in self.prompts}
 
     def sample(self, which: str) -> Any:

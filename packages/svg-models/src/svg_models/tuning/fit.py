@@ -104,7 +104,8 @@ def fit(
         ]
         least = _LEAST_SHARE * max(part for _, part in parts) or 1.0
         by_one = [max(part, least) / len(group) for group, part in parts for _ in group]
-        return tuple(one / sum(by_one) for one in by_one)
+        total = sum(by_one)
+        return tuple(one / total for one in by_one)
 
     low, high = error("", min(scouts)), error("", max(scouts))
     slope = _SLOPES[1]
