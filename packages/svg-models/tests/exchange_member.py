@@ -158,6 +158,7 @@ def main() -> None:
         group, memory = "nccl", {}
         torch.cuda.set_device(0 if kind == "one" else int(os.environ["RANK"]))
     dist.init_process_group(group, timeout=datetime.timedelta(seconds=60))
+    torch.manual_seed(dist.get_rank())
     direct = Direct(None, required=True, **memory)
     if kind == "captured":
         check_capture(direct)

@@ -218,6 +218,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.manual_seed(dist.get_rank())
     for check in CHECKS:
         check()
         print(check.__name__, flush=True)

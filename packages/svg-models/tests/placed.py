@@ -37,6 +37,7 @@ def clip(pipe: Any) -> torch.Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
     alone = clip(tiny.pipeline())
     found = {}
     for name, place in WAYS.items():

@@ -238,6 +238,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+    torch.manual_seed(dist.get_rank())
     for check in CHECKS if len(sys.argv) < 2 else [globals()[sys.argv[1]]]:
         check()
         print(check.__name__, flush=True)

@@ -80,6 +80,7 @@ if __name__ == "__main__":
     # diffusers takes the rank modulo the number of accelerators, of which there are none here.
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
     ulysses()
     ring()
     cells = {family: asdict(cell(family)) for family in composition.CASES}

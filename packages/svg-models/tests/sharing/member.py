@@ -76,6 +76,7 @@ def main() -> None:
     """Check all subjects."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
+    torch.manual_seed(dist.get_rank())
     teams = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
     wanted = sys.argv[1:]
     for name, subject in SUBJECTS.items():
