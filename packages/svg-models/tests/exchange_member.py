@@ -7,7 +7,6 @@ each other.
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import sys
@@ -22,6 +21,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from mapped import MappedFiles
+from processes import join_ranks
 from torch import Tensor
 
 from svg_attention import Arrivals
@@ -152,13 +152,11 @@ def pause(device: str) -> None:
 
 def main() -> None:
     kind, device = sys.argv[1].rpartition(" ")[::2]
-    torch.set_num_threads(1)
     group, memory = "gloo", {"allocate": MappedFiles}
     if device == "cuda":
         group, memory = "nccl", {}
         torch.cuda.set_device(0 if kind == "one" else int(os.environ["RANK"]))
-    dist.init_process_group(group, timeout=datetime.timedelta(seconds=60))
-    torch.manual_seed(dist.get_rank())
+    join_ranks(group, seconds=60)
     direct = Direct(None, required=True, **memory)
     if kind == "captured":
         check_capture(direct)

@@ -9,7 +9,6 @@ import copy
 import pickle
 import warnings
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import zoo
+from processes import join_ranks
 from torch import Tensor
 
 from svg_attention import SVG2, Schedule
@@ -215,10 +215,8 @@ CHECKS = (
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.manual_seed(dist.get_rank())
+    join_ranks(seconds=60)
     for check in CHECKS:
         check()
         print(check.__name__, flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from processes import join_ranks
 
 from svg_attention import SVG2, Schedule
 from svg_models import parallelize, sparsify
@@ -35,9 +36,7 @@ def clip(pipe: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(dist.get_rank())
+    join_ranks()
     alone = clip(tiny.pipeline())
     found = {}
     for name, place in WAYS.items():

@@ -9,7 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 
 def run_ranks(script: str, count: int = 2, *arguments: str, seconds: float = 240) -> str:
@@ -63,6 +67,20 @@ def run_ranks(script: str, count: int = 2, *arguments: str, seconds: float = 240
             raise AssertionError(f"rank {rank} {state}: {said.read()[-500:]}\n{complained.read()}")
         pairs[0][0].seek(0)
         return pairs[0][0].read()
+
+
+def join_ranks(backend: str = "gloo", *, seconds: float = 1800) -> None:
+    """Make this process one of those that `run_ranks` has started.
+
+    It computes on one thread, and draws the same in every run, but not what other ranks draw.
+
+    Args:
+        backend: of the group.
+        seconds: how long a rank waits for the others.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    torch.manual_seed(dist.get_rank())
 
 
 def children(process: int) -> set[int]:

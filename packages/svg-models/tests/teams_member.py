@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import zoo
+from processes import join_ranks
 from torch import Tensor
 
 from svg_attention import SVG1, SVG2, Schedule, UnsupportedError
@@ -235,10 +235,8 @@ CHECKS = (
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    torch.manual_seed(dist.get_rank())
+    join_ranks(seconds=90)
     for check in CHECKS if len(sys.argv) < 2 else [globals()[sys.argv[1]]]:
         check()
         print(check.__name__, flush=True)

@@ -14,6 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from processes import join_ranks
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Dense, Schedule, UnsupportedError
@@ -76,11 +77,9 @@ def cell(family: str) -> composition.Cell:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     # diffusers takes the rank modulo the number of accelerators, of which there are none here.
     torch.accelerator.device_count = lambda: 1
-    dist.init_process_group("gloo")
-    torch.manual_seed(dist.get_rank())
+    join_ranks()
     ulysses()
     ring()
     cells = {family: asdict(cell(family)) for family in composition.CASES}

@@ -13,6 +13,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from processes import join_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -90,9 +91,7 @@ def check(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(dist.get_rank())
+    join_ranks()
     for name, way in WAYS.items():
         found = [None, None]
         dist.all_gather_object(found, check(way))

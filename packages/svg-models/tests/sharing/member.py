@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 import sys
 import time
@@ -14,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 import torch.distributed as dist
 from composition.player import Player
+from processes import join_ranks
 
 from sharing.checks import METHODS, Seen, compare, play
 from sharing.others import CHECKS
@@ -74,9 +73,7 @@ def check_others(name: str, player: Player, team: Any) -> Iterator[tuple[str, st
 
 def main() -> None:
     """Check all subjects."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
-    torch.manual_seed(dist.get_rank())
+    join_ranks(seconds=300)
     teams = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
     wanted = sys.argv[1:]
     for name, subject in SUBJECTS.items():
