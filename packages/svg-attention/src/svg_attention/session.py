@@ -251,19 +251,20 @@ class Session:
             out = sparse_attention(
                 query, key, value, plan, scale=scale, backend=computed_by, out=target
             )
-            out = _laid_out(out, out_layout)
+        if out_layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        if plan is not None:
             arrivals.give(out)
-            if not plan.is_full:
-                density = plan.density().mean(dim=0)
-                if head_share is not None and head_share.devices > 1:
-                    density = by_head(density, head_share)
-                    unequal = imbalance(density, head_share)
-                    if head_share.deals and method.heads_differ:
-                        order = deal_again(density, head_share, site.memory)
-                        site.dealt = head_share.devices, order
-                probe_density = plan.probe_density
-                broken = None if plan.broken is None else plan.broken.any()
-        out = _laid_out(out, out_layout)
+        if plan is not None and not plan.is_full:
+            density = plan.density().mean(dim=0)
+            if head_share is not None and head_share.devices > 1:
+                density = by_head(density, head_share)
+                unequal = imbalance(density, head_share)
+                if head_share.deals and method.heads_differ:
+                    order = deal_again(density, head_share, site.memory)
+                    site.dealt = head_share.devices, order
+            probe_density = plan.probe_density
+            broken = None if plan.broken is None else plan.broken.any()
         if stopwatch is not None:
             stopwatch.stop()
         if self.watch is not None and plan is not None and not plan.is_full:
@@ -383,13 +384,6 @@ def _capturing(tensor: Tensor) -> bool:
 
 def _count(name: str, value: int | None) -> int | None:
     return None if value is None else config.integer(name, value, least=1)
-
-
-def _laid_out(out: Tensor, layout: Layout) -> Tensor:
-    """Return an output `[B, H, S, D]` with its memory token by token, if that was asked for."""
-    if layout == "BSHD" and not out.transpose(1, 2).is_contiguous():
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out
 
 
 def _allocate(query: Tensor, value: Tensor, layout: Layout) -> Tensor:
