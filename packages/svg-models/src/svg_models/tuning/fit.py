@@ -12,21 +12,22 @@ from svg_attention import Schedule
 
 __all__ = ["FITTED", "Fit", "fit", "is_only", "only", "schedule_of_only", "trials_of_a_fit"]
 
-FITTED: dict[str, str] = {
-    "fitted to the steps": "more where a step was measured to cost more",
-    "fitted steeply to the steps": "the same, with twice the exponent",
-    "fitted to steps and layers": "more where a step or a layer was measured to cost more",
+# In words, and the exponents of steps and of layers, as multiples of the one that follows from the
+# curve of error.
+_FITTED = {
+    "fitted to the steps": ("more where a step was measured to cost more", 1.0, 0.0),
+    "fitted steeply to the steps": ("the same, with twice the exponent", 2.0, 0.0),
+    "fitted to steps and layers": (
+        "more where a step or a layer was measured to cost more",
+        1.0,
+        0.5,
+    ),
 }
+FITTED: dict[str, str] = {name: words for name, (words, _, _) in _FITTED.items()}
 """How the density goes over steps and layers, once `fit` has measured them -> in words."""
 
 STEP_GROUPS, LAYER_GROUPS = 10, 8
 """The most groups of neighbours that are measured alone."""
-# Exponents of steps and of layers, as multiples of the one that follows from the curve of error.
-_EXPONENTS = {
-    "fitted to the steps": (1.0, 0.0),
-    "fitted steeply to the steps": (2.0, 0.0),
-    "fitted to steps and layers": (1.0, 0.5),
-}
 _SLOPES = (0.5, 4.0)
 _LEAST_SHARE = 0.02
 _ONLY = re.compile(r"(steps|layers) (\d+) to (\d+) of (\d+)")
@@ -58,7 +59,7 @@ class Fit:
             density: mean over steps and layers.
             alike: steps in a row that read alike, see `SVG2.share_steps`; they need one density.
         """
-        by_steps, by_layers = _EXPONENTS[name]
+        _, by_steps, by_layers = _FITTED[name]
         exponent = 1.0 / (1.0 + self.slope)
         factors = None
         if by_layers:
