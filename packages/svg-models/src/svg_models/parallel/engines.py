@@ -76,15 +76,12 @@ def copy_by_engine(target: Tensor, source: Tensor) -> bool:
     if target.is_contiguous() and source.is_contiguous():
         target.copy_(source)
         return True
-    rows = [rectangle(y, x) for y, x in zip(target, source, strict=True)]
+    rows = [row for row in map(rectangle, target, source) if row is not None]
     copy = _driver()
-    if copy is None or None in rows:
+    if copy is None or len(rows) < len(target):
         return False
     stream = torch.cuda.current_stream(source.device).cuda_stream
-    for y, x, row in zip(target, source, rows, strict=True):
-        if row is None:
-            return False
-        width, height, y_pitch, x_pitch = row
+    for y, x, (width, height, y_pitch, x_pitch) in zip(target, source, rows, strict=True):
         asked = _Copy2D(
             src_type=_ON_DEVICE, src_device=x.data_ptr(), src_pitch=x_pitch,
             dst_type=_ON_DEVICE, dst_device=y.data_ptr(), dst_pitch=y_pitch,

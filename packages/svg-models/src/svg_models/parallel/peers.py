@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svg_attention import UnsupportedError
+from svg_models.errors import first_line
 from svg_models.parallel.copies import copy_beside, copy_bits
 
 __all__ = ["PeerMemory"]
@@ -57,14 +58,14 @@ class PeerMemory:
         try:
             memory = _empty(room, device)
         except (RuntimeError, AttributeError, ImportError) as error:
-            problem = _first_line(error)
+            problem = _problem(error)
         _agree(group, problem)
         try:
             self._handle = _rendezvous(memory, group)
             self._bytes = [self._handle.get_buffer(n, (room,), torch.uint8) for n in range(ranks)]
             self._write_blocks(rank)
         except (RuntimeError, AttributeError, TypeError, OSError) as error:
-            problem = _first_line(error)
+            problem = _problem(error)
         _agree(group, problem)
         self._memory = memory  # lives as long as this
         self.barrier(0)
@@ -184,6 +185,5 @@ def _gather(group: Any, value: Any) -> list[Any]:
     return found
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+def _problem(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

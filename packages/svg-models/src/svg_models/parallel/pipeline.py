@@ -117,9 +117,11 @@ class SharedRun:
         ranks: how many share a video.
     """
 
-    def __init__(self, ranks: int, *shares: Share | None) -> None:
+    def __init__(
+        self, ranks: int, team: Share | None = None, together: Share | None = None
+    ) -> None:
         self.ranks = ranks
-        self._team, self._together = (*shares, None, None)[:2]
+        self._team, self._together = team, together
         self._shared: list[SharedTransformer] = []
         self._split: SplitGuidance | None = None
         self._pair: Any = None
