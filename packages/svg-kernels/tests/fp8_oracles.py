@@ -120,6 +120,24 @@ class HeadInE4m3:
         return out, torch.where(reads[:, 0], lse, -torch.inf)
 
 
+def ties_move(query: Tensor, key_value: Fp8KeyValue) -> Tensor:
+    """Return how far a score moves at most when one element of its query is rounded otherwise.
+
+    The numbers of e4m3 lie at most 32 apart, of 448. For the default scale.
+
+    Args:
+        query: `[B, Hq, S, 128]`.
+        key_value: of `[B, Hk, L, 128]`.
+
+    Returns:
+        `[B, Hq, S]`, fp64.
+    """
+    group = query.shape[1] // key_value.key.shape[1]
+    scale, key = (x.repeat_interleave(group, 1) for x in (key_value.key_scale, key_value.key))
+    largest = rotate(query.float() * scale[:, :, None].float()).abs().amax(-1).double()
+    return largest * 32 / LARGEST * key.double().abs().amax((2, 3))[..., None] * 128**-0.5
+
+
 def finite(maximum: Tensor) -> Tensor:
     """Return 0 for a maximum of minus infinity."""
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
