@@ -289,7 +289,7 @@ class Member:
         subject: what is timed.
         device: "cuda" or "cpu".
         counts: numbers of GPUs.
-        teams: the ranks of each number of GPUs above 1.
+        teams: the ranks of each number of GPUs above 1 that this one is among.
         control: a group over gloo, by which ranks wait that have nothing to do.
 
     Attributes:
@@ -319,11 +319,14 @@ class Member:
         self._alone: dict[str, Tensor] = {}
 
     def take(self, way: Way, gpus: int, *, samples: int, warmup: int) -> None:
-        """Time forward passes of one way, and hold the last one before against one GPU."""
+        """Time forward passes of one way, and hold the last one before against one GPU.
+
+        Where two ranks are timed, others do the same in pairs of their own.
+        """
         dist.barrier(self.control)
-        if dist.get_rank() >= gpus:
-            return
         team = self.teams.get(gpus)
+        if team is None and dist.get_rank():
+            return
         method = way.method(self.subject)
         with ExitStack() as stack:
             if way.skewed:
@@ -400,7 +403,7 @@ class Member:
     def time_exchange(self, gpus: int, *, samples: int) -> None:
         """Time what a layer exchanges, without its attention."""
         dist.barrier(self.control)
-        if dist.get_rank() >= gpus:
+        if self.teams[gpus] is None:
             return
         config, text = self.model.config, self.subject.text[0] if self.subject.pooled else 0
         team = self.teams[gpus]
@@ -558,8 +561,7 @@ def member(rank: int, args: argparse.Namespace, port: int) -> None:
         timeout=datetime.timedelta(seconds=180),
     )
     control = dist.new_group(backend="gloo")
-    sizes = [n for n in (2, 4, 8) if n <= args.gpus]
-    teams = {n: dist.new_group(list(range(n))) for n in sizes}
+    teams = {n: team_of(rank, args.gpus, n) for n in (2, 4, 8) if n <= args.gpus}
     try:
         measure(args, control, teams)
     except BaseException:  # noqa: BLE001 - others wait for this rank; who started them ends them
@@ -567,6 +569,20 @@ def member(rank: int, args: argparse.Namespace, port: int) -> None:
         os._exit(1)
     dist.barrier(control)
     dist.destroy_process_group()
+
+
+def team_of(rank: int, ranks: int, size: int) -> Any:
+    """Return the group of a rank among groups of a size, which all have to ask for.
+
+    Every rank is in one, if there are enough. So all make memory for each other equally often,
+    without which they could make none together (see `svg_models.parallel.peers`).
+    """
+    own = None
+    for first in range(0, ranks - size + 1, size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members)
+        own = group if rank in members else own
+    return own
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from svg_models.parallel.places import Places
 from svg_models.parallel.share import Share
 
 CPU = torch.device("cpu")
-FINE = ("", "a host", "a card", "/tmp")
+FINE = ("", "a host", "a card", "/tmp", 0)
 
 
 def call(ranks: int, *, device: str = "cpu") -> tuple[tuple[torch.Tensor, ...], Places]:
@@ -49,13 +49,14 @@ def test_direct_memory_is_whole_tensors_of_own_heads_and_outputs_of_others(
     ("other", "reason"),
     [
         (("no socket can be made", *FINE[1:]), "no socket can be made"),
-        (("", "another host", "another card", "/tmp"), "the ranks are on several hosts"),
+        (("", "another host", "another card", "/tmp", 0), "the ranks are on several hosts"),
         (FINE, "several ranks share a GPU"),
-        (("", "a host", "another card", "/var/tmp"), "the ranks have different folders"),
+        (("", "a host", "another card", "/var/tmp", 0), "the ranks have different folders"),
+        (("", "a host", "another card", "/tmp", 1), "in groups without the others"),
     ],
 )
 def test_peer_memory_is_refused_by_all_ranks_alike(
-    other: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+    other: tuple[str | int, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "_gather", lambda group, value: [FINE, other])
     monkeypatch.setattr(peers, "_empty", lambda *_: pytest.fail("nothing is to be allocated"))
@@ -121,8 +122,10 @@ def test_peer_memory_is_checked_before_it_is_used(
     monkeypatch.setattr(peers.dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(peers, "_empty", lambda *_: None)
     monkeypatch.setattr(peers, "_rendezvous", lambda *_: Handle())
+    made = PeerMemory.made
     if lost:
         with pytest.raises(UnsupportedError, match="does not arrive"):
             PeerMemory("two ranks", 4096, CPU)
     else:
         assert PeerMemory("two ranks", 4096, CPU).size == 4096
+    assert PeerMemory.made == made + 1, "whatever comes of it"

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,12 +47,15 @@ class PeerMemory:
 
     Attributes:
         size: in bytes.
+        made: how often this process has met other ranks to make such memory.
     """
+
+    made: ClassVar[int] = 0
 
     def __init__(self, group: Any, size: int, device: torch.device) -> None:
         group = dist.group.WORLD if group is None else group
         self.size = size
-        _refuse_groups(group, device)
+        _refuse_groups(group, device, self.made)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         memory, problem, room = None, "", size + ranks * _CHECKED
         try:
@@ -60,6 +63,7 @@ class PeerMemory:
         except (RuntimeError, AttributeError, ImportError) as error:
             problem = _problem(error)
         _agree(group, problem)
+        PeerMemory.made += 1
         try:
             self._handle = _rendezvous(memory, group)
             self._bytes = [self._handle.get_buffer(n, (room,), torch.uint8) for n in range(ranks)]
@@ -112,8 +116,12 @@ def _block(writer: int, device: torch.device) -> Tensor:
     return numbers.to(torch.uint8).view(1, 8, 2, -1)
 
 
-def _refuse_groups(group: Any, device: torch.device) -> None:
-    """Refuse ranks that cannot reach each other's memory, before they try: they would wait."""
+def _refuse_groups(group: Any, device: torch.device, made: int) -> None:
+    """Refuse ranks that cannot reach each other's memory, before they try: they would wait.
+
+    Those, too, that have made such memory unequally often, in groups of which some were no part:
+    torch numbers what ranks tell each other by process instead of by group (pytorch issue 196082).
+    """
     folder = tempfile.gettempdir() if "TMPDIR" not in os.environ else os.environ["TMPDIR"]
     problem = ""
     if device.type != "cuda":
@@ -123,13 +131,16 @@ def _refuse_groups(group: Any, device: torch.device) -> None:
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname() + (boot.read_text(encoding="ascii") if boot.exists() else "")
     card = str(torch.cuda.get_device_properties(device).uuid) if not problem else str(os.getpid())
-    ranks = _gather(group, (problem, host, card, folder))
-    problems, hosts, cards, folders = (list(dict.fromkeys(one)) for one in zip(*ranks, strict=True))
+    ranks = _gather(group, (problem, host, card, folder, made))
+    problems, hosts, cards, folders, counts = (
+        list(dict.fromkeys(one)) for one in zip(*ranks, strict=True)
+    )
     refusals = [
         *filter(None, problems),
         *["the ranks are on several hosts"] * (len(hosts) > 1),
         *["several ranks share a GPU"] * (len(cards) < len(ranks)),
         *["the ranks have different folders of temporary files"] * (len(folders) > 1),
+        *["some ranks have shared memory in groups without the others"] * (len(counts) > 1),
     ]
     if refusals:
         raise UnsupportedError({"direct": refusals[0]})

@@ -29,7 +29,7 @@ def parallelize(
     ring: int = 1,
     guidance: int | None = None,
     balance: bool = True,
-    exchange: Literal["auto", "direct", "collective"] = "collective",
+    exchange: Literal["auto", "direct", "collective"] = "auto",
     group: Any = None,
 ) -> SharedRun:
     """Have several ranks make each video together, each computing a share of its tokens.
