@@ -63,6 +63,8 @@ SKEW = (1.0, 12.0)
 # Whose exchanges are timed in a row, so that the GPU need not wait for the host.
 LAYERS = 10
 LAYER_COUNTS = ("num_layers", "num_single_layers")
+# Of GPUs that are timed, as far as there are so many.
+NUMBERS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,6 +483,9 @@ def deeper(subject: Subject, layers: int | None) -> Subject:
 def asked(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Return the models and the ways that the command line names, see `named`."""
     subjects = toys(args.gpus) if args.tiny else SUBJECTS
+    numbers = [n for n in NUMBERS if n <= args.gpus]
+    if unknown := set(args.on).difference(numbers):
+        raise SystemExit(f"cannot time {min(unknown)} of {args.gpus} GPUs; choose among {numbers}")
     models = named("model", [subject.name for subject in subjects], args.models)
     ways = named("way", [way.name for way in WAYS], args.ways)
     return [s for s in subjects if s.name in models], [way for way in WAYS if way.name in ways]
@@ -490,7 +495,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     """Time all subjects, as far as the seconds last; the first rank stores after each round."""
     began, rank = time.perf_counter(), dist.get_rank()
     device = "cpu" if args.tiny else "cuda"
-    counts = (1, *teams)
+    counts = [n for n in (1, *teams) if not args.on or n in args.on]
     alone = args.tiny or rank
     result: dict[str, Any] = {} if alone else {"environment": environment(args.commit)}
     result |= {"density": DENSITY, "gpus": args.gpus, "models": []}
@@ -521,7 +526,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
                     say(f"{member.subject.name}: {way.name}, on {gpus}: {ms} ms a layer {how}")
             save()
         if first:
-            for gpus in teams:
+            for gpus in (n for n in counts if n > 1):
                 member.time_exchange(gpus, samples=5)
                 alone = {name: found.get(gpus) for name, found in member.exchange.items()}
                 say(f"{member.subject.name}: the exchange of a layer alone, on {gpus}: {alone} ms")
@@ -561,7 +566,7 @@ def member(rank: int, args: argparse.Namespace, port: int) -> None:
         timeout=datetime.timedelta(seconds=180),
     )
     control = dist.new_group(backend="gloo")
-    teams = {n: team_of(rank, args.gpus, n) for n in (2, 4, 8) if n <= args.gpus}
+    teams = {n: team_of(rank, args.gpus, n) for n in NUMBERS if 1 < n <= args.gpus}
     try:
         measure(args, control, teams)
     except BaseException:  # noqa: BLE001 - others wait for this rank; who started them ends them
@@ -589,7 +594,7 @@ def run(args: argparse.Namespace) -> None:
     """Start the processes.
 
     Raises:
-        SystemExit: if no model, or no way, has a chosen pattern in its name.
+        SystemExit: if no model, or no way, has a chosen pattern in its name, or none has so many GPUs.
     """
     asked(args)
     with socket.socket() as free:
@@ -605,7 +610,7 @@ def rows_of(model: Mapping[str, Any]) -> list[list[str]]:
         # Ways that were chosen by name may lack the one that they are held against.
         one = model["ms_per_forward"].get(model["held_against"][name], {}).get("1")
         cells = []
-        for gpus in ("1", "2", "4", "8"):
+        for gpus in map(str, NUMBERS):
             ms = found.get(gpus)
             if ms is None:
                 cells.append("")
@@ -620,7 +625,7 @@ def rows_of(model: Mapping[str, Any]) -> list[list[str]]:
 
 def written(result: Mapping[str, Any]) -> str:
     """Return the table and what was checked."""
-    head = ["model", "attention", *(f"{n} GPU{'s' * (n > 1)}" for n in (1, 2, 4, 8))]
+    head = ["model", "attention", *(f"{n} GPU{'s' * (n > 1)}" for n in NUMBERS)]
     lines = [line for model in result["models"] for line in rows_of(model)]
     filled = [n for n in range(len(head)) if n < 2 or any(line[n] for line in lines)]
     text = "Milliseconds a layer, and how many times faster than the same on one GPU:\n\n"
@@ -668,6 +673,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     timed = commands.add_parser("run", help="start a process for each GPU and time")
     timed.add_argument("--gpus", type=at_least(1), default=torch.cuda.device_count() or 2)
+    timed.add_argument("--on", nargs="*", type=at_least(1), default=[], help="only on so many GPUs")
     timed.add_argument("--output", type=Path, required=True, help="JSON file to write")
     timed.add_argument("--models", nargs="*", default=[], help="patterns of their names")
     timed.add_argument("--ways", nargs="*", default=[], help="patterns of their names")

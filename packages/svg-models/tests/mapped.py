@@ -18,7 +18,7 @@ class MappedFiles:
     def __init__(self, group: Any, size: int, device: torch.device) -> None:
         self.size, self._group = size, group
         folder = [tempfile.mkdtemp() if dist.get_rank(group) == 0 else ""]
-        dist.broadcast_object_list(folder, 0, group=group)
+        dist.broadcast_object_list(folder, group=group, group_src=0)
         names = [str(Path(folder[0]) / str(n)) for n in range(dist.get_world_size(group))]
         self._bytes = [
             torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names
