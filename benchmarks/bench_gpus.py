@@ -594,7 +594,8 @@ def run(args: argparse.Namespace) -> None:
     """Start the processes.
 
     Raises:
-        SystemExit: if no model, or no way, has a chosen pattern in its name, or none has so many GPUs.
+        SystemExit: if no model, or no way, has a chosen pattern in its name, or there are too few
+            GPUs for a chosen number.
     """
     asked(args)
     with socket.socket() as free:
