@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import tiny
@@ -111,6 +113,37 @@ def test_without_an_encoder_the_frames_are_kept(
         clip.save(tmp_path / "clip.mp4")
     (kept,) = spare.iterdir()
     assert np.array_equal(np.load(kept, allow_pickle=False), clip.frames)
+
+
+@pytest.mark.parametrize("missing", ["PyAV", "encoder"])
+def test_where_nothing_can_be_encoded_no_clip_is_begun_and_none_is_lost(
+    missing: str,
+    clip: Clip,
+    folder: Path,
+    spare: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise av.codec.codec.UnknownCodecError("libx264")
+
+    if missing == "PyAV":
+        monkeypatch.setitem(sys.modules, "av", None)
+    else:
+        monkeypatch.setattr(av.codec, "Codec", unknown)
+    with pytest.raises(OutputError, match=r"no mp4 can be written here .*; the clip is kept as"):
+        clip.save(tmp_path / "clip.mp4")
+    (kept,) = spare.iterdir()
+    assert np.array_equal(np.load(kept, allow_pickle=False), clip.frames)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle")
+    for command in (["generate", "p"], ["compare", "p"], ["batch", str(prompts)]):
+        words = [*command, "-m", str(folder), "-o", str(tmp_path / "new.mp4")]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2, result.output
+        assert "sampling" not in result.output
+        assert "no mp4 can be written here" in " ".join(result.stderr.split())
+    assert not (tmp_path / "new.mp4").exists()
 
 
 def test_the_command_says_where_the_clip_is(

@@ -76,9 +76,11 @@ def batch(
         make_here,
         make_on_groups,
     )
+    from svg_models.video import check_encoder
 
     clips = plan_batch(file, read_lines(file), request, _fields)
     folder = check_folder(output)
+    check_encoder()
     results: list[BatchResult] = []
     check_groups(request.gpus, gpus_per_clip)
     with ExitStack() as ended:

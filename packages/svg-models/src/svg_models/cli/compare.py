@@ -45,8 +45,10 @@ def compare(
 ) -> None:
     """Generate one clip dense and sparse, measure the difference, and write a page about it."""
     from svg_models.files import check_folder, check_output
+    from svg_models.video import check_encoder
 
     folder = check_folder(output)
+    check_encoder()
     if save_config is not None:
         check_output(save_config)
     with progress_bars(silent=quiet, as_json=as_json) as progress:

@@ -48,11 +48,13 @@ def generate(
     """Generate one clip with sparse attention and write it as an mp4."""
     from svg_models.files import check_outputs, check_suffix
     from svg_models.generation.ranks import places_of
+    from svg_models.video import check_encoder
 
     if request.gpus > 1:
         places_of(request)  # refuses what is not there, before torch is imported
     check_suffix(output)
     path = check_outputs(output, save_config, save_recipe)
+    check_encoder()
     with progress_bars(silent=quiet, as_json=as_json) as progress:
         from svg_models.generation.generate import generate as run
 

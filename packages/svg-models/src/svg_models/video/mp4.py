@@ -15,12 +15,36 @@ from svg_models.errors import OutputError, SettingError, SvgModelsError, first_l
 from svg_models.files import atomic_path, check_suffix, spare_folders, user_path
 from svg_models.video.frames import Frames, to_frames
 
-__all__ = ["FPS", "LARGEST_SIDE", "check_fps", "encode", "keep_elsewhere", "write_video"]
+__all__ = [
+    "FPS",
+    "LARGEST_SIDE",
+    "check_encoder",
+    "check_fps",
+    "encode",
+    "keep_elsewhere",
+    "write_video",
+]
 
 FPS = (0.01, 1000.0)
 """The slowest and the fastest clip that is written, in frames a second."""
 LARGEST_SIDE = 16_384
 """Pixels that H.264 takes along a side."""
+
+
+def check_encoder() -> None:
+    """Refuse where no clip can be written; better before one is made than after.
+
+    Raises:
+        SettingError: if there is no PyAV that works, or none with an encoder for H.264.
+    """
+    try:
+        import av
+
+        av.codec.Codec("libx264", "w")
+    except (ImportError, ValueError) as error:
+        raise SettingError(
+            f"no mp4 can be written here ({first_line(error)}); pip install --force-reinstall av"
+        ) from error
 
 
 def check_fps(fps: float) -> None:
@@ -60,7 +84,8 @@ def write_video(
         The path written.
 
     Raises:
-        SettingError: if the path is no place for a file or `fps` is out of range.
+        SettingError: if the path is no place for a file, `fps` is out of range or there is no
+            encoder.
         OutputError: if the file cannot be written, for example because the disk is full.
         ValueError: if `frames` is not a clip.
     """
@@ -86,8 +111,10 @@ def encode(
         keyframe_every: frames between two key frames.
 
     Raises:
-        OutputError: if the encoder cannot take it or the file cannot be written.
+        SettingError: if there is no encoder.
+        OutputError: if it cannot take the clip or the file cannot be written.
     """
+    check_encoder()
     import av
 
     clip = to_frames(frames)

@@ -135,13 +135,17 @@ def _container(file: Path) -> Iterator[Any]:
     """Open a file for ffmpeg, which may neither open another one nor allocate a huge picture."""
     import av
 
+    # Text that is no text is no reason to refuse a video; from PyAV 19 on it never is.
+    known: dict[str, Any] = {}
+    if int(av.__version__.partition(".")[0]) < 19:
+        known["metadata_errors"] = "replace"
     # An open file instead of a name: what looks like an address cannot be one.
     with foreign_faults(f"cannot read {file} as a video", SettingError), file.open("rb") as handle:
         with av.open(
             handle,
-            metadata_errors="replace",
+            options={"max_pixels": str(MOST_PIXELS)},  # of the container and all its streams
             container_options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"},
-            stream_options=[{"max_pixels": str(MOST_PIXELS)}] * 64,
+            **known,
         ) as container:
             yield container
 
