@@ -269,7 +269,8 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
         fits = smallest(needs[way.name])
         checked = None
         if fits is not None and way.offload != "group":
-            checked = run_capped(short, way, fits, needs[way.name], memory, device)
+            peak = None if way.weights != "bf16" else peak_of(found, way, built, whole, branches)
+            checked = run_capped(short, way, fits, needs[way.name], peak, memory, device)
             if checked is not None and not checked["ran"]:
                 fits = next((card for card in CARDS if card > fits), None)
         result["ways"][way.name] = {
@@ -336,10 +337,44 @@ def measure_grouped(video: Video, memory: Memory, device: str) -> dict[str, floa
     return found
 
 
+def peak_of(
+    found: Mapping[str, Any],
+    way: Way,
+    built: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    branches: int,
+) -> float:
+    """Return what the model of a few layers takes beside its weights where they are in bf16."""
+    taken = found[way.steps]
+    state = taken["state"] * built["layers"] / whole["layers"] / branches
+    copies = built["copies"] if STEPS[way.steps].linears else 0
+    decoding = found["diffusers"]["decoding"] if way.offload == "none" else 0
+    return float(max(taken["activations"] + state + copies, decoding))
+
+
 def run_capped(
-    video: Video, way: Way, card: int, size: float, memory: Memory, device: str
+    video: Video,
+    way: Way,
+    card: int,
+    size: float,
+    peak: float | None,
+    memory: Memory,
+    device: str,
 ) -> dict[str, Any] | None:
-    """Run a model of three layers, and a tensor for the rest, in the memory of a card."""
+    """Run a model of three layers, and a tensor for the rest, in the memory of a card.
+
+    Args:
+        video: of three layers.
+        way: how it is held.
+        card: GB.
+        size: bytes that the whole model needs.
+        peak: bytes that this one takes beside its weights; None to measure that first.
+        memory: of the GPU.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Whether it ran; None where there is no GPU.
+    """
     if not memory.gpu:
         return None
     part = STEPS[way.steps]
@@ -354,8 +389,11 @@ def run_capped(
     if not decode:
         pipe.vae.to("cpu")
     memory.free()
-    taken = measure_steps(bench, part, memory, decode=decode)
-    own = max(taken["denoising"], taken.get("decoding", 0) + taken["before"])
+    if peak is None:
+        taken = measure_steps(bench, part, memory, decode=decode)
+        own = max(taken["denoising"], taken.get("decoding", 0) + taken["before"])
+    else:
+        own = memory.allocated() + peak
     memory.free()
     ran, why = True, ""
     memory.cap(CARDS[card] - CONTEXT)
@@ -405,7 +443,8 @@ def run(args: argparse.Namespace) -> None:
         if not budget.has(expected, video.name):
             continue
         try:
-            result["models"].append(measure(video, memory, device, budget))
+            found = measure(video, memory, device, budget)
+            result["models"].append(found | {"commit": result.get("environment", {}).get("commit")})
         except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
             budget.say(f"{video.name}: {reason(error)}")
         store(args.output, result)
@@ -438,7 +477,7 @@ def write_table(path: Path) -> None:
     head = ["model", "offload", "weights", "steps", "needs", "cards of 24, 40, 48, 80 GB"]
     told = "\n".join(
         f"- {model['name']}: a step of SVG2 takes {gib(model['above_stock']['SVG2'])} more than "
-        f"one of diffusers, centroids of all layers included."
+        f"one of diffusers, centroids of all layers included (commit {model['commit']})."
         for model in result["models"]
     )
     text = f"{conditions(result['environment'])}\n\n{table(head, lines)}\n{told}"
