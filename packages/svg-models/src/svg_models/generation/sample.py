@@ -13,6 +13,7 @@ import torch
 from svg_models.errors import SettingError
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import NOTHING, Media, read_media
+from svg_models.generation.decoding import Decoding
 from svg_models.generation.memory import PeakMemory
 from svg_models.generation.request import GenerateRequest, Request
 from svg_models.generation.settings import Settings
@@ -138,6 +139,7 @@ def _sample(
     with (
         sparsify(loaded.pipe, spec, seed=settings.seed, **computed) as run,
         timer,
+        Decoding(loaded.pipe, progress) as decoding,
         run.beside_dense(now=timer.now, leave_out=timer.leave_out)
         if beside_dense
         else nullcontext() as pairs,
@@ -160,6 +162,7 @@ def _sample(
         seconds=timer.seconds,
         step_seconds=timer.step_seconds,
         decode_seconds=finished - timer.last,
+        decoded_in_tiles=decoding.in_tiles,
         stats=stats,
         total_seconds=finished - began,
         peak_memory=memory.bytes,
