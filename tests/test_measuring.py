@@ -92,10 +92,26 @@ def test_table_of_videos_refuses_a_gpu_without_results(script):
 
 @pytest.mark.parametrize(("option", "kind"), [("models", "model"), ("ways", "way")])
 def test_several_gpus_refuses_a_name_that_nothing_has(script, option, kind):
-    args = argparse.Namespace(tiny=True, gpus=2, models=[], ways=[])
+    args = argparse.Namespace(tiny=True, gpus=2, on=[], models=[], ways=[])
     setattr(args, option, ["nosuch"])
     with pytest.raises(SystemExit, match=f"no {kind} is named nosuch; there are "):
         script("bench_gpus").run(args)
+
+
+def test_several_gpus_refuses_a_number_that_there_is_not(script):
+    args = argparse.Namespace(tiny=True, gpus=2, on=[1, 4], models=[], ways=[])
+    with pytest.raises(SystemExit, match=r"cannot time 4 of 2 GPUs; choose among \[1, 2\]"):
+        script("bench_gpus").run(args)
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, [0, 1]), (3, [2, 3]), (4, None)])
+def test_several_gpus_every_rank_is_in_a_group_where_there_are_enough(
+    script, rank, own, monkeypatch
+):
+    bench, made = script("bench_gpus"), []
+    monkeypatch.setattr(bench.dist, "new_group", lambda ranks: made.append(ranks) or ranks)
+    assert bench.team_of(rank, 5, 2) == own
+    assert made == [[0, 1], [2, 3]], "all ranks ask for all groups"
 
 
 @pytest.mark.parametrize(
