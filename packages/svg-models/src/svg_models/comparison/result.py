@@ -147,6 +147,7 @@ def _clip_dict(clip: Clip) -> dict[str, Any]:
         "config": clip.stats.recipe,
         "seconds": round(clip.seconds, 4),
         "decode_seconds": round(clip.decode_seconds, 4),
+        "tiles": clip.tiles,
         "total_seconds": round(clip.total_seconds, 4),
         "peak_memory": clip.peak_memory,
         "attention": {k: v for k, v in clip.stats.numbers().items() if not isinstance(v, dict)},

@@ -13,6 +13,7 @@ from svg_models.comparison.machine import CoreTimes, machine_facts, others_at_wo
 from svg_models.comparison.result import Comparison
 from svg_models.comparison.timing import judge
 from svg_models.generation.conditioning import Media
+from svg_models.generation.decoding import warn_if_unlike
 from svg_models.generation.request import CompareRequest, takes
 from svg_models.generation.sample import prepare, sample
 from svg_models.generation.settings import Settings
@@ -62,6 +63,7 @@ def compare(request: CompareRequest) -> Comparison:
     candidates = []
     for clip, speed in zip(sparse, timing.speeds, strict=True):
         progress("measuring", 0, 0)
+        warn_if_unlike(clip.tiles, dense.tiles)
         close = similarity(clip.frames, dense.frames, device=loaded.device)
         candidates.append(Candidate(clip=clip, similarity=close, speed=speed))
     return Comparison(

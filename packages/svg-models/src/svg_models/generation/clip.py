@@ -43,7 +43,8 @@ class Clip(Summarised):
         paired_steps: sparse steps timed beside the same steps dense, where that was asked for.
         recall: share of the attention weight that sparse calls kept, sampled; None if not measured.
         gpus: how many made it together, a process on each.
-        decoded_in_tiles: whether the VAE had to decode in tiles, since memory ran out without.
+        tiles: how large those were in which the VAE had to decode, since memory ran out without;
+            empty if there were none.
     """
 
     frames: np.ndarray
@@ -60,7 +61,7 @@ class Clip(Summarised):
     paired_steps: tuple[PairedStep, ...] = ()
     recall: float | None = None
     gpus: int = 1
-    decoded_in_tiles: bool = False
+    tiles: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values for JSON."""
@@ -72,7 +73,7 @@ class Clip(Summarised):
             "config": self.stats.recipe,
             "seconds": round(self.seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
-            "decoded_in_tiles": self.decoded_in_tiles,
+            "tiles": self.tiles,
             "total_seconds": round(self.total_seconds, 4),
             "peak_memory": self.peak_memory,
             "gpus": self.gpus,

@@ -139,7 +139,13 @@ def _sample(
     with (
         sparsify(loaded.pipe, spec, seed=settings.seed, **computed) as run,
         timer,
-        Decoding(loaded.pipe, progress) as decoding,
+        Decoding(
+            loaded.pipe,
+            width=settings.width,
+            height=settings.height,
+            release=run.release,
+            progress=progress,
+        ) as decoding,
         run.beside_dense(now=timer.now, leave_out=timer.leave_out)
         if beside_dense
         else nullcontext() as pairs,
@@ -162,7 +168,7 @@ def _sample(
         seconds=timer.seconds,
         step_seconds=timer.step_seconds,
         decode_seconds=finished - timer.last,
-        decoded_in_tiles=decoding.in_tiles,
+        tiles=decoding.tiles,
         stats=stats,
         total_seconds=finished - began,
         peak_memory=memory.bytes,

@@ -354,6 +354,14 @@ class Engine:
                     "one is dense; call restore(), then sparsify again"
                 )
 
+    def release(self) -> None:
+        """Let go of what only further steps of this thread's videos would need; see `SparseRun`."""
+        for (thread, _), generation in list(self._generations.items()):
+            if thread == threading.get_ident():
+                generation.end()
+        for layers in self.fast_layers.values():
+            layers.release()
+
     def restore(self) -> None:
         """Put back the processors that were there and remove every hook."""
         installations, self.installations = self.installations, []

@@ -231,6 +231,14 @@ class SparseRun(Summarised):
         """Return the warnings given so far."""
         return tuple(self._engine.messages)
 
+    def release(self) -> None:
+        """Let go of the memory that only further steps need, such as to decode after the last one.
+
+        That is what is remembered of the steps so far, and fp8 copies of weights. What was recorded
+        stays; a further step begins a new video, and makes the copies again.
+        """
+        self._engine.release()
+
     def restore(self) -> None:
         """Put back the very processors that were there and remove every hook.
 

@@ -18,6 +18,7 @@ from svg_models.comparison.timing import judge
 from svg_models.families import transformers_of
 from svg_models.generation.clip import Clip
 from svg_models.generation.conditioning import Media
+from svg_models.generation.decoding import warn_if_unlike
 from svg_models.generation.other_kernel import other_dense_kernel
 from svg_models.generation.request import takes
 from svg_models.generation.sample import prepare, sample
@@ -194,6 +195,7 @@ class _Tuner:
         clip, speed, doubt = self._timed(spec, index, str(point), timed=timed)
         if doubt:  # once more, since whatever it was may have passed
             clip, speed, doubt = self._timed(spec, index, str(point), timed=timed)
+        warn_if_unlike(clip.tiles, dense.tiles)
         close = similarity(clip.frames, dense.frames, device=self._loaded.device)
         stats, seconds = clip.stats, None
         computed = stats.calls / dense.stats.calls
