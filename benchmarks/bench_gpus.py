@@ -636,7 +636,10 @@ def written(result: Mapping[str, Any]) -> str:
             f"{name} " + ", ".join(f"{d:.1e} on {n}" for n, d in found.items())
             for name, found in model["distance_to_one_gpu"].items()
         )
-        text += f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
+        if far:
+            text += (
+                f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
+            )
         for name, key in (
             ("NCCL", "ms_of_exchange"),
             ("writing directly", "ms_of_direct_exchange"),

@@ -42,14 +42,11 @@ from bench_video import Bench, Budget, Watch, let_a_cpu_have_fp8
 
 from svg_attention import Schedule
 from svg_models.families import family_of, transformers_of
+from svg_models.loading.memory import GIB
 from svg_models.loading.placement import place
-from svg_models.needs import TABLE
+from svg_models.needs import CARDS, CONTEXT, TABLE
 from svg_models.sparse.linears import is_plain_linear
 
-GIB = 1024**3
-# Memory that torch sees of a card, and what the driver and libraries take of it, GiB.
-CARDS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1}
-CONTEXT = 0.6
 # Seconds that a model is expected to take, and those of a pass of 14 billion parameters.
 SECONDS, MORE_SECONDS = 20.0, 40.0
 KINDS = (DENSE, FIRST, SPARSE)
@@ -301,7 +298,7 @@ def need(
     """Return the bytes that a way of holding a model needs at its highest."""
     taken = found[way.steps]
     if way.offload == "group":
-        return max(grouped[way.steps] + taken["state"], decoding)
+        return max(grouped[way.steps], decoding) + taken["state"]
     sizes = whole["transformers"]
     if way.weights == "fp8":  # what is stored in fp8 is half of what layers add
         sizes = [
@@ -309,11 +306,12 @@ def need(
             for full, few in zip(sizes, built["transformers"], strict=True)
         ]
     copies = whole["copies"] if STEPS[way.steps].linears else 0
+    kept = copies + taken["state"]  # while the VAE decodes, too
     if way.offload == "model":
-        denoising = max(sizes) + total_of(taken) + copies
-        return float(max(denoising, whole["vae"] + decoding + copies, whole["text"]))
-    resident = sum(sizes) + whole["vae"] + whole["text"] + copies
-    return float(resident + max(total_of(taken), decoding))
+        beside = max(max(sizes) + taken["activations"], whole["vae"] + decoding)
+        return float(max(beside + kept, whole["text"]))
+    resident = sum(sizes) + whole["vae"] + whole["text"] + kept
+    return float(resident + max(taken["activations"], decoding))
 
 
 def smallest(size: float) -> int | None:
@@ -349,7 +347,7 @@ def peak_of(
     state = taken["state"] * built["layers"] / whole["layers"] / branches
     copies = built["copies"] if STEPS[way.steps].linears else 0
     decoding = found["diffusers"]["decoding"] if way.offload == "none" else 0
-    return float(max(taken["activations"] + state + copies, decoding))
+    return float(max(taken["activations"], decoding) + state + copies)
 
 
 def run_capped(

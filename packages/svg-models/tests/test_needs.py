@@ -74,6 +74,28 @@ def test_the_table_of_the_package_can_be_read() -> None:
     assert all(way.card in (24, 40, 48, 80, None) for _, ways in rows for way in ways)
 
 
+@pytest.mark.parametrize(
+    ("size", "card", "memory", "fits"),
+    [
+        (45.5, 80, 79.1, True),
+        (45.5, 80, 44.4, False),
+        (34.9, 48, 39.4, False),  # by its bytes it would
+        (34.9, 48, 44.4, True),
+        (74.3, None, 79.1, False),
+        (74.3, None, 139.8, True),
+        (95.0, None, 79.1, False),
+        (139.5, None, 139.8, False),
+    ],
+)
+def test_need_fits_where_it_was_seen_to_run_and_on_larger_cards(
+    size: float, card: int | None, memory: float, fits: bool
+) -> None:
+    need = needs.Need(
+        clip="", offload="none", weights="bf16", steps="SVG2", bytes=size * GIB, card=card
+    )
+    assert need.fits(int(memory * GIB)) is fits
+
+
 def test_doctor_says_how_a_model_fits(table: Path) -> None:
     table.write_text(json.dumps(DOCUMENT))
     told = [c for c in doctor.diagnose("cpu", "Model-14B") if c.part == "memory of Model-14B"]

@@ -32,7 +32,6 @@ _PACKAGES = (
     "flash-attn-4",
     "flashinfer-python",
 )
-CONTEXT_BYTES = 600 * 2**20
 """What the driver and libraries take of a GPU beside torch."""
 OPTIONAL = ("flash-attn", "flash-attn-4", "flashinfer-python", "flashinfer", "flash_attn", "nvcc")
 """What is another way to do what this project does itself, or needed to build it only."""
@@ -303,7 +302,7 @@ def _needs(model: str, device: str) -> list[Check]:
             Check(
                 part=f"memory of {model}",
                 name=f"{options}{stored}",
-                works=None if have is None else need.bytes + CONTEXT_BYTES <= have,
+                works=None if have is None else need.fits(have),
                 detail=f"{need.clip}: {need.bytes / GIB:.1f} GiB, {cards}",
                 matters=False,
             )

@@ -99,7 +99,10 @@ class Clip(Summarised):
         """Return the clip, playing, above what `repr` says."""
         file = io.BytesIO()
         shown = enlarge(self.frames, max(1, 256 // self.frames.shape[2]))
-        encode(shown, file, fps=self.settings.fps)
+        try:
+            encode(shown, file, fps=self.settings.fps)
+        except SvgModelsError:  # no encoder
+            return super()._repr_html_()
         data = base64.b64encode(file.getvalue()).decode("ascii")
         video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted controls></video>'
         return video + super()._repr_html_()

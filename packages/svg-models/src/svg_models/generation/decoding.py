@@ -78,7 +78,8 @@ class Decoding:
 
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
         known = _known.setdefault(self._vae, {})
-        first = known.get(self._size, _AT_ONCE)
+        tiled = getattr(self._vae, "use_tiling", False)
+        first = _AT_ONCE if tiled else known.get(self._size, _AT_ONCE)
         again = [_AT_ONCE] if first == _AT_ONCE else []
         tiles = [n for n in self._factors() if first == _AT_ONCE or n < first]
         problem = ""
