@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from svg_models.errors import SettingError
-from svg_models.loading.memory import GIB
 
 __all__ = ["CARDS", "CONTEXT", "TABLE", "Need", "needs_of", "read_table"]
 
 TABLE = Path(__file__).with_name("needs.json")
+_GIB = 1 << 30
 # Memory that torch sees of the usual cards, and what the driver and libraries take of it, GiB.
 CARDS = {24: 23.5, 40: 39.4, 48: 44.4, 80: 79.1}
 CONTEXT = 0.6
@@ -51,8 +51,8 @@ class Need:
         By the bytes alone it may fit on a card where it did not run, since memory falls in pieces.
         """
         failed = (size for card, size in CARDS.items() if self.card is None or card < self.card)
-        more = memory > max(failed, default=0.0) * GIB
-        return more and self.bytes + CONTEXT * GIB <= memory
+        more = memory > max(failed, default=0.0) * _GIB
+        return more and self.bytes + CONTEXT * _GIB <= memory
 
 
 def needs_of(model: str) -> tuple[Need, ...]:
