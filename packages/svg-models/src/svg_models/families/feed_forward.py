@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from svg_models.families import fused
 from svg_models.families.instance_forward import InstanceForward
 
-__all__ = ["feed_forward", "gelu_product", "is_product"]
+__all__ = ["feed_forward"]
 
 
 def feed_forward(module: Any, states: Tensor) -> Tensor:
@@ -31,52 +31,36 @@ def feed_forward(module: Any, states: Tensor) -> Tensor:
         out: Tensor = module(states)
         return out
     activation, _, last = module.net
-    projected: Tensor = last(gelu_product(activation.proj, states))
-    return projected
-
-
-def gelu_product(layer: nn.Linear, states: Tensor) -> Tensor:
-    """Return the GELU, by tanh, of what a layer returns, which `is_product` of `states`.
-
-    Args:
-        layer: `[C', C]`, with a bias.
-        states: `[..., C]`.
-    """
+    proj = activation.proj
     rows = states.flatten(0, -2)
-    hidden = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
-    return hidden.unflatten(0, states.shape[:-1])
-
-
-def is_product(layer: Any, states: Tensor) -> bool:
-    """Return whether a layer is a matrix product and a bias beside `states`, nothing around it."""
-    return (
-        type(layer) is nn.Linear
-        and fused.serves_tensor(states)
-        and states.dtype != torch.float32
-        and not torch.version.hip
-        and _is_own(layer, states)
-        and all(
-            type(weight) is nn.Parameter
-            and weight.dtype == states.dtype
-            and weight.device == states.device
-            for weight in (layer.weight, layer.bias)
-        )
-    )
+    hidden = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)
+    projected: Tensor = last(hidden.unflatten(0, states.shape[:-1]))
+    return projected
 
 
 def _joins(module: Any, states: Tensor) -> bool:
     """Return whether torch computes the product and the GELU of a feed-forward in one kernel."""
+    if not fused.serves_tensor(states) or states.dtype == torch.float32 or torch.version.hip:
+        return False
     if type(module) is not FeedForward or len(module.net) != 3 or not _is_own(module, states):
         return False
     activation, dropout, last = module.net
     if type(activation) is not GELU or activation.approximate != "tanh":
         return False
+    proj = activation.proj
     return (
         type(dropout) is nn.Dropout
         and (dropout.p == 0.0 or not dropout.training)
         and type(last) is nn.Linear
         and all(fused.is_untouched(part) for part in (activation, dropout))
-        and is_product(activation.proj, states)
+        and type(proj) is nn.Linear
+        and _is_own(proj, states)
+        and all(
+            type(weight) is nn.Parameter
+            and weight.dtype == states.dtype
+            and weight.device == states.device
+            for weight in (proj.weight, proj.bias)
+        )
     )
 
 
