@@ -21,6 +21,10 @@ LARGEST_LOWERED = 2.0**100
 """Sums above which probabilities may be infinite in fp32, and are computed once more."""
 
 
+_NEAR = 2e-3
+"""What two ways to rotate a query differ by at most, where its largest element is 448."""
+
+
 def to_e4m3(x: Tensor) -> Tensor:
     """Round to e4m3, what is too large to the largest number; fp64."""
     return x.float().clamp(-LARGEST, LARGEST).to(DTYPE).double()
@@ -120,22 +124,28 @@ class HeadInE4m3:
         return out, torch.where(reads[:, 0], lse, -torch.inf)
 
 
-def ties_move(query: Tensor, key_value: Fp8KeyValue) -> Tensor:
-    """Return how far a score moves at most when one element of its query is rounded otherwise.
+def at_ties(query: Tensor, key_value: Fp8KeyValue) -> tuple[Tensor, Tensor]:
+    """Return which queries have elements that another order of sums may round otherwise, and how far
+    a score of each moves at most when that happens to one. For the default scale.
 
-    The numbers of e4m3 lie at most 32 apart, of 448. For the default scale.
+    Those elements lie within `_NEAR` of the middle between two numbers of e4m3; where the numbers
+    are less than one apart they move no score that anybody could see. At most they are 32 apart.
 
     Args:
         query: `[B, Hq, S, 128]`.
         key_value: of `[B, Hk, L, 128]`.
 
     Returns:
-        `[B, Hq, S]`, fp64.
+        Bool and fp64, `[B, Hq, S]`.
     """
     group = query.shape[1] // key_value.key.shape[1]
     scale, key = (x.repeat_interleave(group, 1) for x in (key_value.key_scale, key_value.key))
-    largest = rotate(query.float() * scale[:, :, None].float()).abs().amax(-1).double()
-    return largest * 32 / LARGEST * key.double().abs().amax((2, 3))[..., None] * 128**-0.5
+    rotated = rotate(query.float() * scale[:, :, None].float()).double()
+    largest = rotated.abs().amax(-1, keepdim=True)
+    places = rotated * (LARGEST / largest.clamp_min(1e-300))
+    splits = to_e4m3(places - _NEAR) != to_e4m3(places + _NEAR)
+    moves = largest[..., 0] * 32 / LARGEST * key.double().abs().amax((2, 3))[..., None] * 128**-0.5
+    return (splits & (places.abs() >= 8)).any(-1), moves
 
 
 def finite(maximum: Tensor) -> Tensor:
