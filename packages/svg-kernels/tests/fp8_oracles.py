@@ -125,10 +125,10 @@ class HeadInE4m3:
 
 
 def at_ties(query: Tensor, key_value: Fp8KeyValue) -> tuple[Tensor, Tensor]:
-    """Return which queries have elements that another order of sums may round otherwise, and how far
-    a score of each moves at most when that happens to one. For the default scale.
+    """Return which queries another order of sums may round otherwise, and what that does.
 
-    Those elements lie within `_NEAR` of the middle between two numbers of e4m3; where the numbers
+    That is by how much a score of each moves at most when it happens to one element, for the
+    default scale. Such elements lie within `_NEAR` of the middle between two numbers of e4m3; where the numbers
     are less than one apart they move no score that anybody could see. At most they are 32 apart.
 
     Args:
