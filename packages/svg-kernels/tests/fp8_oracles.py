@@ -128,8 +128,8 @@ def at_ties(query: Tensor, key_value: Fp8KeyValue) -> tuple[Tensor, Tensor]:
     """Return which queries another order of sums may round otherwise, and what that does.
 
     That is by how much a score of each moves at most when it happens to one element, for the
-    default scale. Such elements lie within `_NEAR` of the middle between two numbers of e4m3; where the numbers
-    are less than one apart they move no score that anybody could see. At most they are 32 apart.
+    default scale. Such elements lie within `_NEAR` of the middle between two numbers of e4m3. These
+    are at most 32 apart; where they are less than one apart, that moves no score visibly.
 
     Args:
         query: `[B, Hq, S, 128]`.
