@@ -32,7 +32,6 @@ _PACKAGES = (
     "flash-attn-4",
     "flashinfer-python",
 )
-"""What the driver and libraries take of a GPU beside torch."""
 OPTIONAL = ("flash-attn", "flash-attn-4", "flashinfer-python", "flashinfer", "flash_attn", "nvcc")
 """What is another way to do what this project does itself, or needed to build it only."""
 
