@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from svg_models.generation.stand_in import standing_in
 from svg_models.loading import Progress
 
 __all__ = ["Decoding", "warn_if_unlike"]
@@ -56,25 +57,17 @@ class Decoding:
         vae = getattr(pipe, "vae", None)
         self._vae: Any = getattr(vae, "_orig_mod", vae)  # without the wrapper of a compiler
         self._size, self._release, self._progress = (width, height), release, progress
-        self._own: Any = None
+        self._undo = ExitStack()
         self.tiles = ""
 
     def __enter__(self) -> Decoding:
-        vae = self._vae
-        if vae is not None:
-            self._own = vars(vae).get("decode")  # somebody else's, which stays
-            self._plain = vae.decode
-            vae.decode = self._decode
+        if self._vae is not None:
+            self._plain = self._vae.decode
+            self._undo.enter_context(standing_in(self._vae, "decode", self._decode))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        vae = self._vae
-        if vae is None or vars(vae).get("decode") != self._decode:
-            return
-        if self._own is None:
-            del vae.decode
-        else:
-            vae.decode = self._own
+        self._undo.close()
 
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
         known = _known.setdefault(self._vae, {})

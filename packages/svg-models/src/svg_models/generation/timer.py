@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from svg_models.families import TRANSFORMERS
+from svg_models.generation.stand_in import standing_in
 from svg_models.loading import LoadedPipeline, Progress
 
 __all__ = ["StepTimer"]
@@ -37,29 +38,15 @@ class StepTimer:
                 network = getattr(self._loaded.pipe, name, None)
                 if network is not None:
                     undo.callback(network.register_forward_pre_hook(self._begin).remove)
-            self._watch(self._loaded.pipe.scheduler, undo)
+            # Not every pipeline calls back after a step, but each calls its scheduler.
+            scheduler = self._loaded.pipe.scheduler
+            undo.enter_context(standing_in(scheduler, "step", self._counting(scheduler.step)))
             self._progress("reading the prompt", 0, 0)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
-
-    def _watch(self, scheduler: Any, undo: ExitStack) -> None:
-        # Not every pipeline calls back after a step, but each calls its scheduler.
-        own = vars(scheduler).get("step")  # somebody else's, which stays
-        watched = self._counting(scheduler.step)
-
-        def put_back() -> None:
-            if vars(scheduler).get("step") is not watched:
-                return
-            if own is None:
-                del scheduler.step  # the class's own is there again
-            else:
-                scheduler.step = own
-
-        undo.callback(put_back)
-        scheduler.step = watched
 
     @property
     def seconds(self) -> float:
