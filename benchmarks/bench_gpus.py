@@ -480,12 +480,21 @@ def deeper(subject: Subject, layers: int | None) -> Subject:
     return replace(subject, config=config, layers=sum(config.get(n, 0) for n in LAYER_COUNTS))
 
 
+def numbers(args: argparse.Namespace) -> list[int]:
+    """Return on how many GPUs is timed.
+
+    Raises:
+        SystemExit: if there are too few for a chosen number.
+    """
+    found = [n for n in NUMBERS if n <= args.gpus]
+    if unknown := set(args.on).difference(found):
+        raise SystemExit(f"cannot time {min(unknown)} of {args.gpus} GPUs; choose among {found}")
+    return [n for n in found if not args.on or n in args.on]
+
+
 def asked(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Return the models and the ways that the command line names, see `named`."""
     subjects = toys(args.gpus) if args.tiny else SUBJECTS
-    numbers = [n for n in NUMBERS if n <= args.gpus]
-    if unknown := set(args.on).difference(numbers):
-        raise SystemExit(f"cannot time {min(unknown)} of {args.gpus} GPUs; choose among {numbers}")
     models = named("model", [subject.name for subject in subjects], args.models)
     ways = named("way", [way.name for way in WAYS], args.ways)
     return [s for s in subjects if s.name in models], [way for way in WAYS if way.name in ways]
@@ -495,7 +504,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
     """Time all subjects, as far as the seconds last; the first rank stores after each round."""
     began, rank = time.perf_counter(), dist.get_rank()
     device = "cpu" if args.tiny else "cuda"
-    counts = [n for n in (1, *teams) if not args.on or n in args.on]
+    counts = numbers(args)
     alone = args.tiny or rank
     result: dict[str, Any] = {} if alone else {"environment": environment(args.commit)}
     result |= {"density": DENSITY, "gpus": args.gpus, "models": []}
@@ -526,7 +535,7 @@ def measure(args: argparse.Namespace, control: Any, teams: Mapping[int, Any]) ->
                     say(f"{member.subject.name}: {way.name}, on {gpus}: {ms} ms a layer {how}")
             save()
         if first:
-            for gpus in (n for n in counts if n > 1):
+            for gpus in teams:
                 member.time_exchange(gpus, samples=5)
                 alone = {name: found.get(gpus) for name, found in member.exchange.items()}
                 say(f"{member.subject.name}: the exchange of a layer alone, on {gpus}: {alone} ms")
@@ -566,7 +575,7 @@ def member(rank: int, args: argparse.Namespace, port: int) -> None:
         timeout=datetime.timedelta(seconds=180),
     )
     control = dist.new_group(backend="gloo")
-    teams = {n: team_of(rank, args.gpus, n) for n in NUMBERS if 1 < n <= args.gpus}
+    teams = {n: team_of(rank, args.gpus, n) for n in numbers(args) if n > 1}
     try:
         measure(args, control, teams)
     except BaseException:  # noqa: BLE001 - others wait for this rank; who started them ends them
@@ -598,6 +607,7 @@ def run(args: argparse.Namespace) -> None:
             GPUs for a chosen number.
     """
     asked(args)
+    numbers(args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
