@@ -228,6 +228,7 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
     }
     branches = video.passes
     found: dict[str, Any] = {}
+    kept: dict[str, int] = {}  # by the few layers, from step to step
     for name, part in STEPS.items():
         if part.attention and not bench.wide_heads:
             continue
@@ -235,9 +236,10 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
         copies = built["copies"] if part.linears else 0
         held = taken["held"]
         state = max(0, held[-1] - held[0]) if part.method is not None else 0
+        kept[name] = copies + state
         found[name] = {
             # Beside weights, copies of them, and what lasts from step to step.
-            "activations": taken["denoising"] - taken["before"] - copies - state,
+            "activations": taken["denoising"] - taken["before"] - kept[name],
             "state": state * whole["layers"] / built["layers"] * branches,
             "decoding": taken.get("decoding"),
         }
@@ -266,7 +268,10 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
         fits = smallest(needs[way.name])
         checked = None
         if fits is not None and way.offload != "group":
-            peak = None if way.weights != "bf16" else peak_of(found, way, built, whole, branches)
+            peak = None
+            if way.weights == "bf16":
+                decoded = decoding if way.offload == "none" else 0
+                peak = kept[way.steps] + max(found[way.steps]["activations"], decoded)
             checked = run_capped(short, way, fits, needs[way.name], peak, memory, device)
             if checked is not None and not checked["ran"]:
                 fits = next((card for card in CARDS if card > fits), None)
@@ -333,21 +338,6 @@ def measure_grouped(video: Video, memory: Memory, device: str) -> dict[str, floa
         bench.close()
         memory.free()
     return found
-
-
-def peak_of(
-    found: Mapping[str, Any],
-    way: Way,
-    built: Mapping[str, Any],
-    whole: Mapping[str, Any],
-    branches: int,
-) -> float:
-    """Return what the model of a few layers takes beside its weights where they are in bf16."""
-    taken = found[way.steps]
-    state = taken["state"] * built["layers"] / whole["layers"] / branches
-    copies = built["copies"] if STEPS[way.steps].linears else 0
-    decoding = found["diffusers"]["decoding"] if way.offload == "none" else 0
-    return float(max(taken["activations"], decoding) + state + copies)
 
 
 def run_capped(
