@@ -10,8 +10,8 @@ beside the weights is measured, and the weights of the other layers are counted.
 is then run once more with a tensor in the place of what is missing, under a cap as low as the
 card's memory. Text encoders are counted, not built.
 
-`run` goes on where the file ends and begins nothing that would not be done in `--seconds`. `table`
-fills the documentation and the table that `svg doctor -m MODEL` reads.
+`run` goes on where the file ends, amid a model if need be, and begins nothing that would not be
+done in `--seconds`. `table` fills the documentation and the table that `svg doctor -m MODEL` reads.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def describe(video: Video) -> dict[str, Any]:
     }
 
 
-def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str, Any]:
-    """Measure one model and run what fits under caps."""
+def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str, Any]:
+    """Measure what a model takes; no way to hold it has been run yet."""
     whole = describe(video)
     short = video.short
     bench = Bench(short, device)
@@ -228,7 +228,6 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
     }
     branches = video.passes
     found: dict[str, Any] = {}
-    kept: dict[str, int] = {}  # by the few layers, from step to step
     for name, part in STEPS.items():
         if part.attention and not bench.wide_heads:
             continue
@@ -236,55 +235,63 @@ def measure(video: Video, memory: Memory, device: str, budget: Budget) -> dict[s
         copies = built["copies"] if part.linears else 0
         held = taken["held"]
         state = max(0, held[-1] - held[0]) if part.method is not None else 0
-        kept[name] = copies + state
+        kept = copies + state
         found[name] = {
             # Beside weights, copies of them, and what lasts from step to step.
-            "activations": taken["denoising"] - taken["before"] - kept[name],
+            "activations": taken["denoising"] - taken["before"] - kept,
             "state": state * whole["layers"] / built["layers"] * branches,
+            "kept": kept,  # by the few layers, from step to step
             "decoding": taken.get("decoding"),
         }
         budget.say(f"{video.name}, {name}: activations {gib(found[name]['activations'])}")
-    decoding = found["diffusers"]["decoding"]
     bench.close()
-    grouped = measure_grouped(short, memory, device)
-    needs = {}
-    for way in WAYS:
-        needs[way.name] = need(way, whole, built, found, decoding, grouped)
-    above = {
-        name: total - total_of(found["diffusers"])
-        for name, total in ((n, total_of(f)) for n, f in found.items())
-    }
-    result = {
+    stock = total_of(found["diffusers"])
+    return {
         "name": video.name,
         "checkpoints": video.checkpoints,
         "clip": clip_of(video),
         "weights": whole,
+        "built": built,
         "activations": found,
-        "grouped": grouped,
-        "above_stock": above,
+        "grouped": measure_grouped(short, memory, device),
+        "above_stock": {name: total_of(one) - stock for name, one in found.items()},
         "ways": {},
     }
-    for way in WAYS:
-        fits = smallest(needs[way.name])
-        checked = None
-        if fits is not None and way.offload != "group":
-            peak = None
-            if way.weights == "bf16":
-                decoded = decoding if way.offload == "none" else 0
-                peak = kept[way.steps] + max(found[way.steps]["activations"], decoded)
-            checked = run_capped(short, way, fits, needs[way.name], peak, memory, device)
-            if checked is not None and not checked["ran"]:
-                fits = next((card for card in CARDS if card > fits), None)
-        result["ways"][way.name] = {
-            "offload": way.offload,
-            "weights": way.weights,
-            "steps": way.steps,
-            "bytes": needs[way.name],
-            "card": fits,
-            "capped": checked,
-        }
-        budget.say(f"{video.name}, {way.name}: {gib(needs[way.name])}, fits {fits} GB {checked}")
-    return result
+
+
+def measure_way(
+    video: Video, way: Way, model: Mapping[str, Any], memory: Memory, device: str
+) -> dict[str, Any]:
+    """Return what a way to hold a model needs, and on which card it has run.
+
+    Args:
+        video: the whole one.
+        way: how it is held.
+        model: what `begin` has found.
+        memory: of the GPU.
+        device: "cuda" or "cpu".
+    """
+    found = model["activations"]
+    decoding = found["diffusers"]["decoding"]
+    size = need(way, model["weights"], model["built"], found, decoding, model["grouped"])
+    fits, checked = smallest(size), None
+    if fits is not None and way.offload != "group":
+        peak = None
+        if way.weights == "bf16":
+            taken = found[way.steps]
+            decoded = decoding if way.offload == "none" else 0
+            peak = taken["kept"] + max(taken["activations"], decoded)
+        checked = run_capped(video.short, way, fits, size, peak, memory, device)
+        if checked is not None and not checked["ran"]:
+            fits = next((card for card in CARDS if card > fits), None)
+    return {
+        "offload": way.offload,
+        "weights": way.weights,
+        "steps": way.steps,
+        "bytes": size,
+        "card": fits,
+        "capped": checked,
+    }
 
 
 def total_of(found: Mapping[str, Any]) -> float:
@@ -423,20 +430,37 @@ def run(args: argparse.Namespace) -> None:
         result["environment"] = environment(args.commit)
     videos = TINY if args.tiny else VIDEOS
     asked = named("video", [video.name for video in videos], args.models)
-    known = [one["name"] for one in result["models"]]
+    known = {one["name"]: one for one in result["models"]}
     for video in videos:
-        if video.name in known or video.name not in asked:
+        if video.name not in asked or is_whole(known.get(video.name)):
             continue
         expected = SECONDS + MORE_SECONDS * min(1.5, video.pass_s / 12.6) + video.decode_s
-        if not budget.has(expected, video.name):
-            continue
         try:
-            found = measure(video, memory, device, budget)
-            result["models"].append(found | {"commit": result.get("environment", {}).get("commit")})
+            if video.name not in known:
+                if not budget.has(expected, video.name):
+                    continue
+                commit = result.get("environment", {}).get("commit")
+                known[video.name] = begin(video, memory, device, budget) | {"commit": commit}
+                result["models"].append(known[video.name])
+                store(args.output, result)
+            model = known[video.name]
+            for way in WAYS:
+                title = f"{video.name}, {way.name}"
+                if way.name in model["ways"] or not budget.has(expected / 2, title):
+                    continue
+                found = measure_way(video, way, model, memory, device)
+                model["ways"][way.name] = found
+                size, card = gib(found["bytes"]), found["card"]
+                budget.say(f"{title}: {size}, fits {card} GB {found['capped']}")
+                store(args.output, result)
         except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
             budget.say(f"{video.name}: {reason(error)}")
-        store(args.output, result)
     budget.say("done")
+
+
+def is_whole(model: Mapping[str, Any] | None) -> bool:
+    """Return whether all of a model is measured."""
+    return model is not None and len(model["ways"]) == len(WAYS)
 
 
 def write_table(path: Path) -> None:
@@ -447,8 +471,9 @@ def write_table(path: Path) -> None:
     """
     page = PAGES[0].parent / "guide" / "low-memory.md"
     result = stored(path)
+    models = [model for model in result["models"] if is_whole(model)]
     lines = []
-    for model in result["models"]:
+    for model in models:
         ways = list(model["ways"].values())
         for way in ways:
             fits = [f"{card}" for card in CARDS if way["card"] is not None and card >= way["card"]]
@@ -466,7 +491,7 @@ def write_table(path: Path) -> None:
     told = "\n".join(
         f"- {model['name']}: a step of SVG2 takes {gib(model['above_stock']['SVG2'])} more than "
         f"one of diffusers, centroids of all layers included (commit {model['commit']})."
-        for model in result["models"]
+        for model in models
     )
     text = f"{conditions(result['environment'])}\n\n{table(head, lines)}\n{told}"
     replace_between(page, "memory", text)
@@ -477,7 +502,7 @@ def write_table(path: Path) -> None:
             "clip": model["clip"],
             "ways": [{name: way[name] for name in keep} for way in model["ways"].values()],
         }
-        for model in result["models"]
+        for model in models
     ]
     store(TABLE, {"format": "svg-needs/1", "gpu": result["environment"]["gpu"], "models": needs})
 
