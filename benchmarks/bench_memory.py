@@ -1,23 +1,28 @@
 """Measure what fits on which card: peaks of a step and of decoding, and runs under a memory cap.
 
     python benchmarks/bench_memory.py run --seconds 180 --output benchmarks/results/h100/memory.json
+    python benchmarks/bench_memory.py count --output benchmarks/results/h100/memory.json    # anew
     python benchmarks/bench_memory.py table --output benchmarks/results/h100/memory.json
     python benchmarks/bench_memory.py run --tiny --output tiny.json    # toys on a CPU, no numbers
 
 A forward pass keeps nothing of a layer but its weights and, while attention is sparse, the
 centroids of its clusters. So each model is built with three layers, what a pass and decoding take
-beside the weights is measured, and the weights of the other layers are counted. What is said to fit
-is then run once more with a tensor in the place of what is missing, under a cap as low as the
-card's memory. Text encoders are counted, not built.
+beside the weights is measured, and the weights of the other layers are counted. What fits on a
+card by this count is then run once more with a tensor in the place of what is missing, under a cap
+as low as the card's memory, and on the next card if memory falls in pieces there. Text encoders are
+counted, not built; layers that come to the GPU when they are needed are not run under a cap.
 
 `run` goes on where the file ends, amid a model if need be, and begins nothing that would not be
-done in `--seconds`. `table` fills the documentation and the table that `svg doctor -m MODEL` reads.
+done in `--seconds`. `count` needs no GPU: it counts weights anew and keeps what was measured; ways
+that were run with less than they are now known to need are run again by the next `run`. `table`
+fills the documentation and the table that `svg doctor -m MODEL` reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +54,8 @@ from svg_models.sparse.linears import is_plain_linear
 
 # Seconds that a model is expected to take, and those of a pass of 14 billion parameters.
 SECONDS, MORE_SECONDS = 20.0, 40.0
+# Of the bytes that a way needs, those that a run has to have taken to count as one of this way.
+FULL = 0.99
 KINDS = (DENSE, FIRST, SPARSE)
 PRODUCTS = next(part for part in PARTS if part.name == "SVG2, fp8 products")
 STEPS = {
@@ -198,6 +205,24 @@ def weights(module: torch.nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def store_in_fp8(pipe: Any) -> None:
+    """Have diffusers store the transformers' weights in fp8, and cast a layer while it computes."""
+    for model in transformers_of(pipe).values():
+        model.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+        )
+
+
+def cast_of(module: torch.nn.Module) -> int:
+    """Return the bytes of the largest layer stored in fp8, while it computes in bf16."""
+    held = (list(layer.parameters(recurse=False)) for layer in module.modules())
+    return max(
+        2 * sum(x.numel() for x in own)
+        for own in held
+        if any(x.dtype == torch.float8_e4m3fn for x in own)
+    )
+
+
 def layers_of(pipe: Any) -> int:
     """Return the layers of all transformers."""
     return sum(len(list(family_of(m).blocks_of(m))) for m in transformers_of(pipe).values())
@@ -206,13 +231,20 @@ def layers_of(pipe: Any) -> int:
 def describe(video: Video) -> dict[str, Any]:
     """Return the sizes of a whole model, which is not built: bytes of weights, layers."""
     pipe = video.build("meta")
-    return {
-        "transformers": [weights(m) for m in transformers_of(pipe).values()],
+    models = transformers_of(pipe).values()
+    found = {
+        "transformers": [weights(m) for m in models],
         "vae": weights(pipe.vae),
         "text": 2 * video.text,
         "copies": copied(pipe),
         "layers": layers_of(pipe),
     }
+    # Which layers stay as they are differs by model: of some, the projections that modulate norms
+    # do, a fifth to a third of a block.
+    store_in_fp8(pipe)
+    found["fp8"] = [weights(m) for m in models]
+    found["cast"] = max(cast_of(m) for m in models)
+    return found
 
 
 def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str, Any]:
@@ -220,26 +252,21 @@ def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str
     whole = describe(video)
     short = video.short
     bench = Bench(short, device)
-    pipe = bench.pipe
-    built = {
-        "transformers": [weights(m) for m in transformers_of(pipe).values()],
-        "copies": copied(pipe),
-        "layers": layers_of(pipe),
-    }
+    own_copies, layers = copied(bench.pipe), layers_of(bench.pipe)
     branches = video.passes
     found: dict[str, Any] = {}
     for name, part in STEPS.items():
         if part.attention and not bench.wide_heads:
             continue
         taken = measure_steps(bench, part, memory, decode=name == "diffusers")
-        copies = built["copies"] if part.linears else 0
+        copies = own_copies if part.linears else 0
         held = taken["held"]
         state = max(0, held[-1] - held[0]) if part.method is not None else 0
         kept = copies + state
         found[name] = {
             # Beside weights, copies of them, and what lasts from step to step.
             "activations": taken["denoising"] - taken["before"] - kept,
-            "state": state * whole["layers"] / built["layers"] * branches,
+            "state": state * whole["layers"] / layers * branches,
             "kept": kept,  # by the few layers, from step to step
             "decoding": taken.get("decoding"),
         }
@@ -251,7 +278,6 @@ def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str
         "checkpoints": video.checkpoints,
         "clip": clip_of(video),
         "weights": whole,
-        "built": built,
         "activations": found,
         "grouped": measure_grouped(short, memory, device),
         "above_stock": {name: total_of(one) - stock for name, one in found.items()},
@@ -273,24 +299,24 @@ def measure_way(
     """
     found = model["activations"]
     decoding = found["diffusers"]["decoding"]
-    size = need(way, model["weights"], model["built"], found, decoding, model["grouped"])
-    fits, checked = smallest(size), None
-    if fits is not None and way.offload != "group":
-        peak = None
-        if way.weights == "bf16":
-            taken = found[way.steps]
-            decoded = decoding if way.offload == "none" else 0
-            peak = taken["kept"] + max(taken["activations"], decoded)
-        checked = run_capped(video.short, way, fits, size, peak, memory, device)
-        if checked is not None and not checked["ran"]:
-            fits = next((card for card in CARDS if card > fits), None)
+    size = need(way, model["weights"], found, decoding, model["grouped"])
+    peak = None
+    if way.weights == "bf16":
+        taken = found[way.steps]
+        decoded = decoding if way.offload == "none" else 0
+        peak = taken["kept"] + max(taken["activations"], decoded)
+    runs: list[dict[str, Any]] = []
+    for card in cards_by_count(size) if memory.gpu and way.offload != "group" else []:
+        runs.append(run_capped(video.short, way, card, size, peak, memory, device))
+        if runs[-1]["ran"]:
+            break
     return {
         "offload": way.offload,
         "weights": way.weights,
         "steps": way.steps,
         "bytes": size,
-        "card": fits,
-        "capped": checked,
+        "card": card_of(size, runs),
+        "runs": runs,
     }
 
 
@@ -302,7 +328,6 @@ def total_of(found: Mapping[str, Any]) -> float:
 def need(
     way: Way,
     whole: Mapping[str, Any],
-    built: Mapping[str, Any],
     found: Mapping[str, Any],
     decoding: float,
     grouped: Mapping[str, Any],
@@ -311,24 +336,45 @@ def need(
     taken = found[way.steps]
     if way.offload == "group":
         return max(grouped[way.steps], decoding) + taken["state"]
-    sizes = whole["transformers"]
-    if way.weights == "fp8":  # what is stored in fp8 is half of what layers add
-        sizes = [
-            full - (full - few) / 2 - few / 4
-            for full, few in zip(sizes, built["transformers"], strict=True)
-        ]
+    sizes, cast = whole["transformers"], 0
+    if way.weights == "fp8":
+        sizes, cast = whole["fp8"], whole["cast"]
     copies = whole["copies"] if STEPS[way.steps].linears else 0
     kept = copies + taken["state"]  # while the VAE decodes, too
     if way.offload == "model":
-        beside = max(max(sizes) + taken["activations"], whole["vae"] + decoding)
+        beside = max(max(sizes) + cast + taken["activations"], whole["vae"] + decoding)
         return float(max(beside + kept, whole["text"]))
     resident = sum(sizes) + whole["vae"] + whole["text"] + kept
-    return float(resident + max(taken["activations"], decoding))
+    return float(resident + max(cast + taken["activations"], decoding))
 
 
-def smallest(size: float) -> int | None:
-    """Return the smallest card that so many bytes fit on."""
-    return next((c for c, total in CARDS.items() if size <= (total - CONTEXT) * GIB), None)
+def cards_by_count(size: float) -> list[int]:
+    """Return the cards that so many bytes fit on, the smallest first."""
+    return [card for card, total in CARDS.items() if size <= (total - CONTEXT) * GIB]
+
+
+def outcomes(size: float, runs: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+    """Return on which cards that so many bytes fit on it was run, and whether it ran."""
+    full = [run for run in runs if run["bytes"] >= FULL * size]
+    fitting = cards_by_count(size)
+    return {run["card"]: run["ran"] for run in full if run["card"] in fitting}
+
+
+def card_of(size: float, runs: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the smallest card that so many bytes ran on; without a run, that they fit on."""
+    ran = outcomes(size, runs)
+    seen = [card for card, well in ran.items() if well]
+    failed = max((card for card, well in ran.items() if not well), default=0)
+    return min(seen or (c for c in cards_by_count(size) if c > failed), default=None)
+
+
+def is_settled(way: Mapping[str, Any]) -> bool:
+    """Return whether each card was tried that a way fits on by count, up to one where it ran."""
+    if way["offload"] == "group":
+        return True
+    ran = outcomes(way["bytes"], way["runs"])
+    least = next((c for c in cards_by_count(way["bytes"]) if ran.get(c, True)), None)
+    return least is None or least in ran
 
 
 def measure_grouped(video: Video, memory: Memory, device: str) -> dict[str, float]:
@@ -355,7 +401,7 @@ def run_capped(
     peak: float | None,
     memory: Memory,
     device: str,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run a model of three layers, and a tensor for the rest, in the memory of a card.
 
     Args:
@@ -368,18 +414,13 @@ def run_capped(
         device: "cuda" or "cpu".
 
     Returns:
-        Whether it ran; None where there is no GPU.
+        Whether it ran on this card when so many bytes were taken at its highest, or why not.
     """
-    if not memory.gpu:
-        return None
     part = STEPS[way.steps]
     bench = Bench(video, device)
     pipe = bench.pipe
     if way.weights == "fp8":
-        for model in transformers_of(pipe).values():
-            model.enable_layerwise_casting(
-                storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
-            )
+        store_in_fp8(pipe)
     decode = way.offload == "none"
     if not decode:
         pipe.vae.to("cpu")
@@ -402,7 +443,7 @@ def run_capped(
         memory.cap(None)
         bench.close()
         memory.free()
-    return {"card": card, "ran": ran, "reason": why}
+    return {"card": card, "bytes": size, "ran": ran, "reason": why}
 
 
 def clip_of(video: Video) -> str:
@@ -432,35 +473,103 @@ def run(args: argparse.Namespace) -> None:
     asked = named("video", [video.name for video in videos], args.models)
     known = {one["name"]: one for one in result["models"]}
     for video in videos:
-        if video.name not in asked or is_whole(known.get(video.name)):
+        if video.name not in asked or is_done(known.get(video.name)):
             continue
         expected = SECONDS + MORE_SECONDS * min(1.5, video.pass_s / 12.6) + video.decode_s
         try:
             if video.name not in known:
                 if not budget.has(expected, video.name):
                     continue
-                commit = result.get("environment", {}).get("commit")
-                known[video.name] = begin(video, memory, device, budget) | {"commit": commit}
+                known[video.name] = begin(video, memory, device, budget) | {
+                    "commit": result.get("environment", {}).get("commit"),
+                    "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+                }
                 result["models"].append(known[video.name])
                 store(args.output, result)
             model = known[video.name]
             for way in WAYS:
                 title = f"{video.name}, {way.name}"
-                if way.name in model["ways"] or not budget.has(expected / 2, title):
+                told = model["ways"].get(way.name)
+                done = told is not None and is_settled(told)
+                if done or not budget.has(expected / 2, title):
                     continue
                 found = measure_way(video, way, model, memory, device)
                 model["ways"][way.name] = found
                 size, card = gib(found["bytes"]), found["card"]
-                budget.say(f"{title}: {size}, fits {card} GB {found['capped']}")
+                budget.say(f"{title}: {size}, fits {card} GB {found['runs']}")
                 store(args.output, result)
         except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
             budget.say(f"{video.name}: {reason(error)}")
     budget.say("done")
 
 
-def is_whole(model: Mapping[str, Any] | None) -> bool:
+def is_whole(model: Mapping[str, Any]) -> bool:
     """Return whether all of a model is measured."""
-    return model is not None and len(model["ways"]) == len(WAYS)
+    return len(model["ways"]) == len(WAYS)
+
+
+def is_done(model: Mapping[str, Any] | None) -> bool:
+    """Return whether nothing of a model is to be run, or to be run again."""
+    return model is not None and is_whole(model) and all(map(is_settled, model["ways"].values()))
+
+
+def count(path: Path) -> None:
+    """Count the weights of what is stored anew, and which card it fits on.
+
+    Raises:
+        SystemExit: if nothing is stored.
+    """
+    result = stored(path)
+    videos = {video.name: video for video in (*VIDEOS, *TINY)}
+    for model in result["models"]:
+        model["weights"] = describe(videos[model["name"]])
+        found = model["activations"]
+        for way in WAYS:
+            told = model["ways"].get(way.name)
+            if told is None:
+                continue
+            decoding = found["diffusers"]["decoding"]
+            told["bytes"] = need(way, model["weights"], found, decoding, model["grouped"])
+            told["card"] = card_of(told["bytes"], told["runs"])
+            if not is_settled(told):
+                print(f"{model['name']}, {way.name}: {gib(told['bytes'])}, to be run")
+    store(path, result)
+
+
+def cell_of(way: Mapping[str, Any] | None) -> str:
+    """Return what a way needs and the card for it, and whether it was run there."""
+    if way is None:
+        return ""
+    card, size = way["card"], way["bytes"]
+    ran = outcomes(size, way["runs"])
+    counted = way["offload"] != "group" and card is not None and not ran.get(card)
+    marks = " †" * counted + " ‡" * (False in ran.values())
+    return f"{size / GIB:.1f}, {'none' if card is None else f'{card} GB'}{marks}"
+
+
+def written(models: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the page, a line for each kind of steps of each model."""
+    kept = list(dict.fromkeys((way.offload, way.weights) for way in WAYS))
+    lines = []
+    for model in models:
+        for steps in dict.fromkeys(way.steps for way in WAYS):
+            own = {
+                (way["offload"], way["weights"]): way
+                for way in model["ways"].values()
+                if way["steps"] == steps
+            }
+            lines.append([model["name"], steps, *(cell_of(own.get(how)) for how in kept)])
+    titles = [f"`{offload}`, {stored}" for offload, stored in kept]
+    return table(["model", "steps", *titles], lines)
+
+
+def compared(models: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what a sparse step takes more than diffusers', and of the commits."""
+    lines = [
+        [model["name"], f"{model['above_stock']['SVG2'] / GIB:+.1f} GiB", model["commit"]]
+        for model in models
+    ]
+    return table(["model", "a step of SVG2, beside one of diffusers", "commit"], lines)
 
 
 def write_table(path: Path) -> None:
@@ -471,29 +580,10 @@ def write_table(path: Path) -> None:
     """
     page = PAGES[0].parent / "guide" / "low-memory.md"
     result = stored(path)
-    models = [model for model in result["models"] if is_whole(model)]
-    lines = []
-    for model in models:
-        ways = list(model["ways"].values())
-        for way in ways:
-            fits = [f"{card}" for card in CARDS if way["card"] is not None and card >= way["card"]]
-            lines.append(
-                [
-                    f"{model['name']}",
-                    f"`--offload {way['offload']}`",
-                    way["weights"],
-                    way["steps"],
-                    gib(way["bytes"]),
-                    ", ".join(fits) or "none of these",
-                ]
-            )
-    head = ["model", "offload", "weights", "steps", "needs", "cards of 24, 40, 48, 80 GB"]
-    told = "\n".join(
-        f"- {model['name']}: a step of SVG2 takes {gib(model['above_stock']['SVG2'])} more than "
-        f"one of diffusers, centroids of all layers included (commit {model['commit']})."
-        for model in models
-    )
-    text = f"{conditions(result['environment'])}\n\n{table(head, lines)}\n{told}"
+    whole = [model for model in result["models"] if is_whole(model)]
+    models = sorted(whole, key=lambda model: model["name"])
+    machine = conditions(result["environment"] | {"commit": "of each model as listed"})
+    text = f"{written(models)}\n{compared(models)}\n{machine}"
     replace_between(page, "memory", text)
     keep = ("offload", "weights", "steps", "bytes", "card")
     needs = [
@@ -510,7 +600,7 @@ def write_table(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("action", choices=["run", "count", "table"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=[], help="words of the names to run")
     parser.add_argument("--seconds", type=float, default=float("inf"))
@@ -519,6 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     actions: dict[str, Callable[[], None]] = {
         "run": lambda: run(args),
+        "count": lambda: count(args.output),
         "table": lambda: write_table(args.output),
     }
     actions[args.action]()

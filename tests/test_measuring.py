@@ -140,3 +140,67 @@ def test_rows_of_ways_without_what_they_are_held_against(script):
     model = {"name": "toy", "layers": 2, "ms_per_forward": {"SVG2, ring": {"2": ms}}}
     rows = script("bench_gpus").rows_of({**model, "held_against": {"SVG2, ring": "SVG2"}})
     assert rows == [["toy", "SVG2, ring", "", "4.0", "", ""]]
+
+
+def tried(card, ran, size=37.0):
+    return {"card": card, "ran": ran, "bytes": size * 2**30}
+
+
+@pytest.mark.parametrize(
+    ("size", "runs", "card", "settled"),
+    [
+        (37.0, [tried(40, True)], 40, True),
+        (37.0, [], 40, False),
+        (37.0, [tried(40, False)], 48, False),
+        (37.0, [tried(40, False), tried(48, True)], 48, True),
+        (42.0, [tried(40, True)], 48, False),  # counted anew: it ran with less, where it cannot
+        (38.0, [tried(40, True)], 40, False),
+        (36.9, [tried(48, True)], 48, False),  # where it may fit now, it was not tried
+        (77.9, [tried(80, False, 77.9)], None, True),
+        (90.0, [], None, True),
+    ],
+)
+def test_card_of_is_where_as_much_ran(script, size, runs, card, settled):
+    bench = script("bench_memory")
+    way = {"offload": "none", "bytes": size * 2**30, "runs": runs}
+    assert bench.card_of(way["bytes"], runs) == card
+    assert bench.is_settled(way) is settled
+    assert bench.is_settled({**way, "offload": "group"})
+
+
+@pytest.mark.parametrize(
+    ("size", "runs", "cell"),
+    [
+        (37.0, [tried(40, True)], "37.0, 40 GB"),
+        (37.0, [], "37.0, 40 GB †"),
+        (37.0, [tried(40, False)], "37.0, 48 GB † ‡"),
+        (37.0, [tried(40, False), tried(48, True)], "37.0, 48 GB ‡"),
+        (77.9, [tried(80, False, 77.9)], "77.9, none ‡"),
+        (90.0, [], "90.0, none"),
+    ],
+)
+def test_cell_of_marks_what_was_not_run_and_what_failed(script, size, runs, cell):
+    bench = script("bench_memory")
+    size *= 2**30
+    way = {"offload": "none", "bytes": size, "runs": runs, "card": bench.card_of(size, runs)}
+    assert bench.cell_of(way) == cell
+
+
+def test_describe_counts_what_stays_in_bf16_where_weights_are_stored_in_fp8(script):
+    bench = script("bench_memory")
+    video = next(one for one in bench.TINY if one.name == "tiny HunyuanVideo")
+    told = bench.describe(video)
+    model = video.build("meta").transformer
+    # diffusers leaves all below these as they are: of HunyuanVideo, what modulates the norms
+    kept = ("x_embedder", "context_embedder", "norm", "proj_out")
+    linears = (m for m in model.named_modules() if isinstance(m[1], torch.nn.Linear))
+    cast = [
+        m for name, m in linears if not any(word in name for word in kept[:3]) and name != kept[3]
+    ]
+    elements = [sum(x.numel() for x in m.parameters()) for m in cast]
+    assert told["fp8"] == [told["transformers"][0] - sum(elements)]
+    assert told["cast"] == 2 * max(elements)
+    way = bench.Way(offload="none", weights="fp8", steps="SVG2")
+    found = {"SVG2": {"activations": 7.0, "state": 2.0}}
+    held = told["fp8"][0] + told["vae"] + told["text"] + 2
+    assert bench.need(way, told, found, 0.0, {}) == held + told["cast"] + 7

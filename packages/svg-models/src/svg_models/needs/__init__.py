@@ -35,7 +35,8 @@ class Need:
         weights: how the transformer's weights are stored, "bf16" or "fp8".
         steps: what runs: "diffusers", "SVG2", or "SVG2, fp8 products".
         bytes: the most that is taken at once.
-        card: the smallest of the usual cards that a run was seen to fit on, in GB; None for none.
+        card: the smallest of the usual cards, in GB, that it ran on, or fits on by count where it
+            was not run; None for none.
     """
 
     clip: str
