@@ -4,6 +4,7 @@ from svg_kernels import modulation, norm, permute, quantize
 from svg_kernels._dispatch import BackendStatus
 from svg_kernels.attention import block_sparse_attention
 from svg_kernels.attention_fp8 import block_sparse_attention_fp8
+from svg_kernels.conv_input import conv_input
 from svg_kernels.errors import UnsupportedError
 from svg_kernels.gelu import gelu
 from svg_kernels.key_value_fp8 import Fp8KeyValue, quantize_key_value
@@ -23,6 +24,7 @@ __all__ = [
     *norm.__all__,
     *modulation.__all__,
     "gate_residual_norm",
+    "conv_input",
     "rope",
     "qk_norm_rope",
     *permute.__all__,
