@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from diffusers.models.normalization import (
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
@@ -45,7 +46,8 @@ _MODULATIONS = (
     CogVideoXLayerNormZero,
     CosmosAdaLayerNormZero,
 )
-_READ = (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm, RMSNorm, nn.Identity, nn.GELU, *_MODULATIONS)
+_NORMS = (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm, RMSNorm, nn.GroupNorm)
+_READ = (*_NORMS, nn.Identity, nn.GELU, nn.SiLU, HunyuanVideoCausalConv3d, *_MODULATIONS)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -42,7 +42,7 @@ from svg_models.recipes import choose_recipe
 from svg_models.sparse.caller import call_of, pipelines_running
 from svg_models.sparse.context import ForwardContext, Moment
 from svg_models.sparse.hooks import Installation, Slot
-from svg_models.sparse.layers import FastLayers, fp8_backend
+from svg_models.sparse.layers import FastDecoder, FastLayers, fp8_backend
 from svg_models.sparse.tracker import StepTracker
 
 __all__ = ["Engine"]
@@ -100,6 +100,7 @@ class Engine:
         number: identifies the run in this process.
         slots: the attentions that the run has taken over; handles count in it.
         fast_layers: what makes the other layers of each transformer faster.
+        fast_decoder: what makes decoding faster; None where there is no pipeline, thus no VAE.
         installations: the run's hold on each transformer; empty once it is restored.
         messages: warnings given so far.
     """
@@ -126,6 +127,7 @@ class Engine:
         self._here = threading.local()
         self.slots: list[Slot] = []
         self.fast_layers: dict[str, FastLayers] = {}
+        self.fast_decoder: FastDecoder | None = None
         self.installations: list[Installation] = []
         self.messages: list[str] = []
         self.number = attention_op.register(self)
@@ -369,6 +371,8 @@ class Engine:
             generation.end()
         for layers in self.fast_layers.values():
             layers.remove()
+        if self.fast_decoder is not None:
+            self.fast_decoder.remove()
         for installed in installations:
             left_alone = installed.remove()
             if left_alone:

@@ -14,11 +14,12 @@ from svg_models.errors import SettingError
 from svg_models.families import Family
 from svg_models.families.base import unwrap
 from svg_models.families.blocks import FusedForward
+from svg_models.families.decoders import find_decoder_blocks
 from svg_models.recipe import Layers
 from svg_models.sparse.checks import why_not
 from svg_models.sparse.linears import Fp8Linears, refuse_device
 
-__all__ = ["FastLayers", "check_layers", "fp8_backend", "slow_in_fp8"]
+__all__ = ["FastDecoder", "FastLayers", "check_layers", "fp8_backend", "slow_in_fp8"]
 
 # Who computes attention in fp8, by who computes sparse attention otherwise.
 FP8_BACKENDS = {
@@ -143,3 +144,23 @@ class FastLayers:
         linears, self.linears = self.linears, None
         if linears is not None:
             linears.remove()
+
+
+class FastDecoder:
+    """What a run does to the decoder of a pipeline's VAE, if a rule covers it.
+
+    Args:
+        vae: the VAE; None has no decoder.
+        layers: what to do with it.
+    """
+
+    def __init__(self, vae: Any, layers: Layers) -> None:
+        found = find_decoder_blocks(unwrap(vae)) if layers.fuse else []
+        installed = [FusedForward.install(block, rule) for block, rule in found]
+        self._forwards = [forward for forward in installed if forward is not None]
+
+    def remove(self) -> None:
+        """Leave every block as it was found."""
+        forwards, self._forwards = self._forwards, []
+        for forward in forwards:
+            forward.remove()

@@ -29,7 +29,7 @@ from svg_models.sparse.checks import (
 )
 from svg_models.sparse.engine import Engine
 from svg_models.sparse.hooks import Installation, owner_of
-from svg_models.sparse.layers import FastLayers, check_layers, slow_in_fp8
+from svg_models.sparse.layers import FastDecoder, FastLayers, check_layers, slow_in_fp8
 from svg_models.sparse.pairs import DensePairs
 from svg_models.spelling import checks_names
 from svg_models.stats import RunStats
@@ -93,7 +93,8 @@ def sparsify(
             (compute capability 9.0), as exactly, unless `set_attention_backend` chose a kernel.
             False, unless the recipe says otherwise.
         fuse: on a GPU, compute norms, modulation and residuals of a block by kernels that join
-            them; each rounds once where the model rounds after every step. A block that something
+            them, and norms, activations and padding between the convolutions of HunyuanVideo's
+            VAE; each rounds once where the model rounds after every step. A block that something
             else has put itself over, or that is compiled, is left as it is. True, unless the
             recipe says otherwise.
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
@@ -187,6 +188,7 @@ class SparseRun(Summarised):
         inner = unwrap(pipe) if isinstance(pipe, nn.Module) else pipe
         self._engine = Engine(inner, spec, schedule, **options)
         try:
+            self._engine.fast_decoder = FastDecoder(getattr(inner, "vae", None), layers)
             for name, transformer, family in found:
                 first = len(self._engine.slots)
                 installed = Installation(self._engine, name, transformer, family, first)

@@ -1,0 +1,162 @@
+"""What stands between the convolutions of a VAE's decoder, by kernels of svg-kernels.
+
+As `blocks` does for a transformer. A decoder of diffusers reads and writes its hidden states once
+for a norm's moments, again for the norm, for the activation, for each padding and for the layout
+that convolutions compute in; here they are written once as the convolution reads them. Modules that
+hold weights of convolutions and of products are called, never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from svg_models.families import fused
+from svg_models.families.blocks import BlockRule
+
+__all__ = ["find_decoder_blocks"]
+
+
+def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
+    """Return each block of a VAE's decoder that a rule computes, with its rule.
+
+    Args:
+        vae: the VAE of a pipeline; None or one that no rule covers has no such block.
+    """
+    decoder = getattr(vae, "decoder", None)
+    if not isinstance(decoder, nn.Module):
+        return []
+    return [
+        (module, rule)
+        for module in decoder.modules()
+        for rule in HUNYUAN_VIDEO_DECODER
+        if type(module).__name__ in rule.blocks
+    ]
+
+
+def residual_block(block: Any, hidden_states: Tensor) -> Tensor:
+    """Compute two convolutions, each of what a norm and an activation leave, and their residual."""
+    states = _convolve(block.conv1, hidden_states, block.norm1)
+    states = _convolve(block.conv2, states, block.norm2)
+    if block.conv_shortcut is None:
+        return states + hidden_states
+    return states + _convolve(block.conv_shortcut, hidden_states)
+
+
+def upsampling_block(block: Any, hidden_states: Tensor) -> Tensor:
+    """Repeat positions, the first frame in space alone, and convolve them."""
+    upsample = [int(factor) for factor in block.upsample_factor]
+    return _convolve(block.conv, hidden_states, upsample=upsample)
+
+
+def middle_block(block: Any, hidden_states: Tensor) -> Tensor:
+    """Compute residual blocks around attention of each frame to those up to it."""
+    states = block.resnets[0](hidden_states)
+    for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
+        if attention is not None:
+            states = _attend_by_frames(attention, states)
+        states = residual(states)
+    out: Tensor = states
+    return out
+
+
+def decoder(module: Any, hidden_states: Tensor) -> Tensor:
+    """Compute the blocks one after the other, and a norm and a convolution behind them."""
+    states = module.mid_block(module.conv_in(hidden_states))
+    for block in module.up_blocks:
+        states = block(states)
+    return _convolve(module.conv_out, states, module.conv_norm_out).contiguous()
+
+
+def _convolve(
+    causal: Any, states: Tensor, norm: Any = None, *, upsample: Sequence[int] = (1, 1, 1)
+) -> Tensor:
+    """Call a causal convolution's own with what it reads, behind a norm with its activation."""
+    import svg_kernels
+
+    norms: dict[str, Any] = {}
+    if norm is not None:
+        weights = {"weight": norm.weight, "bias": norm.bias}
+        norms = {**weights, "groups": norm.num_groups, "eps": norm.eps, "silu": True}
+    padding = causal.time_causal_padding
+    if norms or any(padding) or max(upsample) > 1:  # a shortcut reads its input as it is
+        states = svg_kernels.conv_input(states, upsample=upsample, padding=padding, **norms)
+    out: Tensor = causal.conv(states)
+    return out
+
+
+def _attend_by_frames(attention: Any, states: Tensor) -> Tensor:
+    """Let each frame attend to those up to it, which needs no mask of all pairs of positions."""
+    frames, height, width = states.shape[2:]
+    rows = states.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    normed = attention.group_norm(rows.transpose(1, 2)).transpose(1, 2)
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    query, key, value = (
+        layer(normed).unflatten(2, (attention.heads, -1)).transpose(1, 2) for layer in layers
+    )
+    out, size = torch.empty_like(query), height * width
+    for frame in range(frames):
+        here, end = slice(frame * size, (frame + 1) * size), (frame + 1) * size
+        out[:, :, here] = F.scaled_dot_product_attention(
+            query[:, :, here], key[:, :, :end], value[:, :, :end]
+        )
+    rows = rows + attention.to_out[0](out.transpose(1, 2).flatten(2))
+    return rows.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
+
+
+def _attends_plainly(attention: Any) -> bool:
+    """Return whether attention does what `_attend_by_frames` does, beside its mask."""
+    return (
+        type(attention) is Attention
+        and type(attention.processor) is AttnProcessor2_0
+        and fused.is_untouched(attention)
+        and attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and attention.scale == (attention.inner_dim // attention.heads) ** -0.5
+        and attention.spatial_norm is None
+        and attention.norm_q is None
+        and attention.norm_k is None
+        and not attention.norm_cross
+        and not _drops(attention.to_out[1])
+    )
+
+
+def _drops(dropout: Any) -> bool:
+    return bool(dropout.training and dropout.p)
+
+
+def _residual_parts(block: Any) -> tuple[nn.Module, ...]:
+    shortcut = () if block.conv_shortcut is None else (block.conv_shortcut,)
+    dropout = (block.dropout,) if _drops(block.dropout) else ()
+    norms = (block.norm1, block.norm2, block.nonlinearity)
+    return (*norms, block.conv1, block.conv2, *shortcut, *dropout)
+
+
+def _middle_parts(block: Any) -> tuple[nn.Module, ...]:
+    attentions = [attention for attention in block.attentions if attention is not None]
+    norms = [attention.group_norm for attention in attentions]
+    others = [attention for attention in attentions if not _attends_plainly(attention)]
+    return (*norms, *others)
+
+
+HUNYUAN_VIDEO_DECODER = (
+    BlockRule(
+        blocks=("HunyuanVideoResnetBlockCausal3D",), norms=_residual_parts, forward=residual_block
+    ),
+    BlockRule(
+        blocks=("HunyuanVideoUpsampleCausal3D",),
+        norms=lambda block: (block.conv,),
+        forward=upsampling_block,
+    ),
+    BlockRule(blocks=("HunyuanVideoMidBlock3D",), norms=_middle_parts, forward=middle_block),
+    BlockRule(
+        blocks=("HunyuanVideoDecoder3D",),
+        norms=lambda module: (module.conv_norm_out, module.conv_act, module.conv_out),
+        forward=decoder,
+    ),
+)

@@ -1,0 +1,191 @@
+"""Decoders by kernels: as near to the truth as their classes, and only where they may be.
+
+There is no GPU here, so the reference backend computes for the kernels where a test says it serves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as diffusers_decoder
+from torch import Tensor
+
+import svg_kernels
+from svg_attention import Dense
+from svg_models import restore, sparsify
+from svg_models.families import fused
+from svg_models.families.blocks import FusedForward
+from svg_models.families.decoders import find_decoder_blocks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Say that kernels serve the CPU; return the layout of what each launch was given."""
+    monkeypatch.setattr(fused, "serves", lambda device: True)
+    launch, seen = svg_kernels.conv_input, []
+
+    def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append("norm" if options.get("groups") else "plain")
+        return launch(x, *args, **options)
+
+    monkeypatch.setattr(svg_kernels, "conv_input", call)
+    return seen
+
+
+@contextmanager
+def fused_decoder(vae: Any) -> Iterator[list[FusedForward]]:
+    found = [FusedForward.install(block, rule) for block, rule in find_decoder_blocks(vae)]
+    forwards = [forward for forward in found if forward is not None]
+    assert forwards
+    yield forwards
+    for forward in forwards:
+        forward.remove()
+
+
+def vae_of(**changes: Any) -> AutoencoderKLHunyuanVideo:
+    torch.manual_seed(3)
+    settings: dict[str, Any] = dict(
+        latent_channels=4,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKLHunyuanVideo(**(settings | changes)).eval()
+    for name, weight in vae.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return vae
+
+
+def latents(frames: int = 3, height: int = 3, width: int = 5) -> Tensor:
+    return torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def decoded(vae: Any, z: Tensor) -> Tensor:
+    out: Tensor = vae.decode(z).sample
+    return out
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoder_is_as_near_to_fp64_as_the_class_in_bf16(launches: list[str], batch: int) -> None:
+    vae, z = vae_of(), latents().repeat(batch, 1, 1, 1, 1)
+    exact = decoded(copy.deepcopy(vae).double(), z.double())
+    narrow = copy.deepcopy(vae).bfloat16()
+    stock = error(decoded(narrow, z.bfloat16()), exact)
+    with fused_decoder(narrow):
+        ours = error(decoded(narrow, z.bfloat16()), exact)
+    assert launches.count("norm") == 2 * (2 + 4 * 2) + 1
+    assert ours <= 1.1 * stock, (ours, stock)
+
+
+def test_decoder_gives_the_clip_of_the_class_in_fp32_and_then_its_bits(launches: list[str]) -> None:
+    vae, z = vae_of(), latents(frames=6, height=9)
+    vae.enable_tiling(
+        tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=24,
+        tile_sample_stride_width=24, tile_sample_min_num_frames=8, tile_sample_stride_num_frames=4,
+    )  # fmt: skip
+    before = decoded(vae, z)
+    attributes = [dict(module.__dict__) for module in vae.modules()]
+    with fused_decoder(vae):
+        during = decoded(vae, z)
+    assert launches
+    torch.testing.assert_close(during, before, rtol=1e-3, atol=1e-4)
+    assert during.is_contiguous()
+    assert [dict(module.__dict__) for module in vae.modules()] == attributes
+    launches.clear()
+    assert torch.equal(decoded(vae, z), before)
+    assert not launches
+
+
+def test_decoder_needs_no_mask_of_all_pairs(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a mask of all pairs of positions was made")
+
+    monkeypatch.setattr(diffusers_decoder, "prepare_causal_attention_mask", refuse)
+    vae = vae_of()
+    with fused_decoder(vae):
+        decoded(vae, latents())
+    with pytest.raises(AssertionError, match="mask of all pairs"):
+        decoded(vae, latents())
+
+
+def hook(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: None)
+
+
+def drop(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].dropout.p = 0.5
+    vae.decoder.mid_block.resnets[0].dropout.train()
+
+
+def replace_processor(vae: Any) -> None:
+    vae.decoder.mid_block.attentions[0].set_processor(AttnProcessor())
+
+
+def replace_forward(vae: Any) -> None:
+    block = vae.decoder.mid_block.resnets[0]
+    block.forward = type(block).forward.__get__(block)
+
+
+@pytest.mark.parametrize("change", [hook, drop, replace_processor, replace_forward])
+def test_decoder_leaves_to_its_class_what_others_have_changed(
+    change: Callable[[Any], None], launches: list[str]
+) -> None:
+    def result(changed: bool) -> tuple[Tensor, int]:
+        vae = vae_of()
+        if changed:
+            change(vae)
+        launches.clear()
+        with fused_decoder(vae):
+            torch.manual_seed(5)
+            return decoded(vae, latents()), launches.count("norm")
+
+    (whole, all_launches), (part, fewer) = result(False), result(True)
+    # Attention of a middle block that is left to its class launches nothing of its own.
+    assert fewer < all_launches or change is replace_processor
+    if change is not drop:
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4)
+    vae = vae_of()
+    change(vae)
+    torch.manual_seed(5)
+    plain = decoded(vae, latents())
+    torch.testing.assert_close(part, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_sparsify_makes_decoding_faster_unless_told_otherwise(launches: list[str]) -> None:
+    pipe = zoo.case("hunyuan_video t2v").build()
+    stock = decoded(pipe.vae, latents())
+    with sparsify(pipe, Dense(), fuse=False):
+        assert torch.equal(decoded(pipe.vae, latents()), stock)
+    assert not launches
+    with sparsify(pipe, Dense()):
+        torch.testing.assert_close(decoded(pipe.vae, latents()), stock, rtol=1e-3, atol=1e-4)
+    assert launches
+    launches.clear()
+    run = sparsify(pipe, Dense())
+    restore(pipe)
+    assert not run.active
+    assert torch.equal(decoded(pipe.vae, latents()), stock)
+    assert not launches
+
+
+def test_find_decoder_blocks_of_what_it_does_not_know() -> None:
+    assert find_decoder_blocks(None) == []
+    assert find_decoder_blocks(zoo.case("wan t2v").build().vae) == []
