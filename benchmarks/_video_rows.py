@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from _video_parts import DENSE, FEW, FIRST, FP8, OUT, SHARED, SPARSE, STOCK
+from _video_parts import DENSE, FEW, FIRST, FP8, OURS, OUT, SHARED, SPARSE, STOCK
 
 from svg_models.recipe import last_steps
 
@@ -160,8 +160,17 @@ def seconds_of(stored: Mapping[str, Any], row: Row) -> dict[str, float] | None:
         "dense steps": found[0],
         "first sparse step": found[1],
         "sparse steps": found[2] + found[3],
-        "decoding": first["decoding"],
+        "decoding": decoding_of(stored, row),
     }
+
+
+def decoding_of(stored: Mapping[str, Any], row: Row) -> float:
+    """Return the seconds of decoding, by our kernels in a row of ours if that is measured."""
+    ours = row.sparse is not None or (row.dense is not None and row.dense[1] != STOCK)
+    taken = stored["parts"].get(OURS) if ours else None
+    if not is_measured(taken) or taken["decoding"] is None:
+        taken = stored["parts"]["diffusers"]
+    return float(taken["decoding"])
 
 
 def is_left_out(step: int) -> bool:

@@ -278,11 +278,9 @@ class Bench:
             self.run(part, count, schedule, decode=False, **how)
             compiled = {"compiling": time.perf_counter() - began}
         else:
-            decode = part.method is None and not part.quantised
-            self.run(part, 2, schedule, decode=decode, frames=video.brief, **how)
+            self.run(part, 2, schedule, decode=part.decodes, frames=video.brief, **how)
             compiled = {}
-        decode = part.method is None and not part.compiled and not part.quantised
-        taken = self.run(part, count, schedule, decode=decode, **how) | compiled
+        taken = self.run(part, count, schedule, decode=part.decodes, **how) | compiled
         found = tuple(step["kind"] for step in taken["steps"])
         if part.cache is not None and [k == OUT for k in found] != [k == OUT for k in kinds]:
             raise RuntimeError(f"{part.name} left out other steps than expected: {found}")
