@@ -26,6 +26,8 @@ NORM_SHAPES = (
     (118806, 3072),
 )
 WIDE = NORM_SHAPES[-2:]
+# Of a tile of 256 x 256 pixels and 17 frames in HunyuanVideo's decoder.
+DECODER_SHAPES = ((1, 128, 17, 256, 256), (1, 256, 17, 128, 128), (1, 512, 5, 32, 32))
 ROPE_SHAPES = (
     (1, 32, 1024, 64),
     (1, 32, 4096, 64),
@@ -73,6 +75,8 @@ def cases(compiled: bool) -> Iterator[Case]:
     yield hunyuan_qk(compiled)
     yield permute(inverse=False)
     yield permute(inverse=True)
+    for decoder_shape in DECODER_SHAPES:
+        yield conv_input(decoder_shape)
 
 
 def rms_norm(rows: int, width: int, compiled: bool) -> Case:
@@ -411,3 +415,31 @@ def angles(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
 
 def size(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def conv_input(shape: tuple[int, int, int, int, int]) -> Case:
+    """Group norm, SiLU and the padding of a causal convolution."""
+    padding, channels = (1, 1, 1, 1, 2, 0), shape[1]
+    x = randn(*shape)
+    norm = torch.nn.GroupNorm(32, channels, eps=1e-6).cuda().to(BF16)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+
+    def stock() -> Tensor:
+        return F.pad(F.silu(norm(x)), padding, mode="replicate")
+
+    def ours() -> Tensor:
+        return svg_kernels.conv_input(
+            last, norm.weight, norm.bias, groups=32, silu=True, padding=padding
+        )
+
+    def checks() -> Iterator[tuple[Tensor, Tensor]]:
+        yield ours(), stock()
+
+    return Case(
+        op="conv_input",
+        shape="x".join(map(str, shape)),
+        bytes=2 * size(x) + size(stock()),
+        ours=ours,
+        checks=checks,
+        peers={"diffusers": stock},
+    )
