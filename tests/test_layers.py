@@ -41,7 +41,7 @@ FLOORS = {
         ("_library",),
         ("_dispatch",),
         ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "key_value_fp8", "status"),
-        ("modulation", "qk_norm_rope", "quantize", "attention_fp8"),
+        ("modulation", "qk_norm_rope", "quantize", "conv_input", "attention_fp8"),
         ("residual_norm",),
         ("__init__",),
     ),
