@@ -34,6 +34,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from _harness import (
+    RESULTS,
     ROOT,
     at_least,
     conditions,
@@ -63,6 +64,8 @@ SKEW = (1.0, 12.0)
 # Whose exchanges are timed in a row, so that the GPU need not wait for the host.
 LAYERS = 10
 LAYER_COUNTS = ("num_layers", "num_single_layers")
+# Stored runs that the page shows, the oldest first.
+RUNS = ("gpus", "gpus_four", "gpus_whole", "gpus_guided", "gpus_hunyuan")
 # Of GPUs that are timed, as far as there are so many.
 NUMBERS = (1, 2, 4, 8)
 
@@ -634,31 +637,62 @@ def rows_of(model: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
-def written(result: Mapping[str, Any]) -> str:
-    """Return the table and what was checked."""
-    head = ["model", "attention", *(f"{n} GPU{'s' * (n > 1)}" for n in NUMBERS)]
-    lines = [line for model in result["models"] for line in rows_of(model)]
-    filled = [n for n in range(len(head)) if n < 2 or any(line[n] for line in lines)]
+def exchange_of(model: Mapping[str, Any], way: str) -> str:
+    """Return how ranks exchanged heads: "direct" or "NCCL"."""
+    told = model.get("exchanged", {}).get(way, {}).values()
+    return "direct" if any(how.startswith("direct") for how in told) else "NCCL"
+
+
+def lines_of(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the lines of runs, the oldest first: a line is that of the newest that has it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for model in result["models"]:
+            for name, way, *cells in rows_of(model):
+                far = max(model["distance_to_one_gpu"].get(way, {}).values(), default=None)
+                found[name, way] = [
+                    name,
+                    way,
+                    str(model["layers"]),
+                    exchange_of(model, way),
+                    *cells,
+                    "" if far is None else f"{far:.1%}" if far else "0",
+                    result["environment"]["commit"],
+                ]
+    return list(found.values())
+
+
+def exchanges_of(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the lines of what a layer exchanges without its attention, of the newest run each."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        for model in result["models"]:
+            lines = found.setdefault(model["name"], {})
+            for how, key in (("NCCL", "ms_of_exchange"), ("direct", "ms_of_direct_exchange")):
+                ms = model.get(f"{key}_per_layer", {})
+                if ms:
+                    cells = [f"{ms[gpus]:.2f}" if gpus in ms else "" for gpus in map(str, NUMBERS)]
+                    commit = result["environment"]["commit"]
+                    lines[how] = [model["name"], how, *cells, commit]
+    return [line for lines in found.values() for line in lines.values()]
+
+
+def filled(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table without the columns that no line fills."""
+    kept = [n for n in range(len(head)) if any(line[n] for line in lines)]
+    return table([head[n] for n in kept], [[line[n] for n in kept] for line in lines])
+
+
+def written(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the tables, of runs from the oldest to the newest."""
+    numbers = [f"{n} GPU{'s' * (n > 1)}" for n in NUMBERS]
+    head = ["model", "attention", "layers", "exchange", *numbers, "off one GPU", "commit"]
     text = "Milliseconds a layer, and how many times faster than the same on one GPU:\n\n"
-    text += table([head[n] for n in filled], [[line[n] for n in filled] for line in lines])
-    for model in result["models"]:
-        far = "; ".join(
-            f"{name} " + ", ".join(f"{d:.1e} on {n}" for n, d in found.items())
-            for name, found in model["distance_to_one_gpu"].items()
-        )
-        if far:
-            text += (
-                f"\n{model['name']}: relative distance of the output to that of one GPU: {far}.\n"
-            )
-        for name, key in (
-            ("NCCL", "ms_of_exchange"),
-            ("writing directly", "ms_of_direct_exchange"),
-        ):
-            alone = model.get(f"{key}_per_layer", {}).items()
-            sent = ", ".join(f"{ms:.2f} ms on {n}" for n, ms in alone)
-            if sent:
-                text += f"The exchange of a layer alone takes {sent} by {name}.\n"
-    return text + written_imbalance(result)
+    text += filled(head, lines_of(results))
+    if alone := exchanges_of(results):
+        text += "\nThe exchange of a layer alone, milliseconds:\n\n"
+        text += filled(["model", "exchange", *numbers, "commit"], alone)
+    return text + "".join(map(written_imbalance, results))
 
 
 def written_imbalance(result: Mapping[str, Any]) -> str:
@@ -678,8 +712,10 @@ def written_imbalance(result: Mapping[str, Any]) -> str:
 
 def write_table(args: argparse.Namespace) -> None:
     """Write the stored numbers into the page about several GPUs."""
-    result = load(args.gpu, "gpus")
-    replace_between(PAGE, "gpus", f"{written(result)}\n{conditions(result['environment'])}")
+    later = [name for name in RUNS[1:] if (RESULTS / args.gpu / f"{name}.json").exists()]
+    results = [load(args.gpu, name) for name in (RUNS[0], *later)]
+    machine = conditions(results[-1]["environment"] | {"commit": "of each line as listed"})
+    replace_between(PAGE, "gpus", f"{written(results)}\n{machine}")
 
 
 def main() -> None:

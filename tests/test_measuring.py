@@ -142,6 +142,28 @@ def test_rows_of_ways_without_what_they_are_held_against(script):
     assert rows == [["toy", "SVG2, ring", "", "4.0", "", ""]]
 
 
+def test_lines_of_several_runs_are_the_newest(script):
+    def run(commit, layers, how, times, exchange):
+        ms = {way: {n: {"median": t} for n, t in found.items()} for way, found in times.items()}
+        model = {"name": "toy", "layers": layers, "ms_per_forward": ms}
+        model |= {"held_against": {"SVG2": "SVG2", "ring": "SVG2"}, "imbalance_by_step": {}}
+        model |= {"distance_to_one_gpu": {"ring": {"2": 2e-3, "4": 5e-3}, "SVG2": {"2": 0.0}}}
+        model |= {"exchanged": {"SVG2": {"2": how}}, "ms_of_exchange_per_layer": exchange}
+        return {"environment": {"commit": commit}, "models": [model]}
+
+    bench = script("bench_gpus")
+    old = run("a", 2, "collective", {"SVG2": {"1": 8.0, "4": 4.0}, "ring": {"4": 5.0}}, {"4": 3.0})
+    new = run("b", 4, "direct, 9 MB", {"SVG2": {"1": 16.0, "2": 8.0}}, {})
+    assert bench.lines_of([old, new]) == [
+        ["toy", "SVG2", "4", "direct", "4.0", "2.0 (2.00x)", "", "", "0", "b"],
+        ["toy", "ring", "2", "NCCL", "", "", "2.5 (1.60x)", "", "0.5%", "a"],
+    ]
+    assert bench.exchanges_of([old, new]) == [["toy", "NCCL", "", "", "3.00", "", "a"]]
+    text = bench.written([old, new])
+    assert "| model | attention | layers | exchange | 1 GPU | 2 GPUs | 4 GPUs |" in text
+    assert "8 GPUs" not in text
+
+
 def tried(card, ran, size=37.0):
     return {"card": card, "ran": ran, "bytes": size * 2**30}
 
