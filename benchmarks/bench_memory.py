@@ -7,7 +7,7 @@
 
 A forward pass keeps nothing of a layer but its weights and, while attention is sparse, the
 centroids of its clusters. So each model is built with three layers, what a pass and decoding take
-beside the weights is measured, and the weights of the other layers are counted. What fits on a
+beside these is measured, and weights and centroids of all layers are counted. What fits on a
 card by this count is then run once more with a tensor in the place of what is missing, under a cap
 as low as the card's memory, and on the next card if memory falls in pieces there. Text encoders are
 counted, not built; layers that come to the GPU when they are needed are not run under a cap.
@@ -54,8 +54,12 @@ from svg_models.sparse.linears import is_plain_linear
 
 # Seconds that a model is expected to take, and those of a pass of 14 billion parameters.
 SECONDS, MORE_SECONDS = 20.0, 40.0
-# Of the bytes that a way needs, those that a run has to have taken to count as one of this way.
+# A run that took less of what a way needs does not tell that it fits, and one that failed when it
+# took as much more does not tell that it does not.
 FULL = 0.99
+# GiB of a card that a way leaves, to be said to fit where it was not run: with 1.2 runs failed,
+# since free memory is in pieces, and with 1.7 none did.
+ROOM = 1.3
 KINDS = (DENSE, FIRST, SPARSE)
 PRODUCTS = next(part for part in PARTS if part.name == "SVG2, fp8 products")
 STEPS = {
@@ -138,7 +142,7 @@ class Memory:
 
 
 class PeakWatch(Watch):
-    """Take the peaks of denoising and of decoding apart, and what is held after each pass."""
+    """Take the peaks of denoising and of decoding apart."""
 
     memory: Memory
     found: dict[str, Any]
@@ -156,11 +160,6 @@ class PeakWatch(Watch):
 
         self.pipe.vae.decode = decoded
         super().__enter__()
-        for model in transformers_of(self.pipe).values():
-            hook = model.register_forward_hook(
-                lambda *_: self.found["held"].append(self.memory.allocated())
-            )
-            self._undo.callback(hook.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -169,10 +168,10 @@ class PeakWatch(Watch):
 
 
 def measure_steps(bench: Bench, part: Part, memory: Memory, *, decode: bool) -> dict[str, Any]:
-    """Run a part and return its peaks in bytes: denoising, decoding beside what is held, held."""
+    """Run a part and return its peaks in bytes: denoising, and decoding beside what is held."""
     memory.free()
     memory.forget()
-    found: dict[str, Any] = {"before": memory.allocated(), "held": []}
+    found: dict[str, Any] = {"before": memory.allocated()}
     kinds = part.kinds
 
     def watch(*args: Any) -> PeakWatch:
@@ -199,6 +198,19 @@ def copied(pipe: Any) -> int:
     return max(sizes)
 
 
+def centroids(video: Video, pipe: Any) -> int:
+    """Return the bytes that sparse attention keeps of all layers from step to step, in bf16."""
+    found = 0
+    for model in transformers_of(pipe).values():
+        config = model.config
+        # Whether guidance is a second sequence; a model that is told its scale has one alone.
+        sequences = 1 if getattr(config, "guidance_embeds", False) else 2
+        channels = config.num_attention_heads * config.attention_head_dim
+        layers = len(list(family_of(model).blocks_of(model)))
+        found += 2 * sequences * layers * channels * sum(video.clusters)
+    return found
+
+
 def weights(module: torch.nn.Module) -> int:
     """Return the bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -223,13 +235,8 @@ def cast_of(module: torch.nn.Module) -> int:
     )
 
 
-def layers_of(pipe: Any) -> int:
-    """Return the layers of all transformers."""
-    return sum(len(list(family_of(m).blocks_of(m))) for m in transformers_of(pipe).values())
-
-
 def describe(video: Video) -> dict[str, Any]:
-    """Return the sizes of a whole model, which is not built: bytes of weights, layers."""
+    """Return the sizes of a whole model, which is not built: bytes of what it keeps."""
     pipe = video.build("meta")
     models = transformers_of(pipe).values()
     found = {
@@ -237,7 +244,7 @@ def describe(video: Video) -> dict[str, Any]:
         "vae": weights(pipe.vae),
         "text": 2 * video.text,
         "copies": copied(pipe),
-        "layers": layers_of(pipe),
+        "centroids": centroids(video, pipe),
     }
     # Which layers stay as they are differs by model: of some, the projections that modulate norms
     # do, a fifth to a third of a block.
@@ -252,27 +259,21 @@ def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str
     whole = describe(video)
     short = video.short
     bench = Bench(short, device)
-    own_copies, layers = copied(bench.pipe), layers_of(bench.pipe)
-    branches = video.passes
+    own_copies, own_centroids = copied(bench.pipe), measured_centroids(short, bench.pipe)
     found: dict[str, Any] = {}
     for name, part in STEPS.items():
         if part.attention and not bench.wide_heads:
             continue
         taken = measure_steps(bench, part, memory, decode=name == "diffusers")
-        copies = own_copies if part.linears else 0
-        held = taken["held"]
-        state = max(0, held[-1] - held[0]) if part.method is not None else 0
-        kept = copies + state
+        kept = own_copies * part.linears + own_centroids * (part.method is not None)
         found[name] = {
-            # Beside weights, copies of them, and what lasts from step to step.
+            # Beside weights, and what the few layers keep from step to step.
             "activations": taken["denoising"] - taken["before"] - kept,
-            "state": state * whole["layers"] / layers * branches,
-            "kept": kept,  # by the few layers, from step to step
+            "kept": kept,
             "decoding": taken.get("decoding"),
         }
         budget.say(f"{video.name}, {name}: activations {gib(found[name]['activations'])}")
     bench.close()
-    stock = total_of(found["diffusers"])
     return {
         "name": video.name,
         "checkpoints": video.checkpoints,
@@ -280,7 +281,6 @@ def begin(video: Video, memory: Memory, device: str, budget: Budget) -> dict[str
         "weights": whole,
         "activations": found,
         "grouped": measure_grouped(short, memory, device),
-        "above_stock": {name: total_of(one) - stock for name, one in found.items()},
         "ways": {},
     }
 
@@ -320,9 +320,9 @@ def measure_way(
     }
 
 
-def total_of(found: Mapping[str, Any]) -> float:
-    """Return what a step takes beside weights and their copies."""
-    return float(found["activations"] + found["state"])
+def measured_centroids(video: Video, pipe: Any) -> int:
+    """Return the bytes of centroids where one of the passes of a step is run."""
+    return centroids(video, pipe) // video.passes
 
 
 def need(
@@ -334,13 +334,14 @@ def need(
 ) -> float:
     """Return the bytes that a way of holding a model needs at its highest."""
     taken = found[way.steps]
+    state = 0 if STEPS[way.steps].method is None else whole["centroids"]
     if way.offload == "group":
-        return max(grouped[way.steps], decoding) + taken["state"]
+        return float(max(grouped[way.steps], decoding) + state)
     sizes, cast = whole["transformers"], 0
     if way.weights == "fp8":
         sizes, cast = whole["fp8"], whole["cast"]
     copies = whole["copies"] if STEPS[way.steps].linears else 0
-    kept = copies + taken["state"]  # while the VAE decodes, too
+    kept = copies + state  # while the VAE decodes, too
     if way.offload == "model":
         beside = max(max(sizes) + cast + taken["activations"], whole["vae"] + decoding)
         return float(max(beside + kept, whole["text"]))
@@ -355,17 +356,22 @@ def cards_by_count(size: float) -> list[int]:
 
 def outcomes(size: float, runs: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
     """Return on which cards that so many bytes fit on it was run, and whether it ran."""
-    full = [run for run in runs if run["bytes"] >= FULL * size]
     fitting = cards_by_count(size)
-    return {run["card"]: run["ran"] for run in full if run["card"] in fitting}
+    telling = (
+        run
+        for run in runs
+        if (run["bytes"] >= FULL * size if run["ran"] else FULL * run["bytes"] <= size)
+    )
+    return {run["card"]: run["ran"] for run in telling if run["card"] in fitting}
 
 
 def card_of(size: float, runs: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the smallest card that so many bytes ran on; without a run, that they fit on."""
+    """Return the smallest card that so many bytes ran on; without a run, that has `ROOM` beside."""
     ran = outcomes(size, runs)
     seen = [card for card, well in ran.items() if well]
     failed = max((card for card, well in ran.items() if not well), default=0)
-    return min(seen or (c for c in cards_by_count(size) if c > failed), default=None)
+    roomy = (card for card in cards_by_count(size + ROOM * GIB) if card > failed)
+    return min(seen or roomy, default=None)
 
 
 def is_settled(way: Mapping[str, Any]) -> bool:
@@ -386,8 +392,9 @@ def measure_grouped(video: Video, memory: Memory, device: str) -> dict[str, floa
             bench.pipe.to("cpu")
             place(bench.pipe, "cuda", "group")
         taken = measure_steps(bench, STEPS[name], memory, decode=False)
-        held = taken["held"]
-        found[name] = taken["denoising"] - max(0, held[-1] - held[0])
+        sparse = STEPS[name].method is not None
+        kept = measured_centroids(video, bench.pipe) if sparse else 0
+        found[name] = taken["denoising"] - kept
         bench.close()
         memory.free()
     return found
@@ -542,7 +549,8 @@ def cell_of(way: Mapping[str, Any] | None) -> str:
         return ""
     card, size = way["card"], way["bytes"]
     ran = outcomes(size, way["runs"])
-    counted = way["offload"] != "group" and card is not None and not ran.get(card)
+    untried = not ran.get(card) if card is not None else cards_by_count(size) and not ran
+    counted = way["offload"] != "group" and bool(untried)
     marks = " †" * counted + " ‡" * (False in ran.values())
     return f"{size / GIB:.1f}, {'none' if card is None else f'{card} GB'}{marks}"
 
@@ -565,10 +573,11 @@ def written(models: Sequence[Mapping[str, Any]]) -> str:
 
 def compared(models: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of what a sparse step takes more than diffusers', and of the commits."""
-    lines = [
-        [model["name"], f"{model['above_stock']['SVG2'] / GIB:+.1f} GiB", model["commit"]]
-        for model in models
-    ]
+    lines = []
+    for model in models:
+        taken = {name: model["activations"][name]["activations"] for name in ("diffusers", "SVG2")}
+        more = taken["SVG2"] + model["weights"]["centroids"] - taken["diffusers"]
+        lines.append([model["name"], f"{more / GIB:+.1f} GiB", model["commit"]])
     return table(["model", "a step of SVG2, beside one of diffusers", "commit"], lines)
 
 

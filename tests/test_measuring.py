@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import inspect
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import svg_models
+from svg_attention.memory import LayerMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,7 +180,9 @@ def tried(card, ran, size=37.0):
         (37.0, [tried(40, False)], 48, False),
         (37.0, [tried(40, False), tried(48, True)], 48, True),
         (42.0, [tried(40, True)], 48, False),  # counted anew: it ran with less, where it cannot
-        (38.0, [tried(40, True)], 40, False),
+        (37.4, [tried(40, True)], 40, False),
+        (37.0, [tried(40, False, 37.5)], 40, False),  # it failed with more than it needs
+        (38.0, [], 48, False),  # so close to the card, runs fail
         (36.9, [tried(48, True)], 48, False),  # where it may fit now, it was not tried
         (77.9, [tried(80, False, 77.9)], None, True),
         (90.0, [], None, True),
@@ -198,6 +204,7 @@ def test_card_of_is_where_as_much_ran(script, size, runs, card, settled):
         (37.0, [tried(40, False)], "37.0, 48 GB † ‡"),
         (37.0, [tried(40, False), tried(48, True)], "37.0, 48 GB ‡"),
         (77.9, [tried(80, False, 77.9)], "77.9, none ‡"),
+        (77.9, [], "77.9, none †"),
         (90.0, [], "90.0, none"),
     ],
 )
@@ -223,6 +230,25 @@ def test_describe_counts_what_stays_in_bf16_where_weights_are_stored_in_fp8(scri
     assert told["fp8"] == [told["transformers"][0] - sum(elements)]
     assert told["cast"] == 2 * max(elements)
     way = bench.Way(offload="none", weights="fp8", steps="SVG2")
-    found = {"SVG2": {"activations": 7.0, "state": 2.0}}
-    held = told["fp8"][0] + told["vae"] + told["text"] + 2
+    found = {"SVG2": {"activations": 7.0}}
+    held = told["fp8"][0] + told["vae"] + told["text"] + told["centroids"]
     assert bench.need(way, told, found, 0.0, {}) == held + told["cast"] + 7
+
+
+@pytest.mark.parametrize("name", ["tiny HunyuanVideo", "tiny CogVideoX 1.5"])
+def test_centroids_are_counted_as_sparse_attention_keeps_them(script, name):
+    bench = script("bench_memory")
+    video = next(one for one in bench.TINY if one.name == name).short
+    pipe, held = video.build("cpu"), []
+    count = bench.measured_centroids(video, pipe)
+
+    def keep(*_):
+        memories = [x for x in gc.get_objects() if type(x) is LayerMemory]
+        kept = [x for m in memories for x in (m.query_centroids, m.key_centroids)]
+        held.append(sum(x.nbytes for x in kept if x is not None))
+
+    pipe.transformer.register_forward_hook(keep)
+    with svg_models.sparsify(pipe, bench.svg2(video), bench.Schedule(dense_steps=0.0)):
+        arguments = dict(video.arguments) | video.embeddings("cpu")
+        pipe(**arguments, num_inference_steps=2, output_type="latent")
+    assert held[-1] == count > 0
