@@ -70,14 +70,15 @@ def test_conv_input_reads_any_layout(backend, device, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_conv_input_of_skewed_values(backend, device, generator, assert_accurate):
+def test_conv_input_of_skewed_values(backend, device, generator):
     x = torch.randn(1, 32, 3, 40, 30, device=device, generator=generator)
     x[:, :, 0, 0, 0] = 3e4  # what the others are measured from
     x[:, 5] *= 1e-3
     x[:, 6] += 1e3
     settings = {"groups": 32, "upsample": (1, 1, 1), "padding": (0,) * 6}
     found = svg_kernels.conv_input(x, backend=backend, **settings)
-    assert_accurate(found, by_torch(x, **settings), by_torch(x.double(), **settings))
+    exact = by_torch(x.double(), **settings)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,6 +92,19 @@ def test_conv_input_keeps_nan_to_its_group(backend, device, generator):
     assert not found[1].any()
     plain = svg_kernels.conv_input(x, padding=CAUSAL, backend=backend)
     assert torch.equal(plain.isnan(), F.pad(x, CAUSAL, mode="replicate").isnan())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conv_input_adds_what_a_convolution_has_left_out(
+    backend, device, generator, assert_accurate
+):
+    x = torch.randn(2, 12, 3, 4, 5, device=device, generator=generator).half()
+    offset, weight = torch.randn(2, 12, device=device, generator=generator).half().unbind(0)
+    settings = {"groups": 3, "silu": True, "upsample": (1, 1, 1), "padding": CAUSAL}
+    found = svg_kernels.conv_input(x, weight, offset=offset, backend=backend, **settings)
+    plain = by_torch(x + offset.view(-1, 1, 1, 1), weight, **settings)
+    exact = by_torch(x.double() + offset.double().view(-1, 1, 1, 1), weight.double(), **settings)
+    assert_accurate(found, plain, exact)
 
 
 def test_conv_input_of_nothing():
@@ -108,6 +122,8 @@ def test_conv_input_refuses_what_it_cannot():
         svg_kernels.conv_input(x, groups=4)
     with pytest.raises(ValueError, match="weight belongs to the norm"):
         svg_kernels.conv_input(x, vector)
+    with pytest.raises(ValueError, match="offset belongs to the norm"):
+        svg_kernels.conv_input(x, offset=vector)
     with pytest.raises(ValueError, match=r"bias must be \[6\]"):
         svg_kernels.conv_input(x, vector, vector[:5], groups=2)
     with pytest.raises(ValueError, match="upsample must be three numbers"):
@@ -120,7 +136,18 @@ def test_conv_input_refuses_what_it_cannot():
 
 def test_conv_input_is_an_operator():
     x = torch.randn(1, 6, 2, 3, 3)
-    args = (x, torch.ones(6), None, 2, 1e-6, True, [2, 2, 2], list(CAUSAL), "reference")
+    args = (
+        x,
+        torch.ones(6),
+        None,
+        torch.ones(6),
+        2,
+        1e-6,
+        True,
+        [2, 2, 2],
+        list(CAUSAL),
+        "reference",
+    )
     torch.library.opcheck(torch.ops.svg_kernels.conv_input.default, args)
 
 
@@ -139,13 +166,26 @@ def test_conv_input_in_a_cuda_graph(device, generator):
 
 
 @pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_conv_input_kernels_interpreted_of_skewed_values(mean, generator):
+    x = torch.randn(1, 16, 3, 20, 30, generator=generator) + mean
+    x[:, :, 0, 0, 0] = 3e4
+    x[:, 5] *= 1e-3
+    settings = {"groups": 8, "upsample": (1, 1, 1), "padding": (0,) * 6}
+    found = svg_kernels.conv_input(x, backend="triton", **settings)
+    exact = by_torch(x.double(), **settings)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("shape", [(2, 130, 3, 4, 5), (1, 6, 2, 30, 40), (1, 32, 1, 1, 3)])
 @pytest.mark.parametrize("upsample", [(1, 1, 1), (2, 2, 2)])
 def test_conv_input_kernels_interpreted(shape, upsample, generator):
     x = torch.randn(shape, generator=generator) + 50.0
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    weight, bias = torch.randn(2, shape[1], generator=generator).unbind(0)
+    weight, bias, offset = torch.randn(3, shape[1], generator=generator).unbind(0)
     settings = {"groups": 2, "silu": True, "upsample": upsample, "padding": CAUSAL}
+    settings["offset"] = offset
     found = svg_kernels.conv_input(x, weight, bias, backend="triton", **settings)
     want = svg_kernels.conv_input(x, weight, bias, backend="reference", **settings)
     torch.testing.assert_close(found, want, rtol=2e-6, atol=1e-5)

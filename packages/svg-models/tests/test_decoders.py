@@ -35,7 +35,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launch, seen = svg_kernels.conv_input, []
 
     def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append("norm" if options.get("groups") else "plain")
+        kind = "norm" if options.get("groups") else "plain"
+        seen.append(kind + (", offset" if options.get("offset") is not None else ""))
         return launch(x, *args, **options)
 
     monkeypatch.setattr(svg_kernels, "conv_input", call)
@@ -89,7 +90,8 @@ def test_decoder_is_as_near_to_fp64_as_the_class_in_bf16(launches: list[str], ba
     stock = error(decoded(narrow, z.bfloat16()), exact)
     with fused_decoder(narrow):
         ours = error(decoded(narrow, z.bfloat16()), exact)
-    assert launches.count("norm") == 2 * (2 + 4 * 2) + 1
+    assert launches.count("norm") == 2 + 4 * 2 + 1
+    assert launches.count("norm, offset") == 2 + 4 * 2
     assert ours <= 1.1 * stock, (ours, stock)
 
 
@@ -130,6 +132,10 @@ def hook(vae: Any) -> None:
     vae.decoder.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: None)
 
 
+def hook_convolution(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].conv1.conv.register_forward_hook(lambda *_: None)
+
+
 def drop(vae: Any) -> None:
     vae.decoder.mid_block.resnets[0].dropout.p = 0.5
     vae.decoder.mid_block.resnets[0].dropout.train()
@@ -144,7 +150,9 @@ def replace_forward(vae: Any) -> None:
     block.forward = type(block).forward.__get__(block)
 
 
-@pytest.mark.parametrize("change", [hook, drop, replace_processor, replace_forward])
+@pytest.mark.parametrize(
+    "change", [hook, hook_convolution, drop, replace_processor, replace_forward]
+)
 def test_decoder_leaves_to_its_class_what_others_have_changed(
     change: Callable[[Any], None], launches: list[str]
 ) -> None:
@@ -155,7 +163,7 @@ def test_decoder_leaves_to_its_class_what_others_have_changed(
         launches.clear()
         with fused_decoder(vae):
             torch.manual_seed(5)
-            return decoded(vae, latents()), launches.count("norm")
+            return decoded(vae, latents()), launches.count("norm, offset")
 
     (whole, all_launches), (part, fewer) = result(False), result(True)
     # Attention of a middle block that is left to its class launches nothing of its own.

@@ -23,6 +23,7 @@ def conv_input(
     *,
     groups: int = 0,
     eps: float = 1e-6,
+    offset: Tensor | None = None,
     silu: bool = False,
     upsample: Sequence[int] = (1, 1, 1),
     padding: Sequence[int] = (0, 0, 0, 0, 0, 0),
@@ -43,6 +44,8 @@ def conv_input(
         bias: `[C]` or None for zeros.
         groups: into how many groups the channels are parted, of equal size; 0 does not normalise.
         eps: added to the variance, in the unit of `x^2`.
+        offset: `[C]`, added to `x` before the norm, such as the bias that the convolution before
+            has left out; None for zeros.
         silu: whether `x / (1 + exp(-x))` follows.
         upsample: how often time, rows and columns are repeated.
         padding: positions on the left, right, top, bottom, before and after in time, as
@@ -62,9 +65,9 @@ def conv_input(
 
     Source: Wu & He 2018, arXiv:1803.08494, eq. 1 and 2.
     """
-    _check(x, weight, bias, groups, upsample, padding)
+    _check(x, weight, bias, offset, groups, upsample, padding)
     y: Tensor = _conv_input(
-        x, weight, bias, groups, eps, silu, list(upsample), list(padding), backend
+        x, weight, bias, offset, groups, eps, silu, list(upsample), list(padding), backend
     )
     return y
 
@@ -95,6 +98,7 @@ def _check(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     groups: int,
     upsample: Sequence[int],
     padding: Sequence[int],
@@ -112,7 +116,7 @@ def _check(
         raise ValueError(
             f"groups must be 0 or divide the {channels} channels of x, got groups={groups}"
         )
-    for name, vector in (("weight", weight), ("bias", bias)):
+    for name, vector in (("weight", weight), ("bias", bias), ("offset", offset)):
         if vector is None:
             continue
         check_tensor(name, vector)
@@ -139,6 +143,7 @@ def _run(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
@@ -148,7 +153,7 @@ def _run(
 ) -> Tensor:
     module = select_backend(__name__, backend, x.device, unsupported=unsupported)
     y = _empty(x, upsample, padding)
-    module.conv_input(x, weight, bias, y, groups, eps, silu, upsample, padding)
+    module.conv_input(x, weight, bias, offset, y, groups, eps, silu, upsample, padding)
     return y
 
 
@@ -156,6 +161,7 @@ def _fake(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
@@ -173,8 +179,8 @@ def _empty(x: Tensor, upsample: list[int], padding: list[int]) -> Tensor:
 
 _conv_input = define_op(
     "conv_input",
-    "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, int[] upsample,"
-    " int[] padding, str backend) -> Tensor",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? offset, int groups, float eps, bool silu,"
+    " int[] upsample, int[] padding, str backend) -> Tensor",
     _run,
     _fake,
 )

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from svg_kernels._arithmetic import match, widen
 
+_COLUMN = (-1, 1, 1, 1)
+
 
 def conv_input(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     y: Tensor,
     groups: int,
     eps: float,
@@ -22,6 +25,8 @@ def conv_input(
 ) -> None:
     """Write to `y` what `svg_kernels.conv_input` describes, computed in fp32."""
     wide = widen(x)
+    if offset is not None:
+        wide = wide + match(offset, wide).view(_COLUMN)
     if groups and wide.numel():
         wide = _normalize(wide, weight, bias, groups, eps)
     if silu:
@@ -45,7 +50,7 @@ def _normalize(
     centred = rows - rows.mean(-1, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)  # what rounding left of a large mean
     rows = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y, column = rows.view(x.shape), (-1, 1, 1, 1)
+    y = rows.view(x.shape)
     if weight is not None:
-        y = y * match(weight, y).view(column)
-    return y if bias is None else y + match(bias, y).view(column)
+        y = y * match(weight, y).view(_COLUMN)
+    return y if bias is None else y + match(bias, y).view(_COLUMN)

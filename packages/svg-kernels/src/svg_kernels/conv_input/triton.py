@@ -6,6 +6,8 @@ is done to the positions: a repeated or padded one is a row that is read again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from svg_kernels.norm.triton import reciprocal_std
 
-# Positions and channels of a tile; a program sums so many tiles of moments one after the other.
-TILE, MOST_CHANNELS, TILES = 4096, 128, 8
-BLOCK_SLICES = 64
+# Values of a tile and threads for it, of moments and of results; channels of either, and how many
+# tiles of moments a program takes one after the other.
+MOMENTS_TILE, MOMENTS_WARPS, TILES = 4096, 4, 8
+INPUT_TILE, INPUT_WARPS = 4096, 4
+MOST_CHANNELS, BLOCK_SLICES = 128, 64
 
 
 @triton.jit
@@ -36,12 +40,15 @@ def slice_moments_kernel(
     inside = channel < channels
     x_ptr += batch.to(tl.int64) * xb + channel
     first = number.to(tl.int64) * TILES * BLOCK_R
-    # Sums of what is left beside one value of each channel: nothing cancels in their squares.
-    origin = _address(first, height, width, xt, xh, xw)
-    shift = tl.load(x_ptr + origin, inside, 0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in range(TILES):
+    row = first + tl.arange(0, BLOCK_R)
+    mask = (row < positions)[:, None] & inside[None, :]
+    at = _address(row, height, width, xt, xh, xw)
+    x = tl.load(x_ptr[None, :] + at[:, None], mask, 0.0).to(tl.float32)
+    # Sums of what is left beside the mean of a tile: little cancels in their squares.
+    shift = tl.sum(x, 0) / tl.minimum(positions - first, BLOCK_R).to(tl.float32)
+    sums = tl.where(mask, x - shift[None, :], 0.0)
+    squares = sums * sums
+    for tile in range(1, TILES):
         row = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (row < positions)[:, None] & inside[None, :]
         at = _address(row, height, width, xt, xh, xw)
@@ -58,23 +65,34 @@ def slice_moments_kernel(
 
 @triton.jit(do_not_specialize=("positions", "slices"))
 def group_moments_kernel(
-    mean_ptr, square_ptr, weight_ptr, center_ptr, scale_ptr, positions, slices, channels, size, eps,
-    HAS_WEIGHT: tl.constexpr, LENGTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, square_ptr, offset_ptr, weight_ptr, base_ptr, center_ptr, scale_ptr,
+    positions, slices, channels, size, eps,
+    HAS_OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write by what each channel of a group is shifted and scaled, from slices of its positions."""
+    """Write by what each channel of a group is shifted and scaled, from slices of its positions.
+
+    The shift is the sum of a number near the mean and what is left beside it: a mean far from 0
+    has fewer digits than that.
+    """
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     within = tl.arange(0, BLOCK_C)
     channel, inside = group * size + within, within < size
-    mean_ptr += batch * slices * channels + channel
-    square_ptr += batch * slices * channels + channel
+    mean_ptr += batch * slices * channels
+    square_ptr += batch * slices * channels
+    base = tl.load(mean_ptr + group * size)
+    offset = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_OFFSET:
+        offset = tl.load(offset_ptr + channel, inside, 0.0).to(tl.float32)
     sums = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     start = 0
     while start < slices:
         number = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         mask = (number < slices)[:, None] & inside[None, :]
         count = tl.minimum(positions - number * LENGTH, LENGTH).to(tl.float32)[:, None]
-        mean = tl.load(mean_ptr[None, :] + (number * channels)[:, None], mask, 0.0)
-        sums += tl.where(mask, mean * (count / positions), 0.0)
+        mean = tl.load(mean_ptr + (number * channels)[:, None] + channel[None, :], mask, 0.0)
+        apart = mean - base + offset[None, :]
+        sums += tl.where(mask, apart * (count / positions), 0.0)
         start += BLOCK_S
     center = tl.sum(sums) / size
     squares = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -83,22 +101,23 @@ def group_moments_kernel(
         number = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         mask = (number < slices)[:, None] & inside[None, :]
         count = tl.minimum(positions - number * LENGTH, LENGTH).to(tl.float32)[:, None]
-        at = (number * channels)[:, None]
-        apart = tl.load(mean_ptr[None, :] + at, mask, 0.0) - center
-        square = tl.load(square_ptr[None, :] + at, mask, 0.0) + count * apart * apart
+        at = (number * channels)[:, None] + channel[None, :]
+        apart = tl.load(mean_ptr + at, mask, 0.0) - base + offset[None, :] - center
+        square = tl.load(square_ptr + at, mask, 0.0) + count * apart * apart
         squares += tl.where(mask, square / positions, 0.0)
         start += BLOCK_S
     scale = reciprocal_std(tl.sum(squares), size, eps) + tl.zeros((BLOCK_C,), tl.float32)
     if HAS_WEIGHT:
         scale = scale * tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32)
     out = batch * channels + channel
-    tl.store(center_ptr + out, center + tl.zeros((BLOCK_C,), tl.float32), inside)
+    tl.store(base_ptr + out, base + tl.zeros((BLOCK_C,), tl.float32), inside)
+    tl.store(center_ptr + out, center - offset, inside)
     tl.store(scale_ptr + out, scale, inside)
 
 
 @triton.jit(do_not_specialize=("frames", "height", "width", "rows", "columns"))
 def conv_input_kernel(
-    x_ptr, y_ptr, center_ptr, scale_ptr, bias_ptr,
+    x_ptr, y_ptr, base_ptr, center_ptr, scale_ptr, bias_ptr,
     frames, height, width, channels, xb, xt, xh, xw, times, rows, columns,
     before, top, left,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
@@ -121,9 +140,10 @@ def conv_input_kernel(
     y = tl.load(x_ptr + (source_w * xw)[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
     if NORM:
         vector = batch * channels + channel
+        base = tl.load(base_ptr + vector, inside, 0.0)
         center = tl.load(center_ptr + vector, inside, 0.0)
         scale = tl.load(scale_ptr + vector, inside, 0.0)
-        y = (y - center[None, :]) * scale[None, :]
+        y = (y - base[None, :] - center[None, :]) * scale[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + channel, inside, 0.0).to(tl.float32)[None, :]
     if SILU:
@@ -137,6 +157,7 @@ def conv_input(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    offset: Tensor | None,
     y: Tensor,
     groups: int,
     eps: float,
@@ -153,29 +174,30 @@ def conv_input(
     strides = (x.stride(0), *x.stride()[2:])
     times, rows, columns = y.shape[2:]
     block_c = min(MOST_CHANNELS, max(16, triton.next_power_of_2(channels)))
-    parts, block_r = triton.cdiv(channels, block_c), TILE // block_c
-    center = scale = None
+    parts = triton.cdiv(channels, block_c)
+    moments: Sequence[Tensor | None] = (None, None, None)
     if groups:
-        center, scale = (x.new_empty(batch, channels, dtype=torch.float32) for _ in range(2))
-        positions = frames * height * width
-        length = TILES * block_r
-        slices = triton.cdiv(positions, length)
-        mean, square = (x.new_empty(batch, slices, channels, dtype=torch.float32) for _ in "ab")
+        moments = tuple(x.new_empty(batch, channels, dtype=torch.float32) for _ in range(3))
+        positions, block_r = frames * height * width, MOMENTS_TILE // block_c
+        slices = triton.cdiv(positions, TILES * block_r)
+        sums = [x.new_empty(batch, slices, channels, dtype=torch.float32) for _ in range(2)]
         slice_moments_kernel[(slices, batch, parts)](
-            x, mean, square, positions, height, width, channels, *strides, slices,
-            TILES=TILES, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+            x, *sums, positions, height, width, channels, *strides, slices,
+            TILES=TILES, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=MOMENTS_WARPS,
         )  # fmt: skip
         size = channels // groups
         group_moments_kernel[(groups, batch)](
-            mean, square, weight, center, scale, positions, slices, channels, size, eps,
-            HAS_WEIGHT=weight is not None, LENGTH=length, BLOCK_S=BLOCK_SLICES,
-            BLOCK_C=triton.next_power_of_2(size), num_warps=4,
+            *sums, offset, weight, *moments, positions, slices, channels, size, eps,
+            HAS_OFFSET=offset is not None, HAS_WEIGHT=weight is not None,
+            LENGTH=TILES * block_r, BLOCK_S=BLOCK_SLICES, BLOCK_C=triton.next_power_of_2(size),
+            num_warps=4,
         )  # fmt: skip
     left, _, top, _, before, _ = padding
+    block_r = INPUT_TILE // block_c
     conv_input_kernel[(batch * times * rows, triton.cdiv(columns, block_r), parts)](
-        x, y, center, scale, bias,
+        x, y, *moments, bias,
         frames, height, width, channels, *strides, times, rows, columns, before, top, left,
         NORM=groups > 0, HAS_BIAS=bias is not None, SILU=silu,
         UP_T=upsample[0], UP_H=upsample[1], UP_W=upsample[2],
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=INPUT_WARPS,
     )  # fmt: skip

@@ -3,7 +3,9 @@
 As `blocks` does for a transformer. A decoder of diffusers reads and writes its hidden states once
 for a norm's moments, again for the norm, for the activation, for each padding and for the layout
 that convolutions compute in; here they are written once as the convolution reads them. Modules that
-hold weights of convolutions and of products are called, never read.
+hold weights of convolutions and of products are called, so that LoRA, quantised layers and
+offloading keep working; one is read where nothing stands around it and the norm behind it can add
+its bias.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
 
 def residual_block(block: Any, hidden_states: Tensor) -> Tensor:
     """Compute two convolutions, each of what a norm and an activation leave, and their residual."""
-    states = _convolve(block.conv1, hidden_states, block.norm1)
-    states = _convolve(block.conv2, states, block.norm2)
+    first = block.conv1.conv
+    bare = _is_bare(first, hidden_states)  # the norm behind it adds the bias on its way
+    states = _convolve(block.conv1, hidden_states, block.norm1, bare=bare)
+    states = _convolve(block.conv2, states, block.norm2, offset=first.bias if bare else None)
     if block.conv_shortcut is None:
         return states + hidden_states
     return states + _convolve(block.conv_shortcut, hidden_states)
@@ -74,20 +78,53 @@ def decoder(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _convolve(
-    causal: Any, states: Tensor, norm: Any = None, *, upsample: Sequence[int] = (1, 1, 1)
+    causal: Any,
+    states: Tensor,
+    norm: Any = None,
+    *,
+    offset: Tensor | None = None,
+    bare: bool = False,
+    upsample: Sequence[int] = (1, 1, 1),
 ) -> Tensor:
-    """Call a causal convolution's own with what it reads, behind a norm with its activation."""
+    """Call a causal convolution's own with what it reads.
+
+    Args:
+        causal: the convolution and its padding.
+        states: `[B, C, T, H, W]`.
+        norm: group norm, behind which an activation stands; None if neither does.
+        offset: added before the norm.
+        bare: whether to leave out the bias of the convolution, which `_is_bare`.
+        upsample: see `svg_kernels.conv_input`.
+    """
     import svg_kernels
 
     norms: dict[str, Any] = {}
     if norm is not None:
         weights = {"weight": norm.weight, "bias": norm.bias}
         norms = {**weights, "groups": norm.num_groups, "eps": norm.eps, "silu": True}
+        norms["offset"] = offset
     padding = causal.time_causal_padding
     if norms or any(padding) or max(upsample) > 1:  # a shortcut reads its input as it is
         states = svg_kernels.conv_input(states, upsample=upsample, padding=padding, **norms)
-    out: Tensor = causal.conv(states)
+    out: Tensor = F.conv3d(states, causal.conv.weight) if bare else causal.conv(states)
     return out
+
+
+def _is_bare(convolution: Any, states: Tensor) -> bool:
+    """Return whether a convolution is a product with its weight and a bias, nothing around it."""
+    return (
+        type(convolution) is nn.Conv3d
+        and fused.is_untouched(convolution)
+        and convolution.stride == convolution.dilation == (1, 1, 1)
+        and convolution.padding == (0, 0, 0)
+        and convolution.groups == 1
+        and all(
+            type(weight) is nn.Parameter
+            and weight.dtype == states.dtype
+            and weight.device == states.device
+            for weight in (convolution.weight, convolution.bias)
+        )
+    )
 
 
 def _attend_by_frames(attention: Any, states: Tensor) -> Tensor:
