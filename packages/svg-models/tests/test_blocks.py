@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import svg_kernels
 from svg_models.families import family_of, fused, transformers_of
-from svg_models.families.blocks import FusedForward, _join
+from svg_models.families.blocks import FusedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = (
@@ -162,25 +162,6 @@ def test_fused_forward_gives_the_clip_of_the_class_in_fp32(
     torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
     assert torch.equal(case.run(pipe), before)
     assert not launches
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_join_copies_only_what_is_not_one_tensor_already(batch: int) -> None:
-    both = torch.randn(batch, 7, 4)
-    neighbours = (both[:, :5], both[:, 5:])
-    assert _join(*neighbours).data_ptr() == both.data_ptr()
-    for parts in (
-        neighbours,
-        (both[:, :5].clone(), both[:, 5:].clone()),
-        (both[:, :5], both[:, 5:].clone()),
-        (both[:, :4], both[:, 5:]),
-        (both[:, 2:], both[:, :2]),
-        (both[:, :5, :2], both[:, 5:, :2]),
-        (both[:, :3], both[:, 3:5]),
-    ):
-        got = _join(*parts)
-        assert torch.equal(got, torch.cat(parts, dim=1))
-        assert parts is neighbours or got.data_ptr() != both.data_ptr()
 
 
 def test_remove_leaves_no_attribute(case: zoo.Case, launches: list[str]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import svg_kernels
 from svg_attention import Dense, Schedule
 from svg_models import sparsify
-from svg_models.families import cogvideox, cosmos, fused, hunyuan_video, wan
+from svg_models.families import cogvideox, cosmos, fused, hunyuan_video, steps, wan
 from svg_models.families.blocks import FusedForward
 from svg_models.families.steps import ACROSS_HEADS, PER_HEAD, PER_HEAD_IN_HALVES, join, make_heads
 
@@ -69,7 +69,7 @@ def calls(case: zoo.Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, 
         return make_heads(*args, **options)
 
     with monkeypatch.context() as patch:
-        for module in (wan, hunyuan_video, cosmos, cogvideox):
+        for module in (wan, hunyuan_video, steps, cosmos, cogvideox):
             patch.setattr(module, "make_heads", spy)
         pipe = case.build()
         with sparsify(pipe, Dense(), ALWAYS_SPARSE):

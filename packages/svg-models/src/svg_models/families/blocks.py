@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
 from svg_models.families.instance_forward import InstanceForward
+from svg_models.families.steps import join_streams
 
 __all__ = [
     "COGVIDEOX_BLOCKS",
@@ -220,7 +221,7 @@ def single_stream_block(
     that the block before it returned are one tensor already.
     """
     text = encoder_hidden_states.shape[1]
-    states = _join(hidden_states, encoder_hidden_states)
+    states = join_streams(hidden_states, encoder_hidden_states)
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
     normed = _modulate(block.norm.norm, states, scale, shift)
     projected = block.proj_mlp(normed)
@@ -342,22 +343,6 @@ def ltx_block(
     )
     fed = feed_forward(block.ff, _modulate_rms(block.norm2, states, ff_scale, ff_shift))
     return _gate(states, fed, ff_gate)
-
-
-def _join(video: Tensor, text: Tensor) -> Tensor:
-    """Return both streams in one tensor; not copied where they are neighbours in one already."""
-    batch, tokens, width = video.shape
-    whole = (batch, tokens + text.shape[1], width)
-    start = video.storage_offset() + tokens * video.stride(1)
-    if (
-        video.untyped_storage().data_ptr() == text.untyped_storage().data_ptr()
-        and video.dtype == text.dtype
-        and text.shape == (batch, text.shape[1], width)
-        and video.stride() == text.stride() == (whole[1] * width, width, 1)
-        and text.storage_offset() == start
-    ):
-        return video.as_strided(whole, video.stride())
-    return torch.cat((video, text), dim=1)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -8,10 +8,18 @@ from torch import Tensor
 
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.dense import torch_attention
-from svg_models.families.hunyuan_video import joined, text_heads
+from svg_models.families.hunyuan_video import text_stream
 from svg_models.families.processors import JointProcessor
 from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
-from svg_models.families.steps import PER_HEAD, Values, make_heads, project_out, project_qkv
+from svg_models.families.steps import (
+    PER_HEAD,
+    Stream,
+    Values,
+    make_heads,
+    make_joint_heads,
+    project_out,
+    project_qkv,
+)
 
 __all__ = ["EASYANIMATE", "SparseEasyAnimateProcessor"]
 
@@ -27,8 +35,8 @@ class SparseEasyAnimateProcessor(JointProcessor):
         if attn.add_q_proj is None:
             projected, before = project_qkv(attn, text, video), text.shape[1]
             return make_heads(PER_HEAD, attn.heads, norms, projected, rotation, text_before=before)
-        heads = make_heads(PER_HEAD, attn.heads, norms, project_qkv(attn, video), rotation)
-        return joined(text_heads(attn, text), heads)
+        stream = Stream(norms=norms, projected=project_qkv(attn, video), rotation=rotation)
+        return make_joint_heads(PER_HEAD, attn.heads, text_stream(attn, text), stream)
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Part text from the beginning and project both."""

@@ -23,6 +23,7 @@ __all__ = [
     "rope",
     "serves",
     "serves_tensor",
+    "takes_norm_rope",
 ]
 
 Pairing = Literal["interleaved", "half"]
@@ -52,6 +53,7 @@ def norm_rope(
     *,
     across_heads: bool,
     pairing: Pairing,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Normalise all tokens, rotate those of the video and lay them out by head, in one launch.
 
@@ -66,15 +68,39 @@ def norm_rope(
         video: where the video tokens are in the sequence, both ends given.
         across_heads: whether a norm spans all heads.
         pairing: which two channels of a head rotate together.
+        out: where to write both, `[B, H, S, D]`, tokens of a longer sequence; None allocates.
 
     Returns:
         Query and key, `[B, S, H, D]` views of head-major memory; None if the kernel cannot stand
         for the modules here.
     """
+    if not takes_norm_rope(query, key, norms, heads, rotation, video, across_heads=across_heads):
+        return None
+    import svg_kernels
+
+    cos, sin = (None, None) if rotation is None else rotation
+    query, key = svg_kernels.qk_norm_rope(
+        query, key, norms[0].weight, norms[1].weight, cos, sin,
+        heads=heads, eps=norms[0].eps, pairing=pairing, start=video.start, out=out,
+    )  # fmt: skip
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def takes_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    norms: tuple[Any, Any],
+    heads: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    video: slice,
+    *,
+    across_heads: bool,
+) -> bool:
+    """Return whether `norm_rope` can stand for the modules; takes what it takes."""
     width = query.shape[2]
     dim = width // heads
     size = width if across_heads else dim
-    if not (
+    return (
         serves_tensor(query)
         and key.shape == query.shape
         and key.dtype == query.dtype
@@ -82,16 +108,7 @@ def norm_rope(
         and all(_is_plain(norm, size, query) for norm in norms)
         and norms[0].eps == norms[1].eps
         and (rotation is None or _fits(rotation, video, dim, query))
-    ):
-        return None
-    import svg_kernels
-
-    cos, sin = (None, None) if rotation is None else rotation
-    query, key = svg_kernels.qk_norm_rope(
-        query, key, norms[0].weight, norms[1].weight, cos, sin,
-        heads=heads, eps=norms[0].eps, pairing=pairing, start=video.start,
-    )  # fmt: skip
-    return query.transpose(1, 2), key.transpose(1, 2)
+    )
 
 
 def rope(

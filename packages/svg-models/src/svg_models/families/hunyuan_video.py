@@ -12,9 +12,18 @@ from svg_attention import Schedule
 from svg_models.families.base import Family, patch_grid
 from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS
 from svg_models.families.processors import JointProcessor
+from svg_models.families.products import Projection
 from svg_models.families.published import Published
 from svg_models.families.sharing import STATES, TABLE, TABLES, Sharing
-from svg_models.families.steps import PER_HEAD, HeadRule, Values, join, make_heads, project_qkv
+from svg_models.families.steps import (
+    PER_HEAD,
+    HeadRule,
+    Stream,
+    Values,
+    make_heads,
+    make_joint_heads,
+    project_qkv,
+)
 
 __all__ = ["HUNYUAN_VIDEO", "SparseHunyuanVideoProcessor"]
 
@@ -33,8 +42,8 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         if attn.add_q_proj is None:
             projected, after = project_qkv(attn, video, text), text.shape[1]
             return make_heads(self.rule, attn.heads, norms, projected, rotation, text_after=after)
-        heads = make_heads(self.rule, attn.heads, norms, project_qkv(attn, video), rotation)
-        return joined(heads, text_heads(attn, text))
+        stream = Stream(norms=norms, projected=project_qkv(attn, video), rotation=rotation)
+        return make_joint_heads(self.rule, attn.heads, stream, text_stream(attn, text))
 
     def finish(self, attn: Any, states: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Part text from the end."""
@@ -45,18 +54,13 @@ class SparseHunyuanVideoProcessor(JointProcessor):
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(rest)
 
 
-def text_heads(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Values]:
-    """Make query, key and value of the text, `[B, T, H, D]`, by layers of its own."""
-    projected = attn.add_q_proj(states), attn.add_k_proj(states), lambda: attn.add_v_proj(states)
-    return make_heads(PER_HEAD, attn.heads, (attn.norm_added_q, attn.norm_added_k), projected, None)
-
-
-def joined(
-    first: tuple[Tensor, Tensor, Values], second: tuple[Tensor, Tensor, Values]
-) -> tuple[Tensor, Tensor, Values]:
-    """Join the heads of two streams along the tokens."""
-    query, key = join(first[0], second[0]), join(first[1], second[1])
-    return query, key, lambda: join(first[2](), second[2]())
+def text_stream(attn: Any, states: Tensor) -> Stream:
+    """Project the text, `[B, T, C]`, by layers of its own."""
+    values = Projection(attn.add_v_proj, states)
+    return Stream(
+        norms=(attn.norm_added_q, attn.norm_added_k),
+        projected=(attn.add_q_proj(states), attn.add_k_proj(states), values),
+    )
 
 
 def text_lengths(transformer: Any, arguments: Mapping[str, Any]) -> Tensor:

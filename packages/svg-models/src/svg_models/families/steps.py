@@ -11,15 +11,19 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from svg_models.families import fused
+from svg_models.families.products import Projection, project_joined
 
 __all__ = [
     "ACROSS_HEADS",
     "PER_HEAD",
     "PER_HEAD_IN_HALVES",
     "HeadRule",
+    "Stream",
     "Values",
     "join",
+    "join_streams",
     "make_heads",
+    "make_joint_heads",
     "project_out",
     "project_qkv",
     "rotate_pairs",
@@ -38,16 +42,49 @@ def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Values]:
 
     Args:
         attn: the attention module.
-        *streams: one or more `[B, S_i, C]`, joined in this order.
+        *streams: one `[B, S, C]`, or two, joined in this order.
 
     Returns:
         Query, key, and what computes the value.
     """
-    states = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+    states = streams[0] if len(streams) == 1 else join_streams(*streams)
     if getattr(attn, "fused_projections", False):
         query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
         return query, key, lambda: value
-    return attn.to_q(states), attn.to_k(states), lambda: attn.to_v(states)
+    return attn.to_q(states), attn.to_k(states), Projection(attn.to_v, states)
+
+
+def join_streams(first: Tensor, second: Tensor) -> Tensor:
+    """Return two streams, `[B, S_i, C]`, in one tensor.
+
+    They are not copied where they are neighbours in one already, as the two parts are into which a
+    block took it; under `torch.compile`, or where a gradient is needed, they always are.
+    """
+    batch, tokens, width = first.shape
+    whole = (batch, tokens + second.shape[1], width)
+    strides = (whole[1] * width, width, 1)
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(first) is type(second) is Tensor
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.dtype == second.dtype
+        and second.shape == (batch, second.shape[1], width)
+        and first.stride() == second.stride() == strides
+        and second.storage_offset() == first.storage_offset() + tokens * width
+    ):
+        # The very tensor, where torch knows it: fp8 layers round one tensor once.
+        base = first._base
+        if (
+            base is not None
+            and base is second._base
+            and base.shape == whole
+            and base.stride() == strides
+            and base.storage_offset() == first.storage_offset()
+        ):
+            return base
+        return first.as_strided(whole, strides)
+    return torch.cat((first, second), dim=1)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -118,6 +155,7 @@ def make_heads(
     *,
     text_before: int = 0,
     text_after: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Values]:
     """Normalise queries and keys, split all three into heads, and rotate the video tokens.
 
@@ -132,6 +170,7 @@ def make_heads(
         rotation: cosines and sines of the video tokens; None if they are not rotated.
         text_before: text tokens in front of the video.
         text_after: text tokens behind the video.
+        out: where a kernel that does all writes queries and keys, see `fused.norm_rope`.
 
     Returns:
         Query and key, `[B, S, H, D]`, and what computes the value.
@@ -140,13 +179,77 @@ def make_heads(
     video = slice(text_before, query.shape[1] - text_after)
     both = fused.norm_rope(
         query, key, norms, heads, rotation, video,
-        across_heads=rule.across_heads, pairing=rule.pairing,
+        across_heads=rule.across_heads, pairing=rule.pairing, out=out,
     )  # fmt: skip
     if both is None:
         query = _normalised(rule, heads, norms[0], query)
         key = _normalised(rule, heads, norms[1], key)
         both = (query, key) if rotation is None else _rotated(rule, query, key, rotation, video)
     return *both, lambda: split_heads(values(), heads)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """Tokens of a call that have layers of their own.
+
+    Attributes:
+        norms: the modules that normalise queries and keys, or None for one that is not there.
+        projected: query and key, `[B, S, H * D]`, and what computes the value.
+        rotation: cosines and sines of the tokens; None if they are not rotated.
+    """
+
+    norms: tuple[Any, Any]
+    projected: tuple[Tensor, Tensor, Values]
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+def make_joint_heads(
+    rule: HeadRule, heads: int, first: Stream, second: Stream
+) -> tuple[Tensor, Tensor, Values]:
+    """Make the heads of two streams, joined along the tokens.
+
+    Where one kernel makes the heads, and a plain product the values, those of both streams are
+    written into one tensor; otherwise they are joined by a copy.
+
+    Args:
+        rule: of the model.
+        heads: H.
+        first: its tokens stand first.
+        second: its tokens stand behind them.
+
+    Returns:
+        As `make_heads`.
+    """
+    streams, like = (first, second), first.projected[0]
+    if all(_in_one_kernel(rule, heads, stream, like) for stream in streams):
+        counts = [stream.projected[0].shape[1] for stream in streams]
+        dim = like.shape[2] // heads
+        query, key = (like.new_empty(like.shape[0], heads, sum(counts), dim) for _ in range(2))
+        outs = zip(query.split(counts, dim=2), key.split(counts, dim=2), strict=True)
+        for stream, out in zip(streams, outs, strict=True):
+            make_heads(rule, heads, stream.norms, stream.projected, stream.rotation, out=out)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    else:
+        (*before, _), (*behind, _) = (
+            make_heads(rule, heads, stream.norms, stream.projected, stream.rotation)
+            for stream in streams
+        )
+        query, key = (join(*both) for both in zip(before, behind, strict=True))
+    values = [stream.projected[2] for stream in streams]
+    return query, key, lambda: split_heads(project_joined(*values), heads)
+
+
+def _in_one_kernel(rule: HeadRule, heads: int, stream: Stream, like: Tensor) -> bool:
+    """Return whether `make_heads` can write the heads of a stream beside those of others."""
+    query, key, _ = stream.projected
+    return (
+        not torch.compiler.is_compiling()
+        and query.dtype == like.dtype
+        and fused.takes_norm_rope(
+            query, key, stream.norms, heads, stream.rotation, slice(0, query.shape[1]),
+            across_heads=rule.across_heads,
+        )
+    )  # fmt: skip
 
 
 def _normalised(rule: HeadRule, heads: int, norm: Any, states: Tensor) -> Tensor:
