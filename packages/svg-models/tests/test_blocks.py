@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,12 @@ import pytest
 import torch
 import zoo
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import svg_kernels
 from svg_models.families import family_of, fused, transformers_of
-from svg_models.families.blocks import FusedForward
+from svg_models.families.blocks import HUNYUAN_VIDEO_BLOCKS, FusedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = (
@@ -280,3 +280,50 @@ def test_fused_forward_does_not_keep_its_block(launches: list[str]) -> None:
         assert block() is None
     finally:
         gc.enable()
+
+
+def with_hook(block: Any) -> None:
+    block.proj_out.register_forward_hook(lambda module, args, out: out)
+
+
+def with_lora(block: Any) -> None:
+    torch.manual_seed(4)
+    config = LoraConfig(r=2, target_modules=["proj_mlp"], init_lora_weights=False)
+    inject_adapter_in_model(config, block)
+
+
+@pytest.mark.parametrize("change", [None, with_hook, with_lora])
+@pytest.mark.parametrize("inference", [False, True])
+def test_single_stream_block_is_near_fp64_whether_or_not_its_weights_may_be_read(
+    change: Callable[[Any], None] | None,
+    inference: bool,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = zoo.case("hunyuan_video t2v")
+    pipe = case.build()
+    modulate_visibly(pipe)
+    with torch.inference_mode() if inference else torch.no_grad():
+        calls = [c for c in inputs_of_blocks(pipe, case) if "Single" in type(c[0]).__name__]
+        block, args, kwargs, _ = calls[0]
+        block = copy.deepcopy(block)
+        if change is not None:
+            change(block)
+        wide = copy.deepcopy(block).double()
+        exact = flat(wide(*converted(args, torch.float64), **converted(kwargs, torch.float64)))
+        narrow = block.bfloat16()
+        args, kwargs = converted(args, torch.bfloat16), converted(kwargs, torch.bfloat16)
+        stock = error(flat(narrow(*args, **kwargs)), exact)
+        rule = next(r for r in HUNYUAN_VIDEO_BLOCKS if type(narrow).__name__ in r.blocks)
+        assert FusedForward.install(narrow, rule) is not None
+        shapes: list[torch.Size] = []
+        product = torch.addmm
+
+        def addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+            shapes.append(weight.shape)
+            return product(bias, x, weight)
+
+        monkeypatch.setattr(torch, "addmm", addmm)
+        assert error(flat(narrow(*args, **kwargs)), exact) <= 1.1 * stock
+        width = args[0].shape[2] if args else kwargs["hidden_states"].shape[2]
+        assert shapes == ([(width, width)] if change is None else [])

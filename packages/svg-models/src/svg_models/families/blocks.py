@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
 from svg_models.families.instance_forward import InstanceForward
+from svg_models.families.products import gelu_product, is_product
 from svg_models.families.steps import join_streams
 
 __all__ = [
@@ -217,28 +218,53 @@ def single_stream_block(
 ) -> Streams:
     """Compute a block of HunyuanVideo whose feed-forward stands beside its attention.
 
-    What both return is written side by side at once; the class joins three times. The two streams
-    that the block before it returned are one tensor already.
+    The two streams that the block before it returned are one tensor already.
     """
     text = encoder_hidden_states.shape[1]
     states = join_streams(hidden_states, encoder_hidden_states)
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
     normed = _modulate(block.norm.norm, states, scale, shift)
-    projected = block.proj_mlp(normed)
-    width = states.shape[2]
+
+    def attend() -> Streams:
+        out: Streams = block.attn(
+            hidden_states=normed[:, :-text],
+            encoder_hidden_states=normed[:, -text:],
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+        )
+        return out
+
+    plain = all(is_product(layer, normed) for layer in (block.proj_mlp, block.proj_out))
+    by = _sum_of_products if plain and block.act_mlp.approximate == "tanh" else _joint_product
+    states = _gate(states, by(block, normed, attend), gate)
+    return states[:, :-text], states[:, -text:]
+
+
+def _sum_of_products(block: Any, normed: Tensor, attend: Callable[[], Streams]) -> Tensor:
+    """Project what attention and feed-forward return one after the other.
+
+    The class writes both side by side for one product, a copy of each. The wide one is not in
+    memory before attention has returned.
+    """
+    weight, width = block.proj_out.weight.t(), normed.shape[2]
+    attended = join_streams(*attend()).flatten(0, 1)
+    out = torch.addmm(block.proj_out.bias, attended, weight[:width])
+    del attended
+    out.addmm_(gelu_product(block.proj_mlp, normed).flatten(0, 1), weight[width:])
+    return out.unflatten(0, normed.shape[:2])
+
+
+def _joint_product(block: Any, normed: Tensor, attend: Callable[[], Streams]) -> Tensor:
+    """Project what both return, written side by side at once; the class joins three times."""
+    projected, width = block.proj_mlp(normed), normed.shape[2]
     both = projected.new_empty(*projected.shape[:2], width + projected.shape[2])
     _activate(block.act_mlp, projected, both[..., width:])
     del projected
-    attended = block.attn(
-        hidden_states=normed[:, :-text],
-        encoder_hidden_states=normed[:, -text:],
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
-    )
-    both[:, :-text, :width] = attended[0]
-    both[:, -text:, :width] = attended[1]
-    states = _gate(states, block.proj_out(both), gate)
-    return states[:, :-text], states[:, -text:]
+    video, text = attend()
+    both[:, : -text.shape[1], :width] = video
+    both[:, -text.shape[1] :, :width] = text
+    out: Tensor = block.proj_out(both)
+    return out
 
 
 def cogvideox_block(
