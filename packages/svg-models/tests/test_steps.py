@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,7 +27,6 @@ from svg_models.families.steps import (
 )
 
 HEADS, DIM, VIDEO, TEXT = 3, 16, 37, 10
-WIDTH = HEADS * DIM
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -49,23 +49,26 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class DualStreamAttention(nn.Module):
     """The layers of an attention that projects text by layers of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = DIM) -> None:
         super().__init__()
         torch.manual_seed(0)
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+            setattr(self, name, nn.Linear(HEADS * dim, HEADS * dim))
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            norm = RMSNorm(DIM, eps=1e-6)
+            norm = RMSNorm(dim, eps=1e-6)
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             setattr(self, name, norm)
 
 
 def streams(attn: Any, dtype: torch.dtype, batch: int = 1) -> tuple[Stream, Stream]:
-    draw = torch.Generator().manual_seed(1)
+    weight, draw = attn.add_k_proj.weight, torch.Generator().manual_seed(1)
+    width, dim = weight.shape[1], weight.shape[1] // HEADS
     video, text = (
-        torch.randn(batch, tokens, WIDTH, generator=draw).to(dtype) for tokens in (VIDEO, TEXT)
+        torch.randn(batch, tokens, width, generator=draw).bfloat16().to(weight.device, dtype)
+        for tokens in (VIDEO, TEXT)
     )
-    angles = torch.randn(VIDEO, DIM // 2, generator=draw).repeat_interleave(2, dim=1)
+    angles = torch.randn(VIDEO, dim // 2, generator=draw).repeat_interleave(2, dim=1)
+    angles = angles.to(weight.device)
     first = Stream(
         norms=(attn.norm_q, attn.norm_k),
         projected=project_qkv(attn, video),
@@ -98,6 +101,21 @@ def test_make_joint_heads_writes_both_streams_into_one_tensor(
         assert torch.equal(found, want)
     assert query.transpose(1, 2).is_contiguous()
     assert key.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_make_joint_heads_on_a_gpu(device: torch.device) -> None:
+    attn = DualStreamAttention(dim=128).to(device, torch.bfloat16)
+    both = streams(attn, torch.bfloat16)
+    wanted = copied(both)
+    query, key, values = make_joint_heads(PER_HEAD, HEADS, *both)
+    assert torch.equal(query, wanted[0])
+    assert torch.equal(key, wanted[1])
+    exact = copied(streams(copy.deepcopy(attn).double(), torch.float64))[2]
+    error, stock = ((x.double() - exact).norm() for x in (values(), wanted[2]))
+    assert error <= 1.02 * stock
+    assert error < 0.01 * exact.norm()
 
 
 def hook_a_norm(attn: Any) -> None:

@@ -29,7 +29,7 @@ from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
 from svg_models.families.instance_forward import InstanceForward
 from svg_models.families.products import gelu_product, is_product
-from svg_models.families.steps import join_streams
+from svg_models.families.steps import join_streams, split_heads
 
 __all__ = [
     "COGVIDEOX_BLOCKS",
@@ -256,13 +256,15 @@ def _sum_of_products(block: Any, normed: Tensor, attend: Callable[[], Streams]) 
 
 def _joint_product(block: Any, normed: Tensor, attend: Callable[[], Streams]) -> Tensor:
     """Project what both return, written side by side at once; the class joins three times."""
+    from svg_models.parallel.copies import copy_bits  # which imports families
+
     projected, width = block.proj_mlp(normed), normed.shape[2]
     both = projected.new_empty(*projected.shape[:2], width + projected.shape[2])
     _activate(block.act_mlp, projected, both[..., width:])
     del projected
-    video, text = attend()
-    both[:, : -text.shape[1], :width] = video
-    both[:, -text.shape[1] :, :width] = text
+    attended = join_streams(*attend()).type_as(both)
+    copy_bits(*(split_heads(x, block.attn.heads) for x in (both[..., :width], attended)))
+    del attended
     out: Tensor = block.proj_out(both)
     return out
 
