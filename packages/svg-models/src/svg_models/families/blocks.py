@@ -2,9 +2,10 @@
 
 Each function computes a whole block as its class in diffusers does, but reads and writes the hidden
 states once where the class does so for every sum, product and conversion. Modules that hold weights
-for a matrix product are called, never read, so LoRA, quantised layers and offloading keep working;
-norms, which are read, must be plain. A `BlockRule` says which those are: where one is not, or where
-the kernels do not serve a tensor, the class itself computes the block.
+for a matrix product are called, so LoRA, quantised layers and offloading keep working, and read
+only where `products.is_product` says that it comes to the same; norms, which are read, must be
+plain. A `BlockRule` says which those are: where one is not, or where the kernels do not serve a
+tensor, the class itself computes the block.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ Values = Callable[[], Tensor]
 def project_qkv(attn: Any, *streams: Tensor) -> tuple[Tensor, Tensor, Values]:
     """Project tokens to query, key and value, each `[B, S, H * D]`, by one or three layers.
 
-    Only calls modules and reads no weights, so LoRA, quantised layers and offloading keep working.
+    Calls modules, so LoRA, quantised layers and offloading keep working; `products` says when the
+    layer of the values may be read instead.
 
     Args:
         attn: the attention module.
