@@ -17,7 +17,7 @@ from svg_kernels.norm.triton import reciprocal_std
 
 # Values of a tile and threads for it, of moments and of results; channels of either, and how many
 # tiles of moments a program takes one after the other.
-MOMENTS_TILE, MOMENTS_WARPS, TILES = 4096, 4, 8
+MOMENTS_TILE, MOMENTS_WARPS, TILES = 4096, 8, 16
 INPUT_TILE, INPUT_WARPS = 4096, 4
 MOST_CHANNELS, BLOCK_SLICES = 128, 64
 
