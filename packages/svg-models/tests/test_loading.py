@@ -32,6 +32,7 @@ from svg_models.loading.defaults import defaults_for
 from svg_models.loading.folder import read_index
 from svg_models.loading.inputs import choose_pipeline
 from svg_models.loading.lora import load_loras
+from svg_models.loading.memory import weight_bytes
 from svg_models.loading.pipeline import _correct_scale, _outline
 from svg_models.loading.placement import OFFLOAD, check_offload, compile_transformers, place
 from svg_models.model_names import PIPELINES
@@ -256,6 +257,24 @@ def test_load_pipeline_a_vae_that_joins_pixels_counts_them(tmp_path: Path) -> No
     loaded = load_pipeline(video=True)
     stages = 2 ** len(loaded.pipe.vae.temperal_downsample)
     assert stages != loaded.pipe.vae_scale_factor_spatial == loaded.geometry.space == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "vae"),
+    [("wan t2v", torch.float32), ("hunyuan_video t2v", torch.bfloat16)],
+)
+def test_load_pipeline_a_vae_is_as_precise_as_its_publishers_run_it(
+    name: str, vae: torch.dtype, tmp_path: Path
+) -> None:
+    case(name).build().save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, device="cpu", dtype="bfloat16").pipe
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, vae)
+
+
+def test_weight_bytes_counts_what_stays_in_float32() -> None:
+    sizes = {"transformer": 10, "vae": 3}
+    assert weight_bytes(sizes, torch.bfloat16) == {"transformer": 20, "vae": 6}
+    assert weight_bytes(sizes, torch.bfloat16, {"vae"}) == {"transformer": 20, "vae": 12}
 
 
 def test_load_pipeline_layers_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from svg_models.errors import MachineError
@@ -16,9 +17,11 @@ GIB = 1024**3
 _LARGEST_CPU_TRANSFORMER = 2e9  # parameters; beyond it one clip takes days on a CPU
 
 
-def weight_bytes(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes each component's weights take in `dtype`, the VAE's in float32."""
-    return {n: count * (4 if n == "vae" else dtype.itemsize) for n, count in sizes.items()}
+def weight_bytes(
+    sizes: dict[str, int], dtype: torch.dtype, precise: Collection[str] = ()
+) -> dict[str, int]:
+    """Return the bytes each component's weights take in `dtype`, those of `precise` in float32."""
+    return {n: count * (4 if n in precise else dtype.itemsize) for n, count in sizes.items()}
 
 
 def check_memory(
@@ -27,6 +30,7 @@ def check_memory(
     device: str,
     dtype: torch.dtype,
     *,
+    precise: Collection[str] = (),
     explicit_cpu: bool = False,
     offload: str = "none",
 ) -> None:
@@ -37,6 +41,7 @@ def check_memory(
         sizes: parameters per component.
         device: where it would run.
         dtype: of the weights.
+        precise: components that stay in float32.
         explicit_cpu: the person asked for the CPU, so only memory counts, not time.
         offload: a key of `svg_models.loading.placement.OFFLOAD`: what has to fit the GPU.
 
@@ -46,7 +51,7 @@ def check_memory(
     import torch
 
     billions = max((n for part, n in sizes.items() if "transformer" in part), default=0) / 1e9
-    gpu_bytes = weight_bytes(sizes, torch.bfloat16 if device == "cpu" else dtype)
+    gpu_bytes = weight_bytes(sizes, torch.bfloat16 if device == "cpu" else dtype, precise)
     what = f"{name} has {billions:.1f} billion parameters"
     if device == "cpu":
         if billions * 1e9 > _LARGEST_CPU_TRANSFORMER and not explicit_cpu:
@@ -55,7 +60,7 @@ def check_memory(
                 "weights, but this machine has none; run it on one, or leave --model out to use "
                 "the embedded model"
             )
-        need, have = sum(weight_bytes(sizes, dtype).values()), machine_memory()
+        need, have = sum(weight_bytes(sizes, dtype, precise).values()), machine_memory()
         if need > 0.9 * have:
             raise MachineError(
                 f"{what}, whose weights take {_gib(need)} in {str(dtype).removeprefix('torch.')}, "

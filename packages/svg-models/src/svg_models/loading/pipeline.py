@@ -37,7 +37,11 @@ from svg_models.loading.progress import Progress, quiet
 from svg_models.numeric import as_whole
 from svg_models.spelling import checks_names
 
-__all__ = ["LoadedPipeline", "load_pipeline"]
+__all__ = ["LoadedPipeline", "in_float32", "load_pipeline"]
+
+# VAEs that their publishers, and the examples of diffusers, run in float32 beside a transformer in
+# bf16; the others run in its dtype.
+_PRECISE = frozenset({"AutoencoderKLWan", "AutoencoderKLAllegro"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +111,7 @@ def load_pipeline(
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16", "float16", or
             torch's; `torch_dtype` is understood, too.
-            The VAE stays in float32.
+            The VAE stays in float32 if its publishers run it so: Wan's and Allegro's do.
         offload: what waits in CPU memory until it is needed: "none", "model" (components),
             "group" or "sequential" (layers), see `svg_models.loading.placement`.
         image: a clip will start from an image, so the pipeline must take one.
@@ -147,7 +151,15 @@ def load_pipeline(
     built = networks(folder, index)
     check_transformers(name, built)
     sizes = sizes_of(built)
-    check_memory(name, sizes, target, kind, explicit_cpu=device == "cpu", offload=offload)
+    check_memory(
+        name,
+        sizes,
+        target,
+        kind,
+        precise=in_float32(index),
+        explicit_cpu=device == "cpu",
+        offload=offload,
+    )
     if chosen:
         Geometry.of(_outline(pipeline, built)).check_given(**chosen)
     if on_hub:  # only now, so that nobody downloads 60 GB to be told that they do not fit
@@ -173,6 +185,15 @@ def load_pipeline(
         loras=adapters,
         seconds=time.perf_counter() - started,
     )
+
+
+def in_float32(index: ModelIndex) -> frozenset[str]:
+    """Return which components are in float32 whatever the others are in.
+
+    Args:
+        index: of the model.
+    """
+    return frozenset(name for name, (_, kind) in index.components.items() if kind in _PRECISE)
 
 
 def _outline(pipeline: type[Any], built: Mapping[str, Any]) -> Any:
@@ -201,13 +222,13 @@ def _assemble(
     dtype: torch.dtype,
     progress: Progress,
 ) -> Any:
-    total, done = sum(sizes.values()), 0
+    total, done, precise = sum(sizes.values()), 0, in_float32(index)
     progress("loading", 0, total)
     # What has no weights is read first: a broken tokenizer is told before gigabytes are read.
     small = [name for name in index.components if name not in sizes]
     loaded = {name: _component(folder, index, name) for name in _accepted(pipeline, small)}
     for name in sorted(sizes, key=lambda n: sizes[n]):
-        loaded[name] = _network(folder, index, name, torch.float32 if name == "vae" else dtype)
+        loaded[name] = _network(folder, index, name, torch.float32 if name in precise else dtype)
         done += sizes[name]
         progress("loading", done, total)
     with foreign_faults(f"cannot load {folder}", ModelUnavailableError):
