@@ -7,8 +7,8 @@ import pytest
 import torch
 from processes import run_ranks
 
-from svg_models.parallel.copies import copy_bits, packed
-from svg_models.parallel.engines import _Copy2D, rectangle
+from svg_models.copies import copy_bits, packed
+from svg_models.copies.engines import _Copy2D, rectangle
 
 
 def test_attend_over_ranks_gives_each_its_heads() -> None:
@@ -48,7 +48,7 @@ def test_copy_bits_keeps_every_bit_of_strided_tensors(width: int, dtype: torch.d
 def test_copy_rows_keeps_every_bit_of_strided_tensors(
     dtype: torch.dtype, width: int, by_head: bool, chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton: Any = pytest.importorskip("svg_models.parallel.triton")
+    triton: Any = pytest.importorskip("svg_models.copies.triton")
     monkeypatch.setattr(triton, "BLOCK_ROWS", 4)
     words = width * dtype.itemsize // 2
     bits = torch.randint(-(2**15), 2**15, (2, 11, 7, words), dtype=torch.int16)

@@ -26,6 +26,7 @@ from diffusers.models.normalization import (
 from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNormZero
 from torch import Tensor, nn
 
+from svg_models.copies import copy_bits
 from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
 from svg_models.families.instance_forward import InstanceForward
@@ -257,8 +258,6 @@ def _sum_of_products(block: Any, normed: Tensor, attend: Callable[[], Streams]) 
 
 def _joint_product(block: Any, normed: Tensor, attend: Callable[[], Streams]) -> Tensor:
     """Project what both return, written side by side at once; the class joins three times."""
-    from svg_models.parallel.copies import copy_bits  # which imports families
-
     projected, width = block.proj_mlp(normed), normed.shape[2]
     both = projected.new_empty(*projected.shape[:2], width + projected.shape[2])
     _activate(block.act_mlp, projected, both[..., width:])

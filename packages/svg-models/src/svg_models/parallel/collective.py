@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from svg_models.parallel.copies import copy_bits, packed
+from svg_models.copies import copy_bits, packed
 from svg_models.parallel.places import Places
 from svg_models.parallel.share import Share
 

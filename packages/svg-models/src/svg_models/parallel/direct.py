@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svg_attention import UnsupportedError
-from svg_models.parallel.copies import copy_beside, copy_bits
+from svg_models.copies import copy_beside, copy_bits
 from svg_models.parallel.peers import PeerMemory
 from svg_models.parallel.places import Places
 

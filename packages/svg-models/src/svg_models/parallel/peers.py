@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svg_attention import UnsupportedError
+from svg_models.copies import copy_beside, copy_bits
 from svg_models.errors import first_line
-from svg_models.parallel.copies import copy_beside, copy_bits
 
 __all__ = ["PeerMemory"]
 

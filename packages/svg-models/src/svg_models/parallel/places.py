@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from svg_models.parallel.copies import picked
+from svg_models.copies import picked
 from svg_models.parallel.share import Share, part_sizes
 
 __all__ = ["Places"]

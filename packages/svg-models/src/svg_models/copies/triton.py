@@ -35,7 +35,7 @@ def copy_rows_kernel(
 
 
 def copy_rows(target: Tensor, source: Tensor, order: Tensor | None, programs: int) -> None:
-    """Launch `copy_rows_kernel`; see `svg_models.parallel.copies`.
+    """Launch `copy_rows_kernel`; see `svg_models.copies`.
 
     Args:
         target: `[B, S, H, D]`, its last axis contiguous.

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from svg_models.parallel.engines import copy_by_engine
+from svg_models.copies.engines import copy_by_engine
 
 __all__ = ["copy_beside", "copy_bits", "packed", "picked"]
 
@@ -78,7 +78,7 @@ def _copy_rows(target: Tensor, source: Tensor, order: Tensor | None, programs: i
     """Copy by our own kernel; return whether it takes these tensors."""
     if not _has_triton() or target.ndim != 4 or target.stride(3) != 1 or source.stride(3) != 1:
         return False
-    from svg_models.parallel.triton import copy_rows
+    from svg_models.copies.triton import copy_rows
 
     copy_rows(target, source, order, programs)
     return True
