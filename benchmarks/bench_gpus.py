@@ -51,8 +51,8 @@ from bench_models import DENSITY, EVERY_STEP, build, forwards, make_inputs
 from torch import Tensor, nn
 
 from svg_attention import SVG2, Arrivals, Dense
-from svg_models import attention_op, parallelize, sparsify
-from svg_models.parallel import SharedRun, copies, direct, ulysses
+from svg_models import attention_op, copies, parallelize, sparsify
+from svg_models.parallel import SharedRun, direct, ulysses
 from svg_models.parallel.share import Share
 
 PAGE = ROOT / "docs" / "guide" / "several-gpus.md"

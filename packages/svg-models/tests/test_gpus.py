@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import svg_models
 from svg_models.cli import app
-from svg_models.errors import MachineError, SettingError
+from svg_models.errors import MachineError, SettingError, about_memory
 from svg_models.generation import ranks
 from svg_models.generation.ranks import places_of
 from svg_models.generation.request import GenerateRequest
@@ -90,6 +90,33 @@ def test_memory_that_is_not_enough_names_the_gpu_as_people_count(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(MachineError, match=r"GPU 3 was not enough \(CUDA out of .* 79 GiB\); take"):
         ranks._naming_its_gpu(full)(GenerateRequest())
+
+
+@pytest.mark.parametrize(
+    ("asked", "spare", "setting", "advised"),
+    [
+        ("3.41 GiB", "2.14 GiB", None, True),
+        ("3.41 GiB", "2140.00 MiB", None, True),
+        ("3.41 GiB", "512.00 MiB", None, False),
+        ("3.41 GiB", "2.14 GiB", "backend:cudaMallocAsync", False),  # somebody chose
+    ],
+)
+def test_about_memory_says_what_helps_where_it_is_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, asked: str, spare: str, setting: str | None, advised: bool
+) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    error = torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {asked}. GPU 0 has a total capacity of 23.50 GiB. "
+        f"17.52 GiB is allocated by PyTorch, and {spare} is reserved by PyTorch but unallocated."
+    )
+    told = about_memory(error)
+    assert told.startswith(f"CUDA out of memory. Tried to allocate {asked}.")
+    assert told.endswith(
+        "so set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and try again"
+    ) is (advised)
 
 
 @pytest.mark.parametrize(

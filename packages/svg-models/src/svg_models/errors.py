@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ __all__ = [
     "OutputError",
     "SettingError",
     "SvgModelsError",
+    "about_memory",
     "first_line",
     "foreign_faults",
     "printable",
@@ -20,6 +23,8 @@ __all__ = [
 
 _OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidirectional marks, lone surrogates, breaks
 _JOINERS = "\u200c\u200d"  # between letters of several scripts, and inside emoji
+_ALLOCATOR = frozenset({"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+_BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LONGEST = 600  # characters; what came may be a megabyte
 
 
@@ -82,6 +87,24 @@ def shortened(text: str, most: int) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what another library says, short enough for one sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def about_memory(error: BaseException) -> str:
+    """Return what torch says of memory that was not enough, and whether it was in pieces.
+
+    Torch keeps what tensors gave back. Of a GPU on which as much is kept as was asked for in vain,
+    memory was not missing, but a piece of it that is large enough; growing blocks have none.
+    """
+    text = " ".join(str(error).split())
+    asked = re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", text)
+    kept = re.search(r"([\d.]+) ([KMG])iB is reserved by PyTorch but unallocated", text)
+    told = first_line(error)
+    if asked is None or kept is None or not _ALLOCATOR.isdisjoint(os.environ):
+        return told
+    wanted, spare = (float(found[1]) * _BINARY[found[2]] for found in (asked, kept))
+    if 2 * spare < wanted:
+        return told
+    return f"{told}; {kept[0]}, so set {max(_ALLOCATOR)}=expandable_segments:True and try again"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from svg_models.errors import SvgModelsError, first_line, printable, shortened
+from svg_models.errors import SvgModelsError, about_memory, first_line, printable, shortened
 from svg_models.interrupts import STATUS, Interrupts, listening
 
 __all__ = [
@@ -205,7 +205,7 @@ def spoken_errors() -> Iterator[None]:
                 _fail(f"this cannot run here ({listed}); leave --{asked} out to use what can")
             if _out_of_memory(error):
                 _fail(
-                    f"the memory was not enough ({first_line(error)}); take fewer --frames, a "
+                    f"the memory was not enough ({about_memory(error)}); take fewer --frames, a "
                     "smaller --size, or --offload on a GPU"
                 )
             raise

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from svg_models.errors import MachineError, SettingError, first_line
+from svg_models.errors import MachineError, SettingError, about_memory
 from svg_models.generation.request import GenerateRequest
 from svg_models.launch import Place, Rank
 from svg_models.loading.device import gpu_names
@@ -91,7 +91,7 @@ def _naming_its_gpu(
         except torch.OutOfMemoryError as error:
             raise MachineError(
                 f"the memory of GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '0')} was not enough "
-                f"({first_line(error)}); take fewer frames, a smaller size, or --offload"
+                f"({about_memory(error)}); take fewer frames, a smaller size, or --offload"
             ) from error
 
     return told
