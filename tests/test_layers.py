@@ -56,7 +56,7 @@ FLOORS = {
         ("__init__",),
     ),
     "svg_models": (
-        ("errors", "attention_op", "embedded", "interrupts", "summary", "copies"),
+        ("errors", "attention_op", "embedded", "interrupts", "summary", "copies", "stand_in"),
         ("spelling", "numeric", "plain_json", "files", "stats", "families", "launch", "needs"),
         ("caching",),
         ("recipe", "video", "loading", "model_names", "parallel"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import zoo
@@ -23,7 +24,7 @@ from svg_attention import Dense
 from svg_models import restore, sparsify
 from svg_models.families import fused
 from svg_models.families.blocks import FusedForward
-from svg_models.families.decoders import find_decoder_blocks
+from svg_models.families.decoders import BLENDS, blend, find_decoder_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,6 +193,40 @@ def test_sparsify_makes_decoding_faster_unless_told_otherwise(launches: list[str
     assert not run.active
     assert torch.equal(decoded(pipe.vae, latents()), stock)
     assert not launches
+
+
+VAES = (
+    diffusers.AutoencoderKLWan,
+    diffusers.AutoencoderKLHunyuanVideo,
+    diffusers.AutoencoderKLHunyuanVideo15,
+    diffusers.AutoencoderKLCogVideoX,
+    diffusers.AutoencoderKLLTXVideo,
+    diffusers.AutoencoderKLMochi,
+)
+
+
+@pytest.mark.parametrize("kind", VAES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extent", [0, 3, 5, 9])
+def test_blend_gives_the_bits_of_diffusers(kind: type, dtype: torch.dtype, extent: int) -> None:
+    a, b = torch.randn(2, 1, 3, 7, 6, 8).to(dtype).unbind(0)
+    names = [name for name in BLENDS if hasattr(kind, name)]
+    assert {"blend_v", "blend_h"} <= {*names}
+    for name in names:
+        stock = getattr(kind, name)(None, a, b.clone(), extent)
+        found = b.clone()
+        assert blend(a, found, extent, axis=BLENDS[name]) is found
+        assert torch.equal(found, stock), name
+
+
+def test_sparsify_blends_tiles_by_few_launches() -> None:
+    pipe = zoo.case("wan t2v").build()
+    before = dict(vars(pipe.vae))
+    with sparsify(pipe, Dense()):
+        assert {"blend_v", "blend_h"} <= vars(pipe.vae).keys()
+    assert vars(pipe.vae) == before
+    with sparsify(pipe, Dense(), fuse=False):
+        assert vars(pipe.vae) == before
 
 
 def test_find_decoder_blocks_of_what_it_does_not_know() -> None:

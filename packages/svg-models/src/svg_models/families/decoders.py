@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from svg_models.families import fused
 from svg_models.families.blocks import BlockRule
 
-__all__ = ["find_decoder_blocks"]
+__all__ = ["BLENDS", "blend", "find_decoder_blocks"]
+
+BLENDS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}
+"""Methods by which VAEs of diffusers blend neighbouring tiles, and along which axis."""
 
 
 def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
@@ -39,6 +42,34 @@ def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
         for rule in HUNYUAN_VIDEO_DECODER
         if type(module).__name__ in rule.blocks
     ]
+
+
+def blend(a: Tensor, b: Tensor, blend_extent: int, *, axis: int) -> Tensor:
+    """Blend the beginning of a tile with the end of the one before it, bit for bit as diffusers.
+
+    Its VAEs do so row by row, four launches each.
+
+    Args:
+        a: the tile before, `[B, C, T, H, W]`.
+        b: the tile, of the same size but along `axis`; what is blended is written to it.
+        blend_extent: positions that they share, unless one has fewer.
+        axis: along which they are neighbours.
+
+    Returns:
+        `b`.
+    """
+    extent = min(a.shape[axis], b.shape[axis], blend_extent)
+    if extent <= 0:
+        return b
+    shape = [extent if n == axis % b.ndim else 1 for n in range(b.ndim)]
+    share = (torch.arange(extent, dtype=torch.float64, device=b.device) / extent).view(shape)
+    end = a.narrow(axis, a.shape[axis] - extent, extent)
+    begin = b.narrow(axis, 0, extent)
+    # Each product is rounded as that with a number is, which takes its shares in float32.
+    parts = ((end, 1 - share), (begin, share))
+    first, second = ((x * part.float()).to(b.dtype) for x, part in parts)
+    begin.copy_(first + second)
+    return b
 
 
 def residual_block(block: Any, hidden_states: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from svg_models.generation.stand_in import standing_in
 from svg_models.loading import Progress
+from svg_models.stand_in import standing_in
 
 __all__ = ["Decoding", "warn_if_unlike"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from svg_models.families import TRANSFORMERS
-from svg_models.generation.stand_in import standing_in
 from svg_models.loading import LoadedPipeline, Progress
+from svg_models.stand_in import standing_in
 
 __all__ = ["StepTimer"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from svg_models.errors import SettingError
 from svg_models.families import Family
 from svg_models.families.base import unwrap
 from svg_models.families.blocks import FusedForward
-from svg_models.families.decoders import find_decoder_blocks
+from svg_models.families.decoders import BLENDS, blend, find_decoder_blocks
 from svg_models.recipe import Layers
 from svg_models.sparse.checks import why_not
 from svg_models.sparse.linears import Fp8Linears, refuse_device
+from svg_models.stand_in import standing_in
 
 __all__ = ["FastDecoder", "FastLayers", "check_layers", "fp8_backend", "slow_in_fp8"]
 
@@ -147,7 +150,10 @@ class FastLayers:
 
 
 class FastDecoder:
-    """What a run does to the decoder of a pipeline's VAE, if a rule covers it.
+    """What a run does to the decoder of a pipeline's VAE.
+
+    Its blocks are joined if a rule covers them, and tiles of any of diffusers' own are blended by
+    few launches.
 
     Args:
         vae: the VAE; None has no decoder.
@@ -155,12 +161,20 @@ class FastDecoder:
     """
 
     def __init__(self, vae: Any, layers: Layers) -> None:
-        found = find_decoder_blocks(unwrap(vae)) if layers.fuse else []
+        inner = unwrap(vae)
+        found = find_decoder_blocks(inner) if layers.fuse else []
         installed = [FusedForward.install(block, rule) for block, rule in found]
         self._forwards = [forward for forward in installed if forward is not None]
+        self._undo = ExitStack()
+        if layers.fuse and type(inner).__module__.startswith("diffusers."):
+            for name, axis in BLENDS.items():
+                if hasattr(type(inner), name) and name not in vars(inner):
+                    ours = partial(blend, axis=axis)
+                    self._undo.enter_context(standing_in(inner, name, ours))
 
     def remove(self) -> None:
         """Leave every block as it was found."""
+        self._undo.close()
         forwards, self._forwards = self._forwards, []
         for forward in forwards:
             forward.remove()
