@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,16 @@ def conditions(env: Mapping[str, Any]) -> str:
         f"{env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, torch {env['torch']}, "
         f"triton {env['triton']}, commit {env['commit']}, {env['date']}."
     )
+
+
+def conditions_of(environments: Iterable[Mapping[str, Any]]) -> str:
+    """Return the sentences about machine and software of several runs, with their commits."""
+    commits: dict[str, list[str]] = {}
+    for env in environments:
+        told, commit = conditions({**env, "commit": "{}"}), str(env["commit"])
+        if commit not in commits.setdefault(told, []):
+            commits[told].append(commit)
+    return " ".join(told.format(", ".join(found)) for told, found in commits.items())
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _harness import ROOT, conditions, load, replace_between, table
+from _harness import ROOT, conditions_of, load, replace_between, table
 from _video_parts import FIRST, SPARSE
 from _video_rows import BOTH, ROWS, Row, known, run_whole, seconds_of, step_seconds
 
@@ -74,7 +74,7 @@ def machines(result: Mapping[str, Any]) -> str:
         for video in result["videos"]
         for part in (*video["parts"].values(), *video["whole"].values())
     ]
-    return " ".join(dict.fromkeys(conditions(env) for env in told if env))
+    return conditions_of(env for env in told if env)
 
 
 def written(result: Mapping[str, Any]) -> str:
@@ -92,7 +92,8 @@ def written(result: Mapping[str, Any]) -> str:
     )
     return table(head, lines) + (
         f"\nSparse attention at {result['density']:.0%} density. Dense as published: {shares}. "
-        "Random weights, prompt embeddings given, decoding included. Seconds in all are those of "
+        "Random weights, prompt embeddings given, decoding included (of HunyuanVideo by our "
+        "kernels, in the same tiles, but in rows of diffusers). Seconds in all are those of "
         "the steps, as often as they run; where every step was run as well, both stand there. "
         "Steps are guided where the model is. Peaks are those of denoising, but that runs of "
         f"diffusers measured before the two were told apart have decoding in them.{MASKED}\n"

@@ -155,6 +155,7 @@ def write_table(gpu: str) -> None:
     """Fill the tables of `docs/kernels.md` from the stored result."""
     result = load(gpu, "ops")
     copy = result["copy_gb_s"]
+    write_decoder(gpu)
     peers = [name for name in PEERS if any(name in row["ms"] for row in result["rows"])]
     head = [
         "operation",
@@ -183,6 +184,24 @@ def write_table(gpu: str) -> None:
         + table(["call", "us", *(f"over an {base}" for base in bases)], host)
     )
     replace_between(ROOT / "docs" / "kernels.md", "ops", text)
+
+
+def write_decoder(gpu: str) -> None:
+    """Fill the table of the operation that a decoder needs, if it was measured by itself."""
+    if not (RESULTS / gpu / "ops_decoder.json").exists():
+        return
+    result = load(gpu, "ops_decoder")
+    copy = result["copy_gb_s"]
+    head = ["shape, bf16", "ms (quartiles)", "GB/s", "of copy", "over diffusers"]
+    rows = []
+    for row in result["rows"]:
+        _, shape, ms, speed, share, _, ratio, *_ = line(row, copy, [])
+        rows.append([shape, ms, speed, share, ratio])
+    text = (
+        f"{conditions(result['environment'])} A device-to-device copy moved {copy:,.0f} GB/s in "
+        "the same run.\n\n"
+    )
+    replace_between(ROOT / "docs" / "kernels.md", "ops-decoder", text + table(head, rows))
 
 
 def write_variants(gpu: str) -> None:
