@@ -199,16 +199,19 @@ def copied(pipe: Any) -> int:
 
 
 def centroids(video: Video, pipe: Any) -> int:
-    """Return the bytes that sparse attention keeps of all layers from step to step, in bf16."""
-    found = 0
+    """Return the bytes that sparse attention keeps of all layers from step to step, in bf16.
+
+    Of two transformers one is held at a time.
+    """
+    found = []
     for model in transformers_of(pipe).values():
         config = model.config
         # Whether guidance is a second sequence; a model that is told its scale has one alone.
         sequences = 1 if getattr(config, "guidance_embeds", False) else 2
         channels = config.num_attention_heads * config.attention_head_dim
         layers = len(list(family_of(model).blocks_of(model)))
-        found += 2 * sequences * layers * channels * sum(video.clusters)
-    return found
+        found.append(2 * sequences * layers * channels * sum(video.clusters))
+    return max(found)
 
 
 def weights(module: torch.nn.Module) -> int:

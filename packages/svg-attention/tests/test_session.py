@@ -164,6 +164,31 @@ def test_attend_keeps_a_memory_for_each_branch_layer_and_transformer(
         assert torch.equal(found[1], expected[1])
 
 
+def test_forget_lets_go_of_one_transformer(
+    clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    data = clustered(LAYOUT)
+
+    def attend(session: Session, transformer: str) -> Tensor:
+        call = Call(step=1, num_steps=4, layer=0, num_layers=1, transformer=transformer)
+        return session.attend(*data, layout=LAYOUT, call=call)
+
+    def held(session: Session) -> dict[str, bool]:
+        sites = session._sites.items()
+        return {key[0]: site.memory.key_centroids is not None for key, site in sites}
+
+    session, other = (Session(METHOD, SPARSE) for _ in range(2))
+    for one in (session, other):
+        for transformer in ("first", "second"):
+            attend(one, transformer)
+    session.forget("first")
+    assert held(session) == {"first": False, "second": True}
+    assert torch.equal(attend(session, "second"), attend(other, "second"))
+    assert attend(session, "first").isfinite().all()
+    assert held(session) == {"first": True, "second": True}
+    assert len(session.records()) == 4
+
+
 def test_attend_takes_skipped_steps(
     clustered: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> None:

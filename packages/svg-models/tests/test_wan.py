@@ -9,7 +9,7 @@ import tiny
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from svg_attention import SVG1, SVG2, Dense, Schedule
+from svg_attention import SVG1, SVG2, Dense, Schedule, Session
 from svg_models import sparsify
 from svg_models.families.steps import project_out, project_qkv, rotate_pairs, split_heads
 from svg_models.families.wan import WAN, SparseWanProcessor
@@ -176,6 +176,24 @@ def test_sparsify_wan22_transformers_have_their_own_memory() -> None:
     with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
         assert torch.equal(forward(pipe.transformer_2, inputs, step=1), second)
         assert torch.equal(forward(pipe.transformer_2, inputs, step=2), third)
+
+
+def test_sparsify_wan22_forgets_an_expert_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget, forgotten = Session.forget, []
+
+    def clip(really: bool) -> torch.Tensor:
+        def spied(session: Session, transformer: str) -> None:
+            forgotten.append(transformer)
+            if really:
+                forget(session, transformer)
+
+        monkeypatch.setattr(Session, "forget", spied)
+        pipe = two_transformers()
+        with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
+            return tiny.generate(pipe, num_inference_steps=6)
+
+    assert torch.equal(clip(True), clip(False))
+    assert forgotten == ["transformer"] * 2, "once a clip"
 
 
 def test_sparsify_wan22_with_one_transformer_missing() -> None:

@@ -303,6 +303,20 @@ class Session:
         self._log.clear()
         self._latest = -1
 
+    def forget(self, transformer: str) -> None:
+        """Let go of what the layers of a transformer remember, which none of them will need again.
+
+        Should it run once more, it starts over. Random draws and the log go on.
+
+        Args:
+            transformer: as calls name it.
+        """
+        for (name, *_), site in self._sites.items():
+            if name == transformer:
+                site.memory = LayerMemory()
+        for key in [key for key in self._leaders if key[0] == transformer]:
+            del self._leaders[key]
+
     def records(self) -> list[CallRecord]:
         """Return one record per call since the last reset, in order; waits for the device.
 

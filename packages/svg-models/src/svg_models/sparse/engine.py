@@ -240,6 +240,10 @@ class Engine:
                 "cannot tell the denoising step, so attention stays dense; call the transformer "
                 "inside transformer.cache_context(name, step_index=i, num_inference_steps=n)"
             )
+        if transformer not in generation.contexts and generation.session is not None:
+            # Experts follow one another: a video does not go back to one, nor to what it remembers.
+            for other in generation.contexts:
+                generation.session.forget(other)
         generation.contexts[transformer] = context
         if transformer in self.fast_layers:
             fp8, step = self._in_fp8(transformer), context.moment.step
