@@ -132,6 +132,13 @@ PARTS = (
 MORE = (
     Part(name="SVG2, compiled", kinds=(FIRST, SPARSE), method=svg2, compiled=True),
     Part(
+        name="SVG2, fp8 products, compiled",
+        kinds=(FIRST, SPARSE),
+        method=svg2,
+        linears=True,
+        compiled=True,
+    ),
+    Part(
         name=f"{SHARED}, compiled",
         kinds=(FIRST, SPARSE, SPARSE),
         method=shared,

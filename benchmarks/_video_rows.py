@@ -62,6 +62,13 @@ ROWS = (
         last="SVG2",
     ),
     Row(
+        name="SVG2, fp8 products, compiled",
+        dense=("SVG2", DENSE),
+        sparse="SVG2, fp8 products, compiled",
+        fp8=f"products {MOST}",
+        last="SVG2",
+    ),
+    Row(
         name="SVG2, fp8",
         dense=("SVG2", DENSE),
         sparse=FP8,
