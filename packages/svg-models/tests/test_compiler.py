@@ -112,6 +112,26 @@ def test_sparsify_repeated_blocks_by_the_default_compiler(
     assert [r.method for r in run.stats().records] == ["Dense"] * 2 + ["SVG2"] * 2
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_sparsify_a_further_run_finds_what_the_first_has_compiled(
+    whole: bool, fresh_compiler: None
+) -> None:
+    pipe = tiny.pipeline()
+    if whole:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        for block in pipe.transformer.blocks:
+            block.compile(fullgraph=True, backend="eager")
+
+    def clip() -> torch.Tensor:
+        with sparsify(pipe, SPARSE, ALWAYS_SPARSE):
+            return tiny.generate(pipe, num_inference_steps=2)
+
+    first = clip()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(clip(), first)
+
+
 def test_sparsify_a_wholly_compiled_pipeline(fresh_compiler: None) -> None:
     pipe = tiny.pipeline()
     reference = tiny.generate(pipe, num_inference_steps=2)

@@ -363,6 +363,25 @@ def test_fp8_linear_keeps_the_grid_of_its_thread_where_another_is_at_another_ste
         assert torch.equal(other.submit(product, None).result(), theirs)
 
 
+def test_fp8_linears_of_a_further_run_find_what_the_first_has_compiled() -> None:
+    torch._dynamo.reset()
+    pipe = tiny.pipeline(model())
+    for block in pipe.transformer.blocks:
+        block.compile(fullgraph=True, backend="eager")
+
+    def clip() -> Tensor:
+        with sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from="start"):
+            return tiny.generate(pipe, num_inference_steps=2)
+
+    first = clip()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(clip(), first)
+        for weight in pipe.transformer.blocks[1].ffn.parameters():
+            weight.data *= 1.5
+        assert not torch.equal(clip(), first), "weights are converted anew"
+    assert taken_over(pipe.transformer) == 0
+
+
 def test_fp8_linears_in_a_compiled_block() -> None:
     torch.manual_seed(3)
     block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)).bfloat16()

@@ -109,9 +109,13 @@ class FusedForward(InstanceForward):
             del block.forward  # of a run that has ended
         if fused.is_wrapped(block) or "forward" in block.__dict__:
             return None
-        forward = cls(block, rule)
+        forward = cls.of(block, rule)
         block.forward = forward  # type: ignore[method-assign]
         return forward
+
+    def switch_on(self, settings: BlockRule) -> None:
+        """Compute the block by a rule from now on."""
+        self.rule = settings
 
     def switch_off(self) -> None:
         """Compute the block as its class does from now on."""

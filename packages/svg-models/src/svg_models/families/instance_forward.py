@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["InstanceForward"]
+
+# By module what stood in it for the run that ended last.
+_ended: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class InstanceForward:
@@ -25,6 +31,22 @@ class InstanceForward:
         self._module = weakref.ref(module)
         self._plain = type(module).forward  # asked here: not all classes let a compiler look it up
 
+    @classmethod
+    def of(cls, module: Any, settings: Any) -> Self:
+        """Return the one that a run before had for a module, switched on again, or a new one.
+
+        A compiler makes a graph for one object, and gives up after eight of them.
+
+        Args:
+            module: the module.
+            settings: what the subclass computes by.
+        """
+        known = _ended.pop(module, None)
+        if type(known) is not cls:
+            return cls(module, settings)
+        known.switch_on(settings)
+        return known
+
     def __deepcopy__(self, memo: dict[int, Any]) -> InstanceForward:
         return type(self)(memo[id(self._module())], None)
 
@@ -34,6 +56,10 @@ class InstanceForward:
     def stands_aside(self, states: Tensor) -> bool:
         """Return whether `states` are computed as the class does."""
         return False
+
+    def switch_on(self, settings: Any) -> None:
+        """Compute by settings from now on."""
+        raise NotImplementedError
 
     def switch_off(self) -> None:
         """Compute what the class does from now on."""
@@ -45,3 +71,4 @@ class InstanceForward:
         module: nn.Module | None = self._module()
         if module is not None and module.__dict__.get("forward") is self:
             del module.forward
+            _ended[module] = self

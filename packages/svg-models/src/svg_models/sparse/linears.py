@@ -124,6 +124,10 @@ class Fp8Forward(InstanceForward):
         """Return whether `states` are computed as the class does."""
         return self.switch is None or not self.switch.serves(states)
 
+    def switch_on(self, settings: Fp8Linears) -> None:
+        """Ask a switch from now on."""
+        self.switch = settings
+
     def switch_off(self) -> None:
         """Compute what the class does from now on."""
         self.switch = None
@@ -258,15 +262,15 @@ class Fp8Linears:
             for block in list(blocks)[1:-1]:
                 for path, module in block.named_modules():
                     if is_plain_linear(path, module):
-                        self._install(module, Fp8Linear(module, self))  # type: ignore[arg-type]
+                        self._install(module, Fp8Linear)
                     elif is_plain_feed_forward(module):
-                        self._install(module, Fp8FeedForward(module, self))  # type: ignore[arg-type]
+                        self._install(module, Fp8FeedForward)
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, module: nn.Module, forward: Fp8Linear | Fp8FeedForward) -> None:
-        module.forward = forward  # type: ignore[method-assign]
+    def _install(self, module: Any, kind: type[Fp8Linear | Fp8FeedForward]) -> None:
+        module.forward = forward = kind.of(module, self)
         self._forwards.append(forward)
 
     @property
