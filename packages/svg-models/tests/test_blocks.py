@@ -292,7 +292,11 @@ def with_lora(block: Any) -> None:
     inject_adapter_in_model(config, block)
 
 
-@pytest.mark.parametrize("change", [None, with_hook, with_lora])
+def with_another_activation(block: Any) -> None:
+    block.act_mlp = nn.SiLU()
+
+
+@pytest.mark.parametrize("change", [None, with_hook, with_lora, with_another_activation])
 @pytest.mark.parametrize("inference", [False, True])
 def test_single_stream_block_is_near_fp64_whether_or_not_its_weights_may_be_read(
     change: Callable[[Any], None] | None,

@@ -6,6 +6,8 @@ There is no GPU here, so the reference backend computes for the kernels where a 
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,7 @@ import zoo
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as diffusers_decoder
-from torch import Tensor
+from torch import Tensor, nn
 
 import svg_kernels
 from svg_attention import Dense
@@ -146,13 +148,41 @@ def replace_processor(vae: Any) -> None:
     vae.decoder.mid_block.attentions[0].set_processor(AttnProcessor())
 
 
+def hook_dropout(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].dropout.register_forward_hook(lambda *args: 2 * args[2])
+
+
+def hook_dropout_of_attention(vae: Any) -> None:
+    to_out = vae.decoder.mid_block.attentions[0].to_out
+    to_out[1].register_forward_hook(lambda *args: 2 * args[2])
+
+
+def activate_otherwise(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].nonlinearity = nn.GELU()
+
+
+def pad_otherwise(vae: Any) -> None:
+    vae.decoder.mid_block.resnets[0].conv2.pad_mode = "constant"
+
+
 def replace_forward(vae: Any) -> None:
     block = vae.decoder.mid_block.resnets[0]
     block.forward = type(block).forward.__get__(block)
 
 
 @pytest.mark.parametrize(
-    "change", [hook, hook_convolution, drop, replace_processor, replace_forward]
+    "change",
+    [
+        hook,
+        hook_convolution,
+        hook_dropout,
+        hook_dropout_of_attention,
+        drop,
+        replace_processor,
+        replace_forward,
+        activate_otherwise,
+        pad_otherwise,
+    ],
 )
 def test_decoder_leaves_to_its_class_what_others_have_changed(
     change: Callable[[Any], None], launches: list[str]
@@ -168,14 +198,35 @@ def test_decoder_leaves_to_its_class_what_others_have_changed(
 
     (whole, all_launches), (part, fewer) = result(False), result(True)
     # Attention of a middle block that is left to its class launches nothing of its own.
-    assert fewer < all_launches or change is replace_processor
-    if change is not drop:
+    assert fewer < all_launches or change in (replace_processor, hook_dropout_of_attention)
+    if change in (hook, hook_convolution, replace_processor, replace_forward):
         torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4)
     vae = vae_of()
     change(vae)
     torch.manual_seed(5)
     plain = decoded(vae, latents())
     torch.testing.assert_close(part, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["conv_out", "up_blocks.0.upsamplers.0.conv"])
+def test_decoder_pads_as_its_convolutions_do(launches: list[str], place: str) -> None:
+    vae = vae_of()
+    vae.decoder.get_submodule(place).pad_mode = "constant"
+    stock = decoded(vae, latents())
+    with fused_decoder(vae):
+        found = decoded(vae, latents())
+    assert launches
+    torch.testing.assert_close(found, stock, rtol=1e-3, atol=1e-4)
+
+
+def test_decoder_takes_a_block_without_dropout(launches: list[str]) -> None:
+    vae = vae_of()
+    vae.decoder.mid_block.resnets[0].dropout = nn.Identity()
+    stock = decoded(vae, latents())
+    with fused_decoder(vae):
+        found = decoded(vae, latents())
+    assert launches.count("norm, offset") == 2 + 4 * 2
+    torch.testing.assert_close(found, stock, rtol=1e-3, atol=1e-4)
 
 
 def test_sparsify_makes_decoding_faster_unless_told_otherwise(launches: list[str]) -> None:
@@ -195,6 +246,59 @@ def test_sparsify_makes_decoding_faster_unless_told_otherwise(launches: list[str
     assert not launches
 
 
+def test_runs_that_share_a_vae_leave_it_when_the_last_one_does(launches: list[str]) -> None:
+    first, second = (zoo.case("hunyuan_video t2v").build() for _ in range(2))
+    vae = second.vae = first.vae
+    before = [dict(module.__dict__) for module in vae.modules()]
+
+    def launched() -> bool:
+        launches.clear()
+        decoded(vae, latents())
+        return bool(launches) and {"blend_t", "blend_v", "blend_h"} <= vars(vae).keys()
+
+    earlier, later = sparsify(first, Dense()), sparsify(second, Dense())
+    earlier.restore()
+    earlier.restore()
+    assert launched()
+    later.restore()
+    assert [dict(module.__dict__) for module in vae.modules()] == before
+    with sparsify(second, Dense()):
+        assert launched()
+    assert not launched()
+
+
+def test_sparsify_lets_a_vae_go_with_its_run_and_the_run_with_its_pipeline(
+    launches: list[str],
+) -> None:
+    pipe, other = (zoo.case("hunyuan_video t2v").build() for _ in range(2))
+    other.vae = pipe.vae
+    sparsify(pipe, Dense())
+    del pipe
+    gc.collect()  # a run and its pipeline refer to each other
+    with sparsify(other, Dense(), fuse=False):
+        decoded(other.vae, latents())
+    assert not launches
+    run, held = sparsify(other, Dense()), weakref.ref(other.vae)
+    del other
+    gc.collect()
+    assert held() is None
+    run.restore()
+
+
+def test_copy_of_a_vae_amid_a_run_is_that_of_none(launches: list[str]) -> None:
+    pipe = zoo.case("hunyuan_video t2v").build()
+    stock, before = decoded(pipe.vae, latents()), {*vars(pipe.vae)}
+    with sparsify(pipe, Dense()):
+        pipe.vae = copy.deepcopy(pipe.vae)
+        assert torch.equal(decoded(pipe.vae, latents()), stock)
+    assert not launches
+    with sparsify(pipe, Dense()):
+        decoded(pipe.vae, latents())
+    assert launches
+    assert {*vars(pipe.vae)} == before
+    assert torch.equal(decoded(pipe.vae, latents()), stock)
+
+
 VAES = (
     diffusers.AutoencoderKLWan,
     diffusers.AutoencoderKLHunyuanVideo,
@@ -206,7 +310,9 @@ VAES = (
 
 
 @pytest.mark.parametrize("kind", VAES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("extent", [0, 3, 5, 9])
 def test_blend_gives_the_bits_of_diffusers(kind: type, dtype: torch.dtype, extent: int) -> None:
     a, b = torch.randn(2, 1, 3, 7, 6, 8).to(dtype).unbind(0)
@@ -217,6 +323,20 @@ def test_blend_gives_the_bits_of_diffusers(kind: type, dtype: torch.dtype, exten
         found = b.clone()
         assert blend(a, found, extent, axis=BLENDS[name]) is found
         assert torch.equal(found, stock), name
+
+
+def test_blend_asks_no_float64_of_a_device_that_may_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arange = torch.arange
+
+    def refuse(*args: Any, **options: Any) -> Tensor:
+        assert torch.device(options["device"]).type == "cpu"
+        return arange(*args, **options)
+
+    monkeypatch.setattr(torch, "arange", refuse)
+    a, b = torch.empty(2, 1, 3, 7, 6, 8, device="meta").unbind(0)
+    assert blend(a, b, 3, axis=-1) is b
 
 
 def test_sparsify_blends_tiles_by_few_launches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,18 @@ def standing_in(owner: Any, name: str, function: Callable[..., Any]) -> Iterator
     over this one meanwhile is left alone.
 
     Args:
-        owner: the object.
+        owner: the object, held weakly.
         name: of the method.
         function: what is called instead, without `owner`.
     """
-    own = vars(owner).get(name)
+    held, own = weakref.ref(owner), vars(owner).get(name)
     setattr(owner, name, function)
+    del owner
     try:
         yield
     finally:
-        if vars(owner).get(name) == function:
+        owner = held()
+        if owner is not None and vars(owner).get(name) == function:
             if own is None:
                 delattr(owner, name)  # the class's own is there again
             else:

@@ -63,11 +63,14 @@ class BlockRule:
         blocks: names of the classes.
         norms: returns the modules whose work the kernels do: norms, and modules around them.
         forward: computes the block; takes it and what its class's `forward` takes.
+        suits: returns whether a block whose `norms` are plain is one that `forward` computes, where
+            its class leaves that to its settings.
     """
 
     blocks: tuple[str, ...]
     norms: Callable[[Any], tuple[nn.Module, ...]]
     forward: Callable[..., Any]
+    suits: Callable[[Any], bool] = lambda block: True
 
 
 class FusedForward(InstanceForward):
@@ -94,6 +97,7 @@ class FusedForward(InstanceForward):
             or torch.compiler.is_compiling()
             or not fused.serves_tensor(args[0] if args else kwargs["hidden_states"])
             or not all(_is_plain(norm) for norm in rule.norms(block))
+            or not rule.suits(block)
         ):
             return self._plain(block, *args, **kwargs)
         return rule.forward(block, *args, **kwargs)
@@ -470,6 +474,7 @@ HUNYUAN_VIDEO_BLOCKS = (
         blocks=("HunyuanVideoSingleTransformerBlock",),
         norms=_single_stream_norms,
         forward=single_stream_block,
+        suits=lambda block: type(block.act_mlp) is nn.GELU,
     ),
 )
 COGVIDEOX_BLOCKS = (

@@ -26,6 +26,8 @@ __all__ = ["BLENDS", "blend", "find_decoder_blocks"]
 BLENDS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}
 """Methods by which VAEs of diffusers blend neighbouring tiles, and along which axis."""
 
+_HAVE_FLOAT64 = ("cpu", "cuda")
+
 
 def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
     """Return each block of a VAE's decoder that a rule computes, with its rule.
@@ -62,12 +64,14 @@ def blend(a: Tensor, b: Tensor, blend_extent: int, *, axis: int) -> Tensor:
     if extent <= 0:
         return b
     shape = [extent if n == axis % b.ndim else 1 for n in range(b.ndim)]
-    share = (torch.arange(extent, dtype=torch.float64, device=b.device) / extent).view(shape)
+    device = b.device if b.device.type in _HAVE_FLOAT64 else "cpu"
+    share = (torch.arange(extent, dtype=torch.float64, device=device) / extent).view(shape)
     end = a.narrow(axis, a.shape[axis] - extent, extent)
     begin = b.narrow(axis, 0, extent)
-    # Each product is rounded as that with a number is, which takes its shares in float32.
+    # Each product is rounded as that with a number is, which is taken in float32 at least.
+    wide = torch.promote_types(b.dtype, torch.float32)
     parts = ((end, 1 - share), (begin, share))
-    first, second = ((x * part.float()).to(b.dtype) for x, part in parts)
+    first, second = ((x * part.to(b.device, wide)).to(b.dtype) for x, part in parts)
     begin.copy_(first + second)
     return b
 
@@ -190,41 +194,61 @@ def _attends_plainly(attention: Any) -> bool:
         and attention.norm_q is None
         and attention.norm_k is None
         and not attention.norm_cross
-        and not _drops(attention.to_out[1])
+        and _passes_on(attention.to_out[1])
     )
 
 
-def _drops(dropout: Any) -> bool:
-    return bool(dropout.training and dropout.p)
+def _passes_on(dropout: Any) -> bool:
+    """Return whether a dropout, or what stands in its place, returns what it is given."""
+    off = type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
+    return fused.is_untouched(dropout) and (off or type(dropout) is nn.Identity)
 
 
-def _residual_parts(block: Any) -> tuple[nn.Module, ...]:
+def _replicates(*convolutions: Any) -> bool:
+    """Return whether convolutions pad as `svg_kernels.conv_input` does."""
+    return all(causal.pad_mode == "replicate" for causal in convolutions)
+
+
+def _convolutions(block: Any) -> tuple[nn.Module, ...]:
     shortcut = () if block.conv_shortcut is None else (block.conv_shortcut,)
-    dropout = (block.dropout,) if _drops(block.dropout) else ()
-    norms = (block.norm1, block.norm2, block.nonlinearity)
-    return (*norms, block.conv1, block.conv2, *shortcut, *dropout)
+    return (block.conv1, block.conv2, *shortcut)
 
 
-def _middle_parts(block: Any) -> tuple[nn.Module, ...]:
-    attentions = [attention for attention in block.attentions if attention is not None]
-    norms = [attention.group_norm for attention in attentions]
-    others = [attention for attention in attentions if not _attends_plainly(attention)]
-    return (*norms, *others)
+def _suits_residual(block: Any) -> bool:
+    return (
+        type(block.nonlinearity) is nn.SiLU
+        and _passes_on(block.dropout)
+        and _replicates(*_convolutions(block))
+    )
+
+
+def _attentions(block: Any) -> list[Any]:
+    return [attention for attention in block.attentions if attention is not None]
 
 
 HUNYUAN_VIDEO_DECODER = (
     BlockRule(
-        blocks=("HunyuanVideoResnetBlockCausal3D",), norms=_residual_parts, forward=residual_block
+        blocks=("HunyuanVideoResnetBlockCausal3D",),
+        norms=lambda block: (block.norm1, block.norm2, block.nonlinearity, *_convolutions(block)),
+        forward=residual_block,
+        suits=_suits_residual,
     ),
     BlockRule(
         blocks=("HunyuanVideoUpsampleCausal3D",),
         norms=lambda block: (block.conv,),
         forward=upsampling_block,
+        suits=lambda block: _replicates(block.conv),
     ),
-    BlockRule(blocks=("HunyuanVideoMidBlock3D",), norms=_middle_parts, forward=middle_block),
+    BlockRule(
+        blocks=("HunyuanVideoMidBlock3D",),
+        norms=lambda block: tuple(attention.group_norm for attention in _attentions(block)),
+        forward=middle_block,
+        suits=lambda block: all(map(_attends_plainly, _attentions(block))),
+    ),
     BlockRule(
         blocks=("HunyuanVideoDecoder3D",),
         norms=lambda module: (module.conv_norm_out, module.conv_act, module.conv_out),
         forward=decoder,
+        suits=lambda module: type(module.conv_act) is nn.SiLU and _replicates(module.conv_out),
     ),
 )

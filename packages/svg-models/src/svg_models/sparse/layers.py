@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -150,31 +151,58 @@ class FastLayers:
 
 
 class FastDecoder:
-    """What a run does to the decoder of a pipeline's VAE.
+    """A run's hold on the decoder of a pipeline's VAE.
 
     Its blocks are joined if a rule covers them, and tiles of any of diffusers' own are blended by
-    few launches.
+    few launches. Pipelines may share a VAE: it is as it was found once the last run has let go of
+    it, or is gone.
 
     Args:
-        vae: the VAE; None has no decoder.
+        vae: the VAE, held weakly; None has no decoder.
         layers: what to do with it.
     """
 
     def __init__(self, vae: Any, layers: Layers) -> None:
         inner = unwrap(vae)
-        found = find_decoder_blocks(inner) if layers.fuse else []
-        installed = [FusedForward.install(block, rule) for block, rule in found]
-        self._forwards = [forward for forward in installed if forward is not None]
-        self._undo = ExitStack()
-        if layers.fuse and type(inner).__module__.startswith("diffusers."):
-            for name, axis in BLENDS.items():
-                if hasattr(type(inner), name) and name not in vars(inner):
-                    ours = partial(blend, axis=axis)
-                    self._undo.enter_context(standing_in(inner, name, ours))
+        self._leave: Callable[[], object] | None = None
+        if layers.fuse and isinstance(inner, nn.Module):
+            joined = _joined.get(inner)
+            if joined is None or not joined.holds:
+                joined = _joined[inner] = _JoinedDecoder(inner)
+            joined.holds += 1
+            self._leave = weakref.finalize(self, joined.leave)
 
     def remove(self) -> None:
-        """Leave every block as it was found."""
+        """Let go of the VAE; a second time does nothing."""
+        if self._leave is not None:
+            self._leave()
+
+
+class _JoinedDecoder:
+    """What stands in a VAE while runs hold it."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        self.holds = 0
+        installed = [FusedForward.install(*found) for found in find_decoder_blocks(vae)]
+        self._forwards = [forward for forward in installed if forward is not None]
+        self._undo = ExitStack()
+        if not type(vae).__module__.startswith("diffusers."):
+            return
+        for name, axis in BLENDS.items():
+            own = vars(vae).get(name)
+            if isinstance(own, partial) and own.func is blend:
+                delattr(vae, name)  # of a VAE that this one is a copy of
+            if hasattr(type(vae), name) and name not in vars(vae):
+                self._undo.enter_context(standing_in(vae, name, partial(blend, axis=axis)))
+
+    def leave(self) -> None:
+        """Let one run go; after the last one, leave every block as it was found."""
+        self.holds -= 1
+        if self.holds:
+            return
         self._undo.close()
-        forwards, self._forwards = self._forwards, []
-        for forward in forwards:
+        for forward in self._forwards:
             forward.remove()
+
+
+_joined: weakref.WeakKeyDictionary[nn.Module, _JoinedDecoder] = weakref.WeakKeyDictionary()
