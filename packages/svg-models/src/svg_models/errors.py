@@ -92,8 +92,9 @@ def first_line(error: BaseException) -> str:
 def about_memory(error: BaseException) -> str:
     """Return what torch says of memory that was not enough, and whether it was in pieces.
 
-    Torch keeps what tensors gave back. Of a GPU on which as much is kept as was asked for in vain,
-    memory was not missing, but a piece of it that is large enough; growing blocks have none.
+    Torch keeps what tensors gave back. Of a GPU on which half as much is kept as was asked for in
+    vain, or more, memory was hardly missing, but a piece of it that is large enough; blocks that
+    grow have no such pieces.
     """
     text = " ".join(str(error).split())
     asked = re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", text)

@@ -62,9 +62,9 @@ def sparsify(
 ) -> SparseRun:
     """Make the self-attention of a diffusers video pipeline sparse until `restore`.
 
-    Only this instance changes: its self-attentions get processors of this package and its
-    transformers a hook. Nothing of diffusers is patched and no global is set. Use the result as a
-    context manager, or call `restore` on it.
+    Only this instance changes: its self-attentions get processors of this package, its
+    transformers a hook, and blocks that `fuse` joins a `forward`. Nothing of diffusers is patched
+    and no global is set. Use the result as a context manager, or call `restore` on it.
 
         with sparsify(pipe) as run:
             frames = pipe(prompt, num_frames=81).frames[0]
@@ -95,8 +95,9 @@ def sparsify(
         fuse: on a GPU, compute norms, modulation and residuals of a block by kernels that join
             them, and norms, activations and padding between the convolutions of HunyuanVideo's
             VAE; each rounds once where the model rounds after every step. A block that something
-            else has put itself over, or that is compiled, is left as it is. True, unless the
-            recipe says otherwise.
+            else has put itself over, or that is compiled, is left as it is. On any device, tiles
+            of a VAE are blended by fewer operations, bit for bit. True, unless the recipe says
+            otherwise.
         linears: "fp8" computes the matrix products of all blocks but the first and the last in
             fp8, from copies of the weights that lie beside them and are rounded anew at each step.
             It changes the picture; see the documentation for how much. "bf16", unless the recipe
