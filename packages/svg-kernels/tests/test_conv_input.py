@@ -183,7 +183,8 @@ def test_conv_input_kernels_interpreted_of_skewed_values(mean, generator):
 def test_conv_input_kernels_interpreted(shape, upsample, generator):
     x = torch.randn(shape, generator=generator) + 50.0
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    weight, bias, offset = torch.randn(3, shape[1], generator=generator).unbind(0)
+    # Vectors that do not lie side by side, as a column of a table.
+    weight, bias, offset = torch.randn(shape[1], 3, generator=generator).unbind(1)
     settings = {"groups": 2, "silu": True, "upsample": upsample, "padding": CAUSAL}
     settings["offset"] = offset
     found = svg_kernels.conv_input(x, weight, bias, backend="triton", **settings)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_kernels._rows import contiguous_rows
 from svg_kernels.norm.triton import reciprocal_std
 
 # Values of a tile and threads for it, of moments and of results; channels of either, and how many
@@ -170,6 +171,9 @@ def conv_input(
         return
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous(memory_format=torch.channels_last_3d)
+    weight, bias, offset = (
+        None if t is None else contiguous_rows(t) for t in (weight, bias, offset)
+    )
     batch, channels, frames, height, width = x.shape
     strides = (x.stride(0), *x.stride()[2:])
     times, rows, columns = y.shape[2:]
