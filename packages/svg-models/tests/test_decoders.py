@@ -285,6 +285,18 @@ def test_sparsify_lets_a_vae_go_with_its_run_and_the_run_with_its_pipeline(
     run.restore()
 
 
+def test_restore_of_a_pipeline_whose_transformer_was_replaced_leaves_its_vae(
+    launches: list[str],
+) -> None:
+    pipe, other = (zoo.case("hunyuan_video t2v").build() for _ in range(2))
+    before = [dict(module.__dict__) for module in pipe.vae.modules()]
+    run = sparsify(pipe, Dense())
+    pipe.transformer = other.transformer
+    restore(pipe)
+    assert not run.active
+    assert [dict(module.__dict__) for module in pipe.vae.modules()] == before
+
+
 def test_copy_of_a_vae_amid_a_run_is_that_of_none(launches: list[str]) -> None:
     pipe = zoo.case("hunyuan_video t2v").build()
     stock, before = decoded(pipe.vae, latents()), {*vars(pipe.vae)}

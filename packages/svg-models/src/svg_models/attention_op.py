@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "begin", "make_handle", "owner", "register"]
+__all__ = ["attention", "begin", "make_handle", "owner", "owners", "register"]
 
 
 class Attends(Protocol):
@@ -55,6 +55,11 @@ def register(session: Attends) -> int:
 def owner(number: int) -> Attends | None:
     """Return what `register` gave this number, or None if it is gone."""
     return _owners.get(number)
+
+
+def owners() -> list[Attends]:
+    """Return all that `register` was given and that is not gone, the earliest first."""
+    return list(_owners.values())
 
 
 def make_handle(number: int, slot: int) -> Tensor:

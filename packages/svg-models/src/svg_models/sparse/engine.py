@@ -360,6 +360,10 @@ class Engine:
                     "one is dense; call restore(), then sparsify again"
                 )
 
+    def is_of(self, pipe: Any) -> bool:
+        """Return whether the run was made for a pipeline, or for a transformer alone."""
+        return self._pipe() is pipe
+
     def release(self) -> None:
         """Let go of what only further steps of this thread's videos would need; see `SparseRun`."""
         for (thread, _), generation in list(self._generations.items()):

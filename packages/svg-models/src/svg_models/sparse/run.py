@@ -149,7 +149,8 @@ def sparsify(
 def restore(pipe: Any) -> None:
     """Make a sparse pipeline dense again, without the run that `sparsify` returned.
 
-    Does what `SparseRun.restore` does; a pipeline that is not sparse stays as it is.
+    Does what `SparseRun.restore` does, also for a run whose transformer was replaced by another; a
+    pipeline that is not sparse stays as it is.
 
     Args:
         pipe: a diffusers pipeline, or its transformer.
@@ -158,10 +159,10 @@ def restore(pipe: Any) -> None:
         TypeError: if it has no transformer.
     """
     with _INSTALLING:
-        for transformer in transformers_of(pipe).values():
-            number = owner_of(transformer)
-            engine = None if number is None else attention_op.owner(number)
-            if isinstance(engine, Engine):
+        numbers = {owner_of(transformer) for transformer in transformers_of(pipe).values()}
+        inner = unwrap(pipe) if isinstance(pipe, nn.Module) else pipe
+        for engine in attention_op.owners():
+            if isinstance(engine, Engine) and (engine.number in numbers or engine.is_of(inner)):
                 engine.restore()
 
 
