@@ -26,7 +26,7 @@ __all__ = ["BLENDS", "blend", "find_decoder_blocks"]
 BLENDS = {"blend_t": -3, "blend_v": -2, "blend_h": -1}
 """Methods by which VAEs of diffusers blend neighbouring tiles, and along which axis."""
 
-_HAVE_FLOAT64 = ("cpu", "cuda")
+_HAVE_FLOAT64 = ("cpu", "cuda")  # of the others, some compute in float32 at most
 
 
 def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
