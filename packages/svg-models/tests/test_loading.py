@@ -261,9 +261,14 @@ def test_load_pipeline_a_vae_that_joins_pixels_counts_them(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "vae"),
-    [("wan t2v", torch.float32), ("hunyuan_video t2v", torch.bfloat16)],
+    [
+        ("wan t2v", torch.float32),
+        ("allegro t2v", torch.float32),
+        ("hunyuan_video t2v", torch.bfloat16),
+        ("mochi t2v", torch.bfloat16),  # its pipeline decodes what the transformer's dtype holds
+    ],
 )
-def test_load_pipeline_a_vae_is_as_precise_as_its_publishers_run_it(
+def test_load_pipeline_a_vae_is_as_precise_as_its_pipeline_allows(
     name: str, vae: torch.dtype, tmp_path: Path
 ) -> None:
     case(name).build().save_pretrained(tmp_path)

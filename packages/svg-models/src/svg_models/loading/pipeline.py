@@ -40,7 +40,8 @@ from svg_models.spelling import checks_names
 __all__ = ["LoadedPipeline", "in_float32", "load_pipeline"]
 
 # VAEs that their publishers, and the examples of diffusers, run in float32 beside a transformer in
-# bf16; the others run in its dtype.
+# bf16; the others run in its dtype. So does Mochi's, which its publishers run in float32, too: its
+# pipeline gives the VAE latents in the dtype of the transformer, which one in float32 refuses.
 _PRECISE = frozenset({"AutoencoderKLWan", "AutoencoderKLAllegro"})
 
 
@@ -111,7 +112,7 @@ def load_pipeline(
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16", "float16", or
             torch's; `torch_dtype` is understood, too.
-            The VAE stays in float32 if its publishers run it so: Wan's and Allegro's do.
+            The VAE of Wan and that of Allegro stay in float32, as their publishers run them.
         offload: what waits in CPU memory until it is needed: "none", "model" (components),
             "group" or "sequential" (layers), see `svg_models.loading.placement`.
         image: a clip will start from an image, so the pipeline must take one.
