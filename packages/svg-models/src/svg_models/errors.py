@@ -23,7 +23,7 @@ __all__ = [
 
 _OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidirectional marks, lone surrogates, breaks
 _JOINERS = "\u200c\u200d"  # between letters of several scripts, and inside emoji
-_ALLOCATOR = frozenset({"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # either name; all know the first
 _BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LONGEST = 600  # characters; what came may be a megabyte
 
@@ -100,12 +100,12 @@ def about_memory(error: BaseException) -> str:
     asked = re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", text)
     kept = re.search(r"([\d.]+) ([KMG])iB is reserved by PyTorch but unallocated", text)
     told = first_line(error)
-    if asked is None or kept is None or not _ALLOCATOR.isdisjoint(os.environ):
+    if asked is None or kept is None or any(name in os.environ for name in _ALLOCATOR):
         return told
     wanted, spare = (float(found[1]) * _BINARY[found[2]] for found in (asked, kept))
     if 2 * spare < wanted:
         return told
-    return f"{told}; {kept[0]}, so set {max(_ALLOCATOR)}=expandable_segments:True and try again"
+    return f"{told}; {kept[0]}, so set {_ALLOCATOR[0]}=expandable_segments:True and try again"
 
 
 @contextmanager

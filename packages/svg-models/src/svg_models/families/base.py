@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from svg_models.families.blocks import BlockRule
+from svg_models.families.blocks import BlockRule, find_blocks
 from svg_models.families.dense import DenseKernel, dense_attention
 from svg_models.families.processors import SparseProcessor, original_of
 from svg_models.families.published import Published
@@ -166,12 +166,7 @@ class Family:
 
     def find_blocks(self, transformer: nn.Module) -> list[tuple[nn.Module, BlockRule]]:
         """Return each block that a rule computes, with its rule."""
-        return [
-            (module, rule)
-            for module in transformer.modules()
-            for rule in self.blocks
-            if type(module).__name__ in rule.blocks
-        ]
+        return find_blocks(transformer, self.blocks)
 
     def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
         """Return the modules around the video self-attentions, in the order of the model."""

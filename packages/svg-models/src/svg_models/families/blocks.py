@@ -10,7 +10,7 @@ tensor, the class itself computes the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ __all__ = [
     "WAN_BLOCKS",
     "BlockRule",
     "FusedForward",
+    "find_blocks",
 ]
 
 Streams = tuple[Tensor, Tensor]
@@ -71,6 +72,16 @@ class BlockRule:
     norms: Callable[[Any], tuple[nn.Module, ...]]
     forward: Callable[..., Any]
     suits: Callable[[Any], bool] = lambda block: True
+
+
+def find_blocks(module: nn.Module, rules: Sequence[BlockRule]) -> list[tuple[nn.Module, BlockRule]]:
+    """Return each block in a module that a rule computes, with its rule."""
+    return [
+        (block, rule)
+        for block in module.modules()
+        for rule in rules
+        if type(block).__name__ in rule.blocks
+    ]
 
 
 class FusedForward(InstanceForward):
@@ -116,6 +127,12 @@ class FusedForward(InstanceForward):
         forward = cls.of(block, rule)
         block.forward = forward  # type: ignore[method-assign]
         return forward
+
+    @classmethod
+    def install_all(cls, found: Iterable[tuple[nn.Module, BlockRule]]) -> list[FusedForward]:
+        """Put one into each block that `find_blocks` has found; return those that are in."""
+        installed = [cls.install(block, rule) for block, rule in found]
+        return [forward for forward in installed if forward is not None]
 
     def switch_on(self, settings: BlockRule) -> None:
         """Compute the block by a rule from now on."""

@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from svg_models.families import fused
-from svg_models.families.blocks import BlockRule
+from svg_models.families.blocks import BlockRule, find_blocks
+from svg_models.families.products import holds_plain_weights
 
 __all__ = ["BLENDS", "blend", "find_decoder_blocks"]
 
@@ -36,14 +37,7 @@ def find_decoder_blocks(vae: Any) -> list[tuple[nn.Module, BlockRule]]:
         vae: the VAE of a pipeline; None or one that no rule covers has no such block.
     """
     decoder = getattr(vae, "decoder", None)
-    if not isinstance(decoder, nn.Module):
-        return []
-    return [
-        (module, rule)
-        for module in decoder.modules()
-        for rule in HUNYUAN_VIDEO_DECODER
-        if type(module).__name__ in rule.blocks
-    ]
+    return find_blocks(decoder, HUNYUAN_VIDEO_DECODER) if isinstance(decoder, nn.Module) else []
 
 
 def blend(a: Tensor, b: Tensor, blend_extent: int, *, axis: int) -> Tensor:
@@ -153,12 +147,7 @@ def _is_bare(convolution: Any, states: Tensor) -> bool:
         and convolution.stride == convolution.dilation == (1, 1, 1)
         and convolution.padding == (0, 0, 0)
         and convolution.groups == 1
-        and all(
-            type(weight) is nn.Parameter
-            and weight.dtype == states.dtype
-            and weight.device == states.device
-            for weight in (convolution.weight, convolution.bias)
-        )
+        and holds_plain_weights(convolution, states)
     )
 
 
@@ -200,8 +189,8 @@ def _attends_plainly(attention: Any) -> bool:
 
 def _passes_on(dropout: Any) -> bool:
     """Return whether a dropout, or what stands in its place, returns what it is given."""
-    off = type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
-    return fused.is_untouched(dropout) and (off or type(dropout) is nn.Identity)
+    nothing = type(dropout) is nn.Identity and fused.is_untouched(dropout)
+    return nothing or fused.drops_nothing(dropout)
 
 
 def _replicates(*convolutions: Any) -> bool:

@@ -43,9 +43,8 @@ def _joins(module: Any, states: Tensor) -> bool:
         does_as_its_class(module, states)
         and type(activation) is GELU
         and activation.approximate == "tanh"
-        and type(dropout) is nn.Dropout
-        and (dropout.p == 0.0 or not dropout.training)
+        and fused.is_untouched(activation)
+        and fused.drops_nothing(dropout)
         and type(last) is nn.Linear
-        and all(fused.is_untouched(part) for part in (activation, dropout))
         and is_product(activation.proj, states)
     )

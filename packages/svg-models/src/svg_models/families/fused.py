@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Pairing",
+    "drops_nothing",
     "is_hooked",
     "is_untouched",
     "is_wrapped",
@@ -178,6 +179,12 @@ def is_untouched(module: nn.Module) -> bool:
     accelerate and diffusers put a function over `forward`; their attributes tell so, too.
     """
     return not is_hooked(module) and "forward" not in module.__dict__
+
+
+def drops_nothing(module: nn.Module) -> bool:
+    """Return whether a module is a dropout that returns what it is given."""
+    off = type(module) is nn.Dropout and (module.p == 0.0 or not module.training)
+    return off and is_untouched(module)
 
 
 def is_hooked(module: nn.Module) -> bool:

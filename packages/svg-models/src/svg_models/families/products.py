@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from svg_models.families import fused
 from svg_models.families.instance_forward import InstanceForward
 
-__all__ = ["Projection", "does_as_its_class", "gelu_product", "is_product", "project_joined"]
+__all__ = [
+    "Projection",
+    "does_as_its_class",
+    "gelu_product",
+    "holds_plain_weights",
+    "is_product",
+    "project_joined",
+]
 
 
 class Projection:
@@ -90,12 +97,17 @@ def is_product(layer: Any, states: Tensor) -> bool:
         and not torch.version.hip
         and _autocast_keeps(states)
         and does_as_its_class(layer, states)
-        and all(
-            type(weight) is nn.Parameter
-            and weight.dtype == states.dtype
-            and weight.device == states.device
-            for weight in (layer.weight, layer.bias)
-        )
+        and holds_plain_weights(layer, states)
+    )
+
+
+def holds_plain_weights(layer: Any, states: Tensor) -> bool:
+    """Return whether weight and bias of a layer are torch's own, in the dtype of `states`."""
+    return all(
+        type(weight) is nn.Parameter
+        and weight.dtype == states.dtype
+        and weight.device == states.device
+        for weight in (layer.weight, layer.bias)
     )
 
 

@@ -37,7 +37,7 @@ from svg_models.loading.progress import Progress, quiet
 from svg_models.numeric import as_whole
 from svg_models.spelling import checks_names
 
-__all__ = ["LoadedPipeline", "in_float32", "load_pipeline"]
+__all__ = ["LoadedPipeline", "load_pipeline"]
 
 # VAEs that their publishers, and the examples of diffusers, run in float32 beside a transformer in
 # bf16; the others run in its dtype. So does Mochi's, which its publishers run in float32, too: its
@@ -157,7 +157,7 @@ def load_pipeline(
         sizes,
         target,
         kind,
-        precise=in_float32(index),
+        precise=_in_float32(index),
         explicit_cpu=device == "cpu",
         offload=offload,
     )
@@ -188,12 +188,8 @@ def load_pipeline(
     )
 
 
-def in_float32(index: ModelIndex) -> frozenset[str]:
-    """Return which components are in float32 whatever the others are in.
-
-    Args:
-        index: of the model.
-    """
+def _in_float32(index: ModelIndex) -> frozenset[str]:
+    """Return which components are in float32 whatever the others are in."""
     return frozenset(name for name, (_, kind) in index.components.items() if kind in _PRECISE)
 
 
@@ -223,7 +219,7 @@ def _assemble(
     dtype: torch.dtype,
     progress: Progress,
 ) -> Any:
-    total, done, precise = sum(sizes.values()), 0, in_float32(index)
+    total, done, precise = sum(sizes.values()), 0, _in_float32(index)
     progress("loading", 0, total)
     # What has no weights is read first: a broken tokenizer is told before gigabytes are read.
     small = [name for name in index.components if name not in sizes]

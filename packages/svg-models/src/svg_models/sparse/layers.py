@@ -101,8 +101,7 @@ class FastLayers:
 
     def __init__(self, transformer: nn.Module, family: Family, layers: Layers) -> None:
         joined = family.find_blocks(transformer) if layers.fuse else []
-        installed = [FusedForward.install(block, rule) for block, rule in joined]
-        self._forwards = [forward for forward in installed if forward is not None]
+        self._forwards = FusedForward.install_all(joined)
         self.linears: Fp8Linears | None = None
         self._cached: weakref.ref[Any] | None = None
         try:
@@ -183,8 +182,7 @@ class _JoinedDecoder:
 
     def __init__(self, vae: nn.Module) -> None:
         self.holds = 0
-        installed = [FusedForward.install(*found) for found in find_decoder_blocks(vae)]
-        self._forwards = [forward for forward in installed if forward is not None]
+        self._forwards = FusedForward.install_all(find_decoder_blocks(vae))
         self._undo = ExitStack()
         if not type(vae).__module__.startswith("diffusers."):
             return
