@@ -51,6 +51,7 @@ from svg_models.loading.memory import GIB
 from svg_models.loading.placement import place
 from svg_models.needs import CARDS, CONTEXT, TABLE
 from svg_models.sparse.linears import is_plain_linear
+from svg_models.stand_in import standing_in
 
 # Seconds that a model is expected to take, and those of a pass of 14 billion parameters.
 SECONDS, MORE_SECONDS = 20.0, 40.0
@@ -158,13 +159,9 @@ class PeakWatch(Watch):
             self.found["decoding"] = self.memory.peak() - before
             return done
 
-        self.pipe.vae.decode = decoded
+        self._undo.enter_context(standing_in(self.pipe.vae, "decode", decoded))
         super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self.pipe.vae.__dict__.pop("decode", None)
 
 
 def measure_steps(bench: Bench, part: Part, memory: Memory, *, decode: bool) -> dict[str, Any]:

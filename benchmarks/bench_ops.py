@@ -155,7 +155,6 @@ def write_table(gpu: str) -> None:
     """Fill the tables of `docs/kernels.md` from the stored result."""
     result = load(gpu, "ops")
     copy = result["copy_gb_s"]
-    write_decoder(gpu)
     peers = [name for name in PEERS if any(name in row["ms"] for row in result["rows"])]
     head = [
         "operation",
@@ -270,6 +269,7 @@ def main() -> None:
         run(args.output, args.samples, not args.no_compile, args.commit)
     else:
         write_table(args.gpu)
+        write_decoder(args.gpu)
         write_variants(args.gpu)
 
 

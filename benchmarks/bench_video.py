@@ -40,6 +40,7 @@ from _video_tables import write_table
 from svg_attention import Dense, Method, Schedule
 from svg_models import sparsify
 from svg_models.families import family_of, transformers_of
+from svg_models.stand_in import standing_in
 
 BUILDING = 10.0
 WHOLE = ("diffusers", "SVG2", "SVG2, fp8")
@@ -97,9 +98,8 @@ class Watch:
             self.decoding += self.now() - began
             return done
 
-        self.pipe.scheduler.step, self.pipe.vae.decode = stepped, decoded
-        self._undo.callback(delattr, self.pipe.scheduler, "step")
-        self._undo.callback(delattr, self.pipe.vae, "decode")
+        self._undo.enter_context(standing_in(self.pipe.scheduler, "step", stepped))
+        self._undo.enter_context(standing_in(self.pipe.vae, "decode", decoded))
         return self
 
     def __exit__(self, *_: object) -> None:
