@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svg_kernels.norm.triton import rms_norm_kernel
+from svg_kernels.norm.triton import norm_rows_kernel
 from svg_kernels.qk_norm_rope.triton import qk_norm_rope_kernel
 
 INSTRUCTION = re.compile(r"\b(?:sqrt|rsqrt|rcp|div)\.[\w.]*f32")
@@ -30,7 +30,17 @@ def instructions(kernel: Any, **constants: Any) -> set[str]:
 
 
 found = instructions(
-    rms_norm_kernel, HAS_WEIGHT=True, HAS_BIAS=False, MODULATED=False, BLOCK_R=4, BLOCK_C=64
+    norm_rows_kernel,
+    ADDED=True,
+    GATED=True,
+    CENTER=False,
+    HAS_WEIGHT=True,
+    HAS_BIAS=False,
+    MODULATED=False,
+    QUANTISED=False,
+    BLOCK_R=4,
+    BLOCK_C=64,
+    PIECES=1,
 )
 for across in (True, False):
     found |= instructions(qk_norm_rope_kernel, ACROSS=across, ROTATE=True, BLOCK_H=4, BLOCK_P=32)

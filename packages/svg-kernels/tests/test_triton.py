@@ -28,7 +28,7 @@ def both(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 1), (37, 130), (2, 3, 64), (3, 1, 1536)])
+@pytest.mark.parametrize("shape", [(5, 1), (37, 130), (2, 3, 64), (3, 1, 1536), (2, 5200)])
 def test_rms_norm_and_layer_norm_in_triton(dtype, shape, generator):
     x = normal(shape, dtype, generator, 3.0)
     weight, bias = normal((2, shape[-1]), torch.float32, generator).unbind(0)
@@ -50,10 +50,11 @@ def test_layer_norm_modulate_and_gate_residual_in_triton(dtype, tokens, generato
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_gate_residual_norm_in_triton(dtype, tokens, generator):
-    residual, x = normal((2, 2, 7, 70), dtype, generator, 3.0).unbind(0)
-    gate, scale = normal((2, 2, tokens, 70), torch.float32, generator).unbind(0)
-    weight = normal((70,), dtype, generator)
+@pytest.mark.parametrize("width", [70, 2600])
+def test_gate_residual_norm_in_triton(dtype, tokens, width, generator):
+    residual, x = normal((2, 2, 7, width), dtype, generator, 3.0).unbind(0)
+    gate, scale = normal((2, 2, tokens, width), torch.float32, generator).unbind(0)
+    weight = normal((width,), dtype, generator)
     both(svg_kernels.gate_residual_norm, residual, x, gate, scale=scale, shift=gate, weight=weight)
     both(svg_kernels.gate_residual_norm, residual, x.float(), bias=weight)
 

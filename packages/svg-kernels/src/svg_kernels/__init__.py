@@ -1,6 +1,6 @@
 """Fused CUDA kernels for video diffusion transformers."""
 
-from svg_kernels import modulation, norm, permute, quantize
+from svg_kernels import modulation, norm, norm_fp8, permute, quantize
 from svg_kernels._dispatch import BackendStatus
 from svg_kernels.attention import block_sparse_attention
 from svg_kernels.attention_fp8 import block_sparse_attention_fp8
@@ -10,6 +10,7 @@ from svg_kernels.gelu import gelu
 from svg_kernels.key_value_fp8 import Fp8KeyValue, quantize_key_value
 from svg_kernels.modulation import *  # noqa: F403
 from svg_kernels.norm import *  # noqa: F403
+from svg_kernels.norm_fp8 import *  # noqa: F403
 from svg_kernels.permute import *  # noqa: F403
 from svg_kernels.probe_sums import ProbeSums, probe_sums
 from svg_kernels.qk_norm_rope import qk_norm_rope
@@ -24,6 +25,7 @@ __all__ = [
     *norm.__all__,
     *modulation.__all__,
     "gate_residual_norm",
+    *norm_fp8.__all__,
     "conv_input",
     "rope",
     "qk_norm_rope",

@@ -40,8 +40,10 @@ def layer_norm_modulate(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Launch `layer_norm_kernel` with modulation; see `reference.layer_norm_modulate`."""
-    return launch_norm(x, weight, bias, scale, shift, eps, out_dtype, True)
+    """Launch `norm_rows_kernel` with modulation; see `reference.layer_norm_modulate`."""
+    z = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    launch_norm(x, z, weight=weight, bias=bias, scale=scale, shift=shift, eps=eps)
+    return z
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in Triton: one tile of whole rows per program, padded to a power of two."""
+"""Norms in Triton, with what a transformer block does before and after one, in one kernel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_kernels._rows import contiguous_rows, modulation_strides
-
-TILE_ELEMENTS = 4096  # of a tile, unless one row is longer
+from svg_kernels._triton_rows import columns_of, row_tile, store_quantised, sum_rows
 
 
 @triton.jit
@@ -21,136 +20,147 @@ def reciprocal_std(square, count, eps):
 
 
 @triton.jit
-def unit_rows(x, mask, width, eps, CENTER: tl.constexpr):
-    """Scale fp32 rows to unit root mean square, shifted to mean 0 first if asked."""
-    if CENTER:
-        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-        x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    return x * reciprocal_std(tl.sum(x * x, 1), width, eps)[:, None]
+def centre_rows(pieces, inside, width, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    """Shift fp32 rows to mean 0."""
+    mean = (sum_rows(pieces, PIECES) / width)[:, None]
+    centred = ()
+    for piece in tl.static_range(PIECES):
+        mask = inside & (columns_of(piece, BLOCK_C) < width)
+        centred = centred + (tl.where(mask, pieces[piece] - mean, 0.0),)
+    return centred
 
 
 @triton.jit
-def apply_rows(
-    y, column, mask, outer, within, width, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+def norm_rows_kernel(
+    x_ptr, added_ptr, gate_ptr, y_ptr, z_ptr, z_scale_ptr, weight_ptr, bias_ptr, scale_ptr,
+    shift_ptr, rows, inner, width, eps, largest,
+    x_outer, x_inner, added_outer, added_inner, gate_outer, gate_inner,
     scale_outer, scale_inner, shift_outer, shift_inner,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr,
+    ADDED: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr, QUANTISED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Apply weight and bias to rows of batch element `outer` and token `within`; modulate them."""
-    if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y = y + tl.load(bias_ptr + column, column < width, 0.0).to(tl.float32)[None, :]
-    if MODULATED:
-        at = outer * scale_outer + within * scale_inner + column[None, :]
-        y = y * (1.0 + tl.load(scale_ptr + at, mask, 0.0).to(tl.float32))
-        at = outer * shift_outer + within * shift_inner + column[None, :]
-        y = y + tl.load(shift_ptr + at, mask, 0.0).to(tl.float32)
-    return y
+    """Normalize `BLOCK_R` rows; add to them before, modulate and quantise them after, if asked.
 
-
-@triton.jit
-def _normalize_rows(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    rows, inner, width, eps,
-    x_outer, x_inner, scale_outer, scale_inner, shift_outer, shift_inner,
-    CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    `y` is the sum as it was rounded, `z` the norm of it. In e4m3, `z` is rounded to the dtype of
+    `x` before, as if it had been written in between.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_C)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
     outer, within = (row // inner)[:, None], (row % inner)[:, None]
-    x = tl.load(x_ptr + outer * x_outer + within * x_inner + column[None, :], mask, 0.0)
-    x = x.to(tl.float32)
-    y = unit_rows(x, mask, width, eps, CENTER)
-    y = apply_rows(
-        y, column, mask, outer, within, width, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-        scale_outer, scale_inner, shift_outer, shift_inner, HAS_WEIGHT, HAS_BIAS, MODULATED,
-    )  # fmt: skip
-    out = y_ptr + row[:, None] * width + column[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def rms_norm_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    rows, inner, width, eps,
-    x_outer, x_inner, scale_outer, scale_inner, shift_outer, shift_inner,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Scale `BLOCK_R` rows to unit root mean square."""
-    _normalize_rows(
-        x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-        rows, inner, width, eps,
-        x_outer, x_inner, scale_outer, scale_inner, shift_outer, shift_inner,
-        False, HAS_WEIGHT, HAS_BIAS, MODULATED, BLOCK_R, BLOCK_C,
-    )  # fmt: skip
-
-
-@triton.jit
-def layer_norm_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    rows, inner, width, eps,
-    x_outer, x_inner, scale_outer, scale_inner, shift_outer, shift_inner,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Shift `BLOCK_R` rows to mean 0, scale them to variance 1, modulate them if asked."""
-    _normalize_rows(
-        x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-        rows, inner, width, eps,
-        x_outer, x_inner, scale_outer, scale_inner, shift_outer, shift_inner,
-        True, HAS_WEIGHT, HAS_BIAS, MODULATED, BLOCK_R, BLOCK_C,
-    )  # fmt: skip
+    inside = (row < rows)[:, None]
+    x_ptr += outer * x_outer + within * x_inner
+    out = row[:, None] * width
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pieces = ()
+    for piece in tl.static_range(PIECES):
+        column = columns_of(piece, BLOCK_C)
+        mask = inside & (column < width)
+        x = tl.load(x_ptr + column, mask, 0.0).to(tl.float32)
+        if ADDED:
+            at = outer * added_outer + within * added_inner + column
+            added = tl.load(added_ptr + at, mask, 0.0).to(tl.float32)
+            if GATED:
+                at = outer * gate_outer + within * gate_inner + column
+                added = added * tl.load(gate_ptr + at, mask, 0.0).to(tl.float32)
+            y = (x + added).to(dtype)
+            tl.store(y_ptr + out + column, y, mask)
+            x = y.to(tl.float32)
+        pieces = pieces + (x,)
+    if CENTER:
+        pieces = centre_rows(pieces, inside, width, BLOCK_C, PIECES)
+        if dtype == tl.float32:  # rounding leaves something of a mean that is large for 16 bits
+            pieces = centre_rows(pieces, inside, width, BLOCK_C, PIECES)
+    squares = pieces[0] * pieces[0]
+    for piece in tl.static_range(1, PIECES):
+        squares += pieces[piece] * pieces[piece]
+    rstd = reciprocal_std(tl.sum(squares, 1), width, eps)[:, None]
+    done = ()
+    for piece in tl.static_range(PIECES):
+        column = columns_of(piece, BLOCK_C)
+        mask = inside & (column < width)
+        z = pieces[piece] * rstd
+        if HAS_WEIGHT:
+            z = z * tl.load(weight_ptr + column, column < width, 0.0).to(tl.float32)
+        if HAS_BIAS:
+            z = z + tl.load(bias_ptr + column, column < width, 0.0).to(tl.float32)
+        if MODULATED:
+            at = outer * scale_outer + within * scale_inner + column
+            z = z * (1.0 + tl.load(scale_ptr + at, mask, 0.0).to(tl.float32))
+            at = outer * shift_outer + within * shift_inner + column
+            z = z + tl.load(shift_ptr + at, mask, 0.0).to(tl.float32)
+        if QUANTISED:
+            done = done + (z.to(dtype),)
+        else:
+            tl.store(z_ptr + out + column, z.to(z_ptr.dtype.element_ty), mask)
+    if QUANTISED:
+        store_quantised(done, row, rows, width, z_ptr, z_scale_ptr, largest, BLOCK_C, PIECES)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """Launch `rms_norm_kernel`; see `reference.rms_norm`."""
-    return launch_norm(x, weight, None, None, None, eps, out_dtype, False)
+    """Launch `norm_rows_kernel` without centring; see `reference.rms_norm`."""
+    z = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    launch_norm(x, z, weight=weight, eps=eps, center=False)
+    return z
 
 
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> Tensor:
-    """Launch `layer_norm_kernel`; see `reference.layer_norm`."""
-    return launch_norm(x, weight, bias, None, None, eps, out_dtype, True)
+    """Launch `norm_rows_kernel`; see `reference.layer_norm`."""
+    z = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    launch_norm(x, z, weight=weight, bias=bias, eps=eps)
+    return z
 
 
 def launch_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    z: Tensor,
+    *,
+    added: Tensor | None = None,
+    gate: Tensor | None = None,
+    y: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float,
-    out_dtype: torch.dtype,
-    center: bool,
-) -> Tensor:
-    """Launch one of the kernels; scale and shift are those of `layer_norm_modulate`."""
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    center: bool = True,
+    largest: float = 1.0,
+) -> None:
+    """Launch `norm_rows_kernel`.
+
+    Args:
+        x: `[..., C]`; `[B, S, C]` where anything else has rows.
+        z: where the norm is written, contiguous; e4m3 together with `z_scale`, `[..., 1]`.
+        added: `[B, S, C]`, added to `x` before; the sum is written to `y`.
+        gate: a factor of what is added, as `scale` and `shift` are of the norm, `[B, C]` or
+            `[B or 1, S or 1, C]`.
+        y: contiguous, in the dtype of `x`.
+        z_scale: contiguous, fp32.
+        weight: `[C]`.
+        bias: `[C]`.
+        scale: see `gate`; goes with `shift`.
+        shift: see `gate`.
+        eps: added to the mean square.
+        center: shift rows to mean 0 first.
+        largest: what the largest value of a quantised row becomes.
+    """
+    if z.numel() == 0:
+        return
     width = x.shape[-1]
-    rows3 = contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, width).contiguous()
-    outer, inner = rows3.shape[:2]
-    block_c = triton.next_power_of_2(width)
-    block_r = max(1, min(64, TILE_ELEMENTS // block_c))
-    weight, bias, scale, shift = (
-        None if t is None else contiguous_rows(t) for t in (weight, bias, scale, shift)
+    rows = contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, width).contiguous()
+    outer, inner = rows.shape[:2]
+    added, gate, weight, bias, scale, shift = (
+        None if t is None else contiguous_rows(t) for t in (added, gate, weight, bias, scale, shift)
     )
-    kernel = layer_norm_kernel if center else rms_norm_kernel
-    kernel[(triton.cdiv(outer * inner, block_r),)](
-        rows3, y, weight, bias, scale, shift,
-        outer * inner, inner, width, eps,
-        *rows3.stride()[:2], *modulation_strides(scale), *modulation_strides(shift),
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        MODULATED=scale is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=warps_for(block_r, block_c),
+    tile = row_tile(width, packed=5)
+    norm_rows_kernel[(triton.cdiv(outer * inner, tile.rows),)](
+        rows, added, gate, y, z, z_scale, weight, bias, scale, shift,
+        outer * inner, inner, width, eps, largest,
+        *rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]),
+        *modulation_strides(gate), *modulation_strides(scale), *modulation_strides(shift),
+        ADDED=added is not None, GATED=gate is not None, CENTER=center,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, MODULATED=scale is not None,
+        QUANTISED=z_scale is not None, **tile.options(),
     )  # fmt: skip
-    return y
-
-
-def warps_for(block_r: int, block_c: int) -> int:
-    """Return the warps of a program that holds a tile of rows."""
-    return 4 if block_c * block_r <= TILE_ELEMENTS else 8 if block_c <= 8192 else 16

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_kernels._rows import contiguous_rows
-from svg_kernels.norm.triton import TILE_ELEMENTS, reciprocal_std
+from svg_kernels._triton_rows import TILE_ELEMENTS
+from svg_kernels.norm.triton import reciprocal_std
 from svg_kernels.rope.tables import pair_views
 from svg_kernels.rope.triton import pair_steps, same_strides, table_strides
 

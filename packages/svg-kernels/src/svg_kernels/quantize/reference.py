@@ -14,7 +14,8 @@ def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, T
     y = x.float()
     if activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    size = y.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
+    sizes = y.abs().nan_to_num(nan=0.0, posinf=torch.inf)
+    size = F.pad(sizes, (0, 1)).amax(dim=-1, keepdim=True)  # also of rows without values
     size = size.clamp(min=SMALLEST)
     q = (y * (largest / size)).to(torch.float8_e4m3fn)
     return q.contiguous(), size / largest

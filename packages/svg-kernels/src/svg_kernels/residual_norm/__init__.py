@@ -61,6 +61,21 @@ def gate_residual_norm(
 
     Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2 (adaLN-Zero).
     """
+    check_sum(residual, x, gate, scale, shift, weight, bias)
+    y, z = _gate_residual_norm(residual, x, gate, scale, shift, weight, bias, eps, backend)
+    return y, z
+
+
+def check_sum(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Raise unless the arguments of `gate_residual_norm` fit each other."""
     check_rows("residual", residual)
     check_rows("x", x)
     check_tokens(residual)
@@ -74,8 +89,6 @@ def gate_residual_norm(
             check_modulation(name, value, residual)
     check_vector("weight", weight, residual)
     check_vector("bias", bias, residual)
-    y, z = _gate_residual_norm(residual, x, gate, scale, shift, weight, bias, eps, backend)
-    return y, z
 
 
 def unsupported(name: str, device: torch.device) -> str | None:
