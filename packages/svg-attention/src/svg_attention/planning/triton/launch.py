@@ -34,8 +34,3 @@ def table_key(x: Tensor) -> tuple[int, int]:
 def on(device: torch.device) -> torch.cuda.device:
     """Return a context in which kernels are launched on `device`."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-def warps_for(count: int) -> int:
-    """Return the warps of a program that holds `count` clusters, at most 32 to a thread."""
-    return min(8, max(1, triton.next_power_of_2(count) // 1024))

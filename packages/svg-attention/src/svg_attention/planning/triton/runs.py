@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_attention.planning.triton.launch import on, warps_for
+from svg_attention.planning.triton.launch import on
 
 
 @triton.jit
@@ -166,6 +166,6 @@ def _merge(
                 ROUND=not clusters or multiple > 1,
                 BLOCK=triton.next_power_of_2(count),
                 BLOCK_R=triton.next_power_of_2(slots),
-                num_warps=max(2, warps_for(count)),
+                num_warps=min(8, max(4, triton.next_power_of_2(count) // 1024)),
             )
     return starts, lengths
