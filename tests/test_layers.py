@@ -36,13 +36,14 @@ FLOORS = {
         ("__init__", "compat"),
     ),
     "svg_kernels": (
-        ("errors", "_build", "_checks", "_debug", "_arithmetic", "_rows"),
+        ("errors", "_build", "_checks", "_debug", "_arithmetic", "_rows", "_triton_rows"),
         ("_cache",),
         ("_library",),
         ("_dispatch",),
         ("norm", "rope", "permute", "gelu", "attention", "probe_sums", "key_value_fp8", "status"),
         ("modulation", "qk_norm_rope", "quantize", "conv_input", "attention_fp8"),
         ("residual_norm",),
+        ("norm_fp8",),
         ("__init__",),
     ),
     "svg_attention": (

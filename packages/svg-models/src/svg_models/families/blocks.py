@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from svg_models.copies import copy_bits
 from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
+from svg_models.families.fp8_rows import Fp8Rows, reads_fp8_rows
 from svg_models.families.instance_forward import InstanceForward
 from svg_models.families.products import gelu_product, is_product
 from svg_models.families.steps import join_streams, split_heads
@@ -190,13 +191,17 @@ def _wan_steps(
     mask: Tensor | None,
 ) -> Tensor:
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
-    attended = block.attn1(_modulate(block.norm1, states, scale, shift), None, mask, rotation)
+    attended = block.attn1(
+        _modulate(block.norm1, states, scale, shift, reader=block.attn1), None, mask, rotation
+    )
     if isinstance(block.norm2, nn.Identity):
         states = across = _gate(states, attended, gate)
     else:
-        states, across = _gate_and_norm(block.norm2, states, attended, gate)
+        states, across = _gate_and_norm(block.norm2, states, attended, gate, reader=block.attn2)
     across = block.attn2(across, text, None, None)
-    states, normed = _gate_and_norm(block.norm3, states, across, None, ff_scale, ff_shift)
+    states, normed = _gate_and_norm(
+        block.norm3, states, across, None, ff_scale, ff_shift, reader=block.ffn
+    )
     return _gate(states, feed_forward(block.ffn, normed), ff_gate)
 
 
@@ -228,7 +233,7 @@ def dual_stream_block(
     layers = ((block.norm2, block.ff), (block.norm2_context, block.ff_context))
     streams = zip((video, text), attended, gates, feeds, layers, strict=True)
     for states, attention, gate, (shift, scale, ff_gate), (norm, feed) in streams:
-        states, normed = _gate_and_norm(norm, states, attention, gate, scale, shift)
+        states, normed = _gate_and_norm(norm, states, attention, gate, scale, shift, reader=feed)
         out.append(_gate(states, feed_forward(feed, normed), ff_gate))
     return out[0], out[1]
 
@@ -352,15 +357,19 @@ def cosmos_block(
         return shift, scale, gate
 
     shift, scale, gate = modulation(block.norm1)
-    normed = _modulate(block.norm1.norm, states, scale, shift)
+    normed = _modulate(block.norm1.norm, states, scale, shift, reader=block.attn1)
     attended = block.attn1(normed, image_rotary_emb=image_rotary_emb)
     shift, scale, next_gate = modulation(block.norm2)
-    states, normed = _gate_and_norm(block.norm2.norm, states, attended, gate, scale, shift)
+    states, normed = _gate_and_norm(
+        block.norm2.norm, states, attended, gate, scale, shift, reader=block.attn2
+    )
     attended = block.attn2(
         normed, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
     )
     shift, scale, gate = modulation(block.norm3)
-    states, normed = _gate_and_norm(block.norm3.norm, states, attended, next_gate, scale, shift)
+    states, normed = _gate_and_norm(
+        block.norm3.norm, states, attended, next_gate, scale, shift, reader=block.ff
+    )
     states = _gate(states, feed_forward(block.ff, normed), gate)
     if controlnet_residual is not None:
         states += controlnet_residual
@@ -408,12 +417,17 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _modulate(norm: Any, states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _modulate(
+    norm: Any, states: Tensor, scale: Tensor, shift: Tensor, *, reader: Any = None
+) -> Any:
+    """Return states normalised and modulated, in fp8 where that is how `reader` takes them."""
     import svg_kernels
 
-    return svg_kernels.layer_norm_modulate(
-        states, scale, shift, weight=norm.weight, bias=norm.bias, eps=norm.eps
-    )
+    given = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    if reader is not None and reads_fp8_rows(reader, states):
+        rows, scales = svg_kernels.layer_norm_modulate_fp8(states, scale, shift, **given)
+        return Fp8Rows(rows, scales, states.dtype)
+    return svg_kernels.layer_norm_modulate(states, scale, shift, **given)
 
 
 def _modulate_rms(norm: Any, states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -429,14 +443,20 @@ def _gate_and_norm(
     gate: Tensor | None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-) -> Streams:
-    """Return the states with what is added, and these normalised and modulated."""
+    *,
+    reader: Any,
+) -> tuple[Tensor, Any]:
+    """Return the states with what is added, and these normalised and modulated.
+
+    The latter in fp8 where that is how `reader` takes them.
+    """
     import svg_kernels
 
-    return svg_kernels.gate_residual_norm(
-        states, added, gate, scale=scale, shift=shift, weight=norm.weight, bias=norm.bias,
-        eps=norm.eps,
-    )  # fmt: skip
+    given = dict(scale=scale, shift=shift, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    if reads_fp8_rows(reader, states):
+        states, rows, scales = svg_kernels.gate_residual_norm_fp8(states, added, gate, **given)
+        return states, Fp8Rows(rows, scales, states.dtype)
+    return svg_kernels.gate_residual_norm(states, added, gate, **given)
 
 
 def _gate(states: Tensor, added: Tensor, gate: Tensor) -> Tensor:

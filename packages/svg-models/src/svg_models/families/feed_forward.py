@@ -13,12 +13,13 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from svg_models.families import fused
+from svg_models.families.fp8_rows import Fp8Rows
 from svg_models.families.products import does_as_its_class, gelu_product, is_product
 
 __all__ = ["feed_forward"]
 
 
-def feed_forward(module: Any, states: Tensor) -> Tensor:
+def feed_forward(module: Any, states: Tensor | Fp8Rows) -> Tensor:
     """Compute a feed-forward, in two products where that is what its class comes to.
 
     Args:
@@ -26,7 +27,7 @@ def feed_forward(module: Any, states: Tensor) -> Tensor:
             plain linear layers is called.
         states: `[..., C]`.
     """
-    if not _joins(module, states):
+    if isinstance(states, Fp8Rows) or not _joins(module, states):
         out: Tensor = module(states)
         return out
     activation, _, last = module.net

@@ -57,6 +57,10 @@ class InstanceForward:
         """Return whether `states` are computed as the class does."""
         return False
 
+    def takes_fp8_rows(self, states: Tensor) -> bool:
+        """Return whether `Fp8Rows` may stand for `states` in a call."""
+        return False
+
     def switch_on(self, settings: Any) -> None:
         """Compute by settings from now on."""
         raise NotImplementedError

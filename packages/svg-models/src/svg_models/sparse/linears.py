@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from svg_attention import UnsupportedError
 from svg_models.families import fused
+from svg_models.families.fp8_rows import Fp8Rows
 from svg_models.families.instance_forward import InstanceForward
 
 __all__ = ["Fp8Linear", "Fp8Linears", "refuse_device"]
@@ -173,8 +174,14 @@ class Fp8Linear(Fp8Forward):
         """Let the converted weight go; the next call in fp8 converts it again."""
         self._converted = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute the layer; takes and returns what `nn.Linear.forward` does."""
+    def takes_fp8_rows(self, states: Tensor) -> bool:
+        """Return whether the product with `states` is in fp8 at this moment."""
+        return not self.stands_aside(states)
+
+    def __call__(self, x: Tensor | Fp8Rows) -> Tensor:
+        """Compute the layer; takes and returns what `nn.Linear.forward` does, or rows in fp8."""
+        if isinstance(x, Fp8Rows):
+            return self.product(x.values, x.scales, x.dtype)
         switch = self.switch
         if switch is None or self.stands_aside(x):
             return self._plain(self._module(), x)  # type: ignore[arg-type]
@@ -213,8 +220,8 @@ class Fp8Linear(Fp8Forward):
 class Fp8FeedForward(Fp8Forward):
     """The `forward` of a GELU and a linear layer while a run is on: the GELU writes fp8 at once."""
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the feed-forward; takes and returns what its class's `forward` does."""
+    def __call__(self, hidden_states: Tensor | Fp8Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feed-forward; takes what its class's `forward` does, or rows in fp8."""
         module, switch = self._module(), self.switch
         if module is None:
             raise RuntimeError("a feed-forward was called after it was deleted")
@@ -222,7 +229,7 @@ class Fp8FeedForward(Fp8Forward):
         product = last.__dict__.get("forward")
         if (
             switch is None
-            or self.stands_aside(hidden_states)
+            or (not isinstance(hidden_states, Fp8Rows) and self.stands_aside(hidden_states))
             or torch.compiler.is_compiling()
             or not isinstance(product, Fp8Linear)
             or product.switch is not switch
