@@ -478,7 +478,7 @@ class SparsePlan:
             fp32 `[B, H]` on the plan's device.
         """
         rows = self.tile_rows_valid()
-        pairs = (self.run_lengths.long().sum(dim=-1) * rows[:, None]).sum(dim=-1)
+        pairs = (self.run_lengths.sum(dim=-1, dtype=torch.int64) * rows[:, None]).sum(dim=-1)
         keys: Tensor | int = self.key_length
         if self.key_lengths is not None:
             keys = self.key_lengths.long()[:, None]

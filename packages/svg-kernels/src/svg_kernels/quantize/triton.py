@@ -27,7 +27,7 @@ def quantize_rows_kernel(
         column = columns_of(piece, BLOCK_C)
         y = tl.load(x_ptr + column, inside & (column < width), 0.0).to(tl.float32)
         if ACTIVATION != "none":
-            y = activate(y, ACTIVATION == "gelu_tanh")
+            y = activate(y, ACTIVATION == "gelu_tanh", True)
         pieces = pieces + (y,)
     store_quantised(pieces, row, rows, width, q_ptr, scale_ptr, largest, BLOCK_C, PIECES)
 

@@ -10,8 +10,10 @@ tensor, the class itself computes the block.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from svg_models.copies import copy_bits
 from svg_models.families import fused
 from svg_models.families.feed_forward import feed_forward
 from svg_models.families.fp8_rows import Fp8Rows, reads_fp8_rows
+from svg_models.families.handover import Beginning
 from svg_models.families.instance_forward import InstanceForward
 from svg_models.families.products import gelu_product, is_product
 from svg_models.families.steps import join_streams, split_heads
@@ -74,6 +77,10 @@ class BlockRule:
     forward: Callable[..., Any]
     suits: Callable[[Any], bool] = lambda block: True
 
+    def takes(self, block: Any) -> bool:
+        """Return whether a block of these classes is computed by the rule as it is now."""
+        return all(_is_plain(norm) for norm in self.norms(block)) and self.suits(block)
+
 
 def find_blocks(module: nn.Module, rules: Sequence[BlockRule]) -> list[tuple[nn.Module, BlockRule]]:
     """Return each block in a module that a rule computes, with its rule."""
@@ -99,6 +106,8 @@ class FusedForward(InstanceForward):
     def __init__(self, block: nn.Module, rule: BlockRule | None) -> None:
         super().__init__(block, rule)
         self.rule = rule
+        self.beginning = Beginning()
+        self._next: weakref.ref[FusedForward] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the block; takes and returns what its class's `forward` does."""
@@ -108,9 +117,10 @@ class FusedForward(InstanceForward):
             rule is None
             or torch.compiler.is_compiling()
             or not fused.serves_tensor(args[0] if args else kwargs["hidden_states"])
-            or not all(_is_plain(norm) for norm in rule.norms(block))
-            or not rule.suits(block)
+            or not rule.takes(block)
         ):
+            if not torch.compiler.is_compiling():
+                self.beginning.drop()
             return self._plain(block, *args, **kwargs)
         return rule.forward(block, *args, **kwargs)
 
@@ -133,7 +143,32 @@ class FusedForward(InstanceForward):
     def install_all(cls, found: Iterable[tuple[nn.Module, BlockRule]]) -> list[FusedForward]:
         """Put one into each block that `find_blocks` has found; return those that are in."""
         installed = [cls.install(block, rule) for block, rule in found]
+        for forward, following in pairwise((*installed, None)):
+            if forward is not None:
+                forward._next = None if following is None else weakref.ref(following)
         return [forward for forward in installed if forward is not None]
+
+    def following(self, states: Tensor) -> tuple[Any, Beginning] | None:
+        """Return the block that the next call is of, by the same rule, and where it looks first.
+
+        None where there is none, or where it may not be known what it begins with.
+        """
+        forward = None if self._next is None else self._next()
+        block = None if forward is None else forward._module()
+        if (
+            forward is None
+            or block is None
+            or forward.rule is not self.rule
+            or forward.rule is None
+            or not forward.beginning.wanted
+            or block.__dict__.get("forward") is not forward
+            or fused.is_hooked(block)
+            or block._compiled_call_impl is not None
+            or states.is_inference()  # counts no changes
+            or not forward.rule.takes(block)
+        ):
+            return None
+        return block, forward.beginning
 
     def switch_on(self, settings: BlockRule) -> None:
         """Compute the block by a rule from now on."""
@@ -141,7 +176,8 @@ class FusedForward(InstanceForward):
 
     def switch_off(self) -> None:
         """Compute the block as its class does from now on."""
-        self.rule = None
+        self.rule = self._next = None
+        self.beginning.clear()
 
 
 def wan_block(
@@ -153,16 +189,41 @@ def wan_block(
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Compute a block of Wan or SkyReels V2; modulation is `[B, 6, C]`, or a row for each token."""
+    own = block.__dict__.get("forward")
+    # Where something has put itself over it since, no block leaves anything to another.
+    forward = own if isinstance(own, FusedForward) else FusedForward(block, None)
+    modulation = _wan_modulation(block, temb)
+
+    def begin() -> Any:  # returns what nobody holds while attention runs
+        begun = forward.beginning.take(hidden_states, temb)
+        return _begin_wan(block, hidden_states, modulation) if begun is None else begun
+
+    states, fed, gate = _wan_steps(
+        block, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask, begin
+    )
+    following = forward.following(states)
+    if following is None:
+        return _gate(states, fed, gate)
+    # As the next block would begin.
+    block, beginning = following
+    shift, scale, *_ = _wan_modulation(block, temb)
+    states, normed = _gate_and_norm(
+        block.norm1, states, fed, gate, scale, shift, reader=block.attn1
+    )
+    beginning.leave(normed, states, temb)
+    return states
+
+
+def _wan_modulation(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
+    """Return what the norms and residuals of a block are modulated by, for all tokens or each."""
     if temb.ndim == 4:
         # Wan 2.2 5B counts tokens before the six, SkyReels' diffusion forcing behind them.
         axis = 2 if temb.shape[2] == 6 else 1
         table = block.scale_shift_table.unsqueeze(0 if axis == 2 else 2)
-        modulation = (table + temb.float()).unbind(axis)
-    else:
-        modulation = (block.scale_shift_table + temb.float()).split(1, dim=1)
-    return _wan_steps(
-        block, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask
-    )
+        parts: tuple[Tensor, ...] = (table + temb.float()).unbind(axis)
+        return parts
+    parts = (block.scale_shift_table + temb.float()).split(1, dim=1)
+    return parts
 
 
 def vace_block(
@@ -178,8 +239,18 @@ def vace_block(
     if block.proj_in is not None:
         states = block.proj_in(states) + hidden_states
     modulation = (block.scale_shift_table.to(temb.device) + temb.float()).split(1, dim=1)
-    states = _wan_steps(block, states, encoder_hidden_states, modulation, rotary_emb, None)
+    steps = _wan_steps(
+        block, states, encoder_hidden_states, modulation, rotary_emb, None,
+        lambda: _begin_wan(block, states, modulation),
+    )  # fmt: skip
+    states = _gate(*steps)
     return None if block.proj_out is None else block.proj_out(states), states
+
+
+def _begin_wan(block: Any, states: Tensor, modulation: tuple[Tensor, ...]) -> Any:
+    """Return the norm with which a block begins."""
+    shift, scale, *_ = modulation
+    return _modulate(block.norm1, states, scale, shift, reader=block.attn1)
 
 
 def _wan_steps(
@@ -189,11 +260,11 @@ def _wan_steps(
     modulation: tuple[Tensor, ...],
     rotation: Any,
     mask: Tensor | None,
-) -> Tensor:
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
-    attended = block.attn1(
-        _modulate(block.norm1, states, scale, shift, reader=block.attn1), None, mask, rotation
-    )
+    begin: Callable[[], Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states before the last sum of a block, what is added, and its gate."""
+    _, _, gate, ff_shift, ff_scale, ff_gate = modulation
+    attended = block.attn1(begin(), None, mask, rotation)
     if isinstance(block.norm2, nn.Identity):
         states = across = _gate(states, attended, gate)
     else:
@@ -202,7 +273,7 @@ def _wan_steps(
     states, normed = _gate_and_norm(
         block.norm3, states, across, None, ff_scale, ff_shift, reader=block.ffn
     )
-    return _gate(states, feed_forward(block.ffn, normed), ff_gate)
+    return states, feed_forward(block.ffn, normed), ff_gate
 
 
 def dual_stream_block(
