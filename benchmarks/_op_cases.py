@@ -15,6 +15,7 @@ from torch import Tensor
 import svg_kernels
 
 BF16 = torch.bfloat16
+APART = "ours, one after the other"
 missing: dict[str, str] = {}  # peers that did not run somewhere, and why
 LAST = 512  # rows that are checked where checking all would take longer than measuring
 NORM_SHAPES = (
@@ -26,6 +27,7 @@ NORM_SHAPES = (
     (118806, 3072),
 )
 WIDE = NORM_SHAPES[-2:]
+HIDDEN_SHAPES = ((75600, 13824), (118806, 12288))
 # Of a tile of 256 x 256 pixels and 17 frames in HunyuanVideo's decoder.
 DECODER_SHAPES = ((1, 128, 17, 256, 256), (1, 256, 17, 128, 128), (1, 512, 5, 32, 32))
 ROPE_SHAPES = (
@@ -64,6 +66,12 @@ def cases(compiled: bool) -> Iterator[Case]:
         yield layer_norm_modulate(rows, width, compiled)
         yield gate_residual(rows, width, compiled)
         yield gate_residual_norm(rows, width)
+        yield gate_residual_norm(rows, width, learned=True)
+        yield layer_norm_modulate_fp8(rows, width)
+        yield gate_residual_norm_fp8(rows, width)
+        yield quantize_rows(rows, width)
+    for rows, width in HIDDEN_SHAPES:
+        yield quantize_rows(rows, width, activation="gelu_tanh")
     for shape in ROPE_SHAPES:
         yield rope(shape)
     for shape in ROPE_SHAPES:
@@ -197,16 +205,18 @@ def gate_residual(rows: int, width: int, compiled: bool) -> Case:
     )
 
 
-def gate_residual_norm(rows: int, width: int) -> Case:
-    residual, x = randn(2, 1, rows, width).unbind(0)
-    gate, scale, shift = randn(3, 1, 1, width, dtype=torch.float32).unbind(0)
+def gate_residual_norm(rows: int, width: int, *, learned: bool = False) -> Case:
+    """Return the sum and the norm, modulated or with a weight and a bias that were learned."""
+    residual, x, given = summands(rows, width, learned)
 
     def apart(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, *rest = given
         y = svg_kernels.gate_residual(residual, x, gate)
-        return y, svg_kernels.layer_norm_modulate(y, scale, shift)
+        norm = svg_kernels.layer_norm if learned else svg_kernels.layer_norm_modulate
+        return y, norm(y, *rest)
 
     def together(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return svg_kernels.gate_residual_norm(residual, x, gate, scale=scale, shift=shift)
+        return svg_kernels.gate_residual_norm(residual, x, given[0], **named(given, learned))
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         last = (residual[:, -LAST:], x[:, -LAST:])
@@ -214,12 +224,95 @@ def gate_residual_norm(rows: int, width: int) -> Case:
 
     return Case(
         op="gate_residual_norm",
-        shape=f"1x{rows}x{width}",
+        shape=f"1x{rows}x{width}" + (", weight and bias" if learned else ""),
         bytes=4 * size(x),
         ours=partial(together, residual, x),
         checks=checks,
-        peers={"ours, one after the other": partial(apart, residual, x)},
+        peers={APART: partial(apart, residual, x)},
     )
+
+
+def summands(rows: int, width: int, learned: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return two terms, and a gate with scale and shift, or with weight and bias."""
+    residual, x = randn(2, 1, rows, width).unbind(0)
+    gate, *rest = randn(3, 1, 1, width, dtype=torch.float32).unbind(0)
+    return residual, x, (gate, *((t.flatten() for t in rest) if learned else rest))
+
+
+def named(given: tuple[Tensor, ...], learned: bool) -> dict[str, Tensor]:
+    """Return what `summands` gives beside the gate, by the names of the arguments."""
+    names = ("weight", "bias") if learned else ("scale", "shift")
+    return dict(zip(names, given[1:], strict=True))
+
+
+def layer_norm_modulate_fp8(rows: int, width: int) -> Case:
+    x = randn(1, rows, width)
+    scale, shift = randn(2, 1, 1, width, dtype=torch.float32).unbind(0)
+    ours = partial(svg_kernels.layer_norm_modulate_fp8, x, scale, shift)
+
+    def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+        return svg_kernels.quantize_rows(svg_kernels.layer_norm_modulate(x, scale, shift))
+
+    return Case(
+        op="layer_norm_modulate_fp8",
+        shape=f"1x{rows}x{width}",
+        bytes=size(x) + x.numel(),
+        ours=ours,
+        checks=lambda: both_quantised(ours(), apart(x[:, -LAST:])),
+        peers={APART: partial(apart, x)},
+    )
+
+
+def gate_residual_norm_fp8(rows: int, width: int) -> Case:
+    residual, x, given = summands(rows, width, learned=False)
+    rest = named(given, learned=False)
+
+    def apart(residual: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        y, z = svg_kernels.gate_residual_norm(residual, x, given[0], **rest)
+        return y, *svg_kernels.quantize_rows(z)
+
+    ours = partial(svg_kernels.gate_residual_norm_fp8, residual, x, given[0], **rest)
+
+    def checks() -> Iterator[tuple[Tensor, Tensor]]:
+        (y, *found), (sums, *wanted) = ours(), apart(residual[:, -LAST:], x[:, -LAST:])
+        yield y[:, -LAST:], sums
+        yield from both_quantised(found, wanted)
+
+    return Case(
+        op="gate_residual_norm_fp8",
+        shape=f"1x{rows}x{width}",
+        bytes=3 * size(x) + x.numel(),
+        ours=ours,
+        checks=checks,
+        peers={APART: partial(apart, residual, x)},
+    )
+
+
+def quantize_rows(rows: int, width: int, activation: str = "none") -> Case:
+    x = randn(1, rows, width)
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.float() if activation == "none" else F.gelu(x.float(), approximate="tanh")
+        scale = y.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+        return (y / scale).to(torch.float8_e4m3fn), scale
+
+    ours = partial(svg_kernels.quantize_rows, x, activation=activation)
+    return Case(
+        op="quantize_rows",
+        shape=f"1x{rows}x{width}" + ("" if activation == "none" else f", {activation}"),
+        bytes=size(x) + x.numel(),
+        ours=ours,
+        checks=lambda: both_quantised(ours(), plain(x[:, -LAST:])),
+        peers={"torch": partial(plain, x)},
+    )
+
+
+def both_quantised(found: Any, wanted: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the last rows of what was found, and what is wanted there, in the range of 1."""
+    (q, scale), (rows, row_scale) = found, wanted
+    yield scale[:, -LAST:], row_scale
+    # Half a step of e4m3 is 16 of 448.
+    yield q[:, -LAST:].float() / 1600, rows.float() / 1600
 
 
 def rope(shape: tuple[int, int, int, int], *, single: bool = False) -> Case:

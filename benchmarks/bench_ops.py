@@ -1,6 +1,7 @@
 """Measure the memory-bound operations of svg-kernels against diffusers and torch.
 
     python benchmarks/bench_ops.py run --output benchmarks/results/h100
+    python benchmarks/bench_ops.py run --ops fp8 quantize residual_norm --name ops_fp8
     python benchmarks/bench_ops.py table
 
 `run` checks each operation first and measures only what is right. `table` fills `docs/kernels.md`
@@ -30,7 +31,7 @@ from _harness import (
     summary,
     table,
 )
-from _op_cases import Case, angles, cases, missing, randn
+from _op_cases import APART, Case, angles, cases, missing, randn
 
 import svg_kernels
 
@@ -62,8 +63,10 @@ AIMS = {"rope": 0.80, "qk_norm_rope": 0.80, "permute_rows": 0.75, "unpermute_row
 NORM_AIM = 0.85
 
 
-def run(output: Path, samples: int, compiled: bool, commit: str | None) -> None:
-    """Check and measure every case; write `ops.json`."""
+def run(
+    output: Path, samples: int, compiled: bool, commit: str | None, ops: list[str], name: str
+) -> None:
+    """Check and measure the cases whose operation has one of some words in it; store them."""
     torch.manual_seed(0)
     copy = copy_bandwidth()
     print(f"copy {copy:.0f} GB/s", flush=True)
@@ -72,7 +75,8 @@ def run(output: Path, samples: int, compiled: bool, commit: str | None) -> None:
         calls = host_time()
         print(calls, flush=True)
         for case in cases(compiled):
-            rows.append(measure(case, samples, copy))
+            if not ops or any(word in case.op for word in ops):
+                rows.append(measure(case, samples, copy))
             del case
             torch.cuda.empty_cache()
     result = {
@@ -82,7 +86,7 @@ def run(output: Path, samples: int, compiled: bool, commit: str | None) -> None:
         "missing": missing,
         "host_us_per_call": calls,
     }
-    store(output / "ops.json", result)
+    store(output / f"{name}.json", result)
 
 
 def measure(case: Case, samples: int, copy: float) -> dict[str, Any]:
@@ -185,22 +189,25 @@ def write_table(gpu: str) -> None:
     replace_between(ROOT / "docs" / "kernels.md", "ops", text)
 
 
-def write_decoder(gpu: str) -> None:
-    """Fill the table of the operation that a decoder needs, if it was measured by itself."""
-    if not (RESULTS / gpu / "ops_decoder.json").exists():
+def write_alone(gpu: str, name: str, peer: str) -> None:
+    """Fill the table of operations that were measured by themselves, if they were."""
+    if not (RESULTS / gpu / f"{name}.json").exists():
         return
-    result = load(gpu, "ops_decoder")
+    result = load(gpu, name)
     copy = result["copy_gb_s"]
-    head = ["shape, bf16", "ms (quartiles)", "GB/s", "of copy", "over diffusers"]
-    rows = []
-    for row in result["rows"]:
-        _, shape, ms, speed, share, _, ratio, *_ = line(row, copy, [])
-        rows.append([shape, ms, speed, share, ratio])
+    head = ["operation", "shape, bf16", "ms (quartiles)", "GB/s", "of copy", f"over {peer}"]
+    rows = [
+        [op, shape, ms, speed, share, ratio]
+        for op, shape, ms, speed, share, _, _, _, ratio in (
+            line(row, copy, [peer]) for row in result["rows"]
+        )
+    ]
     text = (
         f"{conditions(result['environment'])} A device-to-device copy moved {copy:,.0f} GB/s in "
         "the same run.\n\n"
     )
-    replace_between(ROOT / "docs" / "kernels.md", "ops-decoder", text + table(head, rows))
+    marker = name.replace("_", "-")
+    replace_between(ROOT / "docs" / "kernels.md", marker, text + table(head, rows))
 
 
 def write_variants(gpu: str) -> None:
@@ -261,15 +268,18 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "h100")
     parser.add_argument("--gpu", default="h100", help="folder of the stored result")
+    parser.add_argument("--ops", nargs="*", default=[], help="words in the names of operations")
+    parser.add_argument("--name", default="ops", help="of the file that is written")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--commit", help="recorded where there is no git")
     args = parser.parse_args()
     if args.action == "run":
-        run(args.output, args.samples, not args.no_compile, args.commit)
+        run(args.output, args.samples, not args.no_compile, args.commit, args.ops, args.name)
     else:
         write_table(args.gpu)
-        write_decoder(args.gpu)
+        write_alone(args.gpu, "ops_decoder", "diffusers")
+        write_alone(args.gpu, "ops_fp8", APART)
         write_variants(args.gpu)
 
 

@@ -1,6 +1,6 @@
 // Tables of rotary angles, shared by rope.cu and qk_norm_rope.cu.
 #pragma once
-#include "ops/common.cuh"
+#include "ffi/arguments.h"
 
 namespace svg {
 
@@ -10,7 +10,6 @@ struct Tables {
   const float* sin;
   int64_t batch_stride, row_stride;
   int pair_stride;
-  bool vectors;  // values of 4 neighbouring channels can be read at once
   int64_t start, length;
 };
 
@@ -55,11 +54,6 @@ inline bool read_tables(const DLTensor& cos, const DLTensor* sin, const DLTensor
     between *= 2;
   }
   out->pair_stride = static_cast<int>(between);
-  // In pairs of two values, sines stand behind cosines or behind a copy of themselves.
-  const bool twofold = between == 2 && !half && (complex || given == dim);
-  out->vectors = (between == 1 || twofold) && aligned(out->cos) &&
-                 aligned(out->sin - (twofold ? 1 : 0)) && out->row_stride % 4 == 0 &&
-                 out->batch_stride % 4 == 0;
   out->start = start;
   out->length = length;
   return between == out->pair_stride;

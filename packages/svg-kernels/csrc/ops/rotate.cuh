@@ -12,11 +12,6 @@ struct Angles {
   float c[kCount], s[kCount];
 };
 
-__device__ __forceinline__ void load_four(const float* p, float* v) {
-  const float4 four = __ldg(reinterpret_cast<const float4*>(p));
-  v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-}
-
 template <bool HALF>
 __device__ __forceinline__ Angles<HALF> load_angles(const Tables& t, int64_t batch, int64_t row,
                                                     int channel, int dim) {
@@ -24,25 +19,6 @@ __device__ __forceinline__ Angles<HALF> load_angles(const Tables& t, int64_t bat
   const int64_t base =
       batch * t.batch_stride + row * t.row_stride + static_cast<int64_t>(pair) * t.pair_stride;
   Angles<HALF> a;
-  if (t.vectors && t.pair_stride == 1) {
-#pragma unroll
-    for (int i = 0; i < Angles<HALF>::kCount; i += 4) {
-      load_four(t.cos + base + i, a.c + i);
-      load_four(t.sin + base + i, a.s + i);
-    }
-    return a;
-  }
-  if (!HALF && t.vectors) {  // each value twice, or cosines and sines in turn
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      float c[4], s[4];
-      load_four(t.cos + base + 2 * i, c);
-      load_four(t.sin - 1 + base + 2 * i, s);
-      a.c[i] = c[0], a.c[i + 1] = c[2];
-      a.s[i] = s[1], a.s[i + 1] = s[3];
-    }
-    return a;
-  }
 #pragma unroll
   for (int i = 0; i < Angles<HALF>::kCount; ++i) {
     a.c[i] = __ldg(t.cos + base + i * t.pair_stride);
