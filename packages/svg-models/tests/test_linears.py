@@ -140,6 +140,32 @@ def test_begin_forward_converts_once_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(converted) == 3
 
 
+@torch.no_grad()
+def test_begin_forward_converts_what_passes_in_fp8_have_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linears, "LEAST_ROWS", 8)
+    wide, few = nn.Linear(64, 48).bfloat16(), nn.Linear(64, 48).bfloat16()
+    taken = Fp8Linears(nn.Sequential(nn.Sequential(), nn.Sequential(wide, few), nn.Sequential()))
+    video, text = torch.randn(8, 64).bfloat16(), torch.randn(7, 64).bfloat16()
+
+    def held() -> list[bool]:
+        return [forward._converted is not None for forward in taken._linears()]
+
+    taken.begin_forward(fp8=False, step=0)
+    wide(video), few(text)
+    taken.begin_forward(fp8=True, step=1)
+    assert held() == [True, True]
+    wide(video), few(text)
+    assert held() == [True, False]
+    taken.begin_forward(fp8=True, step=2)
+    assert held() == [True, False]
+    assert torch.equal(few(text), nn.functional.linear(text, few.weight, few.bias))
+    few(video)  # after all
+    taken.begin_forward(fp8=True, step=3)
+    assert held() == [True, True]
+
+
 def test_sparsify_in_fp8_takes_up_weights_where_no_step_is_known() -> None:
     module = model()
     inputs = {

@@ -146,6 +146,7 @@ class Fp8Linear(Fp8Forward):
         super().__init__(module, switch)
         # Weight, scales and grid in one: another thread may exchange them at any moment.
         self._converted: tuple[Tensor, Tensor, float] | None = None
+        self.is_needed = True  # until a pass in fp8 has shown that its rows are too few
 
     def convert(self) -> tuple[Tensor, Tensor, float]:
         """Convert the layer's weight for this thread's step; the layer keeps its own.
@@ -164,6 +165,7 @@ class Fp8Linear(Fp8Forward):
 
     def _for_this_step(self, switch: Fp8Linears) -> tuple[Tensor, Tensor]:
         """Return the converted weight and its scales, by the grid of this thread's step."""
+        self.is_needed = True
         converted = self._converted or self.convert()
         # Another thread's video may be at another step. A compiler would make a graph a grid.
         if not torch.compiler.is_compiling() and converted[2] != switch.largest:
@@ -184,6 +186,8 @@ class Fp8Linear(Fp8Forward):
             return self.product(x.values, x.scales, x.dtype)
         switch = self.switch
         if switch is None or self.stands_aside(x):
+            if switch is not None and switch.on and not torch.compiler.is_compiling():
+                self.is_needed, self._converted = False, None
             return self._plain(self._module(), x)  # type: ignore[arg-type]
         # A compiler makes one graph of a block and finds the common input itself.
         compiling = torch.compiler.is_compiling()
@@ -316,7 +320,7 @@ class Fp8Linears:
         self._step = step
         for forward in self._linears():
             forward.release()  # before its successor is there, so that no layer is held twice
-            module = forward._module()
+            module = forward._module() if forward.is_needed else None
             if module is not None and (module.weight.is_cuda or not torch.cuda.is_available()):
                 forward.convert()
 
