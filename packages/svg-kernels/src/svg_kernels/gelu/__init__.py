@@ -33,7 +33,7 @@ def gelu(
         x: `[..., C]`, fp16, bf16 or fp32, any strides.
         approximate: `"none"` or `"tanh"`.
         out: where to write the result: shaped and typed as `x`, its last axis contiguous, its other
-            axes of any strides; None allocates. It must not overlap `x`.
+            axes of any strides; None allocates. It may be `x`, but not overlap it otherwise.
         backend: `"auto"`, `"triton"` or `"reference"`; there is no compiled one, since Triton's
             moves as many bytes a second as a copy does.
 
