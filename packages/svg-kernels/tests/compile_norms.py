@@ -33,7 +33,7 @@ found = instructions(
     norm_rows_kernel,
     ADDED=True,
     GATED=True,
-    CENTER=False,
+    CENTER=True,
     HAS_WEIGHT=True,
     HAS_BIAS=False,
     MODULATED=False,

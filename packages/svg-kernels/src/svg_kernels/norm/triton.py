@@ -22,7 +22,9 @@ def reciprocal_std(square, count, eps):
 @triton.jit
 def centre_rows(pieces, inside, width, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
     """Shift fp32 rows to mean 0."""
-    mean = (sum_rows(pieces, PIECES) / width)[:, None]
+    total = sum_rows(pieces, PIECES)
+    # Of a row of one 16-bit value exactly that value, as nothing takes a rest away after it.
+    mean = tl.div_rn(total, tl.zeros_like(total) + width)[:, None]
     centred = ()
     for piece in tl.static_range(PIECES):
         mask = inside & (columns_of(piece, BLOCK_C) < width)
