@@ -215,6 +215,21 @@ def test_norm_writes_bf16_for_few_rows_and_for_a_gradient(
     assert not launches
 
 
+def test_norm_writes_bf16_for_a_foreign_forward(launches: list[str]) -> None:
+    made = Made(wan)
+    plain = made.block.ffn.forward
+    given: list[Any] = []
+
+    def forward(states: Any) -> Any:
+        given.append(states)
+        return plain(states)
+
+    made.block.ffn.forward = forward
+    made()
+    assert len(launches) == 2
+    assert all(isinstance(x, Tensor) for x in given)
+
+
 def test_joined_projections_take_fp8(launches: list[str]) -> None:
     made = Made(wan)
     before = made()

@@ -50,8 +50,13 @@ def reads_fp8_rows(module: Any, states: Tensor) -> bool:
     if fused.is_hooked(module) or torch.compiler.is_compiling():
         return False
     if type(module) is FeedForward:
-        first = module.net[0]
-        return type(first) is GELU and fused.is_untouched(first) and _takes(first.proj, states)
+        own, first = module.__dict__.get("forward"), module.net[0]
+        return (
+            (own is None or isinstance(own, InstanceForward))
+            and type(first) is GELU
+            and fused.is_untouched(first)
+            and _takes(first.proj, states)
+        )
     if not fused.is_untouched(module):
         return False
     processor = getattr(module, "processor", None)
