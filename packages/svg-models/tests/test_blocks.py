@@ -361,6 +361,53 @@ def test_nothing_is_left_for_a_block_that_may_begin_otherwise(
     torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
 
 
+def test_nothing_is_left_where_each_token_is_modulated(launches: list[str]) -> None:
+    case = zoo.case("wan 2.2 ti2v, text")
+    pipe = case.build()
+    with fused_pipe(pipe):
+        case.run(pipe)
+    assert counts(launches, case) == {
+        "layer_norm_modulate": 2,
+        "gate_residual_norm": 4,
+        "gate_residual": 2,
+    }
+
+
+def test_nothing_is_left_where_modulation_counts_no_changes(launches: list[str]) -> None:
+    _, pipe = wan()
+    first, second = pipe.transformer.blocks
+    width = first.scale_shift_table.shape[2]
+    with torch.inference_mode():
+        temb = torch.randn(1, 6, width)
+    install(pipe.transformer)
+    with torch.no_grad():
+        first(torch.randn(1, 5, width), torch.randn(1, 3, width), temb, None)
+    assert second.forward.beginning._left is None
+
+
+class Bringing(nn.Module):
+    """A block whose own weights are somewhere else until it is called."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block, self.table = block, block.scale_shift_table
+        block.scale_shift_table = nn.Parameter(self.table.to("meta"), requires_grad=False)
+
+    def forward(self, *args: Any) -> Any:
+        self.block.scale_shift_table = self.table
+        return self.block(*args)
+
+
+def test_nothing_is_left_for_a_block_whose_weights_come_with_its_call(launches: list[str]) -> None:
+    case, pipe = wan()
+    before = case.run(pipe)
+    blocks = pipe.transformer.blocks
+    blocks[1] = Bringing(blocks[1])
+    with fused_pipe(pipe):
+        during = case.run(pipe)
+    torch.testing.assert_close(during, before, rtol=2e-3, atol=2e-4)
+
+
 def test_norm_that_was_left_does_not_outlive_the_run(launches: list[str]) -> None:
     case, pipe = wan()
     second = pipe.transformer.blocks[1]

@@ -148,10 +148,14 @@ class FusedForward(InstanceForward):
                 forward._next = None if following is None else weakref.ref(following)
         return [forward for forward in installed if forward is not None]
 
-    def following(self, states: Tensor) -> tuple[Any, Beginning] | None:
+    def following(self, states: Tensor, modulation: Tensor) -> tuple[Any, Beginning] | None:
         """Return the block that the next call is of, by the same rule, and where it looks first.
 
         None where there is none, or where it may not be known what it begins with.
+
+        Args:
+            states: like what it begins with.
+            modulation: what its scale and shift are made from.
         """
         forward = None if self._next is None else self._next()
         block = None if forward is None else forward._module()
@@ -165,6 +169,7 @@ class FusedForward(InstanceForward):
             or fused.is_hooked(block)
             or block._compiled_call_impl is not None
             or states.is_inference()  # counts no changes
+            or modulation.is_inference()
             or not forward.rule.takes(block)
         ):
             return None
@@ -201,8 +206,10 @@ def wan_block(
     states, fed, gate = _wan_steps(
         block, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask, begin
     )
-    following = forward.following(states)
-    if following is None:
+    # Modulation of each token is several times as large as the states that one pass less reads, and
+    # the next block computes it again.
+    following = forward.following(states, temb) if temb.ndim == 3 else None
+    if following is None or not _has_table(following[0], states):
         return _gate(states, fed, gate)
     # As the next block would begin.
     block, beginning = following
@@ -212,6 +219,19 @@ def wan_block(
     )
     beginning.leave(normed, states, temb)
     return states
+
+
+def _has_table(block: Any, states: Tensor) -> bool:
+    """Return whether a block has the table of its modulation beside states.
+
+    Whatever is around a block (FSDP, code that swaps blocks) may bring it only for its call.
+    """
+    table = block._parameters.get("scale_shift_table")
+    return (
+        type(table) is nn.Parameter
+        and table.device == states.device
+        and table.shape == (1, 6, states.shape[2])
+    )
 
 
 def _wan_modulation(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
