@@ -79,6 +79,8 @@ def run(
                 rows.append(measure(case, samples, copy))
             del case
             torch.cuda.empty_cache()
+    if not rows:
+        raise SystemExit(f"no operation has one of {', '.join(ops)} in its name; nothing is stored")
     result = {
         "environment": environment(commit),
         "copy_gb_s": copy,
@@ -274,6 +276,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--commit", help="recorded where there is no git")
     args = parser.parse_args()
+    if args.ops and args.name == "ops":
+        parser.error("--ops measures a part, and ops.json holds all; give the file a --name")
     if args.action == "run":
         run(args.output, args.samples, not args.no_compile, args.commit, args.ops, args.name)
     else:
