@@ -10,6 +10,8 @@ from torch import Tensor
 from svg_kernels._rows import contiguous_rows
 from svg_kernels._triton_rows import columns_of, row_tile, store_quantised
 from svg_kernels.gelu.triton import activate
+from svg_kernels.quantize import LARGEST_E4M3
+from svg_kernels.quantize.reference import SMALLEST
 
 
 @triton.jit
@@ -50,6 +52,7 @@ def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, T
 
 
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 shaped as `x` and an fp32 scale a row, contiguous and not filled."""
+    """Return e4m3 shaped as `x` and an fp32 scale a row, contiguous; rows of no values are done."""
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return q, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    return q, scale if x.shape[-1] else scale.fill_(SMALLEST / LARGEST_E4M3)

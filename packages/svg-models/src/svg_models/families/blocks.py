@@ -158,10 +158,12 @@ class FusedForward(InstanceForward):
             modulation: what its scale and shift are made from.
         """
         forward = None if self._next is None else self._next()
-        block = None if forward is None else forward._module()
+        block, own = (None if f is None else f._module() for f in (forward, self))
         if (
             forward is None
             or block is None
+            or own is None
+            or fused.is_hooked(own)  # a hook may write to what the block returns
             or forward.rule is not self.rule
             or forward.rule is None
             or not forward.beginning.wanted
@@ -199,7 +201,7 @@ def wan_block(
     forward = own if isinstance(own, FusedForward) else FusedForward(block, None)
     modulation = _wan_modulation(block, temb)
 
-    def begin() -> Any:  # returns what nobody holds while attention runs
+    def begin() -> Any:  # returns what nobody holds once attention has read it
         begun = forward.beginning.take(hidden_states, temb)
         return _begin_wan(block, hidden_states, modulation) if begun is None else begun
 

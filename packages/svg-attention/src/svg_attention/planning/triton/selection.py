@@ -108,7 +108,7 @@ def budget_kernel(priority, sizes, budget, kept, tiles, C, BLOCK_C: tl.constexpr
     tl.store(kept + tile * C + offs_c, chosen, mask=mask_c)
 
 
-def _options(count: int) -> dict[str, int | None]:
+def _options(count: int) -> dict[str, int]:
     """Return warps and registers of a program that chooses among `count` clusters.
 
     Sixteen clusters to a thread of 96 registers: with more, too few programs run to hide how long
@@ -116,7 +116,10 @@ def _options(count: int) -> dict[str, int | None]:
     """
     padded = triton.next_power_of_2(count)
     warps = min(16, max(1, padded // 512))
-    return {"num_warps": warps, "maxnreg": 96 if padded <= 512 * warps else None}
+    options = {"num_warps": warps}
+    if padded <= 512 * warps and not torch.version.hip:  # AMD's compiler has no such option
+        options["maxnreg"] = 96
+    return options
 
 
 def keep_top_p(
