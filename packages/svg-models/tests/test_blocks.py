@@ -167,7 +167,7 @@ def test_remove_leaves_no_attribute(case: zoo.Case, launches: list[str]) -> None
     blocks = [b for m in transformers_of(pipe).values() for b, _ in family_of(m).find_blocks(m)]
     before = [dict(block.__dict__) for block in blocks]
     with fused_pipe(pipe) as forwards:
-        assert all(block.__dict__["forward"] in forwards for block in blocks)
+        assert all(FusedForward.at(block) in forwards for block in blocks)
     assert [dict(block.__dict__) for block in blocks] == before
 
 
@@ -408,7 +408,7 @@ def test_nothing_is_left_where_modulation_counts_no_changes(launches: list[str])
     install(pipe.transformer)
     with torch.no_grad():
         first(torch.randn(1, 5, width), torch.randn(1, 3, width), temb, None)
-    assert second.forward.beginning._left is None
+    assert FusedForward.at(second).beginning._left is None
 
 
 class Bringing(nn.Module):

@@ -44,7 +44,7 @@ def model(layers: int = 4) -> nn.Module:
 
 
 def taken_over(module: nn.Module) -> int:
-    return sum(isinstance(m.__dict__.get("forward"), Fp8Linear) for m in module.modules())
+    return sum(Fp8Linear.at(m) is not None for m in module.modules())
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -233,13 +233,9 @@ def test_first_and_last_block_stay() -> None:
     pipe = tiny.pipeline(model())
     with sparsify(pipe, METHOD, HALF, linears="fp8"):
         blocks = pipe.transformer.blocks
-        inside = [
-            [isinstance(m.__dict__.get("forward"), Fp8Linear) for m in b.modules()] for b in blocks
-        ]
+        inside = [[Fp8Linear.at(m) is not None for m in b.modules()] for b in blocks]
     assert [any(block) for block in inside] == [False, True, True, False]
-    assert not any(
-        isinstance(m.__dict__.get("forward"), Fp8Linear) for m in pipe.transformer.modules()
-    )
+    assert not any(Fp8Linear.at(m) is not None for m in pipe.transformer.modules())
 
 
 @pytest.mark.parametrize(("start", "fp8_steps"), [("sparse", 1), ("start", 4)])
@@ -408,6 +404,22 @@ def test_fp8_linears_of_a_further_run_find_what_the_first_has_compiled() -> None
     assert taken_over(pipe.transformer) == 0
 
 
+def test_fp8_linears_of_many_blocks_share_a_graph() -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    pipe = tiny.pipeline(model(layers=12))  # a compiler gives up after eight graphs of a function
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    with sparsify(pipe, METHOD, HALF, linears="fp8", fp8_from="start"):
+        tiny.generate(pipe, num_inference_steps=2)
+    assert graphs == 2  # the first block and the last are not in fp8
+
+
 def test_fp8_linears_in_a_compiled_block() -> None:
     torch.manual_seed(3)
     block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)).bfloat16()
@@ -468,5 +480,5 @@ def test_sparsify_holds_converted_weights_of_the_transformer_that_runs() -> None
 
 
 def forwards_of(pipe: Any) -> list[Fp8Linear]:
-    found = (m.__dict__.get("forward") for m in pipe.transformer.modules())
-    return [one for one in found if isinstance(one, Fp8Linear)]
+    found = (Fp8Linear.at(m) for m in pipe.transformer.modules())
+    return [one for one in found if one is not None]

@@ -130,13 +130,13 @@ class FusedForward(InstanceForward):
 
         Hooks of torch stay around it, as they are around the `forward` of the class.
         """
-        own = block.__dict__.get("forward")
-        if isinstance(own, FusedForward) and own.rule is None:
+        own = cls.at(block)
+        if own is not None and own.rule is None:
             del block.forward  # of a run that has ended
         if fused.is_wrapped(block) or "forward" in block.__dict__:
             return None
         forward = cls.of(block, rule)
-        block.forward = forward  # type: ignore[method-assign]
+        forward.put()
         return forward
 
     @classmethod
@@ -167,7 +167,7 @@ class FusedForward(InstanceForward):
             or forward.rule is not self.rule
             or forward.rule is None
             or not forward.beginning.wanted
-            or block.__dict__.get("forward") is not forward
+            or FusedForward.at(block) is not forward
             or fused.is_hooked(block)
             or block._compiled_call_impl is not None
             or states.is_inference()  # counts no changes
@@ -196,9 +196,8 @@ def wan_block(
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Compute a block of Wan or SkyReels V2; modulation is `[B, 6, C]`, or a row for each token."""
-    own = block.__dict__.get("forward")
     # Where something has put itself over it since, no block leaves anything to another.
-    forward = own if isinstance(own, FusedForward) else FusedForward(block, None)
+    forward = FusedForward.at(block) or FusedForward(block, None)
     modulation = _wan_modulation(block, temb)
 
     def begin() -> Any:  # returns what nobody holds once attention has read it

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svg_models.families import fused
 from svg_models.families.fp8_rows import Fp8Rows
-from svg_models.families.instance_forward import InstanceForward
+from svg_models.families.instance_forward import has_known_forward
 from svg_models.families.products import does_as_its_class, gelu_product, is_product
 
 __all__ = ["feed_forward"]
@@ -65,6 +65,5 @@ def _is_of_gelu(module: Any, states: Tensor) -> bool:
 
 def _is_its_own(layer: Any) -> bool:
     """Return whether nobody but its caller gets what a layer returns."""
-    own = layer.__dict__.get("forward")
-    plain = own is None or isinstance(own, InstanceForward)
-    return type(layer) is nn.Linear and plain and not fused.is_hooked(layer)
+    plain = type(layer) is nn.Linear and has_known_forward(layer)
+    return plain and not fused.is_hooked(layer)

@@ -16,7 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor
 
 from svg_models.families import fused
-from svg_models.families.instance_forward import InstanceForward
+from svg_models.families.instance_forward import InstanceForward, has_known_forward
 from svg_models.families.processors import VideoProcessor, original_of
 
 __all__ = ["Fp8Rows", "reads_fp8_rows"]
@@ -50,9 +50,9 @@ def reads_fp8_rows(module: Any, states: Tensor) -> bool:
     if fused.is_hooked(module) or torch.compiler.is_compiling():
         return False
     if type(module) is FeedForward:
-        own, first = module.__dict__.get("forward"), module.net[0]
+        first = module.net[0]
         return (
-            (own is None or isinstance(own, InstanceForward))
+            has_known_forward(module)
             and type(first) is GELU
             and fused.is_untouched(first)
             and _takes(first.proj, states)
@@ -74,9 +74,5 @@ def reads_fp8_rows(module: Any, states: Tensor) -> bool:
 
 def _takes(layer: Any, states: Tensor) -> bool:
     """Return whether the product of a layer with `states` is in fp8 at this moment."""
-    forward = layer.__dict__.get("forward")
-    return (
-        isinstance(forward, InstanceForward)
-        and forward.takes_fp8_rows(states)
-        and not fused.is_hooked(layer)
-    )
+    forward = InstanceForward.at(layer)
+    return forward is not None and forward.takes_fp8_rows(states) and not fused.is_hooked(layer)

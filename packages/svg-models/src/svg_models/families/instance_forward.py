@@ -10,7 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["InstanceForward"]
+__all__ = ["InstanceForward", "has_known_forward"]
 
 # By module what stood in it for the run that ended last.
 _ended: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -31,6 +31,10 @@ class InstanceForward:
         self._module = weakref.ref(module)
         self._plain = type(module).forward  # asked here: not all classes let a compiler look it up
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take and return what the class's `forward` does."""
+        raise NotImplementedError
+
     @classmethod
     def of(cls, module: Any, settings: Any) -> Self:
         """Return the one that a run before had for a module, switched on again, or a new one.
@@ -46,6 +50,22 @@ class InstanceForward:
             return cls(module, settings)
         known.switch_on(settings)
         return known
+
+    @classmethod
+    def at(cls, module: Any) -> Self | None:
+        """Return the one of this class that is the `forward` of a module, None if none is."""
+        own = module.__dict__.get("forward")
+        found = getattr(own, "__self__", None)
+        return found if isinstance(found, cls) and own == found.__call__ else None
+
+    def put(self) -> None:
+        """Become the `forward` of the module.
+
+        As a method, since a compiler tells objects apart by what they are made of, but callable
+        ones by their place in memory: it would make a graph of every block of a model.
+        """
+        module: Any = self._module()
+        module.forward = self.__call__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InstanceForward:
         return type(self)(memo[id(self._module())], None)
@@ -73,6 +93,11 @@ class InstanceForward:
         """Switch off, also where a hook still calls this, and leave the module's attributes."""
         self.switch_off()
         module: nn.Module | None = self._module()
-        if module is not None and module.__dict__.get("forward") is self:
+        if module is not None and type(self).at(module) is self:
             del module.forward
             _ended[module] = self
+
+
+def has_known_forward(module: nn.Module) -> bool:
+    """Return whether the `forward` of a module is its class's or one of a run."""
+    return "forward" not in module.__dict__ or InstanceForward.at(module) is not None

@@ -119,7 +119,7 @@ def _autocast_keeps(states: Tensor) -> bool:
 
 def does_as_its_class(module: nn.Module, states: Tensor) -> bool:
     """Return whether a module does with `states` what its class does."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, InstanceForward):
+    forward = InstanceForward.at(module)
+    if forward is not None:
         return forward.stands_aside(states) and not fused.is_hooked(module)
     return fused.is_untouched(module)

@@ -161,11 +161,11 @@ class Fp8Linear(Fp8Forward):
         largest = switch.largest
         quantised, scales = quantise_rows(weight, largest=largest)
         converted = self._converted = quantised.t(), scales.t(), largest
+        self.is_needed = True
         return converted
 
     def _for_this_step(self, switch: Fp8Linears) -> tuple[Tensor, Tensor]:
         """Return the converted weight and its scales, by the grid of this thread's step."""
-        self.is_needed = True
         converted = self._converted or self.convert()
         # Another thread's video may be at another step. A compiler would make a graph a grid.
         if not torch.compiler.is_compiling() and converted[2] != switch.largest:
@@ -229,13 +229,13 @@ class Fp8FeedForward(Fp8Forward):
         module, switch = self._module(), self.switch
         if module is None:
             raise RuntimeError("a feed-forward was called after it was deleted")
+        if switch is None or torch.compiler.is_compiling():
+            return self._plain(module, hidden_states, *args, **kwargs)
         activation, _, last = module.net
-        product = last.__dict__.get("forward")
+        product = Fp8Linear.at(last)
         if (
-            switch is None
-            or (not isinstance(hidden_states, Fp8Rows) and self.stands_aside(hidden_states))
-            or torch.compiler.is_compiling()
-            or not isinstance(product, Fp8Linear)
+            (not isinstance(hidden_states, Fp8Rows) and self.stands_aside(hidden_states))
+            or product is None
             or product.switch is not switch
             or not fused.is_untouched(activation)
             or fused.is_hooked(last)
@@ -281,7 +281,8 @@ class Fp8Linears:
             raise
 
     def _install(self, module: Any, kind: type[Fp8Linear | Fp8FeedForward]) -> None:
-        module.forward = forward = kind.of(module, self)
+        forward = kind.of(module, self)
+        forward.put()
         self._forwards.append(forward)
 
     @property
@@ -378,7 +379,7 @@ def is_plain_feed_forward(module: nn.Module) -> bool:
 
 def _is_free(module: nn.Module) -> bool:
     """Return whether nothing has put itself over a module; a run that has ended does not count."""
-    own = module.__dict__.get("forward")
-    if isinstance(own, Fp8Linear | Fp8FeedForward) and own.switch is None:
+    own = Fp8Forward.at(module)
+    if own is not None and own.switch is None:
         del module.forward
     return fused.is_untouched(module)
