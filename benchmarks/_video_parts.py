@@ -147,6 +147,14 @@ MORE = (
         varied=True,
     ),
     Part(
+        name=f"{SHARED}, fp8 products",
+        kinds=(FIRST, SPARSE, SPARSE),
+        method=shared,
+        linears=True,
+        guided=True,
+        varied=True,
+    ),
+    Part(
         name="SVG2, fp8, taylor@2",
         kinds=(FIRST, SPARSE, SPARSE, OUT, SPARSE, OUT, SPARSE),
         method=svg2,

@@ -62,7 +62,11 @@ ROWS = (
             fp8=f"products {MOST}",
             last=OURS,
         )
-        for name in ("SVG2, fp8 products", "SVG2, fp8 products, compiled")
+        for name in (
+            "SVG2, fp8 products",
+            "SVG2, fp8 products, compiled",
+            f"{SHARED}, fp8 products",
+        )
     ),
     Row(
         name="SVG2, fp8",
