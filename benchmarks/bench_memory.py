@@ -425,12 +425,11 @@ def run_capped(
     """
     part = STEPS[way.steps]
     bench = Bench(video, device)
-    pipe = bench.pipe
     if way.weights == "fp8":
-        store_in_fp8(pipe)
+        store_in_fp8(bench.pipe)
     decode = way.offload == "none"
     if not decode:
-        pipe.vae.to("cpu")
+        bench.pipe.vae.to("cpu")
     memory.free()
     if peak is None:
         taken = measure_steps(bench, part, memory, decode=decode)

@@ -168,6 +168,10 @@ class Bench:
             self.built = time.perf_counter() - begin
         return self._pipe
 
+    def build(self) -> None:
+        """Build the pipeline now; nobody else holds it, who would keep its memory after `close`."""
+        _ = self.pipe
+
     def close(self) -> None:
         """Give the memory back."""
         self._pipe = None
@@ -425,7 +429,7 @@ def measure(
     todo = [] if args.every_step else todo
     if todo or whole:
         try:
-            _ = bench.pipe
+            bench.build()
         except (torch.OutOfMemoryError, *UNAVAILABLE) as error:
             budget.say(f"{video.name}: {reason(error)}")
             bench.close()
