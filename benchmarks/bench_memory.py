@@ -59,7 +59,7 @@ SECONDS, MORE_SECONDS = 20.0, 40.0
 # took as much more does not tell that it does not.
 FULL = 0.99
 # GiB of a card that a way leaves, to be said to fit where it was not run: with 1.2 runs failed,
-# since free memory is in pieces, and with 1.7 none did.
+# since free memory is in pieces, and with more only some whose weights are stored in fp8.
 ROOM = 1.3
 KINDS = (DENSE, FIRST, SPARSE)
 PRODUCTS = next(part for part in PARTS if part.name == "SVG2, fp8 products")

@@ -123,8 +123,12 @@ def test_gate_residual_norm_refuses_what_does_not_fit():
         svg_kernels.gate_residual_norm(x, x, row, scale=row)
     with pytest.raises(ValueError, match=r"x must be \[2, 5, 8\] like residual"):
         svg_kernels.gate_residual_norm(x, x[:1], row)
-    with pytest.raises(ValueError, match="gate must be"):
+    with pytest.raises(ValueError, match=r"gate must be .* for residual \[2, 5, 8\], got"):
         svg_kernels.gate_residual_norm(x, x, torch.ones(2, 3, 8))
+    with pytest.raises(ValueError, match=r"residual must be \[batch, tokens, width\], got"):
+        svg_kernels.gate_residual_norm(x[0], x[0])
+    with pytest.raises(ValueError, match="bias must be on cpu like residual, got meta"):
+        svg_kernels.gate_residual_norm(x, x, bias=torch.ones(8, device="meta"))
     with pytest.raises(TypeError, match="residual"):
         svg_kernels.gate_residual_norm(x.int(), x)
     with pytest.raises(svg_kernels.UnsupportedError, match="there is no compiled kernel"):

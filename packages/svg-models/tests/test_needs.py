@@ -119,3 +119,4 @@ def test_doctor_says_that_a_model_was_not_measured(table: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--device", "cpu", "-m", "[red]"])
     assert "memory of [red]" in " ".join(done.output.split())
     assert "nobody has measured" in done.output
+    assert "measured are CogVideoX" in " ".join(done.output.replace("│", " ").split())

@@ -25,35 +25,37 @@ def check_rows(name: str, x: Tensor, out_dtype: torch.dtype | None = None) -> No
         raise TypeError(f"out_dtype must be fp16, bf16 or fp32, got {out_dtype}")
 
 
-def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raise unless `vector` is None or one float per column of `x`, on its device."""
+def check_vector(name: str, vector: Tensor | None, x: Tensor, like: str = "x") -> None:
+    """Raise unless `vector` is None or one float per column of `x`, named `like`, on its device."""
     if vector is None:
         return
     check_tensor(name, vector)
     if vector.ndim != 1 or vector.shape[0] != x.shape[-1]:
         raise ValueError(
-            f"{name} must be [{x.shape[-1]}] to match the last axis of x, got {list(vector.shape)}"
+            f"{name} must be [{x.shape[-1]}] to match the last axis of {like}, got "
+            f"{list(vector.shape)}"
         )
-    check_companion(name, vector, x)
+    check_companion(name, vector, x, like)
 
 
-def check_companion(name: str, other: Tensor, x: Tensor) -> None:
-    """Raise unless `other` is a supported float tensor on the device of `x`."""
+def check_companion(name: str, other: Tensor, x: Tensor, like: str = "x") -> None:
+    """Raise unless `other` is a supported float tensor on the device of `x`, called `like`."""
     if other.dtype not in FLOATS:
-        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {other.dtype}")
-    check_device(name, other, x)
+        raise TypeError(f"{name} must be fp16, bf16 or fp32, got {other.dtype}; convert it first")
+    check_device(name, other, x, like)
 
 
-def check_device(name: str, other: Tensor, x: Tensor) -> None:
-    """Raise unless `other` is on the device of `x`."""
+def check_device(name: str, other: Tensor, x: Tensor, like: str = "x") -> None:
+    """Raise unless `other` is on the device of `x`, called `like`."""
     if other.device != x.device:
         raise ValueError(
-            f"{name} must be on {x.device} like x, got {other.device}; move it with .to(x.device)"
+            f"{name} must be on {x.device} like {like}, got {other.device}; move it with "
+            f".to({like}.device)"
         )
 
 
-def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
-    """Raise unless `value` is `[B, C]`, `[B or 1, S or 1, C]` for `x` of shape `[B, S, C]`.
+def check_modulation(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
+    """Raise unless `value` is `[B, C]`, `[B or 1, S or 1, C]` for `x`, called `like`, `[B, S, C]`.
 
     `[B, C]` means one row per batch element, never one per token.
     """
@@ -68,12 +70,12 @@ def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
     ):
         raise ValueError(
             f"{name} must be [{batch}, {width}], [{batch}, 1, {width}] or "
-            f"[{batch}, {tokens}, {width}] for x {list(x.shape)}, got {list(shape)}"
+            f"[{batch}, {tokens}, {width}] for {like} {list(x.shape)}, got {list(shape)}"
         )
-    check_companion(name, value, x)
+    check_companion(name, value, x, like)
 
 
-def check_tokens(x: Tensor) -> None:
+def check_tokens(x: Tensor, name: str = "x") -> None:
     """Raise unless `x` is `[B, S, C]`."""
     if x.ndim != 3:
-        raise ValueError(f"x must be [batch, tokens, width], got {list(x.shape)}")
+        raise ValueError(f"{name} must be [batch, tokens, width], got {list(x.shape)}")

@@ -16,7 +16,7 @@ import torch
 
 from svg_attention import backend_status
 from svg_models.loading.memory import GIB, machine_memory
-from svg_models.needs import needs_of
+from svg_models.needs import measured_models, needs_of
 
 _PACKAGES = (
     "svg-models",
@@ -307,7 +307,8 @@ def _needs(model: str, device: str) -> list[Check]:
             )
         )
     if not checks:
-        detail = "nobody has measured a model of this name; svg models lists what is known"
+        known = ", ".join(measured_models())
+        detail = f"nobody has measured a model of this name; measured are {known}"
         part, name = f"memory of {model}", "not measured"
         checks.append(Check(part=part, name=name, works=None, detail=detail, matters=False))
     return checks

@@ -105,11 +105,11 @@ def gate_residual(
             return y
     check_rows("residual", residual, out_dtype)
     check_rows("x", x)
-    check_tokens(residual)
+    check_tokens(residual, "residual")
     if x.shape != residual.shape:
         raise ValueError(f"x must be {list(residual.shape)} like residual, got {list(x.shape)}")
-    check_companion("x", x, residual)
-    check_modulation("gate", gate, residual)
+    check_companion("x", x, residual, "residual")
+    check_modulation("gate", gate, residual, "residual")
     y = _gate_residual(residual, x, gate, out_dtype, backend)
     return y
 

@@ -78,17 +78,17 @@ def check_sum(
     """Raise unless the arguments of `gate_residual_norm` fit each other."""
     check_rows("residual", residual)
     check_rows("x", x)
-    check_tokens(residual)
+    check_tokens(residual, "residual")
     if x.shape != residual.shape:
         raise ValueError(f"x must be {list(residual.shape)} like residual, got {list(x.shape)}")
-    check_companion("x", x, residual)
+    check_companion("x", x, residual, "residual")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift go together; got one of them, pass both or neither")
     for name, value in (("gate", gate), ("scale", scale), ("shift", shift)):
         if value is not None:
-            check_modulation(name, value, residual)
-    check_vector("weight", weight, residual)
-    check_vector("bias", bias, residual)
+            check_modulation(name, value, residual, "residual")
+    check_vector("weight", weight, residual, "residual")
+    check_vector("bias", bias, residual, "residual")
 
 
 def unsupported(name: str, device: torch.device) -> str | None:

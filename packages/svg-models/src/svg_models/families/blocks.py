@@ -163,7 +163,7 @@ class FusedForward(InstanceForward):
             forward is None
             or block is None
             or own is None
-            or fused.is_hooked(own)  # a hook may write to what the block returns
+            or own._forward_hooks  # which may write to what the block returns
             or forward.rule is not self.rule
             or forward.rule is None
             or not forward.beginning.wanted

@@ -15,7 +15,7 @@ from typing import Any
 
 from svg_models.errors import SettingError
 
-__all__ = ["CARDS", "CONTEXT", "TABLE", "Need", "needs_of", "read_table"]
+__all__ = ["CARDS", "CONTEXT", "TABLE", "Need", "measured_models", "needs_of", "read_table"]
 
 TABLE = Path(__file__).with_name("needs.json")
 _GIB = 1 << 30
@@ -69,6 +69,11 @@ def needs_of(model: str) -> tuple[Need, ...]:
         if any(wanted in (one.casefold(), one.casefold().rpartition("/")[2]) for one in checkpoints)
         for need in needs
     )
+
+
+def measured_models() -> tuple[str, ...]:
+    """Return a name of each model that was measured, the part of a hub id behind its slash."""
+    return tuple(checkpoints[0].rpartition("/")[2] for checkpoints, _ in _rows())
 
 
 @functools.cache
