@@ -16,6 +16,8 @@ import pytest
 import torch
 import zoo
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -229,6 +231,45 @@ def test_install_beside_hooks_over_forward(launches: list[str], first: str) -> N
     assert torch.equal(case.run(pipe), before)
     assert not launches
     remove_hook_from_module(block)
+    assert torch.equal(case.run(pipe), before)
+
+
+class Around(DiffusersHook):
+    """A hook of diffusers that calls what it stands over."""
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def accelerate_hook(module: nn.Module) -> None:
+    add_hook_to_module(module, ModelHook())
+    remove_hook_from_module(module)
+
+
+def diffusers_hook(module: nn.Module) -> None:
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(Around(), "around")
+    registry.remove_hook("around")
+
+
+@pytest.mark.parametrize("visit", [accelerate_hook, diffusers_hook])
+@pytest.mark.parametrize("whose", ["blocks", "norms"])
+def test_install_after_hooks_over_forward(
+    launches: list[str], visit: Callable[[nn.Module], None], whose: str
+) -> None:
+    case, pipe = wan()
+    with fused_pipe(pipe):
+        during = case.run(pipe)
+    before, launched = case.run(pipe), list(launches)
+    for block in pipe.transformer.blocks:
+        norms = (block.norm1, block.norm2, block.norm3)
+        for module in (block,) if whose == "blocks" else norms:
+            visit(module)
+    launches.clear()
+    with fused_pipe(pipe) as forwards:
+        assert len(forwards) == 2
+        assert torch.equal(case.run(pipe), during)
+    assert launches == launched
     assert torch.equal(case.run(pipe), before)
 
 

@@ -133,7 +133,7 @@ class FusedForward(InstanceForward):
         own = cls.at(block)
         if own is not None and own.rule is None:
             del block.forward  # of a run that has ended
-        if fused.is_wrapped(block) or "forward" in block.__dict__:
+        if fused.is_wrapped(block) or fused.has_own_forward(block):
             return None
         forward = cls.of(block, rule)
         forward.put()

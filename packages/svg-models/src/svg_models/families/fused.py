@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "Pairing",
     "drops_nothing",
+    "has_own_forward",
     "is_hooked",
     "is_untouched",
     "is_wrapped",
@@ -178,7 +179,19 @@ def is_untouched(module: nn.Module) -> bool:
     Hooks stand for offloading, quantisation and whatever else moves or changes a weight. Those of
     accelerate and diffusers put a function over `forward`; their attributes tell so, too.
     """
-    return not is_hooked(module) and "forward" not in module.__dict__
+    return not is_hooked(module) and not has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether a module has a `forward` of its own, other than its class's.
+
+    A hook of accelerate or diffusers that is taken off leaves the class's in the module.
+    """
+    if "forward" not in module.__dict__:
+        return False
+    own: Any = module.__dict__["forward"]
+    of, function = getattr(own, "__self__", None), getattr(own, "__func__", None)
+    return not (of is module and function is type(module).forward)
 
 
 def drops_nothing(module: nn.Module) -> bool:
@@ -194,9 +207,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Return whether a hook of accelerate or diffusers stands over the `forward` of a module."""
+    """Return whether a hook of accelerate or diffusers stands over the `forward` of a module.
+
+    Diffusers leaves a module the registry of its hooks after the last one is taken off.
+    """
     own = module.__dict__
-    return "_hf_hook" in own or "_diffusers_hook" in own
+    return "_hf_hook" in own or ("_diffusers_hook" in own and bool(own["_diffusers_hook"].hooks))
 
 
 def _is_plain(norm: Any, size: int, x: Tensor) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from svg_models.families import fused
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -100,4 +102,4 @@ class InstanceForward:
 
 def has_known_forward(module: nn.Module) -> bool:
     """Return whether the `forward` of a module is its class's or one of a run."""
-    return "forward" not in module.__dict__ or InstanceForward.at(module) is not None
+    return not fused.has_own_forward(module) or InstanceForward.at(module) is not None
