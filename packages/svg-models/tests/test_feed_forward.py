@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 import svg_kernels
 from svg_models.families import fused
@@ -154,6 +156,45 @@ def test_feed_forward_leaves_what_others_may_hold(
     torch.manual_seed(2)
     out = feed_forward(module, x)
     torch.manual_seed(2)
+    assert torch.equal(out, module(x))
+    assert not in_place
+
+
+class Kept(TorchFunctionMode):
+    """Keeps what linear layers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is F.linear:
+            self.products.append(out)
+        return out
+
+
+@torch.no_grad()
+def test_feed_forward_leaves_what_a_hook_on_all_modules_keeps(
+    joined: list[Any], in_place: list[str]
+) -> None:
+    module, x, kept = layer("gelu"), states(), {}
+    with register_module_forward_hook(lambda each, _, out: kept.update({each: out})):
+        out = feed_forward(module, x)
+    proj = module.net[0].proj
+    assert torch.equal(kept[proj], proj(x))
+    assert torch.equal(out, module(x))
+    assert not in_place
+
+
+@torch.no_grad()
+def test_feed_forward_leaves_what_a_mode_keeps(joined: list[Any], in_place: list[str]) -> None:
+    module, x = layer("gelu"), states()
+    with Kept() as mode:
+        out = feed_forward(module, x)
+    assert torch.equal(mode.products[0], module.net[0].proj(x))
     assert torch.equal(out, module(x))
     assert not in_place
 

@@ -13,10 +13,12 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from svg_models.families import fused
 from svg_models.families.fp8_rows import Fp8Rows
 from svg_models.families.instance_forward import has_known_forward
+from svg_models.families.modes import foreign_mode
 from svg_models.families.products import does_as_its_class, gelu_product, is_product
 
 __all__ = ["feed_forward"]
@@ -66,4 +68,6 @@ def _is_of_gelu(module: Any, states: Tensor) -> bool:
 def _is_its_own(layer: Any) -> bool:
     """Return whether nobody but its caller gets what a layer returns."""
     plain = type(layer) is nn.Linear and has_known_forward(layer)
-    return plain and not fused.is_hooked(layer)
+    # Hooks on all modules and modes of torch may keep it, too.
+    watched = bool(_global_forward_hooks) or foreign_mode() != ""
+    return plain and not fused.is_hooked(layer) and not watched
