@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import hooks
 from diffusers.hooks import HookRegistry
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
@@ -225,12 +226,16 @@ def make_weight_a_plain_tensor(module: Any) -> None:
     module.weight = weight
 
 
+def put_hook_of_diffusers(module: nn.Module) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hooks.ModelHook(), "any")
+
+
 REFUSALS: dict[str, Callable[[], dict[str, Any]]] = {
     "forward hook": lambda: changed(lambda m: m.register_forward_hook(print)),
     "forward pre-hook": lambda: changed(lambda m: m.register_forward_pre_hook(print)),
     "hook on torch's norm": lambda: changed(lambda m: m.register_forward_hook(print), nn.RMSNorm),
     "accelerate's hook": lambda: changed(lambda m: add_hook_to_module(m, ModelHook())),
-    "diffusers' hook": lambda: changed(HookRegistry.check_if_exists_or_initialize),
+    "diffusers' hook": lambda: changed(put_hook_of_diffusers),
     "function over forward": lambda: changed(put_function_over_forward),
     "weight on another device": lambda: changed(lambda m: m.to("meta")),
     "weight of another dtype": lambda: changed(lambda m: m.to(torch.bfloat16)),
