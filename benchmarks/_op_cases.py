@@ -207,16 +207,15 @@ def gate_residual(rows: int, width: int, compiled: bool) -> Case:
 
 def gate_residual_norm(rows: int, width: int, *, learned: bool = False) -> Case:
     """Return the sum and the norm, modulated or with a weight and a bias that were learned."""
-    residual, x, given = summands(rows, width, learned)
+    residual, x, gate, rest = summands(rows, width, learned=learned)
 
     def apart(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, *rest = given
         y = svg_kernels.gate_residual(residual, x, gate)
         norm = svg_kernels.layer_norm if learned else svg_kernels.layer_norm_modulate
-        return y, norm(y, *rest)
+        return y, norm(y, **rest)
 
     def together(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return svg_kernels.gate_residual_norm(residual, x, given[0], **named(given, learned))
+        return svg_kernels.gate_residual_norm(residual, x, gate, **rest)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         last = (residual[:, -LAST:], x[:, -LAST:])
@@ -232,17 +231,15 @@ def gate_residual_norm(rows: int, width: int, *, learned: bool = False) -> Case:
     )
 
 
-def summands(rows: int, width: int, learned: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return two terms, and a gate with scale and shift, or with weight and bias."""
+def summands(
+    rows: int, width: int, *, learned: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return two terms, a gate, and scale and shift or weight and bias by their names."""
     residual, x = randn(2, 1, rows, width).unbind(0)
-    gate, *rest = randn(3, 1, 1, width, dtype=torch.float32).unbind(0)
-    return residual, x, (gate, *((t.flatten() for t in rest) if learned else rest))
-
-
-def named(given: tuple[Tensor, ...], learned: bool) -> dict[str, Tensor]:
-    """Return what `summands` gives beside the gate, by the names of the arguments."""
-    names = ("weight", "bias") if learned else ("scale", "shift")
-    return dict(zip(names, given[1:], strict=True))
+    gate, first, second = randn(3, 1, 1, width, dtype=torch.float32).unbind(0)
+    if learned:
+        return residual, x, gate, {"weight": first.flatten(), "bias": second.flatten()}
+    return residual, x, gate, {"scale": first, "shift": second}
 
 
 def layer_norm_modulate_fp8(rows: int, width: int) -> Case:
@@ -264,14 +261,13 @@ def layer_norm_modulate_fp8(rows: int, width: int) -> Case:
 
 
 def gate_residual_norm_fp8(rows: int, width: int) -> Case:
-    residual, x, given = summands(rows, width, learned=False)
-    rest = named(given, learned=False)
+    residual, x, gate, rest = summands(rows, width, learned=False)
 
     def apart(residual: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        y, z = svg_kernels.gate_residual_norm(residual, x, given[0], **rest)
+        y, z = svg_kernels.gate_residual_norm(residual, x, gate, **rest)
         return y, *svg_kernels.quantize_rows(z)
 
-    ours = partial(svg_kernels.gate_residual_norm_fp8, residual, x, given[0], **rest)
+    ours = partial(svg_kernels.gate_residual_norm_fp8, residual, x, gate, **rest)
 
     def checks() -> Iterator[tuple[Tensor, Tensor]]:
         (y, *found), (sums, *wanted) = ours(), apart(residual[:, -LAST:], x[:, -LAST:])

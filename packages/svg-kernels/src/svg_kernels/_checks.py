@@ -39,14 +39,14 @@ def check_vector(name: str, vector: Tensor | None, x: Tensor, like: str = "x") -
 
 
 def check_companion(name: str, other: Tensor, x: Tensor, like: str = "x") -> None:
-    """Raise unless `other` is a supported float tensor on the device of `x`, called `like`."""
+    """Raise unless `other` is a supported float tensor on the device of `x`, named `like`."""
     if other.dtype not in FLOATS:
         raise TypeError(f"{name} must be fp16, bf16 or fp32, got {other.dtype}; convert it first")
     check_device(name, other, x, like)
 
 
 def check_device(name: str, other: Tensor, x: Tensor, like: str = "x") -> None:
-    """Raise unless `other` is on the device of `x`, called `like`."""
+    """Raise unless `other` is on the device of `x`, named `like`."""
     if other.device != x.device:
         raise ValueError(
             f"{name} must be on {x.device} like {like}, got {other.device}; move it with "
@@ -55,7 +55,7 @@ def check_device(name: str, other: Tensor, x: Tensor, like: str = "x") -> None:
 
 
 def check_modulation(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
-    """Raise unless `value` is `[B, C]`, `[B or 1, S or 1, C]` for `x`, called `like`, `[B, S, C]`.
+    """Raise unless `value` is `[B, C]`, `[B or 1, S or 1, C]` for `x`, named `like`, `[B, S, C]`.
 
     `[B, C]` means one row per batch element, never one per token.
     """

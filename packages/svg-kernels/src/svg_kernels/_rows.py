@@ -10,6 +10,11 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def rows_in_three(x: Tensor) -> Tensor:
+    """Return the rows of `x` as `[B, S, C]`, contiguous along C; those of three axes stay there."""
+    return contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]).contiguous()
+
+
 def modulation_strides(x: Tensor | None) -> tuple[int, int]:
     """Return the strides of a modulation along B and S, 0 along an axis of length 1."""
     if x is None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels._rows import contiguous_rows
+from svg_kernels._rows import rows_in_three
 
 BLOCK = 4096
 
@@ -49,7 +49,7 @@ def gelu(x: Tensor, out: Tensor, approximate: str) -> None:
     if x.numel() == 0:
         return
     width = x.shape[-1]
-    source = contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, width).contiguous()
+    source = rows_in_three(x)
     target = out if out.ndim == 3 else out.view(1, -1, width) if out.is_contiguous() else None
     if target is None:
         target = x.new_empty(source.shape)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels._rows import contiguous_rows, modulation_strides
+from svg_kernels._rows import contiguous_rows, modulation_strides, rows_in_three
 from svg_kernels._triton_rows import columns_of, row_tile, store_quantised, sum_rows
 
 
@@ -151,7 +151,7 @@ def launch_norm(
     if z.numel() == 0:
         return
     width = x.shape[-1]
-    rows = contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, width).contiguous()
+    rows = rows_in_three(x)
     outer, inner = rows.shape[:2]
     added, gate, weight, bias, scale, shift = (
         None if t is None else contiguous_rows(t) for t in (added, gate, weight, bias, scale, shift)

@@ -5,12 +5,11 @@ Each is a norm of this package and `quantize_rows`, without the tensor between t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from svg_kernels._checks import check_modulation, check_rows, check_tokens, check_vector
 from svg_kernels._dispatch import define_op, select_backend
-from svg_kernels.quantize import unsupported
+from svg_kernels.quantize import empty_rows, unsupported
 from svg_kernels.residual_norm import check_sum
 
 __all__ = ["gate_residual_norm_fp8", "layer_norm_modulate_fp8"]
@@ -142,17 +141,12 @@ def _run_gate_residual_norm_fp8(
     return y, q, row_scale
 
 
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
-
-
 def _fake_layer_norm_modulate_fp8(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x)
+    return empty_rows(x)
 
 
 def _fake_gate_residual_norm_fp8(residual: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return residual.new_empty(residual.shape), *_empty_rows(residual)
+    return residual.new_empty(residual.shape), *empty_rows(residual)
 
 
 _layer_norm_modulate_fp8 = define_op(

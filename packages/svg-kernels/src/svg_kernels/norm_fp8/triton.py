@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from svg_kernels.norm.triton import launch_norm
-from svg_kernels.quantize import LARGEST_E4M3
-from svg_kernels.quantize.triton import empty_rows
+from svg_kernels.quantize import LARGEST_E4M3, empty_rows
 
 
 def layer_norm_modulate_fp8(

@@ -16,6 +16,7 @@ __all__ = ["quantize_rows"]
 Activation = Literal["none", "gelu", "gelu_tanh"]
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 LARGEST_E4M3 = 448.0
+SMALLEST = 1e-12  # largest value of a row that is scaled as if it were this
 
 
 def quantize_rows(
@@ -79,8 +80,14 @@ def _run(x: Tensor, activation: str, largest: float, backend: str) -> tuple[Tens
 
 
 def _fake(x: Tensor, activation: str, largest: float, backend: str) -> tuple[Tensor, Tensor]:
+    return empty_rows(x)
+
+
+def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return e4m3 shaped as `x` and an fp32 scale a row, contiguous; rows of no values are done."""
+    q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
+    return q, scale if x.shape[-1] else scale.fill_(SMALLEST / LARGEST_E4M3)
 
 
 _quantize_rows = define_op(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST = 1e-12  # largest value of a row that is scaled as if it were this
+from svg_kernels.quantize import SMALLEST
 
 
 def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, Tensor]:

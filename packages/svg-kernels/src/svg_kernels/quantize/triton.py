@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_kernels._rows import contiguous_rows
+from svg_kernels._rows import rows_in_three
 from svg_kernels._triton_rows import columns_of, row_tile, store_quantised
 from svg_kernels.gelu.triton import activate
-from svg_kernels.quantize import LARGEST_E4M3
-from svg_kernels.quantize.reference import SMALLEST
+from svg_kernels.quantize import empty_rows
 
 
 @triton.jit
@@ -40,7 +38,7 @@ def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, T
     if q.numel() == 0:
         return q, scale
     width = x.shape[-1]
-    rows3 = contiguous_rows(x) if x.ndim == 3 else x.reshape(1, -1, width).contiguous()
+    rows3 = rows_in_three(x)
     outer, inner = rows3.shape[:2]
     tile = row_tile(width, packed=7)
     quantize_rows_kernel[(triton.cdiv(outer * inner, tile.rows),)](
@@ -49,10 +47,3 @@ def quantize_rows(x: Tensor, activation: str, largest: float) -> tuple[Tensor, T
         ACTIVATION=activation, **tile.options(),
     )  # fmt: skip
     return q, scale
-
-
-def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 shaped as `x` and an fp32 scale a row, contiguous; rows of no values are done."""
-    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    return q, scale if x.shape[-1] else scale.fill_(SMALLEST / LARGEST_E4M3)

@@ -60,10 +60,9 @@ def reads_fp8_rows(module: Any, states: Tensor) -> bool:
     if not fused.is_untouched(module):
         return False
     processor = getattr(module, "processor", None)
-    known = type(original_of(processor)).__name__ in PROJECTING
-    if not known or not (
-        isinstance(processor, VideoProcessor) or original_of(processor) is processor
-    ):
+    original = original_of(processor)
+    ours = processor is original or isinstance(processor, VideoProcessor)
+    if not ours or type(original).__name__ not in PROJECTING:
         return False
     layers = [module.to_q]
     if not module.is_cross_attention:

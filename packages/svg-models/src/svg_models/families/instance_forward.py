@@ -63,8 +63,9 @@ class InstanceForward:
     def put(self) -> None:
         """Become the `forward` of the module.
 
-        As a method, since a compiler tells objects apart by what they are made of, but callable
-        ones by their place in memory: it would make a graph of every block of a model.
+        As a method: a compiler asks whether it meets the very object that it has seen, if that is
+        called itself, but only whether it is of a class, if a method of it is. It would make a
+        graph of every block of a model.
         """
         module: Any = self._module()
         module.forward = self.__call__
